@@ -1,0 +1,1 @@
+"""The MoBA operation and its implementations; `api` is the entrance, `reference` decides what is right."""

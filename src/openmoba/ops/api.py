@@ -1,0 +1,195 @@
+"""The public operation: contract, checks, and the choice of an implementation.
+
+`impl` picks speed, never meaning:
+
+    "reference"  the specification: dense mask, any device, fp64, differentiable any number of times
+    "cpu"        torch operations on CPU tensors, memory linear in tokens
+    "triton"     CUDA kernels; on CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)
+    "auto"       "cpu" or "triton" by device; "reference" for fp64 and for other devices
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from openmoba.ops import library
+from openmoba.ops.checks import check_call
+from openmoba.ops.dense import dense_attention
+from openmoba.ops.reference import reference_attention, reference_select
+
+IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which implementation a call runs, and why.
+
+    Attributes:
+        impl: "reference", "cpu" or "triton".
+        path: "mask" (dense mask, softmax in torch), "dense" (SDPA, the same function when `top_k` covers all
+            blocks), or "blocks" (only chosen blocks are read).
+        reason: one sentence.
+    """
+
+    impl: str
+    path: str
+    reason: str
+
+
+def moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int,
+    top_k: int,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Causal attention over each query's own block and its `top_k - 1` best past blocks.
+
+    Query t scores a past block by the inner product with the block's mean key; one softmax runs over the
+    keys of all blocks read. Keys read with 6 tokens, block_size=2, top_k=2:
+
+        query 4:  . . 1 1 1 .    (block 1 outscored block 0)
+        query 5:  1 1 . . 1 1    (block 0 outscored block 1)
+
+    Args:
+        q: queries `[B, Tq, H, D]`, or packed `[sum Tq, H, D]`; fp32, fp16, bf16 (fp64: reference). Queries
+            are the last Tq positions of their keys, so `Tq <= Tk` (chunked prefill, decoding).
+        k: keys `[B, Tk, Hkv, D]` or packed `[sum Tk, Hkv, D]`; H must be a multiple of Hkv; D from 8 to 256.
+        v: values, the shape of k.
+        block_size: tokens per block; any length and any block size >= 1 go together.
+        top_k: blocks read per query and head, the own block included; 1 is block-local attention, and as many
+            as there are blocks is full causal attention.
+        cu_seqlens_q: int32 `[sequences + 1]`, where each packed sequence starts in q; blocks restart there.
+        cu_seqlens_k: the same for k and v.
+        scale: factor on the logits, `D**-0.5` by default.
+        impl: "auto", "reference", "cpu" or "triton"; an explicit choice never falls back.
+
+    Returns:
+        The attention output, shape and dtype of q. Gradients flow to q, k and v, none through the choice.
+
+    Raises:
+        ValueError: naming the argument, its value and the way out. On CUDA the values inside `cu_seqlens_*`
+            are asserted on the device, without waiting for it.
+
+    Source: arXiv 2502.13189, equations 2 to 6.
+    """
+    run = explain(
+        q,
+        k,
+        v,
+        block_size=block_size,
+        top_k=top_k,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        impl=impl,
+    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if run.path == "mask":
+        return reference_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, scale)
+    if q.numel() == 0:
+        return torch.empty_like(q) + 0 * (k.sum() + v.sum())
+    if run.path == "dense":
+        return dense_attention(q, k, v, scale)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return library.attention(run.impl, q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, scale)
+
+
+def moba_select(
+    q: Tensor,
+    k: Tensor,
+    *,
+    block_size: int,
+    top_k: int,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The past blocks every query reads, best first: int32 `[..., H, top_k - 1]`, -1 for none.
+
+    Arguments as in `moba_attention`. Blocks are numbered within their sequence. Equal scores go to the later
+    block. The own block is always read and not listed. Not differentiable.
+    """
+    check_call(q, k, None, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
+    run, _ = _implementation(q, impl)
+    q, k = (x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in (q, k))
+    if run == "reference":
+        return reference_select(q, k, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
+    if q.numel() == 0 or top_k == 1:
+        return q.new_empty((*q.shape[:-1], top_k - 1), dtype=torch.int32)
+    return library.select(run, q, k, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int,
+    top_k: int,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Explanation:
+    """Say which implementation `moba_attention` would run with these arguments, and why; runs nothing."""
+    check_call(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
+    run, reason = _implementation(q, impl)
+    if run == "reference":
+        return Explanation(run, "mask", reason)
+    if cu_seqlens_q is None:
+        blocks = -(-k.shape[1] // block_size)
+        if top_k >= blocks:
+            same = f"top_k={top_k} covers all {blocks} blocks, where MoBA is causal attention"
+            return Explanation(run, "dense", f"{reason}; {same}")
+    return Explanation(
+        run, "blocks", f"{reason}; each query reads at most {top_k} blocks of {block_size} keys"
+    )
+
+
+def _implementation(q: Tensor, impl: str) -> tuple[str, str]:
+    """Resolve `impl` for this tensor, with the reason; ValueError if an explicit choice cannot run."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    if impl == "auto":
+        return _automatic(q)
+    if impl == "cpu" and q.device.type not in ("cpu", "meta"):
+        raise ValueError(f"impl='cpu' needs CPU tensors, got {q.device}; use impl='auto'")
+    if impl == "triton":
+        _check_triton(q)
+    if impl in ("cpu", "triton") and q.dtype == torch.float64:
+        raise ValueError(f"impl={impl!r} does not compute in float64; use impl='reference'")
+    return impl, "asked for"
+
+
+def _automatic(q: Tensor) -> tuple[str, str]:
+    device = q.device.type
+    if q.dtype == torch.float64:
+        return "reference", "only the reference computes in float64"
+    if device == "cuda":
+        _check_triton(q)
+        return "triton", "CUDA tensors"
+    if device in ("cpu", "meta"):
+        return "cpu", f"{device} tensors"
+    return "reference", f"no kernels for {device} tensors"
+
+
+def _check_triton(q: Tensor) -> None:
+    if find_spec("triton") is None:
+        raise ValueError(
+            "impl='triton' needs the triton package, which is not installed; use impl='reference'"
+        )
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if q.device.type != "cuda" and not (interpreted and q.device.type in ("cpu", "meta")):
+        raise ValueError(f"impl='triton' needs CUDA tensors, got {q.device}; use impl='auto'")
+    if interpreted and q.dtype == torch.bfloat16:
+        raise ValueError("Triton's interpreter computes bfloat16 wrongly; use float16 or float32")

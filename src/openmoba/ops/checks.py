@@ -1,0 +1,126 @@
+"""What a call must satisfy, checked once, before any work: each failure is one ValueError with a way out."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from openmoba.config import check_blocks
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+HEAD_WIDTHS = range(8, 257)
+
+
+def check_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    block_size: int,
+    top_k: int,
+) -> None:
+    """Raise ValueError unless the tensors and settings describe one MoBA call."""
+    check_blocks(block_size, top_k)
+    tensors = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
+    _check_kind(tensors)
+    _check_shapes(q, k, v, packed=cu_q is not None)
+    if (cu_q is None) != (cu_k is None):
+        given, missing = (
+            ("cu_seqlens_q", "cu_seqlens_k") if cu_k is None else ("cu_seqlens_k", "cu_seqlens_q")
+        )
+        raise ValueError(
+            f"{given} is given without {missing}; a packed call needs both (they may be the same)"
+        )
+    if cu_q is not None and cu_k is not None:
+        _check_boundaries(q, k, cu_q, cu_k)
+    elif q.shape[1] > k.shape[1]:
+        raise ValueError(
+            f"q has {q.shape[1]} tokens but k only {k.shape[1]}; queries are the last positions of the keys, "
+            "so k must hold at least as many tokens"
+        )
+
+
+def _check_kind(tensors: dict[str, Tensor]) -> None:
+    q = tensors["q"]
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} has dtype {x.dtype}; use float64, float32, float16 or bfloat16")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype} but q has {q.dtype}; cast them to one dtype")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device} but q is on {q.device}; move them to one device")
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor | None, packed: bool) -> None:
+    dims, layout = (3, "[tokens, heads, dim]") if packed else (4, "[batch, tokens, heads, dim]")
+    for name, x in (("q", q), ("k", k)):
+        if x.dim() != dims:
+            way_out = "drop cu_seqlens for a batch" if packed else "a packed batch needs cu_seqlens_q and _k"
+            raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}; {way_out}")
+    if v is not None and v.shape != k.shape:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q has head width {q.shape[-1]} but k has {k.shape[-1]}; they must be equal")
+    if q.shape[-1] not in HEAD_WIDTHS:
+        raise ValueError(f"head width must be 8 to 256, got {q.shape[-1]}; pad the heads with zeros")
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if kv_heads == 0 or heads == 0 or heads % kv_heads:
+        raise ValueError(f"q's {heads} heads must be a multiple of k's {kv_heads} heads")
+    if not packed and q.shape[0] != k.shape[0]:
+        raise ValueError(f"q has batch {q.shape[0]} but k has {k.shape[0]}; they must be equal")
+
+
+def _check_boundaries(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
+    for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+        if cu.dtype != torch.int32 or cu.dim() != 1 or cu.shape[0] < 1:
+            raise ValueError(
+                f"{name} must be int32 of shape [sequences + 1], got {cu.dtype} {tuple(cu.shape)}; use .int()"
+            )
+        if cu.device != q.device:
+            raise ValueError(f"{name} is on {cu.device} but q is on {q.device}; move it there")
+    if cu_q.shape != cu_k.shape:
+        raise ValueError(
+            f"cu_seqlens_q describes {cu_q.shape[0] - 1} sequences but cu_seqlens_k {cu_k.shape[0] - 1}"
+        )
+    if cu_q.device.type == "cpu":
+        _check_boundary_values(cu_q, q.shape[0], "cu_seqlens_q", "q")
+        _check_boundary_values(cu_k, k.shape[0], "cu_seqlens_k", "k")
+        _check_aligned(cu_q, cu_k)
+    elif cu_q.device.type == "cuda":
+        _assert_on_device(cu_q, cu_k, q.shape[0], k.shape[0])
+
+
+def _check_boundary_values(cu: Tensor, tokens: int, name: str, of: str) -> None:
+    values = cu.tolist()
+    if values[0] != 0:
+        raise ValueError(f"{name} must start at 0, got {values[0]}")
+    for i, (start, end) in enumerate(pairwise(values)):
+        if end < start:
+            raise ValueError(f"{name} must not decrease, got {start} then {end} at index {i + 1}")
+    if values[-1] != tokens:
+        raise ValueError(f"{name} must end at {of}'s token count {tokens}, got {values[-1]}")
+
+
+def _check_aligned(cu_q: Tensor, cu_k: Tensor) -> None:
+    for i, (queries, keys) in enumerate(zip(cu_q.diff().tolist(), cu_k.diff().tolist(), strict=True)):
+        if queries > keys:
+            raise ValueError(
+                f"sequence {i} has {queries} queries but {keys} keys; "
+                "queries are the last positions of the keys"
+            )
+
+
+def _assert_on_device(cu_q: Tensor, cu_k: Tensor, queries: int, keys: int) -> None:
+    """The same conditions as a device-side assertion: reading the values would wait for the GPU."""
+    fits = (cu_q[0] == 0) & (cu_k[0] == 0) & (cu_q[-1] == queries) & (cu_k[-1] == keys)
+    ordered = (cu_q.diff() >= 0).all() & (cu_q.diff() <= cu_k.diff()).all()
+    torch._assert_async(
+        fits & ordered,
+        "cu_seqlens must start at 0, not decrease, end at the token count, "
+        "and give no sequence more queries than keys",
+    )

@@ -1,0 +1,153 @@
+"""torch.library registration: schema, fake, autograd for every implementation that brings its own backward.
+
+An implementation is a module with three functions (shapes as in `openmoba.ops.api`):
+
+    forward(q, k, v, cu_q, cu_k, block_size, top_k, scale)                       -> out, lse, selected
+    backward(d_out, q, k, v, out, lse, selected, cu_q, cu_k, block_size, scale)  -> dq, dk, dv
+    select(q, k, cu_q, cu_k, block_size, top_k)                                  -> selected
+
+with `lse` fp32 `q.shape[:-1]` (natural logarithm) and `selected` int32 `[*q.shape[:-1], top_k - 1]`.
+Modules are imported when an operation first runs, so that importing openmoba needs torch alone.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_IMPLEMENTATIONS = {"cpu": "openmoba.ops.cpu", "triton": "openmoba.ops.triton.attention"}
+
+
+def attention(
+    impl: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    block_size: int,
+    top_k: int,
+    scale: float,
+) -> Tensor:
+    """Run the registered forward operation of `impl`; differentiable once in q, k and v."""
+    op = getattr(torch.ops.openmoba, f"{impl}_forward")
+    out: Tensor = op(q, k, v, cu_q, cu_k, block_size, top_k, scale)[0]
+    return out
+
+
+def select(
+    impl: str, q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int, top_k: int
+) -> Tensor:
+    """Run the registered selection operation of `impl`."""
+    selected: Tensor = getattr(torch.ops.openmoba, f"{impl}_select")(q, k, cu_q, cu_k, block_size, top_k)
+    return selected
+
+
+def _register(impl: str, module_name: str) -> None:
+    def module() -> ModuleType:
+        return import_module(module_name)
+
+    @torch.library.custom_op(f"openmoba::{impl}_forward", mutates_args=())
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor | None,
+        cu_k: Tensor | None,
+        block_size: int,
+        top_k: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        outputs: tuple[Tensor, Tensor, Tensor] = module().forward(
+            q, k, v, cu_q, cu_k, block_size, top_k, scale
+        )
+        return outputs
+
+    @torch.library.custom_op(f"openmoba::{impl}_backward", mutates_args=())
+    def backward(
+        d_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        selected: Tensor,
+        cu_q: Tensor | None,
+        cu_k: Tensor | None,
+        block_size: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gradients: tuple[Tensor, Tensor, Tensor] = module().backward(
+            d_out, q, k, v, out, lse, selected, cu_q, cu_k, block_size, scale
+        )
+        return gradients
+
+    @torch.library.custom_op(f"openmoba::{impl}_select", mutates_args=())
+    def select(
+        q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int, top_k: int
+    ) -> Tensor:
+        selected: Tensor = module().select(q, k, cu_q, cu_k, block_size, top_k)
+        return selected
+
+    forward.register_fake(_fake_forward)
+    backward.register_fake(_fake_backward)
+    select.register_fake(_fake_select)
+    forward.register_autograd(_Backward(backward), setup_context=_save_for_backward)
+    backward.register_autograd(_refuse_double_backward)
+
+
+def _fake_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    block_size: int,
+    top_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    return q.new_empty(q.shape), lse, _fake_select(q, k, cu_q, cu_k, block_size, top_k)
+
+
+def _fake_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _fake_select(
+    q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int, top_k: int
+) -> Tensor:
+    return q.new_empty((*q.shape[:-1], top_k - 1), dtype=torch.int32)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, cu_q, cu_k, block_size, _, scale = inputs
+    out, lse, selected = output
+    ctx.mark_non_differentiable(lse, selected)
+    ctx.save_for_backward(q, k, v, out, lse, selected, cu_q, cu_k)
+    ctx.block_size, ctx.scale = block_size, scale
+
+
+class _Backward:
+    def __init__(self, op: Any) -> None:
+        self.op = op
+
+    def __call__(self, ctx: Any, d_out: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        dq, dk, dv = self.op(d_out, *ctx.saved_tensors, ctx.block_size, ctx.scale)
+        return dq, dk, dv, None, None, None, None, None
+
+
+def _refuse_double_backward(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError(
+        "openmoba: this implementation is differentiable once; for double backward use impl='reference'"
+    )
+
+
+for _impl, _module in _IMPLEMENTATIONS.items():
+    _register(_impl, _module)
