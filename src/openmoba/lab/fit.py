@@ -1,0 +1,225 @@
+"""Power laws `L = a * C^b` through the end points of runs, and differences between arms.
+
+Both carry bootstrap intervals over validation windows. Every run is measured on the same windows, so one draw
+serves all runs of a replicate: what is hard for one arm is hard for the other, and cancels.
+"""
+
+# R bootstrap replicates, N runs, S seeds, W validation windows, P points of a grid
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+
+REPLICATES = 2000
+LEVEL = 0.95
+HUBER_DELTA = 1e-3  # in log loss, as in Hoffmann et al. 2022 (arXiv 2203.15556, appendix D.3)
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """`L(C) = a * C^b`: loss in nats, compute in the unit of the axis (PFLOP/s-days or seconds)."""
+
+    a: float
+    b: float
+
+    def __call__(self, compute: ArrayLike) -> Floats:
+        return np.asarray(self.a * np.asarray(compute, dtype=np.float64) ** self.b)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A bootstrap percentile interval of confidence `LEVEL`."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: ArrayLike) -> Interval:
+        tail = (1 - LEVEL) / 2
+        low, high = np.quantile(np.asarray(samples, dtype=np.float64), [tail, 1 - tail])
+        return cls(float(low), float(high))
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted law with its uncertainty.
+
+    Attributes:
+        law: the fit to the observed losses.
+        a, b: intervals of the two coefficients.
+        compute, loss: [N] the points fitted.
+        residual: [N] `log(loss) - log(law(compute))`; 0.01 is one percent of the loss.
+        replicates: [R, 2] `(log a, b)` of every bootstrap replicate.
+    """
+
+    law: PowerLaw
+    a: Interval
+    b: Interval
+    compute: Floats
+    loss: Floats
+    residual: Floats
+    replicates: Floats
+
+    def band(self, compute_P: ArrayLike) -> tuple[Floats, Floats]:
+        """Lower and upper ends, each [P], of the law's pointwise interval at `compute_P`."""
+        tail = (1 - LEVEL) / 2
+        log_loss_RP = self.replicates[:, :1] + self.replicates[:, 1:] * np.log(compute_P)[None]
+        low_P, high_P = np.exp(np.quantile(log_loss_RP, [tail, 1 - tail], axis=0))
+        return low_P, high_P
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Loss of one arm minus that of another, both measured on the same windows.
+
+    Attributes:
+        mean: over seeds and windows, in nats.
+        interval: over resampled windows.
+        per_seed: the difference of every seed that both arms have.
+        resolved: the interval excludes zero and every seed agrees on the sign.
+    """
+
+    mean: float
+    interval: Interval
+    per_seed: tuple[float, ...]
+
+    @property
+    def resolved(self) -> bool:
+        signs = {np.sign(value) for value in self.per_seed}
+        return 0.0 not in self.interval and len(signs) == 1
+
+
+def fit_power_law(compute: ArrayLike, loss: ArrayLike) -> PowerLaw:
+    """The law with the least Huber loss of the log residuals.
+
+    Args:
+        compute: [N] positive, at least two different values.
+        loss: [N] positive, in nats.
+
+    Raises:
+        ValueError: fewer than two different amounts of compute, or a value that has no logarithm.
+    """
+    log_compute_N, log_loss_N = _logarithms(compute, loss)
+    log_a, b = _huber_lines(log_compute_N, log_loss_N[None], np.ones((1, len(log_loss_N))))[0]
+    return PowerLaw(float(np.exp(log_a)), float(b))
+
+
+def fit_runs(compute: ArrayLike, windows: ArrayLike, *, seed: int = 0) -> Fit:
+    """`fit_power_law` with intervals from a bootstrap over runs and validation windows.
+
+    Args:
+        compute: [N] compute of every run.
+        windows: [N, W] every run's loss on every validation window.
+        seed: of the bootstrap's random generator.
+
+    A replicate draws N runs and W windows with replacement; a draw of runs that all have the same compute
+    determines no line and is drawn again.
+    """
+    windows_NW = np.asarray(windows, dtype=np.float64)
+    loss_N = windows_NW.mean(axis=1)
+    log_compute_N, log_loss_N = _logarithms(compute, loss_N)
+    law = fit_power_law(compute, loss_N)
+    rng = np.random.default_rng(seed)
+    count_RN = _draw_runs(rng, log_compute_N)
+    loss_RN = _draw_windows(rng, windows_NW.shape[1]) @ windows_NW.T
+    lines_R2 = _huber_lines(log_compute_N, np.log(loss_RN), count_RN)
+    return Fit(
+        law=law,
+        a=Interval.of(np.exp(lines_R2[:, 0])),
+        b=Interval.of(lines_R2[:, 1]),
+        compute=np.exp(log_compute_N),
+        loss=loss_N,
+        residual=log_loss_N - np.log(law(compute)),
+        replicates=lines_R2,
+    )
+
+
+def mean_interval(windows: ArrayLike, *, seed: int = 0) -> Interval:
+    """Interval of the mean of [W] window losses, over resampled windows."""
+    windows_W = np.asarray(windows, dtype=np.float64)
+    return Interval.of(_draw_windows(np.random.default_rng(seed), len(windows_W)) @ windows_W)
+
+
+def paired_difference(
+    first: Sequence[ArrayLike], second: Sequence[ArrayLike], *, seed: int = 0
+) -> Difference:
+    """How much larger the first arm's loss is than the second's.
+
+    Args:
+        first, second: [S][W] window losses of the seeds that both arms have, in the same order.
+    """
+    difference_SW = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    difference_W = difference_SW.mean(axis=0)
+    return Difference(
+        mean=float(difference_W.mean()),
+        interval=mean_interval(difference_W, seed=seed),
+        per_seed=tuple(float(value) for value in difference_SW.mean(axis=1)),
+    )
+
+
+def _logarithms(compute: ArrayLike, loss: ArrayLike) -> tuple[Floats, Floats]:
+    compute_N, loss_N = np.asarray(compute, dtype=np.float64), np.asarray(loss, dtype=np.float64)
+    for name, values_N in (("compute", compute_N), ("loss", loss_N)):
+        if not (np.isfinite(values_N).all() and (values_N > 0).all()):
+            raise ValueError(f"a power law needs positive, finite {name}, got {values_N.tolist()}")
+    if len(np.unique(compute_N)) < 2:
+        raise ValueError(
+            f"a power law needs at least two different amounts of compute, got {compute_N.tolist()}; "
+            "add another model size or token budget"
+        )
+    return np.log(compute_N), np.log(loss_N)
+
+
+def _draw_windows(rng: np.random.Generator, windows: int) -> Floats:
+    """[R, W] weights, rows summing to one: how often each window was drawn."""
+    return rng.multinomial(windows, np.full(windows, 1 / windows), size=REPLICATES) / windows
+
+
+def _draw_runs(rng: np.random.Generator, log_compute_N: Floats) -> Floats:
+    """[R, N] how often each run was drawn; at least two different amounts of compute in every row."""
+    runs = len(log_compute_N)
+    count_RN = np.zeros((REPLICATES, runs))
+    pending = np.arange(REPLICATES)
+    while len(pending):
+        count_RN[pending] = rng.multinomial(runs, np.full(runs, 1 / runs), size=len(pending))
+        drawn = count_RN[pending] > 0
+        highest = np.where(drawn, log_compute_N, -np.inf).max(axis=1)
+        lowest = np.where(drawn, log_compute_N, np.inf).min(axis=1)
+        pending = pending[highest == lowest]
+    return count_RN
+
+
+def _huber_lines(x_N: Floats, y_RN: Floats, count_RN: Floats) -> Floats:
+    """[R, 2] intercept and slope of the least Huber loss, by iteratively reweighted least squares."""
+    centre = x_N.mean()
+    x_N = x_N - centre
+    weight_RN = count_RN
+    line_R2 = np.full((len(y_RN), 2), np.inf)
+    for _ in range(10_000):
+        previous_R2, line_R2 = line_R2, _weighted_lines(x_N, y_RN, weight_RN)
+        if np.abs(line_R2 - previous_R2).max() < 1e-9:
+            break
+        residual_RN = y_RN - line_R2[:, :1] - line_R2[:, 1:] * x_N
+        weight_RN = count_RN * HUBER_DELTA / np.maximum(np.abs(residual_RN), HUBER_DELTA)
+    else:
+        raise ValueError(f"the Huber fit did not converge on log compute {(x_N + centre).tolist()}")
+    line_R2[:, 0] -= line_R2[:, 1] * centre
+    return line_R2
+
+
+def _weighted_lines(x_N: Floats, y_RN: Floats, weight_RN: Floats) -> Floats:
+    total_R = weight_RN.sum(axis=1)
+    x_mean_R = weight_RN @ x_N / total_R
+    y_mean_R = (weight_RN * y_RN).sum(axis=1) / total_R
+    x_RN = x_N - x_mean_R[:, None]
+    slope_R = (weight_RN * x_RN * y_RN).sum(axis=1) / (weight_RN * x_RN**2).sum(axis=1)
+    return np.stack([y_mean_R - slope_R * x_mean_R, slope_R], axis=1)

@@ -1,0 +1,119 @@
+"""The power-law fit recovers known laws, its intervals cover, and Huber withstands an outlier."""
+
+import numpy as np
+import pytest
+
+from openmoba.lab.fit import fit_power_law, fit_runs, mean_interval, paired_difference
+
+# a, b of the report's fits: MoBA and full, 8K language-model loss and 32K trailing loss
+REPORTED = [(2.625, -0.063), (2.622, -0.063), (1.546, -0.108), (1.464, -0.097)]
+COMPUTE = np.array([0.4, 0.87, 1.6, 2.9, 5.4])
+
+
+def synthetic_windows(rng, a, b, *, run_noise, window_noise, compute=COMPUTE, windows=64):
+    """[N, W]: the law, times a run's own deviation, plus each window's difficulty, common to all runs."""
+    run_loss = a * compute**b * np.exp(rng.normal(0, run_noise, len(compute)))
+    return run_loss[:, None] + rng.normal(0, window_noise, windows)[None]
+
+
+@pytest.mark.parametrize(("a", "b"), REPORTED)
+def test_exact_points_give_back_the_reported_law(a, b):
+    law = fit_power_law(COMPUTE, a * COMPUTE**b)
+    assert law.a == pytest.approx(a, rel=1e-9)
+    assert law.b == pytest.approx(b, rel=1e-9)
+    assert law(1.0) == pytest.approx(a)
+
+
+def test_one_bad_run_does_not_move_the_law():
+    a, b = 1.546, -0.108
+    loss = a * COMPUTE**b
+    loss[2] *= 1.2
+    law = fit_power_law(COMPUTE, loss)
+    slope, intercept = np.polyfit(np.log(COMPUTE), np.log(loss), 1)
+    assert law.a == pytest.approx(a, rel=2e-3)
+    assert law.b == pytest.approx(b, abs=2e-3)
+    assert abs(np.exp(intercept) - a) > 0.03, "least squares should have been misled, or this tests nothing"
+    assert not np.isnan(slope)
+
+
+def test_residuals_are_log_deviations_from_the_law():
+    loss = 2.0 * COMPUTE**-0.1
+    loss[4] *= 1.05
+    fit = fit_runs(COMPUTE, np.repeat(loss[:, None], 8, axis=1))
+    np.testing.assert_allclose(fit.residual, np.log(fit.loss / fit.law(fit.compute)))
+    assert fit.residual[4] == pytest.approx(np.log(1.05), abs=5e-3)
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_claim(monkeypatch):
+    monkeypatch.setattr("openmoba.lab.fit.REPLICATES", 400)
+    rng = np.random.default_rng(5)
+    compute = np.geomspace(0.1, 10, 12)
+    inside = 0
+    for trial in range(25):
+        windows = synthetic_windows(rng, 2.6, -0.08, run_noise=0.004, window_noise=0.0, compute=compute)
+        fit = fit_runs(compute, windows, seed=trial)
+        inside += -0.08 in fit.b and 2.6 in fit.a
+    assert inside >= 20  # measured over 200 draws: both coefficients inside in 91 %
+    assert fit.b.high - fit.b.low < 0.02, "an interval that covers by being wide shows nothing"
+
+
+def test_window_noise_alone_widens_the_intervals():
+    rng = np.random.default_rng(1)
+    quiet = fit_runs(COMPUTE, synthetic_windows(rng, 2.6, -0.08, run_noise=0, window_noise=0.01))
+    noisy = fit_runs(COMPUTE, synthetic_windows(rng, 2.6, -0.08, run_noise=0, window_noise=0.3))
+    assert noisy.a.high - noisy.a.low > 5 * (quiet.a.high - quiet.a.low)
+
+
+def test_band_holds_the_law_and_narrows_among_the_points():
+    rng = np.random.default_rng(2)
+    fit = fit_runs(COMPUTE, synthetic_windows(rng, 2.6, -0.08, run_noise=0.01, window_noise=0.05))
+    low, high = fit.band([1.5, 100.0])
+    assert low[0] <= fit.law(1.5) <= high[0]
+    assert high[1] - low[1] > high[0] - low[0]
+
+
+def test_fit_repeats_with_the_same_seed():
+    windows = synthetic_windows(np.random.default_rng(3), 2.6, -0.08, run_noise=0.01, window_noise=0.1)
+    np.testing.assert_array_equal(
+        fit_runs(COMPUTE, windows).replicates, fit_runs(COMPUTE, windows).replicates
+    )
+
+
+def test_two_runs_of_two_sizes_are_enough():
+    fit = fit_runs([1.0, 4.0], [[3.0, 3.2], [2.0, 2.2]])
+    np.testing.assert_allclose(fit.law([1.0, 4.0]), [3.1, 2.1])
+
+
+@pytest.mark.parametrize(
+    ("compute", "loss", "names"),
+    [
+        ([1.0, 1.0], [2.0, 2.1], "two different amounts of compute"),
+        ([1.0, 0.0], [2.0, 2.1], "compute"),
+        ([1.0, 2.0], [2.0, float("nan")], "loss"),
+    ],
+)
+def test_unfittable_points_are_refused(compute, loss, names):
+    with pytest.raises(ValueError, match=names):
+        fit_power_law(compute, loss)
+
+
+def test_pairing_resolves_what_separate_intervals_cannot():
+    rng = np.random.default_rng(4)
+    difficulty = rng.normal(2.0, 0.5, 60)
+    better = difficulty + rng.normal(0, 0.01, 60)
+    worse = difficulty + 0.02 + rng.normal(0, 0.01, 60)
+    difference = paired_difference([worse], [better])
+    assert difference.resolved
+    assert difference.mean == pytest.approx(0.02, abs=0.005)
+    assert 0.02 in difference.interval
+    assert mean_interval(worse).low < mean_interval(better).high, "unpaired, the two overlap"
+
+
+def test_equal_arms_and_disagreeing_seeds_stay_unresolved():
+    rng = np.random.default_rng(6)
+    difficulty = rng.normal(2.0, 0.5, 60)
+    noise = [difficulty + rng.normal(0, 0.05, 60) for _ in range(2)]
+    assert not paired_difference([noise[0]], [noise[1]]).resolved
+    disagreeing = paired_difference([difficulty + 0.10, difficulty - 0.01], [difficulty, difficulty])
+    assert 0.0 not in disagreeing.interval
+    assert not disagreeing.resolved
