@@ -1,0 +1,285 @@
+"""What a run is: data, model, arm, training, evaluation.
+
+These dataclasses are the only source of defaults and of the command line's help. `to_dict` and `from_dict`
+are their JSON form, as stored in a run's `config.json` and written in recipes; unknown keys are an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from openmoba.config import MobaConfig
+
+ARMS = ("full", "moba", "hybrid", "time_hybrid")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Documents, tokenizer, and the windows cut from them."""
+
+    source: str = "stdlib"
+    """Training documents: "stdlib" (the running Python's own source files), a .txt, .jsonl or .parquet file,
+    a folder of text or source files, or the name of a data set on the hub."""
+    valid: str | None = None
+    """Validation documents, in the same forms; left out: whole documents are held out of `source`."""
+    hold_out: int = 20
+    """Without `valid`: one of every this many documents is held out."""
+    column: str = "text"
+    """Column of the text in JSON lines, Parquet and hub data; a column of message lists is chat data."""
+    tokenizer: str = "auto"
+    """"bytes", "bpe" (trained on the training documents), a folder or hub name for AutoTokenizer, or "auto":
+    the tokenizer of `train.start_from`, else "bpe"."""
+    vocab_size: int = 2048
+    """Entries of a trained BPE tokenizer."""
+    length: int = 1024
+    """Tokens per window, the model's context. Windows never cross a document's end."""
+    cache: str = ".data"
+    """Folder that keeps tokenised corpora."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, hold_out=2, vocab_size=257, length=2)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of the transformers library, built from its configuration."""
+
+    family: str = "llama"
+    """transformers `model_type`: llama, qwen3, mistral ..."""
+    size: str = "tiny"
+    """Preset of widths and depths, see openmoba.lab.model.SIZES."""
+    overrides: dict[str, int | float | str | bool] = field(default_factory=dict)
+    """Entries of the transformers configuration that replace the preset's, e.g. num_key_value_heads 2."""
+
+
+@dataclass(frozen=True)
+class ArmConfig:
+    """The attention of a run: the only thing in which the arms of a study differ."""
+
+    name: Literal["full", "moba", "hybrid", "time_hybrid"] = "moba"
+    """full, moba, hybrid (the last `full_layers` layers full), time_hybrid (MoBA, then full attention)."""
+    block_size: int = 64
+    """Tokens per MoBA block."""
+    top_k: int = 3
+    """Blocks each query reads, its own included."""
+    full_layers: int | tuple[int, ...] = 1
+    """hybrid: count of last layers, or indices of the layers, that keep full attention."""
+    switch_at: float = 0.9
+    """time_hybrid: share of the steps after which MoBA turns into full attention."""
+
+    def __post_init__(self) -> None:
+        if self.name not in ARMS:
+            raise ValueError(f"unknown arm {self.name!r}; the arms are {', '.join(ARMS)}")
+        if not 0 <= self.switch_at <= 1:
+            raise ValueError(f"arm.switch_at is a share of the steps in [0, 1], got {self.switch_at}")
+        MobaConfig(self.block_size, self.top_k, self.full_layers)
+
+    def switch_step(self, steps: int) -> int:
+        """First step (counted from 0) of `steps` that trains with full attention; `steps` if none does."""
+        if self.name == "full":
+            return 0
+        return round(self.switch_at * steps) if self.name == "time_hybrid" else steps
+
+    def attention(self, step: int, steps: int) -> MobaConfig | None:
+        """Attention of step `step` (from 0) of `steps`; None is full attention."""
+        if step >= self.switch_step(steps) and self.name in ("full", "time_hybrid"):
+            return None
+        return MobaConfig(self.block_size, self.top_k, self.full_layers if self.name == "hybrid" else 0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation: AdamW, warm-up, and a cosine or warm-up-stable-decay schedule."""
+
+    steps: int = 200
+    """Optimizer steps."""
+    batch_size: int = 4
+    """Windows per optimizer step, over all devices."""
+    micro_batch_size: int | None = None
+    """Windows per forward pass of one device; left out: all of the device's share. Less saves memory."""
+    learning_rate: float = 2e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """Shape after warm-up: cosine, or stable and then a linear decay (wsd)."""
+    warmup: float = 0.05
+    """Share of the steps spent on linear warm-up."""
+    decay: float = 0.2
+    """wsd: share of the steps spent on the decay at the end."""
+    final_learning_rate: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices and embeddings."""
+    beta1: float = 0.9
+    """AdamW's first moment."""
+    beta2: float = 0.95
+    """AdamW's second moment."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    loss_tokens: int | None = None
+    """Fine-tuning with a loss mask: only this many last positions of each window carry loss, what comes before
+    is prompt. Left out: all positions (of chat data: the assistant's tokens)."""
+    start_from: str | None = None
+    """A run's folder, a model's folder or a hub name: its weights and tokenizer are the start."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of the windows, the same in all arms."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 autocast or fp32; auto: bf16 on a GPU, fp32 on the CPU."""
+    log_every: int = 10
+    """Steps between training records."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; a multiple of `log_every`."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer's activations in the backward pass: less memory, a third more compute."""
+    fsdp: bool = False
+    """Shard parameters, gradients and optimizer state over the processes of torchrun (FSDP2)."""
+    tensorboard: bool = False
+    """Also write TensorBoard logs into the run's folder."""
+
+    def __post_init__(self) -> None:
+        _at_least(
+            self, steps=1, batch_size=1, micro_batch_size=1, loss_tokens=1, log_every=1, checkpoint_every=1
+        )
+        for name in ("warmup", "decay", "final_learning_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"train.{name} is a share in [0, 1], got {getattr(self, name)}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"train.learning_rate must be > 0, got {self.learning_rate}")
+        if self.checkpoint_every % self.log_every:
+            raise ValueError(
+                f"train.checkpoint_every={self.checkpoint_every} must be a multiple of train.log_every="
+                f"{self.log_every}, so that a resumed run continues with the same records"
+            )
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Validation windows and what is measured on them."""
+
+    windows: int = 32
+    """Validation windows, evenly spread over the validation documents."""
+    every: int | None = None
+    """Steps between evaluations; left out: once, at the end."""
+    trailing: int | None = None
+    """Last positions of a full window that make the trailing loss; left out: 2048, at most length // 8."""
+    position_range: int | None = None
+    """Positions per range of the position-wise loss; left out: 2048, at most length // 8."""
+    batch_size: int = 4
+    """Windows per forward pass."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, windows=1, every=1, trailing=1, position_range=1, batch_size=1)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    arm: ArmConfig = field(default_factory=ArmConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("eval.trailing", self.eval.trailing),
+            ("eval.position_range", self.eval.position_range),
+            ("train.loss_tokens", self.train.loss_tokens),
+        ):
+            if value is not None and value > self.data.length:
+                raise ValueError(
+                    f"{name}={value} is more than a window of data.length={self.data.length} tokens"
+                )
+
+    @property
+    def trailing(self) -> int:
+        """Positions of the trailing loss."""
+        return self.eval.trailing or default_range(self.data.length)
+
+    @property
+    def position_range(self) -> int:
+        """Positions per range of the position-wise loss."""
+        return self.eval.position_range or default_range(self.data.length)
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens."""
+        return self.train.steps * self.train.batch_size * self.data.length
+
+
+def default_range(length: int) -> int:
+    """2048 positions as in arXiv 2502.13189, an eighth of windows shorter than 16K."""
+    return max(1, min(2048, length // 8))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """JSON-ready form of a configuration; the inverse of `from_dict`."""
+    return {
+        f.name: to_dict(value) if dataclasses.is_dataclass(value) else _plain(value)
+        for f in dataclasses.fields(config)
+        for value in (getattr(config, f.name),)
+    }
+
+
+def from_dict(kind: type[T], values: dict[str, Any], where: str = "") -> T:
+    """Build the dataclass `kind` from plain values; left-out keys take their defaults.
+
+    Raises:
+        ValueError: unknown key or value of a wrong type, with its dotted name and what is allowed.
+    """
+    hints = get_type_hints(kind)
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{where or kind.__name__} must be a table with keys {', '.join(hints)}, got {values!r}"
+        )
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        name = f"{where}.{unknown[0]}" if where else unknown[0]
+        raise ValueError(f"unknown key {name!r}; the keys of {where or kind.__name__} are {', '.join(hints)}")
+    return kind(
+        **{key: _read(hints[key], value, f"{where}.{key}".strip(".")) for key, value in values.items()}
+    )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, dict) else value
+
+
+def _read(hint: Any, value: Any, where: str) -> Any:
+    """`value` as `hint` asks, or a ValueError that names `where`."""
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)  # type: ignore[arg-type]
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    for option in options:
+        kind = get_origin(option) or option
+        if kind is Literal and value in get_args(option):
+            return value
+        if kind is tuple and isinstance(value, list | tuple):
+            return tuple(_read(get_args(option)[0], item, where) for item in value)
+        if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if kind is dict and isinstance(value, dict):
+            return {key: _read(get_args(option)[1], item, f"{where}.{key}") for key, item in value.items()}
+        if kind in (int, str, bool, NoneType) and type(value) is kind:
+            return value
+    allowed = " or ".join(_name(option) for option in options)
+    raise ValueError(f"{where} must be {allowed}, got {value!r}")
+
+
+def _name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(repr(choice) for choice in get_args(hint))
+    return "none" if hint is NoneType else getattr(get_origin(hint) or hint, "__name__", str(hint))
+
+
+def _at_least(config: Any, **limits: int) -> None:
+    section = type(config).__name__.removesuffix("Config").lower()
+    for name, limit in limits.items():
+        value = getattr(config, name)
+        if value is not None and value < limit:
+            raise ValueError(f"{section}.{name} must be >= {limit}, got {value}")

@@ -1,0 +1,131 @@
+"""Records of a run: JSON lines that survive a kill, and JSON files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def append(path: Path, row: Row) -> None:
+    """Add one line to `path`, on the disk when this returns; a killed writer's torn last line is cut off first.
+
+    Raises:
+        ValueError: the row holds NaN or infinity, or the disk does not take it.
+    """
+    line = _encode(row, path) + b"\n"
+    with _writing(path), path.open("ab+") as file:
+        _cut_torn_line(file.fileno())
+        start = file.tell()
+        try:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.ftruncate(file.fileno(), start)
+            raise
+
+
+def read(path: Path) -> list[Row]:
+    """All whole lines of `path`; a torn last line is skipped, a missing file has none.
+
+    Raises:
+        ValueError: a line before the last is not a JSON object.
+    """
+    return list(_rows(path)) if path.exists() else []
+
+
+def keep(path: Path, rows: Iterable[Row]) -> None:
+    """Replace `path` by `rows` in one step, as when a resumed run drops what came after its checkpoint."""
+    _replace(path, b"".join(_encode(row, path) + b"\n" for row in rows))
+
+
+def write_json(path: Path, value: Row) -> None:
+    """Write `path` in one step: a reader sees the old file or the whole new one."""
+    _replace(path, json.dumps(_finite(value, path), indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def read_json(path: Path) -> Row:
+    """The JSON object in `path`; ValueError if it is missing or is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); delete it or restore it") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or torn
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: not a record; delete the line and what follows it")
+        yield row
+
+
+def _encode(row: Row, path: Path) -> bytes:
+    return json.dumps(_finite(row, path), ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _finite(row: Row, path: Path) -> Row:
+    for key, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{path}: record holds {key}={value}, which JSON cannot say")
+    return row
+
+
+def _cut_torn_line(file: int) -> None:
+    """Drop what follows the last newline of the open file `file`."""
+    size = os.fstat(file).st_size
+    end = size
+    while end > 0:
+        start = max(0, end - 65536)
+        newline = os.pread(file, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end < size:
+        os.ftruncate(file, end)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with _writing(path):
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn the disk's refusal into one clear error."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {path}: {error.strerror}; earlier records are safe, make room and run again"
+        ) from error
