@@ -24,7 +24,7 @@ class DataConfig:
 
     source: str = "stdlib"
     """Training documents: "stdlib" (the running Python's own source files), a .txt, .jsonl or .parquet file,
-    a folder of text or source files, or the name of a data set on the hub."""
+    a folder of such files or of source code, or a data set on the hub as NAME[@CONFIG][:SPLIT]."""
     valid: str | None = None
     """Validation documents, in the same forms; left out: whole documents are held out of `source`."""
     hold_out: int = 20
@@ -121,8 +121,8 @@ class TrainConfig:
     clip: float = 1.0
     """Largest norm of the gradient."""
     loss_tokens: int | None = None
-    """Fine-tuning with a loss mask: only this many last positions of each window carry loss, what comes before
-    is prompt. Left out: all positions (of chat data: the assistant's tokens)."""
+    """Fine-tuning with a loss mask: only this many last positions of each window carry loss, what comes
+    before is prompt. Left out: all positions (of chat data: the assistant's tokens)."""
     start_from: str | None = None
     """A run's folder, a model's folder or a hub name: its weights and tokenizer are the start."""
     seed: int = 0

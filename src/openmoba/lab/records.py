@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 def append(path: Path, row: Row) -> None:
-    """Add one line to `path`, on the disk when this returns; a killed writer's torn last line is cut off first.
+    """Add one line to `path`, on the disk when this returns; a torn last line of a killed writer is cut off.
 
     Raises:
         ValueError: the row holds NaN or infinity, or the disk does not take it.

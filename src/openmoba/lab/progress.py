@@ -1,0 +1,76 @@
+"""What a long task tells its user: notes, and steps with the time left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+
+class Progress:
+    """Silent; the base of all reporters."""
+
+    def note(self, text: str) -> None:
+        """A sentence about what is going on."""
+
+    def step(self, done: int, total: int, detail: str = "") -> None:
+        """`done` of `total` steps are finished; `detail` is a few words, such as the loss."""
+
+
+class TerminalProgress(Progress):
+    """A bar that redraws itself on a terminal, a line per tenth of the work elsewhere.
+
+    The time left is extrapolated from this object's own first step on, so a resumed run is judged by its own speed.
+    """
+
+    def __init__(self, label: str = "", stream: TextIO = sys.stderr) -> None:
+        self.label, self.stream = label, stream
+        self._first: tuple[int, float] | None = None
+        self._open_line = False
+
+    def note(self, text: str) -> None:
+        self._end_line()
+        print(text, file=self.stream, flush=True)
+
+    def step(self, done: int, total: int, detail: str = "") -> None:
+        now = time.monotonic()
+        if self._first is None or done < self._first[0]:
+            self._first = (done, now)
+        line = (
+            f"{self.label} {bar(done / total)} {done}/{total}  {detail}  {self._time_left(done, total, now)}"
+        )
+        if self.stream.isatty():
+            print(f"\r\033[K{line.strip()}", end="", file=self.stream, flush=True)
+            self._open_line = True
+            if done >= total:
+                self._end_line()
+        elif done >= total or done % max(1, total // 10) == 0:
+            print(line.strip(), file=self.stream, flush=True)
+
+    def _time_left(self, done: int, total: int, now: float) -> str:
+        assert self._first is not None
+        start, since = self._first
+        if done >= total or done == start:
+            return ""
+        return f"{duration((now - since) / (done - start) * (total - done))} left"
+
+    def _end_line(self) -> None:
+        if self._open_line:
+            print(file=self.stream, flush=True)
+            self._open_line = False
+
+
+def bar(share: float, width: int = 24) -> str:
+    """A text bar, `share` of it filled."""
+    filled = round(max(0.0, min(1.0, share)) * width)
+    return "[" + "#" * filled + "." * (width - filled) + "]"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 42s, 3m10s, 2h05m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
