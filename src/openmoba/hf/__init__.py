@@ -1,0 +1,13 @@
+"""MoBA in transformers models. Importing this module registers the attention and the mask named "moba"."""
+
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from openmoba.hf.attention import attention_forward
+from openmoba.hf.masks import segment_map
+from openmoba.hf.model import configure
+from openmoba.hf.settings import NAME
+
+__all__ = ["configure"]
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, segment_map)

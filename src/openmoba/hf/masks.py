@@ -1,0 +1,110 @@
+"""The mask that transformers hands to MoBA: which sequence every key slot belongs to.
+
+transformers' masks say which key each query may read; MoBA needs to know where the sequences begin, because
+blocks restart there. So the mask registered under the name "moba" is an int32 *segment map* `[B, 1, 1, S]`
+over the key slots of every batch row:
+
+    -1  not written yet (the free end of a static cache)
+     0  padding
+     n  a token of the row's n-th sequence, n >= 1
+
+    left padding      0 0 1 1 1 1        packed by position_ids    1 1 1 2 2 3
+    static cache      0 1 1 1 -1 -1      hole in the middle        1 1 0 0 1 1
+
+Queries are the last written slots. None stands for rows of one whole sequence each. The map is
+four-dimensional since transformers passes such masks through untouched, and int32 so that it is never
+mistaken for a custom mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function
+
+from openmoba.hf.eager import eager
+
+UNWRITTEN, PADDING = -1, 0
+
+# B batch, S key slots, T queries
+
+
+def segment_map(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> Tensor | None:
+    """The segment map `[B, 1, 1, S]`, in transformers' signature for mask functions.
+
+    Args:
+        batch_size, q_length, kv_length: B, T and S; `q_offset` of the slots were written before.
+        mask_function: transformers' predicate; plain causal, or causal within packed sequences.
+        attention_mask: bool `[B, written slots]`, False for padding.
+        local_size, use_vmap: set for sliding windows and for custom mask functions, which are refused.
+
+    Raises:
+        ValueError: for a mask that is not causal over whole sequences.
+    """
+    if local_size is not None or kv_offset != 0:
+        raise ValueError(
+            f"MoBA has no sliding window or chunked attention, got a window of {local_size}; "
+            "set the model configuration's sliding_window to None"
+        )
+    if use_vmap:
+        raise ValueError("MoBA cannot combine with a custom mask function; use attn_implementation='sdpa'")
+    growing = not isinstance(q_offset, Tensor) and kv_length == q_offset + q_length
+    causal = mask_function is causal_mask_function
+    if growing and causal and attention_mask is None:
+        return None
+    slot_S = torch.arange(kv_length, device=device)
+    map_BS = torch.ones(batch_size, kv_length, dtype=torch.int32, device=device)
+    if not causal:
+        map_BS = map_BS + _sequence_numbers(mask_function, batch_size, q_length, device)
+    if attention_mask is not None:
+        real_BS = torch.nn.functional.pad(attention_mask, (0, max(0, kv_length - attention_mask.shape[1])))
+        map_BS = map_BS.masked_fill(~real_BS[:, :kv_length].bool(), PADDING)
+    map_BS = map_BS.masked_fill(slot_S >= q_offset + q_length, UNWRITTEN)
+    return _unless_whole(map_BS) if growing else map_BS[:, None, None]
+
+
+@eager("whether a batch is padded or packed decides which kernels run")
+def _unless_whole(map_BS: Tensor) -> Tensor | None:
+    """None if every row is one whole sequence, else the map `[B, 1, 1, S]`; reads the values."""
+    return None if bool((map_BS == 1).all()) else map_BS[:, None, None]
+
+
+@eager("a mask that is not causal over whole sequences is refused by its values")
+def _sequence_numbers(
+    mask_function: Callable[..., Tensor], batch: int, tokens: int, device: torch.device | str
+) -> Tensor:
+    """Number of the sequence each token belongs to, from 0, int32 `[B, T]`, read off transformers' predicate.
+
+    Neighbours that do not see each other are in different sequences. The predicate must then be causal within
+    these: no token sees the next one, every token sees its sequence's first.
+    """
+    row_B1 = torch.arange(batch, device=device)[:, None]
+    slot_1T = torch.arange(tokens, device=device)[None]
+    head = torch.zeros((), dtype=torch.long, device=device)
+    past_1T, next_1T = slot_1T[:, :-1], slot_1T[:, 1:]
+    joined_BT = mask_function(row_B1, head, next_1T, past_1T).expand(batch, -1)
+    starts_BT = torch.nn.functional.pad(~joined_BT, (1, 0))
+    first_BT = (slot_1T * starts_BT).cummax(-1).values
+    sees_next = mask_function(row_B1, head, past_1T, next_1T).any()
+    sees_first = mask_function(row_B1, head, slot_1T, first_BT).all()
+    if bool(sees_next) or not bool(sees_first):
+        raise ValueError(
+            "MoBA needs causal attention over whole sequences, and this model asks for another mask; "
+            "use attn_implementation='sdpa'"
+        )
+    return starts_BT.cumsum(-1, dtype=torch.int32)

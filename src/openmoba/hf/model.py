@@ -1,0 +1,54 @@
+"""Turning a transformers decoder into MoBA, a layer-wise hybrid, or full attention, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from openmoba.config import MobaConfig
+from openmoba.hf.settings import NAME
+
+
+def configure(model: Any, settings: MobaConfig | None) -> Any:
+    """Give a model MoBA attention as `settings` say, or full attention everywhere for None.
+
+    No parameter is added or changed, so this may be called at any time, in the middle of training too. The
+    settings become part of `model.config`: `save_pretrained` writes them, and `from_pretrained` restores them
+    once `openmoba.hf` is imported.
+
+    Args:
+        model: a transformers decoder whose attention goes through `AttentionInterface` (Llama, Qwen3, ...).
+        settings: block size, top-k, and the layers that keep full attention (through SDPA).
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if the model has attention that MoBA does not replace, such as a sliding window, or if
+            `settings` name layers that it does not have.
+    """
+    if settings is not None:
+        check_supported(model)
+        settings.full_layer_indices(model.config.num_hidden_layers)
+    model.config.moba = settings
+    model.set_attn_implementation("sdpa" if settings is None else NAME)
+    return model
+
+
+def check_supported(model: Any) -> None:
+    """ValueError unless every attention layer of the model is causal over the whole past."""
+    config, name = model.config, type(model).__name__
+    if config.is_encoder_decoder or config.get_text_config(decoder=True) is not config:
+        raise ValueError(f"MoBA replaces the attention of decoder-only text models; {name} is not one")
+    if not model._can_set_attn_implementation():
+        raise ValueError(f"{name} does not take its attention from transformers' AttentionInterface")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ValueError(
+            f"{name} has layers of types {sorted(kinds)}; MoBA replaces 'full_attention' layers only"
+        )
+    window = getattr(config, "sliding_window", None)
+    if window is not None:
+        raise ValueError(
+            f"{name} attends within a sliding window of {window}; load it with sliding_window=None "
+            "to give it MoBA over the whole past"
+        )
