@@ -20,7 +20,8 @@ class Progress:
 class TerminalProgress(Progress):
     """A bar that redraws itself on a terminal, a line per tenth of the work elsewhere.
 
-    The time left is extrapolated from this object's own first step on, so a resumed run is judged by its own speed.
+    The time left is extrapolated from this object's own first step on, so that a resumed run is judged by its
+    own speed.
     """
 
     def __init__(self, label: str = "", stream: TextIO = sys.stderr) -> None:

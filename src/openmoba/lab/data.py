@@ -1,0 +1,154 @@
+"""From a configuration to windows: the split into training and validation documents, and the tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from openmoba.lab.config import DataConfig
+from openmoba.lab.corpus import Corpus, open_corpus
+from openmoba.lab.progress import Progress
+from openmoba.lab.store import Survey, TokenStore, cached, survey, tokenise
+from openmoba.lab.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
+from openmoba.lab.windows import Windows, cut_windows
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains and is measured on.
+
+    Attributes:
+        train: windows of the training documents.
+        valid: windows of the validation documents, which are none of the training documents.
+        tokenizer: a fast tokenizer of the transformers library.
+    """
+
+    train: Windows
+    valid: Windows
+    tokenizer: Any
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Corpora and the numbers of the documents used, int64."""
+
+    train: Corpus
+    train_documents: np.ndarray
+    valid: Corpus
+    valid_documents: np.ndarray
+
+
+def load_data(
+    config: DataConfig, start_from: Path | str | None = None, progress: Progress | None = None
+) -> Data:
+    """Open, split and tokenise the documents, or find all that done in the cache.
+
+    Args:
+        start_from: folder or hub name of a model whose tokenizer `tokenizer="auto"` takes.
+
+    Raises:
+        ValueError: no documents, or none that reaches the window's length, with the way out.
+    """
+    progress = progress or Progress()
+    cache = Path(config.cache).expanduser()
+    split = _split(config, cache)
+    tokenizer = _tokenizer(config, split, start_from, cache, progress)
+    progress.note(f"tokens of {config.source}")
+    store = tokenise(split.train, tokenizer, cache)
+    valid_store = store if split.valid == split.train else tokenise(split.valid, tokenizer, cache)
+    return Data(
+        _windows(store, split.train_documents, config.length, f"{config.source} (training)"),
+        _windows(valid_store, split.valid_documents, config.length, f"{split.valid.name} (validation)"),
+        tokenizer,
+    )
+
+
+def validation_windows(windows: Windows, count: int) -> Windows:
+    """`count` windows evenly spread over all validation windows, or a ValueError if there are fewer."""
+    if count > len(windows):
+        raise ValueError(
+            f"eval.windows={count}, but the validation documents hold {len(windows)} windows of "
+            f"{windows.length} tokens; lower eval.windows or data.length, or hold out more documents "
+            "(a smaller data.hold_out)"
+        )
+    return windows.spread(count)
+
+
+def hold_out(surveyed: Survey, every: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the documents to train on and of those held out, int64; copies of a document appear once.
+
+    Documents are put in order of size and one of every `every` is held out, picked by its hash: so the
+    held-out ones are spread over all sizes, and depend on nothing but the documents.
+    """
+    _, unique = np.unique(surveyed.digests, return_index=True)
+    by_size = unique[np.lexsort((surveyed.digests[unique], -surveyed.sizes[unique]))]
+    groups = [by_size[start : start + every] for start in range(0, len(by_size), every)]
+    held = [
+        group[np.argmin(surveyed.digests[group])]
+        for group in groups
+        if len(group) == every or (group is groups[0] and len(group) > 1)
+    ]
+    return np.setdiff1d(unique, held), np.sort(np.asarray(held, dtype=np.int64))
+
+
+def _split(config: DataConfig, cache: Path) -> _Split:
+    train = open_corpus(config.source, config.column)
+    surveyed = _nonempty(train, cache)
+    if config.valid is None:
+        documents, held = hold_out(surveyed, config.hold_out)
+        if len(held) == 0:
+            raise ValueError(f"{config.source} is one document, none is left for validation; set data.valid")
+        return _Split(train, documents, train, held)
+    valid = open_corpus(config.valid, config.column)
+    held_survey = _nonempty(valid, cache)
+    _, unique = np.unique(surveyed.digests, return_index=True)
+    fresh = unique[~np.isin(surveyed.digests[unique], held_survey.digests)]
+    return _Split(train, np.sort(fresh), valid, np.arange(len(held_survey.sizes)))
+
+
+def _nonempty(corpus: Corpus, cache: Path) -> Survey:
+    surveyed = survey(corpus, cache)
+    if len(surveyed.sizes) == 0:
+        raise ValueError(
+            f"{corpus.name} has no documents with text in them; set data.source or data.valid to others"
+        )
+    return surveyed
+
+
+def _tokenizer(
+    config: DataConfig, split: _Split, start_from: Path | str | None, cache: Path, progress: Progress
+) -> Any:
+    if config.tokenizer == "auto" and start_from is not None:
+        return load_tokenizer(start_from)
+    if config.tokenizer in ("auto", "bpe"):
+        return _trained_bpe(config, split, cache, progress)
+    return byte_tokenizer() if config.tokenizer == "bytes" else load_tokenizer(config.tokenizer)
+
+
+def _trained_bpe(config: DataConfig, split: _Split, cache: Path, progress: Progress) -> Any:
+    """A BPE of the training documents alone, kept in the cache."""
+
+    def write(folder: Path) -> None:
+        progress.note(f"training a tokenizer of {config.vocab_size} entries on {config.source}")
+        chosen = set(split.train_documents.tolist())
+        documents = (d for number, d in enumerate(split.train.documents()) if number in chosen)
+        texts = (d if isinstance(d, str) else "\n".join(m["content"] for m in d) for d in documents)
+        train_bpe(texts, config.vocab_size).save_pretrained(folder)
+
+    held = "" if split.valid == split.train else f"-{split.valid.digest}"
+    name = f"bpe-{split.train.digest}-{config.vocab_size}-{config.hold_out}{held}"
+    return load_tokenizer(cached(cache, name, write))
+
+
+def _windows(store: TokenStore, documents: np.ndarray, length: int, name: str) -> Windows:
+    windows = cut_windows(store, documents, length)
+    if len(windows) == 0:
+        longest = int(store.lengths[documents].max(initial=0))
+        raise ValueError(
+            f"{name}: none of {len(documents)} documents reaches the window's {length} + 1 tokens, "
+            f"the longest has {longest}; lower data.length below {longest} or use longer documents"
+        )
+    return windows

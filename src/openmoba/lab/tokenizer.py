@@ -1,0 +1,124 @@
+"""Tokenizers: bytes, a byte-level BPE trained on a corpus, any of `AutoTokenizer`; chat with a loss mask.
+
+All of them are fast tokenizers of the transformers library, so a model's folder carries its own in
+`tokenizer.json` and every tool that reads model folders can use it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+END = "<|endoftext|>"
+
+# Roles in plain text: a tokenizer trained here has no special tokens for them.
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def byte_tokenizer() -> Any:
+    """256 bytes and an end-of-text token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return _wrap(
+        Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
+    )
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
+    """Byte-level BPE of `vocab_size` entries, the end-of-text token included."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _wrap(tokenizer)
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer in a folder or of a hub name, which must be a fast one."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer in {name}; use bytes, bpe, a folder or a hub name ({error})"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer of {name} has no tokenizer.json (fast tokenizer), which is needed")
+    return tokenizer
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """Hash of all that decides what a document's tokens are."""
+    parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token, tokenizer.chat_template]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def encode_texts(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
+    """Tokens of each text, and the end-of-text token where the tokenizer has one; int64."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return [np.asarray(row + end, dtype=np.int64) for row in rows]
+
+
+def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of a conversation through the chat template, int64, and which the assistant wrote, bool.
+
+    An assistant's turn is what the template adds to the conversation before it and its generation prompt.
+    """
+    text = _render(tokenizer, messages)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    start_T = np.asarray([start for start, _ in encoded["offset_mapping"]], dtype=np.int64)
+    written_T = np.zeros(len(start_T), dtype=bool)
+    for turn, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        prompt = _render(tokenizer, messages[:turn], add_generation_prompt=True)
+        answer = _render(tokenizer, messages[: turn + 1])
+        if not (answer.startswith(prompt) and text.startswith(answer)):
+            raise ValueError(
+                "the chat template rewrites earlier turns, so the assistant's tokens cannot be told apart; "
+                "use a tokenizer whose template only appends"
+            )
+        written_T |= (start_T >= len(prompt)) & (start_T < len(answer))
+    return np.asarray(encoded["input_ids"], dtype=np.int64), written_T
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template, which chat data needs"
+        )
+    if not messages and not add_generation_prompt:
+        return ""
+    return str(
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    )
+
+
+def _wrap(tokenizer: Any) -> Any:
+    from tokenizers import decoders, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+    wrapped.chat_template = _CHAT_TEMPLATE
+    return wrapped
