@@ -1,0 +1,128 @@
+"""Where things are: sequences, tiles and blocks of a batched or packed call, on the host and in kernels.
+
+A packed batch is cut into tiles without reading its lengths on the host. Sequence s, which starts at `cu[s]`,
+owns the tile slots from `cu[s] // tile + s` on. Since `b//t - a//t + 1 >= ceil((b-a) / t)`, that is room for all
+its tiles, so `total // tile + sequences` slots serve any lengths; a few stay empty and their programs return at
+once. Key blocks are numbered by the same rule with `tile = block_size`; such a number is called a *block slot*.
+A batch of equal lengths is cut evenly and has no empty slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of one call. `tokens_q` and `tokens_k` are per sequence in a batch, totals in a packed batch."""
+
+    packed: bool
+    sequences: int
+    tokens_q: int
+    tokens_k: int
+    heads: int
+    kv_heads: int
+    width: int
+    block_size: int
+    top_k: int
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> Geometry:
+        sequences = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
+        return cls(
+            packed=cu_q is not None,
+            sequences=sequences,
+            tokens_q=q.shape[-3],
+            tokens_k=k.shape[-3],
+            heads=q.shape[-2],
+            kv_heads=k.shape[-2],
+            width=q.shape[-1],
+            block_size=block_size,
+            top_k=top_k,
+        )
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def rows(self) -> int:
+        """Query tokens of all sequences."""
+        return self.tokens_q if self.packed else self.sequences * self.tokens_q
+
+    @property
+    def longest(self) -> int:
+        """Upper bound of the blocks in one sequence."""
+        return -(-self.tokens_k // self.block_size)
+
+    @property
+    def block_slots(self) -> int:
+        """Block slots per key/value head."""
+        return self._slots(self.tokens_k, self.block_size)
+
+    def query_slots(self, tile: int) -> int:
+        """Slots for tiles of `tile` query tokens."""
+        return self._slots(self.tokens_q, tile)
+
+    def _slots(self, tokens: int, tile: int) -> int:
+        if self.packed:
+            return tokens // tile + self.sequences
+        return self.sequences * -(-tokens // tile)
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of batch (0 when packed), token and head; the last dimension is contiguous."""
+    assert x.stride(-1) == 1 or x.shape[-1] == 1
+    return (0 if x.dim() == 3 else x.stride(0), x.stride(-3), x.stride(-2))
+
+
+@triton.jit
+def locate(slot, cu_ptr, sequences, tokens, tile, PACKED: tl.constexpr):
+    """The sequence that owns tile slot `slot`, and the tile's number within it."""
+    if PACKED:
+        low = 0
+        high = sequences - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            if tl.load(cu_ptr + middle) // tile + middle <= slot:
+                low = middle
+            else:
+                high = middle - 1
+        first = tl.load(cu_ptr + low) // tile + low
+        return low, slot - first
+    else:
+        tiles = tl.cdiv(tokens, tile)
+        return slot // tiles, slot % tiles
+
+
+@triton.jit
+def span(sequence, cu_ptr, tokens, PACKED: tl.constexpr):
+    """First token of a sequence within its batch row, and its token count."""
+    if PACKED:
+        begin = tl.load(cu_ptr + sequence)
+        return begin, tl.load(cu_ptr + sequence + 1) - begin
+    else:
+        return 0, tokens
+
+
+@triton.jit
+def first_slot(sequence, cu_ptr, tokens, tile, PACKED: tl.constexpr):
+    """The first tile slot of a sequence."""
+    if PACKED:
+        return tl.load(cu_ptr + sequence) // tile + sequence
+    else:
+        return sequence * tl.cdiv(tokens, tile)
+
+
+@triton.jit
+def first_row(sequence, cu_q_ptr, tokens_q, PACKED: tl.constexpr):
+    """Number of a sequence's first query token among the query tokens of all sequences."""
+    if PACKED:
+        return tl.load(cu_q_ptr + sequence)
+    else:
+        return sequence * tokens_q
