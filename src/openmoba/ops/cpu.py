@@ -1,0 +1,192 @@
+"""MoBA on CPU in torch operations: only chosen blocks are read, memory is linear in tokens.
+
+Forward: every tile (see `openmoba.ops.tiles`) is one attention with output o_i and log-sum-exp l_i; with
+`l = log sum_i exp(l_i)`, the output is `sum_i exp(l_i - l) o_i`, a weighted bag of slots.
+Backward: under the softmax over all tiles, a tile's gradients need only the whole output and l, so tiles stay
+independent: dQ is a bag of slots, dK and dV are added up where the keys lie. All sums have a fixed order, so
+results repeat bit for bit.
+
+Suffixes: T query tokens, S key tokens, H query heads, J key/value heads, G query heads per key/value head,
+D head width, L tiles, R rows of a tile, M keys of a tile, C slots of a query row, K = top_k - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from openmoba.ops.selection import select
+from openmoba.ops.tiles import Part, Plan, Tiles, parts, plan, sequences_of
+
+__all__ = ["backward", "forward", "select"]
+
+_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# Elements gathered for one call of the tile kernel; more fall out of the cache.
+ELEMENTS_AT_ONCE = 2**21
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    block_size: int,
+    top_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp and selection, as `openmoba.ops.library` defines them."""
+    selected = select(q, k, cu_q, cu_k, block_size, top_k)
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    q_TJGD, out_TJGD, lse_TJG, selected_TJGK = (
+        _by_head(_packed(x, cu_q), k.shape[-2]) for x in (q, out, lse, selected)
+    )
+    k_SJD, v_SJD = _packed(k, cu_k), _packed(v, cu_k)
+    for part in _parts(q, k, cu_q, cu_k, block_size, top_k):
+        todo = plan(part, _rows(selected_TJGK, part), block_size)
+        q_QD = _with_padding([_rows(q_TJGD, part)])
+        kv_KD = _keys([k_SJD, v_SJD], part)
+        out_QD, lse_Q = _forward_part(todo, q_QD, kv_KD, scale)
+        _rows(out_TJGD, part).copy_(out_QD.view(_rows(out_TJGD, part).shape))
+        _rows(lse_TJG, part).copy_(lse_Q.view(_rows(lse_TJG, part).shape))
+    return out, lse, selected
+
+
+def backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    selected: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; those of k and v are summed in fp32."""
+    dq = q.new_empty(q.shape)
+    dk, dv = (k.new_zeros(k.shape, dtype=torch.float32) for _ in range(2))
+    q_TJGD, d_out_TJGD, out_TJGD, lse_TJG, selected_TJGK, dq_TJGD = (
+        _by_head(_packed(x, cu_q), k.shape[-2]) for x in (q, d_out, out, lse, selected, dq)
+    )
+    k_SJD, v_SJD, dk_SJD, dv_SJD = (_packed(x, cu_k) for x in (k, v, dk, dv))
+    for part in _parts(q, k, cu_q, cu_k, block_size, selected.shape[-1] + 1):
+        todo = plan(part, _rows(selected_TJGK, part), block_size)
+        rows_QD = _with_padding([_rows(x, part) for x in (q_TJGD, d_out_TJGD, out_TJGD)])
+        lse_Q = _with_padding([_rows(lse_TJG, part)[..., None]])[:, 0]
+        kv_KD = _keys([k_SJD, v_SJD], part)
+        dq_QD, dk_KD, dv_KD = _backward_part(todo, rows_QD, lse_Q, kv_KD, scale)
+        _rows(dq_TJGD, part).copy_(dq_QD.view(_rows(dq_TJGD, part).shape))
+        for whole_SJD, share_KD in ((dk_SJD, dk_KD), (dv_SJD, dv_KD)):
+            share_JSD = whole_SJD[part.keys, part.heads].transpose(0, 1)
+            share_JSD += share_KD.view(share_JSD.shape)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _forward_part(todo: Plan, q_QD: Tensor, kv_KD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, fp32, of a part's query rows."""
+    width = q_QD.shape[1]
+    slot_D = q_QD.new_empty((todo.slots + 1, width), dtype=torch.float32)
+    slot_lse = q_QD.new_empty(todo.slots + 1, dtype=torch.float32)
+    slot_D[-1], slot_lse[-1] = 0, -torch.inf
+    start = 0
+    for tiles, row_LR, key_LM in _batches(todo, width):
+        q_L1RD = _gather(q_QD, row_LR)
+        k_L1MD, v_L1MD = _gather(kv_KD, key_LM).chunk(2, dim=-1)
+        o_L1RD, lse_L1R = _attend(q_L1RD, k_L1MD, v_L1MD, 0.0, tiles.causal, scale=scale)
+        end = start + row_LR.numel()
+        slot_D[start:end] = o_L1RD.reshape(-1, width)
+        slot_lse[start:end] = lse_L1R.flatten()
+        start = end
+    lse_QC = slot_lse[todo.slot_of_row]
+    lse_Q = lse_QC.logsumexp(1)
+    weight_QC = (lse_QC - lse_Q[:, None]).exp_()
+    return embedding_bag(todo.slot_of_row, slot_D, mode="sum", per_sample_weights=weight_QC), lse_Q
+
+
+def _backward_part(
+    todo: Plan, rows_QD: Tensor, lse_Q: Tensor, kv_KD: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients, fp32, of a part's query rows, keys and values; `rows_QD` is q, d_out and out side by side."""
+    width = rows_QD.shape[1] // 3
+    slot_D = rows_QD.new_empty((todo.slots + 1, width), dtype=torch.float32)
+    slot_D[-1] = 0
+    dk_KD, dv_KD = (kv_KD.new_zeros((len(kv_KD), width), dtype=torch.float32) for _ in range(2))
+    start = 0
+    for tiles, row_LR, key_LM in _batches(todo, width):
+        q_L1RD, d_out_L1RD, out_L1RD = _gather(rows_QD, row_LR).chunk(3, dim=-1)
+        k_L1MD, v_L1MD = _gather(kv_KD, key_LM).chunk(2, dim=-1)
+        lse_L1R = lse_Q[row_LR][:, None]
+        dq, dk, dv = _attend_backward(
+            d_out_L1RD, q_L1RD, k_L1MD, v_L1MD, out_L1RD, lse_L1R, 0.0, tiles.causal, scale=scale
+        )
+        end = start + row_LR.numel()
+        slot_D[start:end] = dq.reshape(-1, width)
+        dk_KD.index_add_(0, key_LM.flatten(), dk.reshape(-1, width).float())
+        dv_KD.index_add_(0, key_LM.flatten(), dv.reshape(-1, width).float())
+        start = end
+    return embedding_bag(todo.slot_of_row, slot_D, mode="sum"), dk_KD, dv_KD
+
+
+def _batches(todo: Plan, width: int) -> Iterator[tuple[Tiles, Tensor, Tensor]]:
+    """Tiles a few at a time, in the order of their slots, with the query and key rows they gather."""
+    threads = torch.get_num_threads()
+    for tiles in todo.tiles:
+        elements = (3 * tiles.row_LR.shape[1] + 2 * tiles.span) * width
+        at_once = max(1, ELEMENTS_AT_ONCE // elements // threads) * threads
+        key_M = torch.arange(tiles.span)
+        for row_LR, key_L in zip(torch.split(tiles.row_LR, at_once), torch.split(tiles.key_L, at_once), strict=True):
+            yield tiles, row_LR, key_L[:, None] + key_M
+
+
+def _gather(x_QD: Tensor, row_LR: Tensor) -> Tensor:
+    """`x_QD[row_LR]` as one head per tile, `[L, 1, R, D]`."""
+    return x_QD.index_select(0, row_LR.flatten()).view(len(row_LR), 1, row_LR.shape[1], -1)
+
+
+def _parts(
+    q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int, top_k: int
+) -> Iterator[Part]:
+    if cu_q is None or cu_k is None:
+        bounds = ([i * x.shape[1] for i in range(len(x) + 1)] for x in (q, k))
+    else:
+        bounds = (cu.tolist() for cu in (cu_q, cu_k))
+    kv_heads = k.shape[-2]
+    slots_per_query = q.shape[-2] // kv_heads * top_k
+    return parts(sequences_of(*bounds), kv_heads, slots_per_query, block_size)
+
+
+def _packed(x: Tensor, cu: Tensor | None) -> Tensor:
+    """A batch as a packed tensor; a view where the strides allow."""
+    return x.flatten(0, 1) if cu is None else x
+
+
+def _by_head(x_THD: Tensor, kv_heads: int) -> Tensor:
+    """Query heads grouped by their key/value head, `[T, J, G, ...]`."""
+    return torch.unflatten(x_THD, 1, (kv_heads, -1))
+
+
+def _rows(x_TJGD: Tensor, part: Part) -> Tensor:
+    """A part's share in the order of its query rows, `[J, T, G, ...]`, a view."""
+    return x_TJGD[part.queries, part.heads].transpose(0, 1)
+
+
+def _with_padding(xs_JTGD: list[Tensor]) -> Tensor:
+    """Query rows side by side in one contiguous tensor, and a last row of zeros, which padding reads."""
+    rows, width = xs_JTGD[0].shape[:3].numel(), xs_JTGD[0].shape[3]
+    joint = xs_JTGD[0].new_zeros((rows + 1, len(xs_JTGD) * width))
+    for x_JTGD, column in zip(xs_JTGD, joint[:-1].chunk(len(xs_JTGD), dim=1), strict=True):
+        torch.unflatten(column, 0, x_JTGD.shape[:3]).copy_(x_JTGD)
+    return joint
+
+
+def _keys(xs_SJD: list[Tensor], part: Part) -> Tensor:
+    """Keys and values of a part side by side, in the order of its key rows."""
+    return torch.cat([x[part.keys, part.heads].transpose(0, 1) for x in xs_SJD], dim=-1).flatten(0, 1)
