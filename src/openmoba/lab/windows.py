@@ -52,6 +52,11 @@ class Windows(Dataset[Window]):
             "labels": torch.nn.functional.pad(label_T, (0, padding), value=IGNORED),
         }
 
+    @property
+    def full(self) -> np.ndarray:
+        """Which windows reach the full length, bool `[windows]`."""
+        return np.greater(self.ends - self.starts, self.length)
+
     def spread(self, count: int) -> Windows:
         """`count` of these windows, evenly spread over them."""
         chosen = np.linspace(0, len(self) - 1, count).round().astype(np.int64)
@@ -103,7 +108,5 @@ def cut_windows(store: TokenStore, documents: np.ndarray, length: int) -> Window
     windows = Windows(store, np.repeat(first, counts) + number * length, np.repeat(end, counts), length)
     if store.written is None:
         return windows
-    taught = np.asarray(
-        [bool((windows[i]["labels"] != IGNORED).any()) for i in range(len(windows))], dtype=bool
-    )
+    taught = np.asarray([bool((windows[i]["labels"] != IGNORED).any()) for i in range(len(windows))], dtype=bool)
     return Windows(store, windows.starts[taught], windows.ends[taught], length)

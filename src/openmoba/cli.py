@@ -1,0 +1,46 @@
+"""The command `openmoba`: one dataclass per subcommand, its fields the options, its `run` the work."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "train": ("openmoba.lab.commands:Train", "train one model, or go on with it"),
+    "evaluate": ("openmoba.lab.commands:Evaluate", "LM, position-wise and trailing loss of a run or a model"),
+}
+"""Subcommand -> (module:dataclass, what it does). The module is imported when the command is used."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code: 0, or 2 after an error of usage."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    name = arguments[0]
+    if name not in COMMANDS:
+        print(f"error: unknown command {name!r}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    import tyro
+
+    module, _, kind = COMMANDS[name][0].partition(":")
+    try:
+        command = getattr(import_module(module), kind)
+        tyro.cli(command, args=arguments[1:], prog=f"openmoba {name}").run()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: openmoba COMMAND [OPTIONS]", "", *lines, "", "openmoba COMMAND --help lists the options."]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

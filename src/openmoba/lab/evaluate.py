@@ -1,0 +1,163 @@
+"""Evaluation: LM loss, position-wise loss and trailing loss, with bootstrap intervals over windows.
+
+    LM loss         mean cross-entropy in nats over all labelled positions of the windows
+    position-wise   the same by range of positions
+    trailing        mean over the last positions of the windows that reach the full length
+
+Windows come from inside single documents (`openmoba.lab.windows`).
+"""
+
+# W windows, T positions
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openmoba.lab.config import DataConfig, EvalConfig, RunConfig, default_range, from_dict
+from openmoba.lab.data import load_data, validation_windows
+from openmoba.lab.loss import attach_loss
+from openmoba.lab.model import load_model, model_folder
+from openmoba.lab.progress import Progress
+from openmoba.lab.records import read_json
+from openmoba.lab.windows import IGNORED, Windows
+
+_RESAMPLES = 1000
+
+Row = dict[str, Any]
+TokenLosses = Callable[[Tensor, Tensor], Tensor]
+"""(input_ids, labels) -> loss per token; a model after `attach_loss` is one."""
+
+
+def evaluate_source(
+    source: str, data: DataConfig | None, evaluation: EvalConfig, progress: Progress | None = None
+) -> Row:
+    """Evaluate a run's newest checkpoint, a model's folder or a model of the hub, with the attention saved in it.
+
+    Args:
+        data: validation documents; None for those of the run.
+        evaluation: as in a run.
+    """
+    if data is None:
+        data = run_config(Path(source)).data
+    folder = model_folder(source)
+    loaded = load_data(data, start_from=folder, progress=progress)
+    windows = validation_windows(loaded.valid, evaluation.windows)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(folder)
+    attach_loss(model)
+    model.to(device).eval()
+    with autocast(device, bf16=device.type == "cuda"):
+        loss_WT, labelled_WT = window_losses(model, windows, evaluation.batch_size, device, progress)
+    default = default_range(data.length)
+    return summary(
+        loss_WT,
+        labelled_WT,
+        windows.full,
+        evaluation.trailing or default,
+        evaluation.position_range or default,
+    )
+
+
+def run_config(folder: Path) -> RunConfig:
+    """The configuration of the run in `folder`."""
+    if not (folder / "config.json").exists() or (folder / "model.safetensors").exists():
+        raise ValueError(f"{folder} is not a run's folder, so it names no data; give data.source or data.valid")
+    return from_dict(RunConfig, read_json(folder / "config.json"))
+
+
+def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
+    """bf16 autocast, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
+def window_losses(
+    losses: TokenLosses,
+    windows: Windows,
+    batch_size: int,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Loss of every position, float32 `[W, T]`, 0 where not labelled, and which are labelled, bool `[W, T]`.
+
+    Under torchrun, each process computes a share of the windows and all get the whole.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+    # Sharded parameters need as many forward passes in every process, so the last shares wrap around.
+    share = np.resize(np.arange(len(windows)), -(-len(windows) // world) * world)[rank::world]
+    parts = []
+    with torch.no_grad():
+        for start in range(0, len(share), batch_size):
+            batch = [windows[int(i)] for i in share[start : start + batch_size]]
+            input_ids, labels = (torch.stack([w[key] for w in batch]) for key in ("input_ids", "labels"))
+            loss_BT = losses(input_ids.to(device), labels.to(device))
+            parts.append((loss_BT.float().cpu().numpy(), (labels != IGNORED).numpy()))
+            (progress or Progress()).step(min(start + batch_size, len(share)), len(share), "windows")
+    loss_WT, labelled_WT = (np.concatenate(column) for column in zip(*parts, strict=True))
+    if distributed:
+        loss_WT, labelled_WT = _gather(share, loss_WT, labelled_WT, len(windows), world)
+    return loss_WT, labelled_WT
+
+
+def summary(
+    loss_WT: np.ndarray, labelled_WT: np.ndarray, full_W: np.ndarray, trailing: int, position_range: int
+) -> Row:
+    """The part of an evaluation record that follows from the losses.
+
+    Returns:
+        `lm_loss`, `trailing_loss` (None without full windows), `position_loss` by range, the mean of each window
+        under `windows`, and 95 % intervals under `intervals` and in the ranges.
+    """
+    length = loss_WT.shape[1]
+    last = slice(length - trailing, length)
+    parts = {
+        "lm": (loss_WT, labelled_WT),
+        "trailing": (loss_WT[full_W, last], labelled_WT[full_W, last]),
+    }
+    sums = {name: (loss.sum(1, dtype=np.float64), labelled.sum(1)) for name, (loss, labelled) in parts.items()}
+    ranges = []
+    for start in range(0, length, position_range):
+        end = min(start + position_range, length)
+        totals = loss_WT[:, start:end].sum(1, dtype=np.float64), labelled_WT[:, start:end].sum(1)
+        if (loss := _mean(*totals)) is not None:
+            ranges.append({"start": start, "end": end, "loss": loss, "interval": bootstrap_interval(*totals)})
+    return {
+        "lm_loss": _mean(*sums["lm"]),
+        "trailing_loss": _mean(*sums["trailing"]),
+        "position_loss": ranges,
+        "intervals": {name: bootstrap_interval(*totals) for name, totals in sums.items()},
+        "windows": {name: (total[count > 0] / count[count > 0]).tolist() for name, (total, count) in sums.items()},
+        "trailing": trailing,
+    }
+
+
+def bootstrap_interval(total_W: np.ndarray, count_W: np.ndarray) -> list[float] | None:
+    """95 % percentile interval of sum(total) / sum(count) over resampled windows; None below two windows."""
+    total_W, count_W = total_W[count_W > 0], count_W[count_W > 0]
+    if len(total_W) < 2:
+        return None
+    draws = np.random.default_rng(0).integers(len(total_W), size=(_RESAMPLES, len(total_W)))
+    low, high = np.quantile(total_W[draws].sum(1) / count_W[draws].sum(1), [0.025, 0.975])
+    return [float(low), float(high)]
+
+
+def _mean(total_W: np.ndarray, count_W: np.ndarray) -> float | None:
+    return float(total_W.sum() / count_W.sum()) if count_W.sum() else None
+
+
+def _gather(
+    share: np.ndarray, loss: np.ndarray, labelled: np.ndarray, count: int, world: int
+) -> tuple[np.ndarray, np.ndarray]:
+    shares: list[Any] = [None] * world
+    torch.distributed.all_gather_object(shares, (share, loss, labelled))
+    loss_WT, labelled_WT = (np.empty((count, x.shape[1]), dtype=x.dtype) for x in (loss, labelled))
+    for rows, part_loss, part_labelled in shares:
+        loss_WT[rows], labelled_WT[rows] = part_loss, part_labelled
+    return loss_WT, labelled_WT

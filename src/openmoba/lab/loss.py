@@ -1,0 +1,134 @@
+"""Next-token cross-entropy without the logits of all positions at once.
+
+    loss_t = logsumexp(W h_t) - (W h_t)[label_t]        in nats
+
+With a vocabulary of 128K the fp32 logits of one 32K window are 17 GB; here they exist for one chunk of positions
+at a time. For training, the gradient of a chunk is made right after its loss, so nothing is computed twice and
+three matrix products remain: W h, and the gradients of h and W.
+"""
+
+# N positions, C model width, V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openmoba.lab.windows import IGNORED
+
+_LOGITS_PER_CHUNK = 1 << 22
+
+
+def attach_loss(model: Any) -> None:
+    """Make `model(input_ids, labels, count=None)` return losses in nats, whatever wraps the model.
+
+    Distributed wrappers act around a model's `forward`, so the loss has to be made inside of it. Without `count`
+    the result is the loss per token, fp32 `[batch, tokens]`, 0 where the label is IGNORED; with it, the sum of
+    the losses divided by `count`, to be differentiated. `labels[:, t]` is the token after `input_ids[:, t]`.
+    """
+    plain_forward = model.forward
+    linear = has_linear_head(model)
+
+    def forward(self: Any, input_ids: Tensor, labels: Tensor, count: Tensor | None = None) -> Tensor:
+        if not linear:
+            logit_NV = plain_forward(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)
+            losses = torch.nn.functional.cross_entropy(
+                logit_NV.float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
+            )
+            return losses.view(labels.shape) if count is None else losses.sum() / count
+        hidden = self.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        head = self.get_output_embeddings()
+        return linear_loss(hidden, head.weight, head.bias, labels, count)
+
+    model.forward = MethodType(forward, model)
+
+
+def linear_loss(
+    hidden: Tensor, weight_VC: Tensor, bias_V: Tensor | None, labels: Tensor, count: Tensor | None = None
+) -> Tensor:
+    """Losses of `labels` `[batch, tokens]` under the logits `weight hidden + bias`, as `attach_loss` says.
+
+    Positions with the label IGNORED are left out of the computation.
+    """
+    kept_N = (labels.flatten() != IGNORED).nonzero()[:, 0]
+    h_NC, label_N = hidden.flatten(0, 1)[kept_N], labels.flatten()[kept_N]
+    if count is not None:
+        return _MeanLoss.apply(h_NC, weight_VC, bias_V, label_N, count)  # type: ignore[no-any-return,no-untyped-call]
+    losses = torch.zeros(labels.numel(), device=labels.device)
+    weight_VC, bias_V = _as_computed(weight_VC, h_NC), None if bias_V is None else _as_computed(bias_V, h_NC)
+    for rows in _chunks(len(label_N), len(weight_VC)):
+        logit_NV = torch.nn.functional.linear(_as_computed(h_NC[rows], h_NC), weight_VC, bias_V).float()
+        losses[kept_N[rows]] = _losses(logit_NV, label_N[rows])[0]
+    return losses.view(labels.shape)
+
+
+def has_linear_head(model: Any) -> bool:
+    """Whether the logits are the output embedding of the last hidden state, neither scaled nor capped."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear):
+        return False
+    ids = torch.arange(4, device=head.weight.device)[None]
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        found = head(hidden)
+    model.train(training)
+    return torch.allclose(expected.float(), found.float(), rtol=1e-3, atol=1e-3 * float(found.abs().max()))
+
+
+class _MeanLoss(torch.autograd.Function):
+    """sum(losses) / count of a linear head; the gradients are made chunk by chunk in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, h_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, label_N: Tensor, count: Tensor
+    ) -> Tensor:
+        w_VC = _as_computed(weight_VC, h_NC)
+        b_V = None if bias_V is None else _as_computed(bias_V, h_NC)
+        total = torch.zeros((), device=h_NC.device)
+        dh_NC = torch.empty_like(h_NC)
+        dw_VC = torch.zeros_like(weight_VC)
+        db_V = None if bias_V is None else torch.zeros_like(bias_V)
+        for rows in _chunks(len(label_N), len(w_VC)):
+            x_NC = _as_computed(h_NC[rows], h_NC)
+            logit_NV = torch.nn.functional.linear(x_NC, w_VC, b_V).float()
+            losses, lse_N = _losses(logit_NV, label_N[rows])
+            total += losses.sum()
+            # d loss / d logit = softmax - one-hot
+            d_NV = logit_NV.sub_(lse_N[:, None]).exp_()
+            d_NV[torch.arange(len(d_NV), device=d_NV.device), label_N[rows]] -= 1
+            d_NV = d_NV.div_(count).to(w_VC.dtype)
+            dh_NC[rows] = d_NV @ w_VC
+            dw_VC += d_NV.T @ x_NC
+            if db_V is not None:
+                db_V += d_NV.sum(0)
+        ctx.save_for_backward(dh_NC, dw_VC, db_V)
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        dh_NC, dw_VC, db_V = ctx.saved_tensors
+        return dh_NC * dloss, dw_VC * dloss, None if db_V is None else db_V * dloss, None, None
+
+
+def _losses(logit_NV: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses and logsumexps of a chunk, fp32 `[N]`."""
+    lse_N = logit_NV.logsumexp(-1)
+    return lse_N - logit_NV.gather(-1, label_N[:, None])[:, 0], lse_N
+
+
+def _as_computed(x: Tensor, hidden: Tensor) -> Tensor:
+    """`x` in the precision of the products: autocast's where it is on, else that of the hidden states."""
+    device = hidden.device.type
+    return x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype)
+
+
+def _chunks(positions: int, vocabulary: int) -> Iterator[slice]:
+    step = max(64, _LOGITS_PER_CHUNK // vocabulary)
+    return (slice(start, start + step) for start in range(0, positions, step))

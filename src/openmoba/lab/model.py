@@ -1,0 +1,124 @@
+"""Decoders to train: sizes, building from a configuration, starting from a trained one, switching the attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openmoba.config import MobaConfig
+from openmoba.lab.checkpoint import newest_checkpoint
+from openmoba.lab.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Size:
+    """Widths and depth of a decoder."""
+
+    hidden: int
+    layers: int
+    heads: int
+    feed_forward: int
+
+
+SIZES = {
+    "nano": Size(64, 2, 2, 176),
+    "micro": Size(96, 3, 3, 256),
+    "tiny": Size(128, 4, 4, 344),
+    "mini": Size(192, 6, 6, 512),
+    "small": Size(256, 8, 8, 688),
+    "base": Size(512, 8, 8, 1376),
+    "medium": Size(768, 12, 12, 2048),
+    "large": Size(1024, 16, 16, 2736),
+    # The scaling-law models of arXiv 2502.13189, table 1. Their feed-forward widths are not published; these give
+    # the published counts of parameters.
+    "545m": Size(1792, 14, 14, 4864),
+    "822m": Size(2048, 16, 16, 5632),
+    "1.1b": Size(2304, 18, 18, 5888),
+    "1.5b": Size(2560, 20, 20, 6400),
+    "2.1b": Size(2816, 22, 22, 7680),
+}
+"""Presets by name, in increasing order."""
+
+
+def build_model(config: ModelConfig, vocab_size: int, length: int, seed: int) -> Any:
+    """A decoder with fresh fp32 weights that depend on the configuration and the seed alone.
+
+    Args:
+        vocab_size: entries of the tokenizer; the model's table is rounded up to a multiple of 64.
+        length: longest sequence, in tokens.
+
+    Raises:
+        ValueError: unknown size or family, or an override that the family's configuration does not have.
+    """
+    from transformers import AutoModelForCausalLM
+
+    entries = _transformers_config(config, -(-vocab_size // 64) * 64, length)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(entries, dtype=torch.float32)
+
+
+def load_model(source: str | Path, overrides: dict[str, Any] | None = None) -> Any:
+    """The model of a folder or a hub name, its weights in fp32, with entries of its configuration replaced.
+
+    Raises:
+        ValueError: there is none, its files are broken, or its weights are not safetensors.
+    """
+    from transformers import AutoModelForCausalLM
+
+    import openmoba.hf  # noqa: F401  registers the attention that a saved model may ask for
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            str(source), dtype=torch.float32, use_safetensors=True, **(overrides or {})
+        )
+    except Exception as error:  # the readers of JSON, safetensors and the hub have no common base of errors
+        raise ValueError(f"{source} holds no readable model with safetensors weights ({error})") from error
+
+
+def model_folder(source: str | Path) -> str | Path:
+    """Where a run's model lies: its newest whole checkpoint; anything else is returned as it is."""
+    if not (Path(source) / "metrics.jsonl").exists() and not list(Path(source).glob("checkpoint-*")):
+        return source
+    checkpoint = newest_checkpoint(Path(source))
+    if checkpoint is None:
+        raise ValueError(f"{source} is a run without a whole checkpoint; run `openmoba train {source}` first")
+    return checkpoint
+
+
+def set_attention(model: Any, attention: MobaConfig | None) -> None:
+    """MoBA as configured, or full attention for None; at any time, also between two steps of training."""
+    from openmoba.hf import configure
+
+    configure(model, attention)
+
+
+def _transformers_config(config: ModelConfig, vocab_size: int, length: int) -> Any:
+    from transformers import AutoConfig
+
+    if config.size not in SIZES:
+        raise ValueError(f"unknown model.size {config.size!r}; the sizes are {', '.join(SIZES)}")
+    size = SIZES[config.size]
+    entries: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": size.hidden,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.heads,
+        "head_dim": size.hidden // size.heads,
+        "intermediate_size": size.feed_forward,
+        "max_position_embeddings": length,
+        "tie_word_embeddings": True,
+        "use_cache": False,
+    }
+    try:
+        known = AutoConfig.for_model(config.family)
+    except ValueError:
+        raise ValueError(f"unknown model.family {config.family!r}; give a transformers model_type") from None
+    unknown = sorted(name for name in config.overrides if not hasattr(known, name))
+    if unknown:
+        raise ValueError(f"model.overrides: a {config.family} configuration has no {', '.join(unknown)}")
+    return AutoConfig.for_model(config.family, **entries | config.overrides)

@@ -1,0 +1,146 @@
+"""One training run in one folder: started, resumed, or found finished.
+
+config.json     the run's configuration, written first
+metrics.jsonl   records of training and evaluation
+checkpoint-*/   weights, tokenizer, and the state to resume from
+result.json     the outcome, written last: a run that has one is finished
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from openmoba.lab import records
+from openmoba.lab.checkpoint import checkpoint_step, newest_checkpoint, prune
+from openmoba.lab.config import RunConfig, from_dict, to_dict
+from openmoba.lab.data import Data, load_data, validation_windows
+from openmoba.lab.model import build_model, load_model, model_folder
+from openmoba.lab.progress import Progress
+from openmoba.lab.provenance import provenance
+from openmoba.lab.windows import Windows
+
+Row = dict[str, Any]
+
+
+def run_training(config: RunConfig, folder: Path, *, progress: Progress | None = None) -> Row:
+    """Bring the run in `folder` to its end and return its result.
+
+    A finished run is not trained again. A killed one goes on from its newest whole checkpoint, with the same
+    records as if it had never stopped: what was recorded after that checkpoint is dropped and made again.
+
+    Raises:
+        ValueError: bad configuration or data, a folder of another run, a loss that is not a number, a damaged
+            checkpoint, a full disk.
+    """
+    progress = progress or Progress()
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(config, folder)
+    if (folder / "result.json").exists():
+        progress.note(f"{folder} is finished")
+        return records.read_json(folder / "result.json")
+    source = None if config.train.start_from is None else model_folder(config.train.start_from)
+    data = load_data(config.data, start_from=source, progress=progress)
+    valid = validation_windows(data.valid, config.eval.windows)
+    model = _model(config, data, source)
+    checkpoint = newest_checkpoint(folder, progress)
+    trainer = _trainer(config, folder, model, data, valid, progress, _rows_until(folder, checkpoint))
+    if checkpoint is not None:
+        progress.note(f"{folder} goes on from step {checkpoint_step(checkpoint)}")
+    if checkpoint is None or checkpoint_step(checkpoint) < config.train.steps:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if not trainer.is_world_process_zero():
+        return {}
+    prune(folder, keep=1)
+    result = _result(config, folder, trainer.shape.parameters, data)
+    records.write_json(folder / "result.json", result)
+    return result
+
+
+def _claim(config: RunConfig, folder: Path) -> None:
+    """Write the configuration, or see that the folder's is the same."""
+    path, wanted = folder / "config.json", to_dict(config)
+    if not path.exists():
+        if (folder / "metrics.jsonl").exists():
+            raise ValueError(f"{folder} holds records but no config.json; restore it or use another folder")
+        records.write_json(path, wanted)
+        return
+    found = to_dict(from_dict(RunConfig, records.read_json(path)))
+    changed = [
+        f"{section}.{key} was {found[section][key]!r} and is {value!r}"
+        for section, values in wanted.items()
+        for key, value in values.items()
+        if found[section][key] != value
+    ]
+    if changed:
+        raise ValueError(f"{folder} holds another run: {'; '.join(changed)}; use another folder")
+
+
+def _model(config: RunConfig, data: Data, source: Path | str | None) -> Any:
+    """Fresh weights, or those of `source`, that fit the tokenizer and the windows."""
+    if source is None:
+        return build_model(config.model, len(data.tokenizer), config.data.length, config.train.seed)
+    model = load_model(source, config.model.overrides)
+    entries = model.get_input_embeddings().weight.shape[0]
+    if len(data.tokenizer) > entries:
+        raise ValueError(
+            f"the tokenizer has {len(data.tokenizer)} entries, the model of {source} has {entries}; "
+            "use its own with data.tokenizer=auto"
+        )
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and config.data.length > longest:
+        raise ValueError(
+            f"data.length={config.data.length} exceeds the {longest} positions of the model of {source}; shorten "
+            "it, or extend the model with model.overrides (max_position_embeddings, rope_parameters)"
+        )
+    return model
+
+
+def _trainer(
+    config: RunConfig,
+    folder: Path,
+    model: Any,
+    data: Data,
+    valid: Windows,
+    progress: Progress,
+    rows: list[Row],
+) -> Any:
+    from openmoba.lab.trainer import RunTrainer  # transformers.Trainer takes seconds to import
+
+    trained = [row for row in rows if row["kind"] == "train"]
+    spent = (trained[-1]["seconds"], trained[-1]["compute"]["accelerator_seconds"]) if trained else (0.0, 0.0)
+    return RunTrainer(config, folder, model, data.train, valid, data.tokenizer, progress, spent)
+
+
+def _rows_until(folder: Path, checkpoint: Path | None) -> list[Row]:
+    """The records up to the checkpoint; those after it are dropped, since they will be made again."""
+    path = folder / "metrics.jsonl"
+    step = 0 if checkpoint is None else checkpoint_step(checkpoint)
+    rows = records.read(path)
+    kept = [row for row in rows if row["step"] <= step]
+    if len(kept) < len(rows):
+        records.keep(path, kept)
+    return kept
+
+
+def _result(config: RunConfig, folder: Path, parameters: dict[str, int], data: Data) -> Row:
+    rows = records.read(folder / "metrics.jsonl")
+    evaluation = next(row for row in reversed(rows) if row["kind"] == "eval")
+    last = next(row for row in reversed(rows) if row["kind"] == "train")
+    return {
+        "config": to_dict(config),
+        "arm": config.arm.name,
+        "size": config.model.size,
+        "seed": config.train.seed,
+        "params": parameters,
+        "tokens": config.tokens,
+        "compute": evaluation["compute"],
+        "eval": evaluation,
+        "data": {
+            "training_windows": len(data.train),
+            "epochs": config.train.steps * config.train.batch_size / len(data.train),
+            "vocabulary": len(data.tokenizer),
+        },
+        "seconds": last["seconds"],
+        **provenance(),
+    }

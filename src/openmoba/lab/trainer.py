@@ -1,0 +1,288 @@
+"""`transformers.Trainer` for runs of the laboratory: our loss, order of data, schedule, records and switch."""
+
+from __future__ import annotations
+
+import math
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils.logging import disable_progress_bar
+
+from openmoba.config import MobaConfig
+from openmoba.lab import records
+from openmoba.lab.checkpoint import prune, seal
+from openmoba.lab.compute import Shape, training_compute
+from openmoba.lab.config import RunConfig, TrainConfig
+from openmoba.lab.evaluate import autocast, summary, window_losses
+from openmoba.lab.loss import attach_loss
+from openmoba.lab.model import set_attention
+from openmoba.lab.progress import Progress
+from openmoba.lab.windows import IGNORED, TrainingWindows, Windows
+
+
+class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
+    """Trains one run and writes its records.
+
+    Args:
+        model: a decoder of the transformers library; its `forward` is replaced by `attach_loss`.
+        train: all training windows.
+        valid: the validation windows.
+        tokenizer: saved with every checkpoint.
+        spent: (wall seconds, accelerator seconds) of the earlier attempts at this run.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        model: Any,
+        train: Windows,
+        valid: Windows,
+        tokenizer: Any,
+        progress: Progress,
+        spent: tuple[float, float],
+    ) -> None:
+        self.config, self.folder, self.valid, self.progress = config, folder, valid, progress
+        self.shape = Shape.of(model, config.data.length)
+        attach_loss(model)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(model.config, name, getattr(tokenizer, name))
+            setattr(model.generation_config, name, getattr(tokenizer, name))
+        disable_progress_bar()  # of writing weights, in the middle of ours
+        settings = config.train
+        order = TrainingWindows(train, settings.steps * settings.batch_size, settings.seed, settings.loss_tokens)
+        super().__init__(
+            model=model,
+            args=training_arguments(config, folder),
+            train_dataset=order,
+            data_collator=_stack,
+            processing_class=tokenizer,
+            callbacks=[_RunCallback(self)],
+        )
+        self.remove_callback(PrinterCallback)
+        self.clock = _Clock(self.args.device, *spent)
+        self._first_bad_step = torch.tensor(math.inf, device=self.args.device)
+        self._attention: MobaConfig | str | None = "unset"
+
+    def attend_as_configured(self, step: int) -> None:
+        """Give the model the attention of step `step` (from 0)."""
+        wanted = self.config.arm.attention(step, self.config.train.steps)
+        if wanted != self._attention:
+            set_attention(self.accelerator.unwrap_model(self.model), wanted)
+            self._attention = wanted
+
+    def check_loss(self) -> None:
+        """Raise ValueError if the loss of a step so far was not a number, on any device."""
+        step = float(self.accelerator.gather(self._first_bad_step.reshape(1)).min())
+        if step < math.inf:
+            raise ValueError(
+                f"{self.folder}: the loss was not a finite number at step {step:.0f}, nothing later is saved; "
+                f"lower train.learning_rate={self.config.train.learning_rate}, lower train.clip="
+                f"{self.config.train.clip}, or use train.precision=fp32"
+            )
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Append a record, completed by step, tokens and compute."""
+        if not self.is_world_process_zero():
+            return
+        step, settings = self.state.global_step, self.config.train
+        compute = training_compute(
+            self.shape, self.config.arm, step, settings.steps, settings.batch_size, self.accelerator_seconds
+        )
+        tokens = step * settings.batch_size * self.config.data.length
+        head = {"kind": row.pop("kind"), "step": step, "tokens": tokens}
+        records.append(self.folder / "metrics.jsonl", {**head, **row, "compute": compute})
+
+    @property
+    def accelerator_seconds(self) -> float:
+        """Seconds of training steps, summed over devices."""
+        return float(self.clock.trained * self.args.world_size)
+
+    # What Trainer calls.
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
+        """The micro-batches of one step, and their number of labelled positions over all devices."""
+        batches = list(islice(epoch_iterator, num_batches))
+        count = torch.stack([(batch["labels"] != IGNORED).sum() for batch in batches]).sum().to(device)
+        total: Tensor = self.accelerator.gather(count.reshape(1)).sum()
+        return batches, total
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """This micro-batch's share of the step's mean loss, in nats per labelled position."""
+        loss = model(**inputs, count=num_items_in_batch)
+        step = torch.full_like(self._first_bad_step, self.state.global_step + 1)
+        found = torch.where(loss.detach().isfinite(), torch.inf, step)
+        self._first_bad_step = torch.minimum(self._first_bad_step, found)
+        # Gradients are averaged over devices, and `count` is the sum over them.
+        return loss * self.args.world_size
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule of `learning_rate_factor`."""
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer,
+            lambda step: learning_rate_factor(step, num_training_steps, self.config.train),
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measure the model on the validation windows and record it."""
+        self.clock.tick()
+        model = self.model_wrapped
+        model.eval()
+        with autocast(self.args.device, self.args.bf16):
+            losses = window_losses(model, self.valid, self.config.eval.batch_size, self.args.device)
+        row = summary(*losses, self.valid.full, self.config.trailing, self.config.position_range)
+        self.record({"kind": "eval", **row})
+        logs = {f"eval_{name}": row[name] for name in ("lm_loss", "trailing_loss") if row[name] is not None}
+        self.log(dict(logs))
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics=logs)
+        self.clock.skip()
+        return logs
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        # TrainingWindows are in their order already.
+        return SequentialSampler(self.train_dataset)
+
+
+class _RunCallback(TrainerCallback):  # type: ignore[misc]
+    """Decides when to log, evaluate and save, and seals what was saved."""
+
+    def __init__(self, trainer: RunTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.clock.skip()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.attend_as_configured(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        config, step = self.trainer.config, state.global_step
+        last = step == config.train.steps
+        control.should_log = last or step % config.train.log_every == 0
+        control.should_evaluate = last or (config.eval.every is not None and step % config.eval.every == 0)
+        control.should_save = last or step % config.train.checkpoint_every == 0
+        if control.should_log or control.should_evaluate or control.should_save:
+            self.trainer.check_loss()
+            self.trainer.clock.tick()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "loss" not in logs:
+            return
+        trainer = self.trainer
+        trainer.record(
+            {
+                "kind": "train",
+                "loss": logs["loss"],
+                "lr": logs["learning_rate"],
+                "grad_norm": logs["grad_norm"],
+                "seconds": trainer.clock.seconds,
+            }
+        )
+        trainer.progress.step(state.global_step, state.max_steps, f"loss {logs['loss']:.3f}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.accelerator.wait_for_everyone()
+        if state.is_world_process_zero:
+            seal(self.trainer.folder / f"checkpoint-{state.global_step}")
+            prune(self.trainer.folder, keep=2)
+        self.trainer.clock.skip()
+
+
+class _Clock:
+    """Wall seconds of the run, and of its training steps alone, over all attempts at it."""
+
+    def __init__(self, device: torch.device, seconds: float, trained: float) -> None:
+        self.device, self.trained = device, trained
+        self._start = time.perf_counter() - seconds
+        self._mark = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    def tick(self) -> None:
+        """Count the time since the last mark as training."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.trained += now - self._mark
+        self._mark = now
+
+    def skip(self) -> None:
+        """Count the time since the last mark as something else."""
+        self._mark = time.perf_counter()
+
+
+def learning_rate_factor(step: int, steps: int, train: TrainConfig) -> float:
+    """Learning rate of step `step` (from 0) of `steps`, as a share of the peak."""
+    warmup = round(train.warmup * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    decay = (1 - train.warmup if train.schedule == "cosine" else train.decay) * steps
+    passed = max(0.0, step - (steps - decay)) / max(decay, 1)
+    shape = (1 + math.cos(math.pi * passed)) / 2 if train.schedule == "cosine" else 1 - passed
+    return train.final_learning_rate + (1 - train.final_learning_rate) * shape
+
+
+def training_arguments(config: RunConfig, folder: Path) -> Any:
+    """Trainer's settings for a run.
+
+    Raises:
+        ValueError: the batch cannot be shared evenly by the devices and micro-batches.
+    """
+    train = config.train
+    cuda = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=train.steps,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.beta1,
+        adam_beta2=train.beta2,
+        max_grad_norm=train.clip,
+        optim="adamw_torch_fused",
+        seed=train.seed,
+        use_cpu=not cuda,
+        bf16=train.precision == "bf16" or (train.precision == "auto" and cuda),
+        gradient_checkpointing=train.gradient_checkpointing,
+        fsdp=train.fsdp or None,
+        # The callback decides when; see _RunCallback.
+        logging_strategy="no",
+        eval_strategy="no",
+        save_strategy="no",
+        logging_nan_inf_filter=False,
+        report_to="tensorboard" if train.tensorboard else "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=cuda,
+    )
+    # Without torchrun one process trains on one device; Trainer would split each batch over all it sees.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    share, rest = divmod(train.batch_size, arguments.world_size)
+    micro = train.micro_batch_size or share
+    if rest or share % micro:
+        raise ValueError(
+            f"train.batch_size={train.batch_size} does not divide into {arguments.world_size} device(s) with "
+            f"micro-batches of {micro}; change train.batch_size or train.micro_batch_size"
+        )
+    arguments.per_device_train_batch_size = micro
+    arguments.gradient_accumulation_steps = share // micro
+    return arguments
+
+
+def _stack(windows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.stack([window[key] for window in windows]) for key in windows[0]}
