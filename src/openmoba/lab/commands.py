@@ -42,9 +42,10 @@ class Evaluate:
 
     source: tyro.conf.Positional[str]
     """A run's folder, a model's folder, or a model of the hub."""
-    data: DataConfig | None = None
-    """Validation documents and window length; for a run left out: its own."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Validation documents and window length. Without these options, a run is measured on its own."""
     eval: EvalConfig = field(default_factory=EvalConfig)
+    """What is measured."""
     out: Path | None = None
     """JSON file for the measurement, with every window's loss."""
 
@@ -52,7 +53,8 @@ class Evaluate:
         """Measure, and print a table."""
         from openmoba.lab.evaluate import evaluate_source
 
-        row = evaluate_source(self.source, self.data, self.eval, TerminalProgress(Path(self.source).name))
+        data = None if self.data == DataConfig() else self.data
+        row = evaluate_source(self.source, data, self.eval, TerminalProgress(Path(self.source).name))
         print(_losses(row))
         if self.out is not None:
             write_json(self.out, {"source": self.source, **row})

@@ -23,7 +23,7 @@ from torch import Tensor
 from openmoba.lab.config import DataConfig, EvalConfig, RunConfig, default_range, from_dict
 from openmoba.lab.data import load_data, validation_windows
 from openmoba.lab.loss import attach_loss
-from openmoba.lab.model import load_model, model_folder
+from openmoba.lab.model import is_run, load_model, model_folder
 from openmoba.lab.progress import Progress
 from openmoba.lab.records import read_json
 from openmoba.lab.windows import IGNORED, Windows
@@ -41,11 +41,11 @@ def evaluate_source(
     """Evaluate a run's newest checkpoint, a model's folder or a model of the hub, with the attention saved in it.
 
     Args:
-        data: validation documents; None for those of the run.
+        data: validation documents; None for those of the run, the standard library's for a model.
         evaluation: as in a run.
     """
     if data is None:
-        data = run_config(Path(source)).data
+        data = _run_data(Path(source)) if is_run(source) else DataConfig()
     folder = model_folder(source)
     loaded = load_data(data, start_from=folder, progress=progress)
     windows = validation_windows(loaded.valid, evaluation.windows)
@@ -63,13 +63,6 @@ def evaluate_source(
         evaluation.trailing or default,
         evaluation.position_range or default,
     )
-
-
-def run_config(folder: Path) -> RunConfig:
-    """The configuration of the run in `folder`."""
-    if not (folder / "config.json").exists() or (folder / "model.safetensors").exists():
-        raise ValueError(f"{folder} is not a run's folder, so it names no data; give data.source or data.valid")
-    return from_dict(RunConfig, read_json(folder / "config.json"))
 
 
 def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
@@ -146,6 +139,10 @@ def bootstrap_interval(total_W: np.ndarray, count_W: np.ndarray) -> list[float] 
     draws = np.random.default_rng(0).integers(len(total_W), size=(_RESAMPLES, len(total_W)))
     low, high = np.quantile(total_W[draws].sum(1) / count_W[draws].sum(1), [0.025, 0.975])
     return [float(low), float(high)]
+
+
+def _run_data(folder: Path) -> DataConfig:
+    return from_dict(RunConfig, read_json(folder / "config.json")).data
 
 
 def _mean(total_W: np.ndarray, count_W: np.ndarray) -> float | None:

@@ -79,9 +79,14 @@ def load_model(source: str | Path, overrides: dict[str, Any] | None = None) -> A
         raise ValueError(f"{source} holds no readable model with safetensors weights ({error})") from error
 
 
+def is_run(source: str | Path) -> bool:
+    """Whether `source` is the folder of a run, not that of a model or a hub name."""
+    return (Path(source) / "metrics.jsonl").exists()
+
+
 def model_folder(source: str | Path) -> str | Path:
     """Where a run's model lies: its newest whole checkpoint; anything else is returned as it is."""
-    if not (Path(source) / "metrics.jsonl").exists() and not list(Path(source).glob("checkpoint-*")):
+    if not is_run(source):
         return source
     checkpoint = newest_checkpoint(Path(source))
     if checkpoint is None:

@@ -48,7 +48,12 @@ def keep(path: Path, rows: Iterable[Row]) -> None:
 
 def write_json(path: Path, value: Row) -> None:
     """Write `path` in one step: a reader sees the old file or the whole new one."""
-    _replace(path, json.dumps(_finite(value, path), indent=2, ensure_ascii=False).encode() + b"\n")
+    write_text(path, json.dumps(_finite(value, path), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `path` in one step, UTF-8."""
+    _replace(path, text.encode())
 
 
 def read_json(path: Path) -> Row:

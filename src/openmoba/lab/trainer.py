@@ -121,7 +121,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         """This micro-batch's share of the step's mean loss, in nats per labelled position."""
-        loss = model(**inputs, count=num_items_in_batch)
+        loss: Tensor = model(**inputs, count=num_items_in_batch)
         step = torch.full_like(self._first_bad_step, self.state.global_step + 1)
         found = torch.where(loss.detach().isfinite(), torch.inf, step)
         self._first_bad_step = torch.minimum(self._first_bad_step, found)

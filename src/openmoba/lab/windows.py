@@ -55,7 +55,8 @@ class Windows(Dataset[Window]):
     @property
     def full(self) -> np.ndarray:
         """Which windows reach the full length, bool `[windows]`."""
-        return np.greater(self.ends - self.starts, self.length)
+        full: np.ndarray = self.ends - self.starts > self.length
+        return full
 
     def spread(self, count: int) -> Windows:
         """`count` of these windows, evenly spread over them."""
