@@ -68,6 +68,7 @@ def backward(
     cu_q: Tensor | None,
     cu_k: Tensor | None,
     block_size: int,
+    top_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; those of k and v are summed in fp32."""
@@ -77,7 +78,7 @@ def backward(
         _by_head(_packed(x, cu_q), k.shape[-2]) for x in (q, d_out, out, lse, selected, dq)
     )
     k_SJD, v_SJD, dk_SJD, dv_SJD = (_packed(x, cu_k) for x in (k, v, dk, dv))
-    for part in _parts(q, k, cu_q, cu_k, block_size, selected.shape[-1] + 1):
+    for part in _parts(q, k, cu_q, cu_k, block_size, top_k):
         todo = plan(part, _rows(selected_TJGK, part), block_size)
         rows_QD = _with_padding([_rows(x, part) for x in (q_TJGD, d_out_TJGD, out_TJGD)])
         lse_Q = _with_padding([_rows(lse_TJG, part)[..., None]])[:, 0]
@@ -88,6 +89,11 @@ def backward(
             share_JSD = whole_SJD[part.keys, part.heads].transpose(0, 1)
             share_JSD += share_KD.view(share_JSD.shape)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def choice_shape(q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> tuple[int, ...]:
+    """Shape of `selected`, the choice that the forward hands to the backward."""
+    return (*q.shape[:-1], top_k - 1)
 
 
 def _forward_part(todo: Plan, q_QD: Tensor, kv_KD: Tensor, scale: float) -> tuple[Tensor, Tensor]:

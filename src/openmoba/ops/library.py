@@ -1,12 +1,14 @@
 """torch.library registration: schema, fake, autograd for every implementation that brings its own backward.
 
-An implementation is a module with three functions (shapes as in `openmoba.ops.api`):
+An implementation is a module with four functions (shapes as in `openmoba.ops.api`):
 
-    forward(q, k, v, cu_q, cu_k, block_size, top_k, scale)                       -> out, lse, selected
-    backward(d_out, q, k, v, out, lse, selected, cu_q, cu_k, block_size, scale)  -> dq, dk, dv
-    select(q, k, cu_q, cu_k, block_size, top_k)                                  -> selected
+    forward(q, k, v, cu_q, cu_k, block_size, top_k, scale)                              -> out, lse, choice
+    backward(d_out, q, k, v, out, lse, choice, cu_q, cu_k, block_size, top_k, scale)    -> dq, dk, dv
+    select(q, k, cu_q, cu_k, block_size, top_k)                                         -> selected
+    choice_shape(q, k, cu_q, block_size, top_k)                                         -> shape of `choice`
 
-with `lse` fp32 `q.shape[:-1]` (natural logarithm) and `selected` int32 `[*q.shape[:-1], top_k - 1]`.
+with `lse` fp32 `q.shape[:-1]` (natural logarithm), `selected` int32 `[*q.shape[:-1], top_k - 1]`, and `choice` int32 in
+whatever form the implementation's backward reads.
 Modules are imported when an operation first runs, so that importing openmoba needs torch alone.
 """
 
@@ -62,9 +64,7 @@ def _register(impl: str, module_name: str) -> None:
         top_k: int,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        outputs: tuple[Tensor, Tensor, Tensor] = module().forward(
-            q, k, v, cu_q, cu_k, block_size, top_k, scale
-        )
+        outputs: tuple[Tensor, Tensor, Tensor] = module().forward(q, k, v, cu_q, cu_k, block_size, top_k, scale)
         return outputs
 
     @torch.library.custom_op(f"openmoba::{impl}_backward", mutates_args=())
@@ -75,63 +75,58 @@ def _register(impl: str, module_name: str) -> None:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        selected: Tensor,
+        choice: Tensor,
         cu_q: Tensor | None,
         cu_k: Tensor | None,
         block_size: int,
+        top_k: int,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         gradients: tuple[Tensor, Tensor, Tensor] = module().backward(
-            d_out, q, k, v, out, lse, selected, cu_q, cu_k, block_size, scale
+            d_out, q, k, v, out, lse, choice, cu_q, cu_k, block_size, top_k, scale
         )
         return gradients
 
     @torch.library.custom_op(f"openmoba::{impl}_select", mutates_args=())
-    def select(
-        q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int, top_k: int
-    ) -> Tensor:
+    def select(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int, top_k: int) -> Tensor:
         selected: Tensor = module().select(q, k, cu_q, cu_k, block_size, top_k)
         return selected
 
-    forward.register_fake(_fake_forward)
+    @forward.register_fake
+    def fake_forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor | None,
+        cu_k: Tensor | None,
+        block_size: int,
+        top_k: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        choice = module().choice_shape(q, k, cu_q, block_size, top_k)
+        lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        return q.new_empty(q.shape), lse, q.new_empty(choice, dtype=torch.int32)
+
     backward.register_fake(_fake_backward)
     select.register_fake(_fake_select)
     forward.register_autograd(_Backward(backward), setup_context=_save_for_backward)
     backward.register_autograd(_refuse_double_backward)
 
 
-def _fake_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    block_size: int,
-    top_k: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-    return q.new_empty(q.shape), lse, _fake_select(q, k, cu_q, cu_k, block_size, top_k)
-
-
-def _fake_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _fake_select(
-    q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int, top_k: int
-) -> Tensor:
+def _fake_select(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int, top_k: int) -> Tensor:
     return q.new_empty((*q.shape[:-1], top_k - 1), dtype=torch.int32)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, cu_q, cu_k, block_size, _, scale = inputs
-    out, lse, selected = output
-    ctx.mark_non_differentiable(lse, selected)
-    ctx.save_for_backward(q, k, v, out, lse, selected, cu_q, cu_k)
-    ctx.block_size, ctx.scale = block_size, scale
+    q, k, v, cu_q, cu_k, *settings = inputs
+    out, lse, choice = output
+    ctx.mark_non_differentiable(lse, choice)
+    ctx.save_for_backward(q, k, v, out, lse, choice, cu_q, cu_k)
+    ctx.settings = settings
 
 
 class _Backward:
@@ -139,7 +134,7 @@ class _Backward:
         self.op = op
 
     def __call__(self, ctx: Any, d_out: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        dq, dk, dv = self.op(d_out, *ctx.saved_tensors, ctx.block_size, ctx.scale)
+        dq, dk, dv = self.op(d_out, *ctx.saved_tensors, *ctx.settings)
         return dq, dk, dv, None, None, None, None, None
 
 
