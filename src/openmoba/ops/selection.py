@@ -61,11 +61,13 @@ def _centroids(k_BSJD: Tensor, block_size: int) -> Tensor:
 
 
 def _query_ranges(queries: int, offset: int, block_size: int, rows_per_query: int) -> Iterator[tuple[int, int]]:
-    """Cut the queries so that each range makes about SCORES_AT_ONCE scores against its past blocks."""
+    """Cut the queries so that each range makes about SCORES_AT_ONCE scores against the blocks before its end."""
     start = 0
     while start < queries:
-        blocks = max(1, (offset + start) // block_size + 1)
-        end = min(queries, start + max(1, SCORES_AT_ONCE // (blocks * rows_per_query)))
+        # count * (offset + start + count) / block_size * rows_per_query = SCORES_AT_ONCE
+        position, area = offset + start, SCORES_AT_ONCE * block_size / rows_per_query
+        count = 2 * area / (position + math.sqrt(position**2 + 4 * area))
+        end = min(queries, start + max(1, int(count)))
         yield start, end
         start = end
 
