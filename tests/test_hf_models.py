@@ -127,9 +127,7 @@ def test_packed_sequences_are_separate(told_by: str, full_layers: int) -> None:
         batch["position_ids"] = torch.arange(40)[None]
         pieces = batch["cu_seq_lens_q"].tolist()
         shifted = [torch.arange(a, b)[None] for a, b in pairwise(pieces)]
-        separate = torch.cat(
-            [logits(model, i[None], position_ids=p)[0] for i, p in zip(rows, shifted, strict=True)]
-        )
+        separate = torch.cat([logits(model, i[None], position_ids=p)[0] for i, p in zip(rows, shifted, strict=True)])
     torch.testing.assert_close(logits(model, batch.pop("input_ids"), **batch)[0], separate)
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from openmoba.config import MobaConfig
+from openmoba.hf.cache import PagedLayer
 from openmoba.hf.eager import eager
-from openmoba.hf.masks import PADDING
+from openmoba.hf.hook import attach
+from openmoba.hf.masks import PADDING, visible_keys
 from openmoba.hf.packing import packing_of, put_back, restarts_of, take
 from openmoba.hf.settings import settings_of
 from openmoba.ops.api import moba_attention
+from openmoba.ops.decode import MAX_QUERIES, moba_decode
 from openmoba.ops.dense import dense_attention
 
 # What models pass along for attention variants that MoBA does not have; None or False means "not used".
@@ -41,6 +45,7 @@ def attention_forward(
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     position_ids: Tensor | None = None,
+    moba_layer: PagedLayer | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """One attention layer: MoBA, or full attention in the layers that the settings name.
@@ -51,6 +56,7 @@ def attention_forward(
         attention_mask: a segment map (`openmoba.hf.masks`) or None.
         cu_seq_lens_q, cu_seq_lens_k: boundaries of packed sequences in the flattened batch, int32.
         position_ids: `[1 or B, T]`; where they restart, a packed sequence starts.
+        moba_layer: this layer's part of the cache, handed over by `openmoba.hf.hook`.
 
     Returns:
         The output `[B, T, H, D]`, and None for the attention weights.
@@ -59,93 +65,104 @@ def attention_forward(
         ValueError: for anything MoBA does not compute, see `_UNSUPPORTED`, and for missing settings.
     """
     _refuse_variants(module, dropout, is_causal, kwargs)
-    settings = settings_of(module.config)
-    q_BTHD, k_BSHD, v_BSHD = (x.transpose(1, 2) for x in _in_autocast_dtype(query, key, value))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    full = module.layer_idx in settings.full_layer_indices(module.config.num_hidden_layers)
+    attach(module)
+    attend = _Attention.of(module, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    query, key, value = _in_autocast_dtype(query, key, value)
+    q_BTHD, k_BSHD, v_BSHD = (x.transpose(1, 2) for x in (query, key, value))
     if attention_mask is not None:
         _check_segment_map(attention_mask, k_BSHD)
     elif cu_seq_lens_q is None and cu_seq_lens_k is None and q_BTHD.shape[1] == k_BSHD.shape[1]:
         cu_seq_lens_q = cu_seq_lens_k = _unmasked_restarts(position_ids, q_BTHD.shape[0])
-    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
-        if attention_mask is not None:
-            _refuse_padding(attention_mask)
-        out = _packed(q_BTHD, k_BSHD, v_BSHD, cu_seq_lens_q, cu_seq_lens_k, settings, scale, full)
-    elif attention_mask is not None:
-        out = _ragged(q_BTHD, k_BSHD, v_BSHD, attention_mask, settings, scale, full)
-    elif full:
-        out = dense_attention(q_BTHD, k_BSHD, v_BSHD, scale)
-    else:
-        out = moba_attention(
-            q_BTHD, k_BSHD, v_BSHD, block_size=settings.block_size, top_k=settings.top_k, scale=scale
-        )
+    # The sums behind the choice of blocks are fp32; autocast would compute them in 16 bits.
+    with torch.autocast(query.device.type, enabled=False):
+        if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+            out = attend.packed(q_BTHD, k_BSHD, v_BSHD, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
+        elif moba_layer is not None:
+            out = attend.cached(q_BTHD, k_BSHD, v_BSHD, attention_mask, moba_layer)
+        elif attend.full and attention_mask is not None and q_BTHD.shape[1] <= MAX_QUERIES:
+            mask = visible_keys(attention_mask, query.shape[2])
+            out = sdpa_attention_forward(module, query, key, value, mask, scaling=attend.scale)[0]
+        else:
+            out = attend.masked(q_BTHD, k_BSHD, v_BSHD, attention_mask)
     return out.contiguous(), None
 
 
-def _packed(
-    q_BTHD: Tensor,
-    k_BSHD: Tensor,
-    v_BSHD: Tensor,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    settings: MobaConfig,
-    scale: float,
-    full: bool,
-) -> Tensor:
-    """Attention within the sequences that the boundaries mark in the flattened batch."""
-    if cu_q is None or cu_k is None:
-        raise ValueError("packed batches need both cu_seq_lens_q and cu_seq_lens_k; they may be the same")
-    q_NHD, k_NHD, v_NHD = (x.flatten(0, 1) for x in (q_BTHD, k_BSHD, v_BSHD))
-    out_NHD = _by_sequence(q_NHD, k_NHD, v_NHD, cu_q.int(), cu_k.int(), settings, scale, full)
-    return out_NHD.view(q_BTHD.shape)
+@dataclass(frozen=True)
+class _Attention:
+    """What one layer computes: MoBA with these blocks, or full attention; over whole rows or sequences."""
 
+    block_size: int
+    top_k: int
+    full: bool
+    scale: float
 
-def _ragged(
-    q_BTHD: Tensor,
-    k_BSHD: Tensor,
-    v_BSHD: Tensor,
-    segment_map: Tensor,
-    settings: MobaConfig,
-    scale: float,
-    full: bool,
-) -> Tensor:
-    """Attention within the sequences of a segment map; zero for padding."""
-    batch, queries = q_BTHD.shape[:2]
-    plan = packing_of(segment_map, queries)
-    q_NHD = take(q_BTHD, plan.queries)
-    k_NHD, v_NHD = (take(x, plan.keys) for x in (k_BSHD, v_BSHD))
-    out_NHD = _by_sequence(q_NHD, k_NHD, v_NHD, plan.cu_q, plan.cu_k, settings, scale, full)
-    return put_back(out_NHD, plan.queries, batch, queries)
+    @classmethod
+    def of(cls, module: Any, scale: float) -> _Attention:
+        settings = settings_of(module.config)
+        full = module.layer_idx in settings.full_layer_indices(module.config.num_hidden_layers)
+        return cls(settings.block_size, settings.top_k, full, scale)
 
+    def packed(
+        self, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask: Tensor | None, cu_q: Any, cu_k: Any
+    ) -> Tensor:
+        """Within the sequences that boundaries mark in the flattened batch."""
+        if cu_q is None or cu_k is None:
+            raise ValueError("packed batches need both cu_seq_lens_q and cu_seq_lens_k; they may be the same")
+        if mask is not None:
+            _refuse_padding(mask)
+        q_NHD, k_NHD, v_NHD = (x.flatten(0, 1) for x in (q_BTHD, k_BSHD, v_BSHD))
+        return self._sequences(q_NHD, k_NHD, v_NHD, cu_q.int(), cu_k.int()).view(q_BTHD.shape)
 
-def _by_sequence(
-    q_NHD: Tensor,
-    k_NHD: Tensor,
-    v_NHD: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    settings: MobaConfig,
-    scale: float,
-    full: bool,
-) -> Tensor:
-    if full:
-        return _dense_sequences(q_NHD, k_NHD, v_NHD, cu_q, cu_k, scale)
-    return moba_attention(
-        q_NHD,
-        k_NHD,
-        v_NHD,
-        block_size=settings.block_size,
-        top_k=settings.top_k,
-        cu_seqlens_q=cu_q,
-        cu_seqlens_k=cu_k,
-        scale=scale,
-    )
+    def cached(self, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask: Tensor | None, layer: PagedLayer) -> Tensor:
+        """After a cache with pages: a few tokens read the pages they choose."""
+        alignment = layer.align(mask, k_BSHD)
+        if alignment is None:
+            return self.masked(q_BTHD, k_BSHD, v_BSHD, mask)
+        queries = q_BTHD.shape[1]
+        centroids = layer.pages(k_BSHD, alignment, queries)
+        if queries > MAX_QUERIES or queries == k_BSHD.shape[1]:
+            return self.masked(q_BTHD, k_BSHD, v_BSHD, mask)
+        return moba_decode(
+            q_BTHD,
+            k_BSHD,
+            v_BSHD,
+            centroids,
+            (layer.get_seq_length() - alignment.starts).int(),
+            alignment.starts,
+            block_size=self.block_size,
+            top_k=self.top_k,
+            scale=self.scale,
+        )
+
+    def masked(self, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask: Tensor | None) -> Tensor:
+        """Within whole rows, or within the sequences of a segment map; zero for padding."""
+        if mask is not None:
+            plan = packing_of(mask, q_BTHD.shape[1])
+            q_NHD = take(q_BTHD, plan.queries)
+            k_NHD, v_NHD = (take(x, plan.keys) for x in (k_BSHD, v_BSHD))
+            out_NHD = self._sequences(q_NHD, k_NHD, v_NHD, plan.cu_q, plan.cu_k)
+            return put_back(out_NHD, plan.queries, *q_BTHD.shape[:2])
+        if self.full:
+            return dense_attention(q_BTHD, k_BSHD, v_BSHD, self.scale)
+        return moba_attention(q_BTHD, k_BSHD, v_BSHD, block_size=self.block_size, top_k=self.top_k, scale=self.scale)
+
+    def _sequences(self, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, cu_q: Tensor, cu_k: Tensor) -> Tensor:
+        if self.full:
+            return _dense_sequences(q_NHD, k_NHD, v_NHD, cu_q, cu_k, self.scale)
+        return moba_attention(
+            q_NHD,
+            k_NHD,
+            v_NHD,
+            block_size=self.block_size,
+            top_k=self.top_k,
+            cu_seqlens_q=cu_q,
+            cu_seqlens_k=cu_k,
+            scale=self.scale,
+        )
 
 
 @eager("one SDPA call per sequence: their number is a property of the data")
-def _dense_sequences(
-    q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float
-) -> Tensor:
+def _dense_sequences(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float) -> Tensor:
     """Full causal attention, sequence by sequence: no `[N, N]` mask, and SDPA's fast causal kernels."""
     bounds = zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True)
     parts = [
@@ -192,9 +209,7 @@ def _check_segment_map(mask: Tensor, k_BSHD: Tensor) -> None:
 @eager("reads the mask's values")
 def _refuse_padding(segment_map: Tensor) -> None:
     if bool((segment_map == PADDING).any()):
-        raise ValueError(
-            "a batch is either padded or packed: drop attention_mask or cu_seq_lens_q and cu_seq_lens_k"
-        )
+        raise ValueError("a batch is either padded or packed: drop attention_mask or cu_seq_lens_q and cu_seq_lens_k")
 
 
 def _in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:

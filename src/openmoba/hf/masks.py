@@ -19,13 +19,14 @@ mistaken for a custom mask.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
-from openmoba.hf.eager import eager
+from openmoba.hf.eager import eager, per_tensor
+from openmoba.ops.decode import MAX_QUERIES
 
 UNWRITTEN, PADDING = -1, 0
 
@@ -75,7 +76,66 @@ def segment_map(
         real_BS = torch.nn.functional.pad(attention_mask, (0, max(0, kv_length - attention_mask.shape[1])))
         map_BS = map_BS.masked_fill(~real_BS[:, :kv_length].bool(), PADDING)
     map_BS = map_BS.masked_fill(slot_S >= q_offset + q_length, UNWRITTEN)
-    return _unless_whole(map_BS) if growing else map_BS[:, None, None]
+    if growing:
+        return _unless_whole(map_BS)
+    if q_length <= MAX_QUERIES:
+        torch._assert_async(~_has_holes(map_BS), "with a static cache, padding must be on the left")
+    return map_BS[:, None, None]
+
+
+class Alignment(NamedTuple):
+    """Where each row's tokens begin in the cache.
+
+    Attributes:
+        starts: first slot of each row, int32 `[B]`.
+        first: the same on the host; None with a static cache, which the host does not look into.
+    """
+
+    starts: Tensor
+    first: tuple[int, ...] | None
+
+    def pick(self, pick: Callable[[Tensor], Tensor]) -> Alignment:
+        """The rows that `pick` selects; the host looks at them only if they differ."""
+        starts = pick(self.starts)
+        if self.first is None:
+            return Alignment(starts, None)
+        same = len(set(self.first)) == 1
+        return Alignment(starts, self.first[:1] * len(starts) if same else tuple(starts.tolist()))
+
+
+def aligned(batch: int, device: torch.device) -> Alignment:
+    """Rows without padding."""
+    return Alignment(torch.zeros(batch, dtype=torch.int32, device=device), (0,) * batch)
+
+
+def static_alignment(segment_map: Tensor) -> Alignment:
+    """The alignment under a static cache, where padding is on the left."""
+    return Alignment((segment_map == PADDING).sum((1, 2, 3), dtype=torch.int32), None)
+
+
+@eager("whether padding is on the left decides which kernels run")
+@per_tensor
+def alignment_of(segment_map: Tensor) -> Alignment | None:
+    """The alignment of left-padded rows of one sequence each, or None if the map says otherwise."""
+    map_BS = segment_map[:, 0, 0]
+    if bool(_has_holes(map_BS) | (map_BS > 1).any()):
+        return None
+    starts = (map_BS == PADDING).sum(1, dtype=torch.int32)
+    return Alignment(starts, tuple(starts.tolist()))
+
+
+def visible_keys(segment_map: Tensor, queries: int) -> Tensor:
+    """Which keys each of the last `queries` written slots may read, bool `[B, 1, T, S]`."""
+    slot_S = torch.arange(segment_map.shape[-1], device=segment_map.device)
+    written = (segment_map[0, 0, 0] != UNWRITTEN).sum()
+    slot_T1 = (written - queries + torch.arange(queries, device=segment_map.device))[:, None]
+    own_B1T1 = segment_map[..., 0, :].index_select(-1, slot_T1[:, 0])[..., None]
+    return (segment_map > PADDING) & (segment_map == own_B1T1) & (slot_S <= slot_T1)
+
+
+def _has_holes(map_BS: Tensor) -> Tensor:
+    """Whether padding follows a token in any row, bool scalar."""
+    return ((map_BS[:, 1:] == PADDING) & (map_BS[:, :-1] > PADDING)).any()
 
 
 @eager("whether a batch is padded or packed decides which kernels run")

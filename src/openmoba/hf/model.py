@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from openmoba.config import MobaConfig
+from openmoba.hf.hook import attach
 from openmoba.hf.settings import NAME
 
 
@@ -31,6 +32,9 @@ def configure(model: Any, settings: MobaConfig | None) -> Any:
         settings.full_layer_indices(model.config.num_hidden_layers)
     model.config.moba = settings
     model.set_attn_implementation("sdpa" if settings is None else NAME)
+    for module in model.modules():
+        if type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx"):
+            attach(module)
     return model
 
 
@@ -43,9 +47,7 @@ def check_supported(model: Any) -> None:
         raise ValueError(f"{name} does not take its attention from transformers' AttentionInterface")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
-        raise ValueError(
-            f"{name} has layers of types {sorted(kinds)}; MoBA replaces 'full_attention' layers only"
-        )
+        raise ValueError(f"{name} has layers of types {sorted(kinds)}; MoBA replaces 'full_attention' layers only")
     window = getattr(config, "sliding_window", None)
     if window is not None:
         raise ValueError(

@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from openmoba.hf.eager import eager
+from openmoba.hf.eager import eager, per_tensor
 from openmoba.hf.masks import UNWRITTEN
 
 # B batch, T queries per row, S key slots per row, N tokens kept of all rows, H heads, D head width
@@ -33,29 +32,37 @@ class Packing(NamedTuple):
     cu_k: Tensor
 
 
-_PACKINGS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_RESTARTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
 @eager("the number of real tokens is a property of the data")
+@per_tensor
 def packing_of(segment_map: Tensor, queries: int) -> Packing:
     """The plan for a segment map `[B, 1, 1, S]` whose last `queries` written slots are the queries."""
-    if segment_map not in _PACKINGS:
-        _PACKINGS[segment_map] = _pack(segment_map[:, 0, 0], queries)
-    plan: Packing = _PACKINGS[segment_map]
-    return plan
+    map_BS = segment_map[:, 0, 0]
+    written = int((map_BS[0] != UNWRITTEN).sum())
+    query_map_BT = map_BS[:, written - queries : written]
+    # A sequence of the batch is a pair (row, number within the row); flattening keeps pairs in order.
+    stride = int(map_BS.max()) + 1
+    row_B1 = torch.arange(map_BS.shape[0], device=map_BS.device)[:, None]
+    key_N, query_N = ((m > 0).flatten().nonzero()[:, 0] for m in (map_BS, query_map_BT))
+    key_of_N, query_of_N = (
+        (row_B1 * stride + m).flatten()[index].contiguous() for m, index in ((map_BS, key_N), (query_map_BT, query_N))
+    )
+    sequences = torch.unique_consecutive(key_of_N)
+    return Packing(query_N, key_N, _boundaries(query_of_N, sequences), _boundaries(key_of_N, sequences))
 
 
 @eager("whether positions restart decides which kernels run")
+@per_tensor
 def restarts_of(position_ids: Tensor, batch: int) -> Tensor | None:
     """Boundaries of the sequences in the flattened batch, int32, or None if no row holds more than one.
 
     A sequence starts wherever `position_ids` `[1 or B, T]` do not go on by one, as in transformers' masks.
     """
-    if position_ids not in _RESTARTS:
-        _RESTARTS[position_ids] = _find_restarts(position_ids.expand(batch, -1))
-    boundaries: Tensor | None = _RESTARTS[position_ids]
-    return boundaries
+    position_BT = position_ids.expand(batch, -1)
+    starts_BT = torch.nn.functional.pad(position_BT.diff() != 1, (1, 0), value=True)
+    starts = starts_BT.flatten().nonzero()[:, 0]
+    if starts.numel() == batch:
+        return None
+    return torch.nn.functional.pad(starts, (0, 1), value=position_BT.numel()).int()
 
 
 def take(x_BTHD: Tensor, index_N: Tensor) -> Tensor:
@@ -67,29 +74,6 @@ def put_back(x_NHD: Tensor, index_N: Tensor, batch: int, tokens: int) -> Tensor:
     """Inverse of `take`, `[B, T, H, D]`; padding becomes zero."""
     out = x_NHD.new_zeros(batch * tokens, *x_NHD.shape[1:])
     return out.index_copy(0, index_N, x_NHD).view(batch, tokens, *x_NHD.shape[1:])
-
-
-def _pack(map_BS: Tensor, queries: int) -> Packing:
-    written = int((map_BS[0] != UNWRITTEN).sum())
-    query_map_BT = map_BS[:, written - queries : written]
-    # A sequence of the batch is a pair (row, number within the row); flattening keeps pairs in order.
-    stride = int(map_BS.max()) + 1
-    row_B1 = torch.arange(map_BS.shape[0], device=map_BS.device)[:, None]
-    key_N, query_N = ((m > 0).flatten().nonzero()[:, 0] for m in (map_BS, query_map_BT))
-    key_of_N, query_of_N = (
-        (row_B1 * stride + m).flatten()[index].contiguous()
-        for m, index in ((map_BS, key_N), (query_map_BT, query_N))
-    )
-    sequences = torch.unique_consecutive(key_of_N)
-    return Packing(query_N, key_N, _boundaries(query_of_N, sequences), _boundaries(key_of_N, sequences))
-
-
-def _find_restarts(position_BT: Tensor) -> Tensor | None:
-    starts_BT = torch.nn.functional.pad(position_BT.diff() != 1, (1, 0), value=True)
-    starts = starts_BT.flatten().nonzero()[:, 0]
-    if starts.numel() == position_BT.shape[0]:
-        return None
-    return torch.nn.functional.pad(starts, (0, 1), value=position_BT.numel()).int()
 
 
 def _boundaries(sequence_N: Tensor, sequences: Tensor) -> Tensor:

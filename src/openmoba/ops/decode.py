@@ -1,0 +1,159 @@
+"""MoBA for a few new tokens over a paged key/value cache: `moba_decode`.
+
+    s_p = <q, c_p>   for the pages before the query's own; the top_k - 1 best are read, ties to the later page
+    o   = softmax(scale * q K[I]^T) V[I]   over these pages and the query's own, causally
+
+Source: MoBA technical report, arXiv 2502.13189, equations 2 to 6, with the block means of equation 5 kept in the
+cache (`openmoba.ops.pages`) instead of computed anew. The cost is `top_k * block_size` keys and one centroid per page.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from openmoba.config import check_blocks
+
+MAX_QUERIES = 16
+
+# B batch rows, T query tokens, S cache slots, P pages, H query heads, Hkv key/value heads, G = H / Hkv,
+# D head width, K blocks read, N = K * block_size key slots gathered per query and head
+
+
+def moba_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    centroids: Tensor,
+    lengths: Tensor,
+    starts: Tensor | None = None,
+    *,
+    block_size: int,
+    top_k: int,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of each row's last T tokens over its own cached tokens, reading `top_k` blocks per query and head.
+
+    Row b's tokens lie in the cache slots `starts[b] : starts[b] + lengths[b]`, the T query tokens last:
+
+        left padding    . . k k k q      starts 2, lengths 4
+        ragged lengths  k k q . . .      starts 0, lengths 3
+
+    Args:
+        q: `[B, T, H, D]` with 1 <= T <= 16.
+        k_cache: `[B, S, Hkv, D]`, any strides; the new tokens' keys already written.
+        v_cache: the values, like k_cache.
+        centroids: fp32 `[B, P, Hkv, D]`, any strides: for every complete page the mean of its keys, or any fixed
+            multiple of it such as the sum. Page p of row b begins at slot `starts[b] + p * block_size`.
+        lengths: int32 `[B]`, tokens in the cache, the new ones included.
+        starts: int32 `[B]`, first slot of each row; zeros by default.
+        block_size, top_k, scale: as in `openmoba.moba_attention`.
+
+    Returns:
+        `[B, T, H, D]` in q's dtype; zero for queries before a row's first token. Not differentiable.
+
+    Raises:
+        ValueError: naming the argument and its value. The values inside `lengths` and `starts` are not read by
+            the host.
+    """
+    _check(q, k_cache, v_cache, centroids, lengths, starts, block_size, top_k)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    starts = torch.zeros_like(lengths) if starts is None else starts
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        rows = [
+            _decode_one(q[:, t], k_cache, v_cache, centroids, position_B, starts, block_size, top_k, scale)
+            for t, position_B in enumerate((lengths[:, None] - q.shape[1] + _range(q, q.shape[1])).unbind(1))
+        ]
+    return torch.stack(rows, 1)
+
+
+def _decode_one(
+    q_BHD: Tensor,
+    k_BSHD: Tensor,
+    v_BSHD: Tensor,
+    centroid_BPHD: Tensor,
+    position_B: Tensor,
+    starts_B: Tensor,
+    block_size: int,
+    top_k: int,
+    scale: float,
+) -> Tensor:
+    """One query per row, at `position_B` within the row: `[B, H, D]`."""
+    own_B = position_B // block_size
+    page_BHK = _choose_pages(q_BHD, centroid_BPHD, own_B, top_k)
+    position_BHN = (page_BHK[..., None] * block_size + _range(q_BHD, block_size)).flatten(2)
+    read_BHN = (position_BHN >= 0) & (position_BHN <= position_B[:, None, None])
+    k_BHND, v_BHND = (_gather(x, starts_B, position_BHN, q_BHD.shape[1]) for x in (k_BSHD, v_BSHD))
+    wide = centroid_BPHD.dtype
+    logit_BHN = scale * (k_BHND.to(wide) @ q_BHD.to(wide)[..., None])[..., 0]
+    weight_BHN = logit_BHN.masked_fill(~read_BHN, -math.inf).softmax(-1)
+    weight_BHN = weight_BHN.masked_fill((position_B < 0)[:, None, None], 0)
+    return (weight_BHN[..., None, :] @ v_BHND.to(wide))[..., 0, :].to(q_BHD.dtype)
+
+
+def _choose_pages(q_BHD: Tensor, centroid_BPHD: Tensor, own_B: Tensor, top_k: int) -> Tensor:
+    """The own page and the `top_k - 1` best before it, `[B, H, K]`; negative for none."""
+    batch, heads, width = q_BHD.shape
+    pages, kv_heads = centroid_BPHD.shape[1:3]
+    q_BHGD = q_BHD.to(centroid_BPHD.dtype).view(batch, kv_heads, heads // kv_heads, width)
+    score_BHP = torch.einsum("bhgd,bphd->bhgp", q_BHGD, centroid_BPHD).flatten(1, 2)
+    past_BP = _range(q_BHD, pages) < own_B[:, None]
+    score_BHP = score_BHP.masked_fill(~past_BP[:, None], -math.inf)
+    # A stable sort of the reversed pages sends ties to the later page.
+    best, order = score_BHP.flip(-1).sort(dim=-1, descending=True, stable=True)
+    wanted = min(top_k - 1, pages)
+    past_BHK = (pages - 1 - order[..., :wanted]).masked_fill(best[..., :wanted] == -math.inf, -1)
+    return torch.cat([past_BHK, own_B.long()[:, None, None].expand(-1, heads, 1)], -1)
+
+
+def _gather(x_BSHD: Tensor, starts_B: Tensor, position_BHN: Tensor, heads: int) -> Tensor:
+    """Each query head's cache entries at `position_BHN` within the rows, `[B, H, N, D]`."""
+    batch, slots, kv_heads, _ = x_BSHD.shape
+    slot_BHN = (starts_B[:, None, None] + position_BHN).clamp(0, slots - 1)
+    row_B11 = _range(x_BSHD, batch)[:, None, None]
+    kv_head_H1 = (_range(x_BSHD, heads) // (heads // kv_heads))[:, None]
+    return x_BSHD[row_B11, slot_BHN, kv_head_H1]
+
+
+def _range(like: Tensor, end: int) -> Tensor:
+    return torch.arange(end, device=like.device)
+
+
+def _check(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    centroids: Tensor,
+    lengths: Tensor,
+    starts: Tensor | None,
+    block_size: int,
+    top_k: int,
+) -> None:
+    check_blocks(block_size, top_k)
+    if q.dim() != 4 or not 1 <= q.shape[1] <= MAX_QUERIES:
+        raise ValueError(
+            f"q must be [batch, 1..{MAX_QUERIES} tokens, heads, dim], got {tuple(q.shape)}; "
+            "use moba_attention for more tokens"
+        )
+    batch, _, heads, width = q.shape
+    if k_cache.dim() != 4 or k_cache.shape[0] != batch or k_cache.shape[3] != width:
+        raise ValueError(f"k_cache must be [{batch}, slots, heads, {width}], got {tuple(k_cache.shape)}")
+    if v_cache.shape != k_cache.shape:
+        raise ValueError(f"v_cache must have k_cache's shape {tuple(k_cache.shape)}, got {tuple(v_cache.shape)}")
+    kv_heads = k_cache.shape[2]
+    if heads % kv_heads:
+        raise ValueError(f"q's {heads} heads must be a multiple of the cache's {kv_heads} heads")
+    if not q.dtype == k_cache.dtype == v_cache.dtype:
+        raise ValueError(f"q, k_cache and v_cache must share a dtype, got {q.dtype}, {k_cache.dtype}, {v_cache.dtype}")
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    shape = (centroids.shape[0], *centroids.shape[2:])
+    if centroids.dtype != wide or shape != (batch, kv_heads, width):
+        raise ValueError(
+            f"centroids must be {wide} [{batch}, pages, {kv_heads}, {width}], "
+            f"got {centroids.dtype} {tuple(centroids.shape)}"
+        )
+    for name, x in (("lengths", lengths), ("starts", starts)):
+        if x is not None and (x.dtype != torch.int32 or x.shape != (batch,)):
+            raise ValueError(f"{name} must be int32 [{batch}], got {x.dtype} {tuple(x.shape)}")
