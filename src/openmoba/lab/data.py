@@ -41,9 +41,7 @@ class _Split:
     valid_documents: np.ndarray
 
 
-def load_data(
-    config: DataConfig, start_from: Path | str | None = None, progress: Progress | None = None
-) -> Data:
+def load_data(config: DataConfig, start_from: Path | str | None = None, progress: Progress | None = None) -> Data:
     """Open, split and tokenise the documents, or find all that done in the cache.
 
     Args:
@@ -64,6 +62,20 @@ def load_data(
         _windows(valid_store, split.valid_documents, config.length, f"{split.valid.name} (validation)"),
         tokenizer,
     )
+
+
+def load_validation(config: DataConfig, model: Path | str, progress: Progress | None = None) -> Windows:
+    """All validation windows, in the tokens of the model in the folder or of the hub name `model`."""
+    cache = Path(config.cache).expanduser()
+    tokenizer = load_tokenizer(model)
+    (progress or Progress()).note(f"tokens of {config.valid or config.source}")
+    if config.valid is None:
+        split = _split(config, cache)
+        corpus, documents = split.valid, split.valid_documents
+    else:
+        corpus = open_corpus(config.valid, config.column)
+        documents = np.arange(len(_nonempty(corpus, cache).sizes))
+    return _windows(tokenise(corpus, tokenizer, cache), documents, config.length, f"{corpus.name} (validation)")
 
 
 def validation_windows(windows: Windows, count: int) -> Windows:
@@ -112,9 +124,7 @@ def _split(config: DataConfig, cache: Path) -> _Split:
 def _nonempty(corpus: Corpus, cache: Path) -> Survey:
     surveyed = survey(corpus, cache)
     if len(surveyed.sizes) == 0:
-        raise ValueError(
-            f"{corpus.name} has no documents with text in them; set data.source or data.valid to others"
-        )
+        raise ValueError(f"{corpus.name} has no documents with text in them; set data.source or data.valid to others")
     return surveyed
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from openmoba.lab.config import DataConfig, EvalConfig, RunConfig, default_range, from_dict
-from openmoba.lab.data import load_data, validation_windows
+from openmoba.lab.data import load_validation, validation_windows
 from openmoba.lab.loss import attach_loss
 from openmoba.lab.model import is_run, load_model, model_folder
 from openmoba.lab.progress import Progress
@@ -47,8 +47,7 @@ def evaluate_source(
     if data is None:
         data = _run_data(Path(source)) if is_run(source) else DataConfig()
     folder = model_folder(source)
-    loaded = load_data(data, start_from=folder, progress=progress)
-    windows = validation_windows(loaded.valid, evaluation.windows)
+    windows = validation_windows(load_validation(data, folder, progress), evaluation.windows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(folder)
     attach_loss(model)

@@ -85,11 +85,14 @@ def _encode(row: Row, path: Path) -> bytes:
     return json.dumps(_finite(row, path), ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _finite(row: Row, path: Path) -> Row:
-    for key, value in row.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{path}: record holds {key}={value}, which JSON cannot say")
-    return row
+def _finite(value: Any, path: Path, name: str = "") -> Any:
+    """`value`, or a ValueError that names the number in it which is none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{path}: {name}={value} is no number that JSON can hold")
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        _finite(child, path, f"{name}.{key}".strip("."))
+    return value
 
 
 def _cut_torn_line(file: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -66,6 +67,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             callbacks=[_RunCallback(self)],
         )
         self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True  # our loss is divided by the whole step's count already
         self.clock = _Clock(self.args.device, *spent)
         self._first_bad_step = torch.tensor(math.inf, device=self.args.device)
         self._attention: MobaConfig | str | None = "unset"
@@ -126,7 +128,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         found = torch.where(loss.detach().isfinite(), torch.inf, step)
         self._first_bad_step = torch.minimum(self._first_bad_step, found)
         # Gradients are averaged over devices, and `count` is the sum over them.
-        return loss * self.args.world_size
+        devices: int = self.args.world_size
+        return loss * devices
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule of `learning_rate_factor`."""
@@ -152,13 +155,27 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.clock.skip()
         return logs
 
+    def _save_checkpoint(self, *args: Any) -> None:
+        checkpoint = self.folder / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(*args)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                seal(checkpoint)
+                prune(self.folder, keep=2)
+        except (OSError, RuntimeError, SafetensorError) as error:  # as writers of files and of tensors say it
+            raise ValueError(
+                f"cannot write {checkpoint}: {error}; earlier checkpoints are whole, make room and run again"
+            ) from error
+        self.clock.skip()
+
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         # TrainingWindows are in their order already.
         return SequentialSampler(self.train_dataset)
 
 
 class _RunCallback(TrainerCallback):  # type: ignore[misc]
-    """Decides when to log, evaluate and save, and seals what was saved."""
+    """Switches the attention, and decides when to log, evaluate and save."""
 
     def __init__(self, trainer: RunTrainer) -> None:
         self.trainer = trainer
@@ -193,13 +210,6 @@ class _RunCallback(TrainerCallback):  # type: ignore[misc]
             }
         )
         trainer.progress.step(state.global_step, state.max_steps, f"loss {logs['loss']:.3f}")
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.accelerator.wait_for_everyone()
-        if state.is_world_process_zero:
-            seal(self.trainer.folder / f"checkpoint-{state.global_step}")
-            prune(self.trainer.folder, keep=2)
-        self.trainer.clock.skip()
 
 
 class _Clock:

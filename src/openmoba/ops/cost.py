@@ -1,8 +1,8 @@
 """What one query head reads: query-key pairs and centroid scores of one whole sequence, dense and MoBA.
 
 Symbols: T tokens, B block size, k top-k. Block i holds n_i tokens (B, or fewer in the last). Its queries read
-their own block causally, n_i * (n_i + 1) / 2 pairs, and min(i, k - 1) past blocks of B keys each. To choose, they
-score i centroids; where i <= k - 1 all past blocks are read and nothing has to be scored.
+their own block causally, n_i * (n_i + 1) / 2 pairs, and min(i, k - 1) past blocks of B keys each. To choose,
+they score i centroids; where i <= k - 1 all past blocks are read and nothing has to be scored.
 
 Source: MoBA technical report, arXiv 2502.13189, section 2.2. The pairs equal the count of ones in the mask of
 `openmoba.ops.reference`.

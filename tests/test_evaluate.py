@@ -1,0 +1,173 @@
+"""The loss without all logits, and the three measures made of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from openmoba.lab import loss as loss_module
+from openmoba.lab.config import DataConfig, EvalConfig, ModelConfig
+from openmoba.lab.evaluate import bootstrap_interval, evaluate_source, summary, window_losses
+from openmoba.lab.loss import attach_loss, has_linear_head, linear_loss
+from openmoba.lab.model import build_model, load_model
+from openmoba.lab.tokenizer import byte_tokenizer
+from openmoba.lab.windows import IGNORED
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", 1)  # the least chunk: 64 positions
+
+
+def batch(vocabulary: int = 47, tokens: int = 150) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, tokens, 16, generator=generator, requires_grad=True)
+    weight = torch.randn(vocabulary, 16, generator=generator, requires_grad=True)
+    bias = torch.randn(vocabulary, generator=generator, requires_grad=True)
+    labels = torch.randint(vocabulary, (2, tokens), generator=generator)
+    labels[0, ::3] = IGNORED
+    return hidden, weight, bias, labels
+
+
+def dense_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+) -> torch.Tensor:
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    return torch.nn.functional.cross_entropy(logits.mT, labels, ignore_index=IGNORED, reduction="none")
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("biased", [False, True])
+def test_chunked_loss_and_gradients_equal_dense_cross_entropy(biased: bool) -> None:
+    hidden, weight, bias, labels = batch()
+    inputs = (hidden, weight, bias) if biased else (hidden, weight)
+    expected = dense_loss(hidden, weight, bias if biased else None, labels)
+    count = (labels != IGNORED).sum() * 3
+    found = linear_loss(hidden, weight, bias if biased else None, labels, count)
+    torch.testing.assert_close(found, expected.sum() / count)
+    for mine, theirs in zip(
+        torch.autograd.grad(2 * found, inputs), torch.autograd.grad(2 * expected.sum() / count, inputs), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_loss(hidden, weight, bias if biased else None, labels), expected)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_under_autocast_products_are_bf16_and_sums_fp32() -> None:
+    hidden, weight, _, labels = batch()
+    count = (labels != IGNORED).sum()
+    expected = dense_loss(hidden.bfloat16().float(), weight.bfloat16().float(), None, labels).sum() / count
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_loss(hidden, weight, None, labels, count)
+    found.backward()
+    assert found.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=0)
+
+
+def test_no_chunk_holds_the_logits_of_all_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, _, labels = batch()
+    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", 64 * 47)
+    largest = 0
+    plain = loss_module._losses
+
+    def spy(logit_NV: torch.Tensor, label_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal largest
+        largest = max(largest, logit_NV.shape[0])
+        return plain(logit_NV, label_N)
+
+    monkeypatch.setattr(loss_module, "_losses", spy)
+    linear_loss(hidden, weight, None, labels, torch.tensor(1))
+    assert largest == 64
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "granite"])
+def test_attached_loss_is_that_of_the_models_own_logits(family: str) -> None:
+    overrides = {"logits_scaling": 3.0} if family == "granite" else {}
+    model = build_model(ModelConfig(family, "nano", overrides), 100, 32, 0)
+    assert has_linear_head(model) == (family != "granite")
+    ids = torch.randint(100, (2, 33), generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.cross_entropy(model(ids[:, :-1]).logits.mT, ids[:, 1:], reduction="none")
+    attach_loss(model)
+    torch.testing.assert_close(model(ids[:, :-1], ids[:, 1:]), expected)
+    torch.testing.assert_close(model(ids[:, :-1], ids[:, 1:], torch.tensor(64)), expected.mean())
+
+
+def test_measures_by_hand() -> None:
+    loss = np.array([[4.0, 3, 2, 1], [8, 7, 6, 5], [1, 1, 0, 0]], dtype=np.float32)
+    labelled = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]], dtype=bool)
+    row = summary(loss, labelled, np.array([True, True, False]), trailing=2, position_range=3)
+    assert row["lm_loss"] == pytest.approx(38 / 10)
+    assert row["trailing_loss"] == pytest.approx(14 / 4)
+    assert row["windows"] == {"lm": [2.5, 6.5, 1.0], "trailing": [1.5, 5.5]}
+    assert [(r["start"], r["end"], r["loss"]) for r in row["position_loss"]] == [(0, 3, 4.0), (3, 4, 3.0)]
+    low, high = row["intervals"]["trailing"]
+    assert (low, high) == (1.5, 5.5)
+
+
+def test_without_full_windows_there_is_no_trailing_loss() -> None:
+    row = summary(np.ones((2, 4)), np.ones((2, 4), dtype=bool), np.array([False, False]), 2, 2)
+    assert row["trailing_loss"] is None
+    assert row["intervals"]["trailing"] is None
+    assert row["windows"]["trailing"] == []
+
+
+def test_bootstrap_interval_has_the_width_of_the_mean_and_weighs_windows_by_their_labels() -> None:
+    total = np.random.default_rng(1).normal(5.0, 1.0, 400)
+    low, high = bootstrap_interval(total, np.ones(400, dtype=int)) or (0, 0)
+    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.1)
+    assert low < total.mean() < high
+    weighted = bootstrap_interval(np.array([1.0, 90.0]), np.array([1, 9]))
+    assert weighted == pytest.approx([1.0, 10.0])
+    assert bootstrap_interval(np.ones(1), np.ones(1)) is None
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> DataConfig:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(8):
+        (folder / f"{number}.txt").write_text(f"the quick fox {number} " * 40)
+    return DataConfig(str(folder), hold_out=2, length=64, cache=str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    build_model(ModelConfig(size="nano"), 257, 64, 0).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_model_folder_is_evaluated_on_whole_windows_in_any_batch_size(
+    documents: DataConfig, model_folder: Path
+) -> None:
+    rows = [evaluate_source(str(model_folder), documents, EvalConfig(5, batch_size=b)) for b in (1, 2)]
+    assert rows[0]["lm_loss"] == pytest.approx(rows[1]["lm_loss"], abs=1e-5)
+    assert rows[0]["lm_loss"] == pytest.approx(np.log(257), abs=0.3)
+    assert len(rows[0]["windows"]["lm"]) == len(rows[0]["windows"]["trailing"]) == 5
+    assert [part["start"] for part in rows[0]["position_loss"]] == list(range(0, 64, 8))
+
+
+def test_window_losses_put_each_loss_at_its_position(documents: DataConfig, model_folder: Path) -> None:
+    from openmoba.lab.data import load_validation
+
+    windows = load_validation(documents, model_folder).spread(3)
+    loss, labelled = window_losses(lambda ids, labels: ids + labels / 1000, windows, 2, torch.device("cpu"))
+    expected = [windows[i]["input_ids"] + windows[i]["labels"] / 1000 for i in range(3)]
+    np.testing.assert_allclose(loss, torch.stack(expected).numpy(), rtol=1e-6)
+    assert labelled.all()
+
+
+def test_broken_models_are_named(tmp_path: Path, documents: DataConfig, model_folder: Path) -> None:
+    weights = model_folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="holds no readable model with safetensors weights"):
+        evaluate_source(str(model_folder), documents, EvalConfig(2))
+    weights.unlink()
+    torch.save({}, model_folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds no readable model with safetensors weights"):
+        load_model(model_folder)

@@ -1,0 +1,163 @@
+"""Records that survive kills and full disks; configurations in and out of JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from openmoba.lab import records
+from openmoba.lab.config import ArmConfig, DataConfig, RunConfig, TrainConfig, from_dict, to_dict
+from openmoba.lab.progress import TerminalProgress, bar, duration
+
+
+def test_appended_rows_are_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": 1, "loss": 2.5, "name": "ä\n"}, {"step": 2, "loss": 0.1, "parts": [1, None]}]
+    for row in rows:
+        records.append(path, row)
+    assert records.read(path) == rows
+    assert records.read(tmp_path / "missing.jsonl") == []
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 2, "lo', b"{", '{"name": "ä'.encode()[:-1]])
+def test_a_torn_last_line_is_skipped_and_cut_off_by_the_next_append(tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    records.append(path, {"step": 1})
+    with path.open("ab") as file:
+        file.write(torn)
+    assert records.read(path) == [{"step": 1}]
+    records.append(path, {"step": 2})
+    assert records.read(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_torn_line_longer_than_the_read_buffer_is_cut_off_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    records.append(path, {"step": 1})
+    with path.open("ab") as file:
+        file.write(b'{"x": "' + b"a" * 200_000)
+    records.append(path, {"step": 2})
+    assert records.read(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_broken_line_in_the_middle_names_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step":1}\nbroken\n{"step":3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        records.read(path)
+
+
+def test_a_writer_killed_at_any_moment_leaves_every_earlier_line_readable(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    code = (
+        "import itertools, sys; from pathlib import Path; from openmoba.lab.records import append\n"
+        "for step in itertools.count():\n"
+        "    append(Path(sys.argv[1]), {'step': step, 'pad': 'x' * 1000}); print(step, flush=True)"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None
+    announced = [int(writer.stdout.readline()) for _ in range(20)][-1]
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    writer.stdout.close()
+    steps = [row["step"] for row in records.read(path)]
+    assert steps == list(range(len(steps)))
+    assert len(steps) > announced
+
+
+def test_numbers_that_json_cannot_say_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="loss=nan"):
+        records.append(tmp_path / "metrics.jsonl", {"loss": float("nan")})
+    with pytest.raises(ValueError, match=r"compute\.6nd=inf"):
+        records.write_json(tmp_path / "result.json", {"compute": {"6nd": float("inf")}})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="needs /dev/full")
+def test_a_full_disk_is_one_error_that_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    with pytest.raises(ValueError, match=r"cannot write .*metrics\.jsonl: No space left on device"):
+        records.append(path, {"step": 1})
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    records.write_json(path, {"tokens": 1})
+    with pytest.raises(TypeError):
+        records.write_json(path, {"tokens": object()})
+    assert records.read_json(path) == {"tokens": 1}
+    records.keep(tmp_path / "metrics.jsonl", [{"step": 1}, {"step": 2}])
+    assert len(records.read(tmp_path / "metrics.jsonl")) == 2
+    assert {p.name for p in tmp_path.iterdir()} == {"result.json", "metrics.jsonl"}
+    with pytest.raises(ValueError, match=r"cannot write .*absent"):
+        records.write_json(tmp_path / "absent" / "result.json", {})
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "does not exist"), ("{", "not JSON"), ("[1]", "holds a list")])
+def test_an_unreadable_json_file_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "result.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        records.read_json(path)
+
+
+def test_configurations_survive_json() -> None:
+    config = RunConfig(
+        data=DataConfig(valid="x.txt", length=64),
+        arm=ArmConfig("hybrid", 16, 2, full_layers=(0, 3)),
+        train=TrainConfig(loss_tokens=8),
+    )
+    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+    assert from_dict(RunConfig, {}) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"datas": {}}, "unknown key 'datas'; the keys of RunConfig are data, model, arm, train, eval"),
+        ({"data": {"lenght": 3}}, r"unknown key 'data\.lenght'; the keys of data are source, valid"),
+        ({"data": {"length": "3"}}, r"data\.length must be int, got '3'"),
+        ({"data": {"length": True}}, r"data\.length must be int, got True"),
+        ({"data": {"valid": 3}}, r"data\.valid must be str or none, got 3"),
+        ({"train": {"schedule": "linear"}}, r"train\.schedule must be 'cosine' or 'wsd', got 'linear'"),
+        ({"arm": {"name": "sparse"}}, r"arm\.name must be 'full' or 'moba'"),
+        ({"arm": {"full_layers": [1, "2"]}}, r"arm\.full_layers must be int, got '2'"),
+        ({"arm": {"top_k": 0}}, "top_k must be >= 1, got 0"),
+        ({"arm": 3}, "arm must be a table"),
+        ({"train": {"steps": 0}}, r"train\.steps must be >= 1, got 0"),
+        ({"train": {"warmup": 1.5}}, r"train\.warmup is a share"),
+        ({"train": {"checkpoint_every": 15}}, r"checkpoint_every=15 must be a multiple of train\.log_every=10"),
+        ({"eval": {"trailing": 2000}}, r"eval\.trailing=2000 is more than a window of data\.length=1024"),
+    ],
+)
+def test_bad_configurations_name_the_key_and_what_is_allowed(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_dict(RunConfig, values)
+
+
+def test_arms_say_what_attention_each_step_has() -> None:
+    assert ArmConfig("full").attention(0, 10) is None
+    assert ArmConfig("moba", 16, 2).attention(9, 10) == ArmConfig("time_hybrid", 16, 2).attention(7, 10)
+    assert ArmConfig("time_hybrid", switch_at=0.8).attention(8, 10) is None
+    hybrid = ArmConfig("hybrid", full_layers=2).attention(0, 10)
+    assert hybrid is not None
+    assert hybrid.full_layer_indices(5) == {3, 4}
+
+
+def test_progress_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = TerminalProgress("run", sys.stderr)
+    progress.stream = sys.stderr
+    for done in range(1, 21):
+        progress.step(done, 20, "loss 1.0")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10
+    assert lines[-1].startswith("run [########################] 20/20  loss 1.0")
+    assert bar(0.5, 4) == "[##..]"
+    assert [duration(s) for s in (5, 125, 7500)] == ["5s", "2m05s", "2h05m"]

@@ -1,0 +1,344 @@
+"""Training runs: same start and data in all arms, killed and resumed, switched, fine-tuned, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from openmoba import cli
+from openmoba.lab import records
+from openmoba.lab.checkpoint import damage, newest_checkpoint
+from openmoba.lab.config import ArmConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig, to_dict
+from openmoba.lab.model import SIZES, build_model
+from openmoba.lab.train import run_training
+from openmoba.lab.trainer import RunTrainer, learning_rate_factor
+
+TRAIN = TrainConfig(steps=12, batch_size=4, log_every=2, checkpoint_every=4, learning_rate=5e-3)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run of 12 steps on texts that a small model learns something about."""
+    root = tmp_path_factory.mktemp("corpus")
+    (root / "texts").mkdir()
+    for n in range(8):
+        (root / "texts" / f"{n}.txt").write_text("".join(f"{i} times {n} is {i * n}, " for i in range(40)))
+    return RunConfig(
+        data=DataConfig(str(root / "texts"), hold_out=4, tokenizer="bytes", length=64, cache=str(root / "cache")),
+        model=ModelConfig(size="nano"),
+        arm=ArmConfig("moba", block_size=8, top_k=2),
+        train=TRAIN,
+        eval=EvalConfig(windows=4, every=6, trailing=16, position_range=16),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That run, trained without interruption."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run_training(config, folder)
+    return folder
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    """The records without measured time."""
+    rows = records.read(folder / "metrics.jsonl")
+    for row in rows:
+        row.pop("seconds", None)
+        row["compute"].pop("accelerator_seconds")
+    return rows
+
+
+def test_a_run_leaves_its_records(config: RunConfig, finished: Path) -> None:
+    rows = records.read(finished / "metrics.jsonl")
+    train = [row for row in rows if row["kind"] == "train"]
+    evaluations = [row for row in rows if row["kind"] == "eval"]
+    assert [row["step"] for row in train] == [2, 4, 6, 8, 10, 12]
+    assert [row["step"] for row in evaluations] == [6, 12]
+    assert train[-1]["tokens"] == 12 * 4 * 64 == config.tokens
+    assert train[-1]["loss"] < train[0]["loss"] - 0.5
+    assert set(train[0]) >= {"kind", "step", "tokens", "loss", "lr", "seconds", "compute"}
+    assert set(train[0]["compute"]) == {"6nd", "chinchilla", "causal_exact", "accelerator_seconds"}
+    assert 0 < train[-1]["compute"]["accelerator_seconds"] < train[-1]["seconds"]
+    assert len(evaluations[0]["windows"]["trailing"]) == 4
+    assert [part["end"] for part in evaluations[0]["position_loss"]] == [16, 32, 48, 64]
+    result = records.read_json(finished / "result.json")
+    assert result["eval"] == evaluations[-1]
+    assert result["config"] == to_dict(config) == records.read_json(finished / "config.json")
+    assert (result["arm"], result["size"], result["seed"]) == ("moba", "nano", 0)
+    assert result["params"]["total"] > result["params"]["non_embedding"] > 0
+    assert set(result) >= {"tokens", "compute", "versions", "hardware", "commit", "seconds"}
+
+
+def test_checkpoints_hold_safetensors_and_nothing_pickled_that_runs_code(finished: Path) -> None:
+    (checkpoint,) = finished.glob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-12"
+    names = {path.name for path in checkpoint.iterdir()}
+    assert {"model.safetensors", "tokenizer.json", "optimizer.pt", "complete.json"} <= names
+    assert "training_args.bin" not in names
+    torch.load(checkpoint / "optimizer.pt", weights_only=True)
+
+
+def test_a_finished_run_is_not_trained_again(
+    config: RunConfig, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunTrainer, "train", None)
+    assert run_training(config, finished) == records.read_json(finished / "result.json")
+
+
+def test_another_configuration_in_the_same_folder_is_refused(config: RunConfig, finished: Path) -> None:
+    other = replace(config, train=replace(TRAIN, learning_rate=1e-3))
+    with pytest.raises(ValueError, match=r"holds another run: train\.learning_rate was 0\.005 and is 0\.001"):
+        run_training(other, finished)
+
+
+def test_a_killed_run_goes_on_with_the_same_records(config: RunConfig, finished: Path, tmp_path: Path) -> None:
+    """Killed twice: once somewhere after the first checkpoint, once in the middle of writing one."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    records.write_json(folder / "config.json", to_dict(config))
+    command = [sys.executable, "-m", "openmoba.cli", "train", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_environment()) as process:
+        deadline = time.monotonic() + 120
+        while newest_checkpoint(folder) is None and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert not (folder / "result.json").exists()
+    resumed_from = newest_checkpoint(folder)
+    assert resumed_from is not None
+
+    unfinished = folder / "checkpoint-10"
+    unfinished.mkdir()
+    (unfinished / "model.safetensors").write_bytes(b"torn")
+    records.append(folder / "metrics.jsonl", {"kind": "train", "step": 11, "loss": 0.0, "compute": {}})
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"kind": "tra')
+    run_training(config, folder)
+    assert curve(folder) == curve(finished)
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-12"]
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_result_only_writes_that(
+    config: RunConfig, tmp_path: Path, finished: Path
+) -> None:
+    run_training(config, tmp_path)
+    expected = curve(tmp_path)
+    (tmp_path / "result.json").unlink()
+    result = run_training(config, tmp_path)
+    assert curve(tmp_path) == expected == curve(finished)
+    assert result["eval"]["step"] == 12
+
+
+def test_arms_start_from_the_same_weights_and_see_the_same_windows(config: RunConfig, tmp_path: Path) -> None:
+    """With blocks enough to read everything, MoBA is full attention: then the curves agree."""
+    one = replace(config, train=replace(TRAIN, steps=4))
+    arms = {"full": ArmConfig("full"), "moba": ArmConfig("moba", 8, 8), "sparse": ArmConfig("moba", 8, 2)}
+    rows = {}
+    for name, arm in arms.items():
+        run_training(replace(one, arm=arm), tmp_path / name)
+        rows[name] = [row["loss"] for row in curve(tmp_path / name) if row["kind"] == "train"]
+    assert rows["moba"] == pytest.approx(rows["full"], rel=1e-5)
+    assert rows["sparse"] != pytest.approx(rows["full"], rel=1e-5)
+
+
+def test_a_time_hybrid_switches_and_can_be_killed_across_the_switch(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = replace(config, arm=ArmConfig("time_hybrid", 8, 2, switch_at=0.5))
+    seen = []
+    plain = RunTrainer.attend_as_configured
+
+    def spy(trainer: RunTrainer, step: int) -> None:
+        plain(trainer, step)
+        seen.append((step, trainer.model.config.moba))
+
+    monkeypatch.setattr(RunTrainer, "attend_as_configured", spy)
+    run_training(timed, tmp_path / "whole")
+    assert [step for step, attention in seen if attention is None] == list(range(6, 12))
+
+    monkeypatch.setattr(RunTrainer, "attend_as_configured", plain)
+    for stop in (5, 9):  # checkpoints at 4 and 8: before and after the switch
+        _interrupt(timed, tmp_path / "cut", stop, monkeypatch)
+    run_training(timed, tmp_path / "cut")
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    saved = records.read_json(tmp_path / "cut" / "checkpoint-12" / "config.json")
+    assert saved.get("moba") is None
+
+
+def test_accumulated_micro_batches_train_as_one_batch(config: RunConfig, finished: Path, tmp_path: Path) -> None:
+    run_training(replace(config, train=replace(TRAIN, micro_batch_size=1)), tmp_path / "run")
+    losses = [[row["loss"] for row in curve(f) if row["kind"] == "train"] for f in (finished, tmp_path / "run")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_fine_tuning_starts_from_a_run_and_learns_the_last_tokens(
+    config: RunConfig, finished: Path, tmp_path: Path
+) -> None:
+    settings = replace(TRAIN, start_from=str(finished), loss_tokens=16, steps=4, learning_rate=1e-6, warmup=0.0)
+    tuning = replace(config, data=replace(config.data, tokenizer="auto"), arm=ArmConfig("full"), train=settings)
+    run_training(tuning, tmp_path / "tuned")
+    first = next(row for row in curve(tmp_path / "tuned") if row["kind"] == "train")
+    fresh = next(row for row in curve(finished) if row["kind"] == "train")
+    assert first["loss"] < fresh["loss"] - 0.5
+
+
+def test_chat_is_fine_tuned_through_the_template(config: RunConfig, finished: Path, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "2 times 3?"}, {"role": "assistant", "content": "6"}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps({"messages": [*chat, *chat[:n]]}) + "\n" for n in (0, 1, 2)) * 1)
+    data = replace(config.data, source=str(path), column="messages", tokenizer="auto", hold_out=2)
+    settings = replace(TRAIN, start_from=str(finished), steps=2)
+    result = run_training(
+        replace(config, data=data, train=settings, eval=replace(config.eval, windows=1)), tmp_path / "chat"
+    )
+    assert result["eval"]["lm_loss"] > 0
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = RunTrainer.attend_as_configured
+
+    def poison(trainer: RunTrainer, step: int) -> None:
+        plain(trainer, step)
+        if step == 6:
+            with torch.no_grad():
+                trainer.model.get_input_embeddings().weight.fill_(torch.nan)
+
+    monkeypatch.setattr(RunTrainer, "attend_as_configured", poison)
+    with pytest.raises(
+        ValueError, match=r"not a finite number at step 7, nothing later is saved; lower train\.learning"
+    ):
+        run_training(config, tmp_path)
+    assert [row["step"] for row in curve(tmp_path) if row["kind"] == "train"] == [2, 4, 6]
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+
+
+def test_a_damaged_checkpoint_is_passed_over_or_named(
+    config: RunConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    _interrupt(config, folder, 9, monkeypatch)
+    newest = newest_checkpoint(folder)
+    assert newest == folder / "checkpoint-8"
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert "model.safetensors has 100 bytes" in (damage(newest) or "")
+    assert newest_checkpoint(folder) == folder / "checkpoint-4"
+    (folder / "checkpoint-4" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"no usable checkpoint .*optimizer\.pt is missing.*delete the folder"):
+        run_training(config, folder)
+
+
+def test_a_disk_that_is_full_stops_the_run_with_earlier_records_whole(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = os.fsync
+    calls = 0
+
+    def full(file: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 8:
+            raise OSError(28, "No space left on device")
+        plain(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match=r"cannot write .*No space left on device"):
+        run_training(config, tmp_path)
+    monkeypatch.setattr(os, "fsync", plain)
+    assert [row["step"] for row in records.read(tmp_path / "metrics.jsonl")][:1] == [2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": ModelConfig(size="huge")}, r"unknown model\.size 'huge'; the sizes are nano, micro"),
+        ({"model": ModelConfig(family="lama")}, r"unknown model\.family 'lama'"),
+        ({"model": ModelConfig(size="nano", overrides={"num_heads": 3})}, "configuration has no num_heads"),
+        ({"train": replace(TRAIN, micro_batch_size=3)}, r"batch_size=4 does not divide into 1 device"),
+        ({"train": replace(TRAIN, start_from="/nowhere/model")}, "/nowhere/model"),
+        ({"arm": ArmConfig("hybrid", 8, 2, full_layers=9)}, "full_layers=9 exceeds the model's 2 layers"),
+    ],
+)
+def test_bad_runs_are_refused_before_training(
+    config: RunConfig, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_training(replace(config, **changes), tmp_path)
+    assert records.read(tmp_path / "metrics.jsonl") == []
+
+
+def test_schedules_warm_up_hold_and_decay() -> None:
+    cosine = TrainConfig(warmup=0.1, final_learning_rate=0.1)
+    assert [learning_rate_factor(s, 100, cosine) for s in (0, 10, 55, 100)] == pytest.approx([1 / 11, 1, 0.55, 0.1])
+    wsd = TrainConfig(schedule="wsd", warmup=0.1, decay=0.2, final_learning_rate=0.0)
+    assert [learning_rate_factor(s, 100, wsd) for s in (5, 10, 80, 90, 100)] == pytest.approx([6 / 11, 1, 1, 0.5, 0])
+
+
+def test_initial_weights_depend_on_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    models = [build_model(ModelConfig(size="nano"), 257, 64, seed) for seed in (0, 0, 1)]
+    weights = [model.get_input_embeddings().weight for model in models]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert list(SIZES)[:3] == ["nano", "micro", "tiny"]
+
+
+def test_two_processes_train_as_one(config: RunConfig, finished: Path, tmp_path: Path) -> None:
+    """Data parallel over gloo: the same records as one process, up to the order of sums."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    records.write_json(folder / "config.json", to_dict(config))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run(
+        [*launcher, "-m", "openmoba.cli", "train", str(folder)], check=True, capture_output=True, env=_environment()
+    )
+    losses = [[row["loss"] for row in curve(f) if row["kind"] == "train"] for f in (finished, folder)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    windows = [[row["windows"]["lm"] for row in curve(f) if row["kind"] == "eval"] for f in (finished, folder)]
+    assert windows[0][0] == pytest.approx(windows[1][0], rel=1e-2)
+
+
+def test_commands(config: RunConfig, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", str(finished)]) == 0
+    assert "LM loss" in capsys.readouterr().out
+    assert cli.main(["evaluate", str(finished), "--eval.windows", "2", "--out", str(tmp_path / "row.json")]) == 0
+    assert "last 8" in capsys.readouterr().out
+    assert len(records.read_json(tmp_path / "row.json")["windows"]["lm"]) == 2
+    assert cli.main(["evaluate", str(tmp_path), "--data.source", str(tmp_path / "no.txt")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert cli.main(["--help"]) == 0
+    assert cli.main([]) == cli.main(["tarin"]) == 2
+    assert "unknown command 'tarin'" in capsys.readouterr().err
+
+
+def _interrupt(config: RunConfig, folder: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train until `step` has begun, then stop as a kill would: nothing is cleaned up."""
+    plain = RunTrainer.attend_as_configured
+
+    def stop(trainer: RunTrainer, at: int) -> None:
+        if at == step:
+            raise KeyboardInterrupt
+        plain(trainer, at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunTrainer, "attend_as_configured", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(config, folder)
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
