@@ -9,6 +9,9 @@ from importlib import import_module
 COMMANDS = {
     "train": ("openmoba.lab.commands:Train", "train one model, or go on with it"),
     "evaluate": ("openmoba.lab.commands:Evaluate", "LM, position-wise and trailing loss of a run or a model"),
+    "evaluate needle": ("openmoba.lab.model_commands:Needle", "needle in a haystack: depth-by-length heat map"),
+    "generate": ("openmoba.lab.model_commands:Generate", "continue a text with a run's or a model's weights"),
+    "convert": ("openmoba.lab.model_commands:Convert", "make a MoBA checkpoint of a Llama, Qwen, Mistral ... one"),
 }
 """Subcommand -> (module:dataclass, what it does). The module is imported when the command is used."""
 
@@ -19,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0 if arguments else 2
-    name = arguments[0]
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    name = " ".join(arguments[:words])
     if name not in COMMANDS:
         print(f"error: unknown command {name!r}\n\n{_usage()}", file=sys.stderr)
         return 2
@@ -28,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, _, kind = COMMANDS[name][0].partition(":")
     try:
         command = getattr(import_module(module), kind)
-        tyro.cli(command, args=arguments[1:], prog=f"openmoba {name}").run()
+        tyro.cli(command, args=arguments[words:], prog=f"openmoba {name}").run()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -39,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<16} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         ["usage: openmoba COMMAND [OPTIONS]", "", *lines, "", "openmoba COMMAND --help lists the options."]
     )

@@ -1,0 +1,80 @@
+"""Turning a checkpoint into a MoBA checkpoint: the same weights, and the settings in `config.json`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from openmoba.config import MobaConfig
+from openmoba.hf.model import check_supported
+from openmoba.hf.settings import NAME
+
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+
+
+def convert(source: str | Path, out: Path, settings: MobaConfig) -> Path:
+    """Write a MoBA checkpoint of the model `source` to the folder `out`.
+
+    The weights are copied as they are, so this is exact and needs no memory for them. `out` loads with
+    `AutoModelForCausalLM.from_pretrained` once `openmoba.hf` is imported, and with
+    `attn_implementation="sdpa"` as the original model. It appears whole or not at all.
+
+    Args:
+        source: a folder with `config.json` and safetensors weights, or a model of the hub.
+        out: a folder that does not exist yet.
+        settings: block size, top-k, and the layers that keep full attention.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: no such model, no safetensors weights, attention that MoBA does not replace, or `out` exists.
+    """
+    out = Path(out)
+    if out.exists():
+        raise ValueError(f"{out} exists; name a new folder for the converted model")
+    folder = _folder(source)
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{source} has no safetensors weights; save it with save_pretrained first")
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        check_supported(AutoModelForCausalLM.from_config(config))
+    settings.full_layer_indices(config.num_hidden_layers)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for pattern in _FILES:
+        for path in folder.glob(pattern):
+            shutil.copyfile(path, partial / path.name)
+    values = json.loads((folder / "config.json").read_text())
+    values[NAME] = settings.to_dict()
+    (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    return partial.rename(out)
+
+
+def parse_full_layers(text: str) -> int | tuple[int, ...]:
+    """`full_layers` of a MobaConfig from "none", "last:3", or layer indices such as "0,15,31"."""
+    try:
+        if text == "none":
+            return 0
+        if text.startswith("last:"):
+            return int(text.removeprefix("last:"))
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f'full layers must be "none", "last:COUNT" or indices like "0,15,31", got {text!r}') from None
+
+
+def _folder(source: str | Path) -> Path:
+    """The model's folder, downloaded from the hub if it is not one already."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=list(_FILES)))
+    except (OSError, ValueError) as error:  # huggingface_hub's errors are kinds of these two
+        raise ValueError(f"{source} is neither a folder nor a model of the hub ({error})") from error

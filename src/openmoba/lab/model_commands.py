@@ -1,0 +1,106 @@
+"""`openmoba convert`, `openmoba generate` and `openmoba evaluate needle`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from openmoba.config import MobaConfig
+from openmoba.lab.config import DataConfig
+from openmoba.lab.progress import TerminalProgress
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Make a MoBA checkpoint of a Llama, Qwen, Mistral ... checkpoint: the same weights, sparse attention."""
+
+    model: tyro.conf.Positional[str]
+    """A model's folder, or a model of the hub."""
+    out: tyro.conf.Positional[Path]
+    """Folder of the new checkpoint."""
+    block_size: int
+    """Tokens per block."""
+    top_k: int
+    """Blocks each query reads, its own included."""
+    full_layers: str = "none"
+    """Layers that keep full attention: "none", "last:3", or indices such as "0,15,31"."""
+
+    def run(self) -> None:
+        """Convert, and say how to load the result."""
+        from openmoba.hf.convert import convert, parse_full_layers
+
+        settings = MobaConfig(self.block_size, self.top_k, parse_full_layers(self.full_layers))
+        convert(self.model, self.out, settings)
+        print(f'import openmoba.hf, then AutoModelForCausalLM.from_pretrained("{self.out}")')
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue a text with a trained model; the text goes to standard output, the speed to standard error."""
+
+    source: tyro.conf.Positional[str]
+    """A run's folder, a model's folder, or a model of the hub."""
+    prompt: str | None = None
+    """Text to continue; without it, that of --file, or standard input."""
+    file: Path | None = None
+    """File with the text to continue."""
+    max_new_tokens: int = 128
+    """How many tokens to add at most."""
+    temperature: float = 0.0
+    """0 takes the likeliest token, more samples."""
+    seed: int = 0
+    """Of the sampling."""
+    prefill_chunk: int | None = None
+    """Tokens of the prompt per forward pass; left out, the prompt is taken whole."""
+
+    def run(self) -> None:
+        """Generate."""
+        from openmoba.lab.generate import generate_text, read_prompt
+
+        speed = generate_text(
+            self.source,
+            read_prompt(self.prompt, self.file),
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+            prefill_chunk=self.prefill_chunk,
+        )
+        print(speed, file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Needle:
+    """Needle in a haystack: a number hidden in real long documents, asked for at their end."""
+
+    source: tyro.conf.Positional[str]
+    """A run's folder, a model's folder, or a model of the hub."""
+    lengths: tuple[int, ...] = (512, 1024)
+    """Tokens of the examples."""
+    depths: int = 5
+    """Places of the needle, evenly from the beginning of the document to its end."""
+    samples: int = 8
+    """Documents per length and depth."""
+    seed: int = 0
+    """Of the hidden numbers."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Validation documents. Without these options, a run is measured on its own."""
+    out: Path = Path("needle")
+    """Name of the table and the charts: OUT.csv, OUT.png, OUT.svg."""
+
+    def run(self) -> None:
+        """Measure, and write the table and the charts."""
+        from openmoba.lab.needle import measure_needle, write_needle
+
+        cells = measure_needle(
+            self.source,
+            lengths=self.lengths,
+            depths=self.depths,
+            samples=self.samples,
+            data=None if self.data == DataConfig() else self.data,
+            seed=self.seed,
+            progress=TerminalProgress("needle"),
+        )
+        print(*write_needle(cells, self.out, title=f"Needle in a haystack, {self.source}"), sep="\n")

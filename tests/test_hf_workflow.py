@@ -1,0 +1,209 @@
+"""From a checkpoint to MoBA and back to text: converting, continued training, generating, the needle test."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_hf_models import LAYERS, SIZES, build, logits
+
+transformers = pytest.importorskip("transformers")
+
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorWithFlattening,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+    Trainer,
+    TrainingArguments,
+)
+
+from openmoba import MobaConfig  # noqa: E402
+from openmoba.cli import main  # noqa: E402
+from openmoba.hf import configure  # noqa: E402
+from openmoba.hf.convert import parse_full_layers  # noqa: E402
+from openmoba.lab.needle import Cell, hide, needle_chart  # noqa: E402
+from openmoba.lab.tokenizer import byte_tokenizer  # noqa: E402
+
+BYTES = SIZES | {"vocab_size": 320, "max_position_embeddings": 1024, "pad_token_id": 256, "eos_token_id": 256}
+
+
+def save_model(folder: Path, kind: Any = LlamaConfig, **entries: Any) -> Any:
+    model = build(kind(**(BYTES | entries)))
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config, MistralConfig])
+def test_convert(kind: Any, tmp_path: Path, capsys: Any) -> None:
+    model = save_model(tmp_path / "full", kind, **({"sliding_window": None} if kind is MistralConfig else {}))
+    arguments = ["--block-size", "4", "--top-k", "2", "--full-layers", "last:1"]
+    assert main(["convert", str(tmp_path / "full"), str(tmp_path / "moba"), *arguments]) == 0
+    assert "from_pretrained" in capsys.readouterr().out
+    ids = torch.arange(40)[None]
+    full = logits(model, ids)
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "moba")
+    assert converted.config._attn_implementation == "moba"
+    configure(model, MobaConfig(4, 2, full_layers=1))
+    torch.testing.assert_close(logits(converted, ids), logits(model, ids), rtol=0, atol=0)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "moba", attn_implementation="sdpa")
+    torch.testing.assert_close(logits(dense, ids), full)
+    assert AutoTokenizer.from_pretrained(tmp_path / "moba").decode(ids[0]) == byte_tokenizer().decode(ids[0])
+
+
+def test_convert_refuses(tmp_path: Path, capsys: Any) -> None:
+    save_model(tmp_path / "windowed", MistralConfig, sliding_window=8)
+    save_model(tmp_path / "full")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "bare").mkdir()
+    blocks = ["--block-size", "4", "--top-k", "2"]
+    cases = [
+        (["windowed", "out"], "sliding_window=None"),
+        (["full", "taken"], "exists"),
+        (["bare", "out"], "no safetensors"),
+        (["full", "out", "--full-layers", "last:9"], f"{LAYERS} layers"),
+        (["full", "out", "--full-layers", "first:9"], "last:COUNT"),
+    ]
+    for (source, out, *options), message in cases:
+        assert main(["convert", str(tmp_path / source), str(tmp_path / out), *blocks, *options]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_full_layers_from_text() -> None:
+    assert [parse_full_layers(text) for text in ("none", "last:3", "0,15")] == [0, 3, (0, 15)]
+
+
+def test_continued_training_with_packing(tmp_path: Path) -> None:
+    """A plain Trainer script: attn_implementation="moba", sequences packed without padding."""
+    torch.manual_seed(0)
+    save_model(tmp_path / "full")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "full", attn_implementation="moba", moba={"block_size": 4, "top_k": 2, "full_layers": 1}
+    )
+    text = byte_tokenizer()("the quick brown fox jumps over the lazy dog, and the dog sleeps on.")["input_ids"]
+    rows = [{"input_ids": text[: 20 + 3 * i]} for i in range(16)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        per_device_train_batch_size=4,
+        max_steps=12,
+        learning_rate=3e-3,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collate)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < 0.8 * losses[0]
+    trainer.save_model(tmp_path / "trained")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    assert again.config.moba == {"block_size": 4, "top_k": 2, "full_layers": 1}
+
+
+def test_generate_command(tmp_path: Path, capsys: Any) -> None:
+    model = save_model(tmp_path / "model")
+    configure(model, MobaConfig(4, 2)).save_pretrained(tmp_path / "model")
+    (tmp_path / "prompt.txt").write_text("def generate(self):\n")
+    options = ["--file", str(tmp_path / "prompt.txt"), "--max-new-tokens", "9"]
+    assert main(["generate", str(tmp_path / "model"), *options]) == 0
+    printed = capsys.readouterr()
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("def generate(self):\n", return_tensors="pt")["input_ids"]
+    for _ in range(9):
+        ids = torch.cat([ids, logits(model, ids)[:, -1:].argmax(-1)], 1)
+    assert printed.out.rstrip("\n") == tokenizer.decode(ids[0, 20:], skip_special_tokens=True).rstrip("\n")
+    assert "prompt 20 tokens" in printed.err
+    assert "tokens/s" in printed.err
+    chunked = [*options, "--prefill-chunk", "7"]
+    assert main(["generate", str(tmp_path / "model"), *chunked]) == 0
+    assert capsys.readouterr().out == printed.out
+    assert main(["generate", str(tmp_path / "model"), "--prompt", ""]) == 2
+    assert "no tokens" in capsys.readouterr().err
+    assert main(["generate", str(tmp_path / "nothing"), "--prompt", "x"]) == 2
+
+
+def test_needle_examples() -> None:
+    """The needle lies `depth` of the way into what is left of the document; the length stays."""
+    tokenizer = byte_tokenizer()
+    document = torch.tensor(tokenizer("x" * 300)["input_ids"])
+    for depth in (0.0, 0.5, 1.0):
+        example, answer = hide(tokenizer, document, depth, np.random.default_rng(3))
+        text = tokenizer.decode(example)
+        question, number = text[text.rindex("\nThe") : -answer], text[-answer:]
+        needle = f"{question}{number}.\n"
+        room = 300 - len(needle) - len(question) - len(number)
+        before = round(depth * room)
+        assert text == "x" * before + needle + "x" * (room - before) + question + number
+        assert len(number.strip()) == 5
+        assert number.strip().isdecimal()
+    with pytest.raises(ValueError, match="no room"):
+        hide(tokenizer, document[:60], 0.5, np.random.default_rng(3))
+
+
+def test_needle_command(tmp_path: Path, capsys: Any) -> None:
+    configure(save_model(tmp_path / "model"), MobaConfig(16, 3)).save_pretrained(tmp_path / "model")
+    (tmp_path / "texts").mkdir()
+    for i in range(6):
+        (tmp_path / "texts" / f"{i}.txt").write_text(" ".join(str(i * j * j) for j in range(150)))
+    options = ["--lengths", "128", "256", "--depths", "3", "--samples", "2", "--out", str(tmp_path / "grid")]
+    data = ["--data.source", "stdlib", "--data.valid", str(tmp_path / "texts"), "--data.cache", str(tmp_path / "cache")]
+    assert main(["evaluate", "needle", str(tmp_path / "model"), *options, *data]) == 0
+    rows = list(csv.DictReader((tmp_path / "grid.csv").read_text().splitlines()))
+    assert [(row["length"], row["depth"]) for row in rows] == [
+        (length, depth) for length in ("128", "256") for depth in ("0.0000", "0.5000", "1.0000")
+    ]
+    assert all(0 <= float(row["exact"]) <= 1 and 0 < float(row["loss"]) < 60 for row in rows)
+    assert (tmp_path / "grid.png").stat().st_size > 10_000
+    capsys.readouterr()
+    assert main(["evaluate", "needle", str(tmp_path / "model"), "--lengths", "9000", *data]) == 2
+    assert "9000" in capsys.readouterr().err
+
+
+def test_needle_scores_a_model_that_answers(monkeypatch: Any) -> None:
+    """A model that repeats what followed the same words before scores 1; one that cannot look back does not."""
+    from openmoba.lab import needle
+
+    tokenizer = byte_tokenizer()
+
+    class Induction(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, ids: torch.Tensor, logits_to_keep: int, use_cache: bool) -> Any:
+            row = ids[0].tolist()
+            out = torch.zeros(1, logits_to_keep, 320)
+            for place in range(logits_to_keep):
+                end = len(row) - logits_to_keep + place + 1
+                context = row[end - 12 : end]
+                first = next(i for i in range(end) if row[i : i + 12] == context)
+                out[0, place, row[first + 12] if first + 12 < end else 0] = 50.0
+            return type("Output", (), {"logits": out})()
+
+    document = torch.tensor(tokenizer("the sea " * 60)["input_ids"])
+    example, answer = hide(tokenizer, document, 0.3, np.random.default_rng(0))
+    exact, loss = needle._score(Induction(), example, answer)
+    assert exact
+    assert loss < 1e-6
+    example[-1] = tokenizer("!")["input_ids"][0]
+    exact, loss = needle._score(Induction(), example, answer)
+    assert not exact
+    assert loss == pytest.approx(50 / answer, rel=1e-3)
+
+
+def test_needle_chart() -> None:
+    cells = [Cell(n, d, 4, d, 3 * d) for n in (512, 1024) for d in (0.0, 0.5, 1.0)]
+    exact, loss = needle_chart(cells, title="a model").axes[:2]
+    assert exact.images[0].get_array().tolist() == [[0, 0], [0.5, 0.5], [1, 1]]
+    assert [text.get_text() for text in loss.texts] == ["0.00", "0.00", "1.50", "1.50", "3.00", "3.00"]
+    assert [label.get_text() for label in exact.get_xticklabels()] == ["512", "1024"]
