@@ -11,7 +11,7 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from transformers import DynamicCache, LlamaConfig, StaticCache  # noqa: E402
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache  # noqa: E402
 
 from openmoba import MobaConfig  # noqa: E402
 from openmoba.hf import configure  # noqa: E402
@@ -141,6 +141,31 @@ def test_offload_and_prefetch() -> None:
         layer.prefetch()
     rest = in_pieces(model, ids[:, 18:], [], cache)
     torch.testing.assert_close(torch.cat([first, rest], 1), logits(model, ids, use_cache=False))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_token_reads_its_pages_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values of blocks that no head chooses may be anything, once their centroids are known."""
+    model, ids = configure(build(), MobaConfig(BLOCK, 1)), tokens(1, 22)
+    whole = logits(model, ids, use_cache=False)
+    cache = new_cache(kind, model)
+    in_pieces(model, ids[:, :21], [21], cache)
+    for layer in cache.layers:
+        layer.keys[:, :, :20] = layer.values[:, :, :20] = float("nan")
+    monkeypatch.delattr("openmoba.hf.attention.moba_attention")
+    out = in_pieces(model, ids[:, 21:], [], cache)
+    torch.testing.assert_close(out, whole[:, 21:])
+
+
+def test_a_loaded_model_gets_pages_by_itself(tmp_path: Any) -> None:
+    """Without `configure`, the second forward pass takes over what the first one cached."""
+    configure(build(), HYBRID).save_pretrained(tmp_path)
+    model, ids = AutoModelForCausalLM.from_pretrained(tmp_path), tokens(2, 30)
+    for kind in ("dynamic", "static"):
+        cache = new_cache(kind, model)
+        out = in_pieces(model, ids, [18], cache)
+        torch.testing.assert_close(out, logits(model, ids, use_cache=False))
+        assert isinstance(cache.layers[0], DynamicPagedLayer | StaticPagedLayer)
 
 
 def test_memory_of_the_cache() -> None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
+from openmoba.hf.alignment import Alignment, aligned, alignment_of, static_alignment
 from openmoba.hf.eager import eager
-from openmoba.hf.masks import Alignment, aligned, alignment_of, static_alignment
 from openmoba.ops.decode import MAX_QUERIES
 from openmoba.ops.pages import extend_pages, new_pages, refresh_pages
 

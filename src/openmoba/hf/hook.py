@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache
 
 from openmoba.hf.cache import paged_layer
 from openmoba.hf.settings import NAME, settings_of
@@ -23,7 +24,8 @@ def attach(module: nn.Module) -> None:
 
 def hand_over_cache(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """Add `moba_layer` to the arguments of an attention module that runs MoBA with a cache."""
-    cache, config = kwargs.get("past_key_values"), module.config
+    cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
+    config = module.config
     if cache is None or config._attn_implementation != NAME:
         return None
     settings = settings_of(config)

@@ -19,16 +19,17 @@ mistaken for a custom mask.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
-from openmoba.hf.eager import eager, per_tensor
+from openmoba.hf.eager import eager
 from openmoba.ops.decode import MAX_QUERIES
 
 UNWRITTEN, PADDING = -1, 0
+_ANOTHER_MASK = "a mask that is not causal over whole sequences; use attn_implementation='sdpa'"
 
 # B batch, S key slots, T queries
 
@@ -63,65 +64,19 @@ def segment_map(
             "set the model configuration's sliding_window to None"
         )
     if use_vmap:
-        raise ValueError("MoBA cannot combine with a custom mask function; use attn_implementation='sdpa'")
-    growing = not isinstance(q_offset, Tensor) and kv_length == q_offset + q_length
+        raise ValueError(f"MoBA cannot combine with {_ANOTHER_MASK}")
     causal = mask_function is causal_mask_function
-    if growing and causal and attention_mask is None:
-        return None
-    slot_S = torch.arange(kv_length, device=device)
-    map_BS = torch.ones(batch_size, kv_length, dtype=torch.int32, device=device)
-    if not causal:
-        map_BS = map_BS + _sequence_numbers(mask_function, batch_size, q_length, device)
-    if attention_mask is not None:
-        real_BS = torch.nn.functional.pad(attention_mask, (0, max(0, kv_length - attention_mask.shape[1])))
-        map_BS = map_BS.masked_fill(~real_BS[:, :kv_length].bool(), PADDING)
-    map_BS = map_BS.masked_fill(slot_S >= q_offset + q_length, UNWRITTEN)
-    if growing:
-        return _unless_whole(map_BS)
+    if not causal and q_length != kv_length:
+        raise ValueError(f"MoBA cannot combine with {_ANOTHER_MASK}")
+    if not isinstance(q_offset, Tensor) and kv_length == q_offset + q_length:
+        if causal and attention_mask is None:
+            return None
+        return _growing_map(None if causal else mask_function, attention_mask, batch_size, kv_length, device)
+    map_BS = _padded(torch.ones(batch_size, kv_length, dtype=torch.int32, device=device), attention_mask)
+    map_BS = map_BS.masked_fill(torch.arange(kv_length, device=device) >= q_offset + q_length, UNWRITTEN)
     if q_length <= MAX_QUERIES:
-        torch._assert_async(~_has_holes(map_BS), "with a static cache, padding must be on the left")
+        torch._assert_async(~has_holes(map_BS), "with a static cache, padding must be on the left")
     return map_BS[:, None, None]
-
-
-class Alignment(NamedTuple):
-    """Where each row's tokens begin in the cache.
-
-    Attributes:
-        starts: first slot of each row, int32 `[B]`.
-        first: the same on the host; None with a static cache, which the host does not look into.
-    """
-
-    starts: Tensor
-    first: tuple[int, ...] | None
-
-    def pick(self, pick: Callable[[Tensor], Tensor]) -> Alignment:
-        """The rows that `pick` selects; the host looks at them only if they differ."""
-        starts = pick(self.starts)
-        if self.first is None:
-            return Alignment(starts, None)
-        same = len(set(self.first)) == 1
-        return Alignment(starts, self.first[:1] * len(starts) if same else tuple(starts.tolist()))
-
-
-def aligned(batch: int, device: torch.device) -> Alignment:
-    """Rows without padding."""
-    return Alignment(torch.zeros(batch, dtype=torch.int32, device=device), (0,) * batch)
-
-
-def static_alignment(segment_map: Tensor) -> Alignment:
-    """The alignment under a static cache, where padding is on the left."""
-    return Alignment((segment_map == PADDING).sum((1, 2, 3), dtype=torch.int32), None)
-
-
-@eager("whether padding is on the left decides which kernels run")
-@per_tensor
-def alignment_of(segment_map: Tensor) -> Alignment | None:
-    """The alignment of left-padded rows of one sequence each, or None if the map says otherwise."""
-    map_BS = segment_map[:, 0, 0]
-    if bool(_has_holes(map_BS) | (map_BS > 1).any()):
-        return None
-    starts = (map_BS == PADDING).sum(1, dtype=torch.int32)
-    return Alignment(starts, tuple(starts.tolist()))
 
 
 def visible_keys(segment_map: Tensor, queries: int) -> Tensor:
@@ -133,18 +88,36 @@ def visible_keys(segment_map: Tensor, queries: int) -> Tensor:
     return (segment_map > PADDING) & (segment_map == own_B1T1) & (slot_S <= slot_T1)
 
 
-def _has_holes(map_BS: Tensor) -> Tensor:
+def has_holes(map_BS: Tensor) -> Tensor:
     """Whether padding follows a token in any row, bool scalar."""
     return ((map_BS[:, 1:] == PADDING) & (map_BS[:, :-1] > PADDING)).any()
 
 
 @eager("whether a batch is padded or packed decides which kernels run")
-def _unless_whole(map_BS: Tensor) -> Tensor | None:
-    """None if every row is one whole sequence, else the map `[B, 1, 1, S]`; reads the values."""
+def _growing_map(
+    mask_function: Callable[..., Tensor] | None,
+    attention_mask: Tensor | None,
+    batch: int,
+    slots: int,
+    device: torch.device | str,
+) -> Tensor | None:
+    """The map where all slots are written; None if every row is one whole sequence."""
+    map_BS = torch.ones(batch, slots, dtype=torch.int32, device=device)
+    if mask_function is not None:
+        map_BS = map_BS + _sequence_numbers(mask_function, batch, slots, device)
+    map_BS = _padded(map_BS, attention_mask)
     return None if bool((map_BS == 1).all()) else map_BS[:, None, None]
 
 
-@eager("a mask that is not causal over whole sequences is refused by its values")
+def _padded(map_BS: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Mark what `attention_mask` `[B, slots so far]` excludes."""
+    if attention_mask is None:
+        return map_BS
+    slots = map_BS.shape[1]
+    real_BS = torch.nn.functional.pad(attention_mask, (0, max(0, slots - attention_mask.shape[1])))
+    return map_BS.masked_fill(~real_BS[:, :slots].bool(), PADDING)
+
+
 def _sequence_numbers(
     mask_function: Callable[..., Tensor], batch: int, tokens: int, device: torch.device | str
 ) -> Tensor:
@@ -163,8 +136,5 @@ def _sequence_numbers(
     sees_next = mask_function(row_B1, head, past_1T, next_1T).any()
     sees_first = mask_function(row_B1, head, slot_1T, first_BT).all()
     if bool(sees_next) or not bool(sees_first):
-        raise ValueError(
-            "MoBA needs causal attention over whole sequences, and this model asks for another mask; "
-            "use attn_implementation='sdpa'"
-        )
+        raise ValueError(f"MoBA cannot combine with {_ANOTHER_MASK}")
     return starts_BT.cumsum(-1, dtype=torch.int32)
