@@ -26,8 +26,21 @@ __all__ = ["backward", "forward", "select"]
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# Elements gathered for one call of the tile kernel; more fall out of the cache.
-ELEMENTS_AT_ONCE = 2**21
+# Bytes gathered for one call of the tile kernel; more fall out of the cache.
+BYTES_AT_ONCE = 2**22
+
+
+class _Workspace:
+    """One buffer for the slots of part after part: touching fresh memory costs as much as filling it."""
+
+    def __init__(self) -> None:
+        self.buffer = torch.empty(0)
+
+    def rows(self, count: int, width: int) -> Tensor:
+        """Uninitialised fp32 `[count, width]`, valid until the next call."""
+        if self.buffer.numel() < count * width:
+            self.buffer = torch.empty(count * width)
+        return self.buffer[: count * width].view(count, width)
 
 
 def forward(
@@ -47,11 +60,12 @@ def forward(
         _by_head(_packed(x, cu_q), k.shape[-2]) for x in (q, out, lse, selected)
     )
     k_SJD, v_SJD = _packed(k, cu_k), _packed(v, cu_k)
+    workspace = _Workspace()
     for part in _parts(q, k, cu_q, cu_k, block_size, top_k):
         todo = plan(part, _rows(selected_TJGK, part), block_size)
         q_QD = _with_padding([_rows(q_TJGD, part)])
         kv_KD = _keys([k_SJD, v_SJD], part)
-        out_QD, lse_Q = _forward_part(todo, q_QD, kv_KD, scale)
+        out_QD, lse_Q = _forward_part(todo, q_QD, kv_KD, scale, workspace)
         _rows(out_TJGD, part).copy_(out_QD.view(_rows(out_TJGD, part).shape))
         _rows(lse_TJG, part).copy_(lse_Q.view(_rows(lse_TJG, part).shape))
     return out, lse, selected
@@ -78,12 +92,13 @@ def backward(
         _by_head(_packed(x, cu_q), k.shape[-2]) for x in (q, d_out, out, lse, selected, dq)
     )
     k_SJD, v_SJD, dk_SJD, dv_SJD = (_packed(x, cu_k) for x in (k, v, dk, dv))
+    workspace = _Workspace()
     for part in _parts(q, k, cu_q, cu_k, block_size, top_k):
         todo = plan(part, _rows(selected_TJGK, part), block_size)
         rows_QD = _with_padding([_rows(x, part) for x in (q_TJGD, d_out_TJGD, out_TJGD)])
         lse_Q = _with_padding([_rows(lse_TJG, part)[..., None]])[:, 0]
         kv_KD = _keys([k_SJD, v_SJD], part)
-        dq_QD, dk_KD, dv_KD = _backward_part(todo, rows_QD, lse_Q, kv_KD, scale)
+        dq_QD, dk_KD, dv_KD = _backward_part(todo, rows_QD, lse_Q, kv_KD, scale, workspace)
         _rows(dq_TJGD, part).copy_(dq_QD.view(_rows(dq_TJGD, part).shape))
         for whole_SJD, share_KD in ((dk_SJD, dk_KD), (dv_SJD, dv_KD)):
             share_JSD = whole_SJD[part.keys, part.heads].transpose(0, 1)
@@ -96,14 +111,16 @@ def choice_shape(q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top
     return (*q.shape[:-1], top_k - 1)
 
 
-def _forward_part(todo: Plan, q_QD: Tensor, kv_KD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _forward_part(
+    todo: Plan, q_QD: Tensor, kv_KD: Tensor, scale: float, workspace: _Workspace
+) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, fp32, of a part's query rows."""
     width = q_QD.shape[1]
-    slot_D = q_QD.new_empty((todo.slots + 1, width), dtype=torch.float32)
+    slot_D = workspace.rows(todo.slots + 1, width)
     slot_lse = q_QD.new_empty(todo.slots + 1, dtype=torch.float32)
     slot_D[-1], slot_lse[-1] = 0, -torch.inf
     start = 0
-    for tiles, row_LR, key_LM in _batches(todo, width):
+    for tiles, row_LR, key_LM in _batches(todo, width * q_QD.itemsize):
         q_L1RD = _gather(q_QD, row_LR)
         k_L1MD, v_L1MD = _gather(kv_KD, key_LM).chunk(2, dim=-1)
         o_L1RD, lse_L1R = _attend(q_L1RD, k_L1MD, v_L1MD, 0.0, tiles.causal, scale=scale)
@@ -118,15 +135,15 @@ def _forward_part(todo: Plan, q_QD: Tensor, kv_KD: Tensor, scale: float) -> tupl
 
 
 def _backward_part(
-    todo: Plan, rows_QD: Tensor, lse_Q: Tensor, kv_KD: Tensor, scale: float
+    todo: Plan, rows_QD: Tensor, lse_Q: Tensor, kv_KD: Tensor, scale: float, workspace: _Workspace
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients, fp32, of a part's query rows, keys and values; `rows_QD` is q, d_out and out side by side."""
     width = rows_QD.shape[1] // 3
-    slot_D = rows_QD.new_empty((todo.slots + 1, width), dtype=torch.float32)
+    slot_D = workspace.rows(todo.slots + 1, width)
     slot_D[-1] = 0
     dk_KD, dv_KD = (kv_KD.new_zeros((len(kv_KD), width), dtype=torch.float32) for _ in range(2))
     start = 0
-    for tiles, row_LR, key_LM in _batches(todo, width):
+    for tiles, row_LR, key_LM in _batches(todo, width * rows_QD.itemsize):
         q_L1RD, d_out_L1RD, out_L1RD = _gather(rows_QD, row_LR).chunk(3, dim=-1)
         k_L1MD, v_L1MD = _gather(kv_KD, key_LM).chunk(2, dim=-1)
         lse_L1R = lse_Q[row_LR][:, None]
@@ -141,12 +158,12 @@ def _backward_part(
     return embedding_bag(todo.slot_of_row, slot_D, mode="sum"), dk_KD, dv_KD
 
 
-def _batches(todo: Plan, width: int) -> Iterator[tuple[Tiles, Tensor, Tensor]]:
+def _batches(todo: Plan, row_bytes: int) -> Iterator[tuple[Tiles, Tensor, Tensor]]:
     """Tiles a few at a time, in the order of their slots, with the query and key rows they gather."""
     threads = torch.get_num_threads()
     for tiles in todo.tiles:
-        elements = (3 * tiles.row_LR.shape[1] + 2 * tiles.span) * width
-        at_once = max(1, ELEMENTS_AT_ONCE // elements // threads) * threads
+        tile_bytes = (3 * tiles.row_LR.shape[1] + 2 * tiles.span) * row_bytes
+        at_once = max(1, BYTES_AT_ONCE // tile_bytes // threads) * threads
         key_M = torch.arange(tiles.span)
         for row_LR, key_L in zip(torch.split(tiles.row_LR, at_once), torch.split(tiles.key_L, at_once), strict=True):
             yield tiles, row_LR, key_L[:, None] + key_M

@@ -27,7 +27,7 @@ SLOTS_AT_ONCE = 2**18
 ROWS_PER_BLOCK = 256
 # Rows of a tile over a past block. The kernel is fastest from 768 rows on; the rest of a block's rows go into
 # smaller tiles, so that few rows are padding.
-TILE_ROWS = (1024, 256, 64)
+TILE_ROWS = (768, 192, 64)
 
 
 class Sequence(NamedTuple):
