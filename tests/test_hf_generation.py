@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_hf_models import LAYERS, SIZES, build, logits, tokens
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 transformers = pytest.importorskip("transformers")
 
@@ -180,10 +181,11 @@ def test_memory_of_the_cache() -> None:
     assert held <= 1.01 * 2 * states.numel() * states.element_size()
 
 
-def test_settings_may_change_while_a_cache_is_filled() -> None:
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_settings_may_change_while_a_cache_is_filled(kind: str) -> None:
     """Pages belong to a block size; another one starts from the cached keys."""
     model, ids = configure(build(), SPARSE), tokens(1, 40)
-    cache = new_cache("dynamic", model)
+    cache = new_cache(kind, model)
     in_pieces(model, ids[:, :23], [20], cache)
     reference = DynamicCache()
     in_pieces(model, ids[:, :23], [20], reference)
@@ -222,7 +224,8 @@ def test_greedy_generation(settings: MobaConfig) -> None:
 def test_generation_equals_sdpa_when_all_blocks_are_read() -> None:
     model, ids = build(), tokens(2, 21)
     ids[1, :6] = 0
-    options = [{}, {"num_beams": 3}, {"do_sample": True}, {"cache_implementation": "static"}]
+    static = {"cache_implementation": "static"}
+    options = [{}, {"num_beams": 3}, {"do_sample": True}, static, {"num_beams": 3} | static]
     full = []
     for settings in (None, MobaConfig(BLOCK, 16)):
         configure(model, settings)
@@ -258,7 +261,7 @@ def test_compiled_decoding() -> None:
     cache = new_cache("static", model)
     eager = logits(model, ids, attention_mask=mask, position_ids=positions, use_cache=False)
     logits(model, ids[:, :19], attention_mask=mask[:, :19], position_ids=positions[:, :19], past_key_values=cache)
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    graphs = CompileCounterWithBackend("aot_eager")
     step = torch.compile(model, backend=graphs, fullgraph=True)
     for t in range(19, 40):
         padding = torch.nn.functional.pad(mask[:, : t + 1], (0, 64 - t - 1))

@@ -27,7 +27,7 @@ from transformers import (  # noqa: E402
 from openmoba import MobaConfig  # noqa: E402
 from openmoba.cli import main  # noqa: E402
 from openmoba.hf import configure  # noqa: E402
-from openmoba.hf.convert import parse_full_layers  # noqa: E402
+from openmoba.hf.checkpoint import parse_full_layers  # noqa: E402
 from openmoba.lab.needle import Cell, hide, needle_chart  # noqa: E402
 from openmoba.lab.tokenizer import byte_tokenizer  # noqa: E402
 
@@ -63,11 +63,14 @@ def test_convert_refuses(tmp_path: Path, capsys: Any) -> None:
     save_model(tmp_path / "full")
     (tmp_path / "taken").mkdir()
     (tmp_path / "bare").mkdir()
+    (tmp_path / "unread").mkdir()
+    (tmp_path / "unread" / "model.safetensors").touch()
     blocks = ["--block-size", "4", "--top-k", "2"]
     cases = [
         (["windowed", "out"], "sliding_window=None"),
         (["full", "taken"], "exists"),
         (["bare", "out"], "no safetensors"),
+        (["unread", "out"], "no config.json"),
         (["full", "out", "--full-layers", "last:9"], f"{LAYERS} layers"),
         (["full", "out", "--full-layers", "first:9"], "last:COUNT"),
     ]
@@ -110,6 +113,40 @@ def test_continued_training_with_packing(tmp_path: Path) -> None:
     trainer.save_model(tmp_path / "trained")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
     assert again.config.moba == {"block_size": 4, "top_k": 2, "full_layers": 1}
+
+
+def test_fine_tuning_with_trl(tmp_path: Path) -> None:
+    """SFTTrainer with its own packing: the loss is that of the same rows padded."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    save_model(tmp_path / "full")
+    rows = Dataset.from_dict({"text": ["the quick brown fox jumps over the lazy dog " * 3] * 8})
+    losses = {}
+    for packing in (True, False):
+        arguments = SFTConfig(
+            output_dir=str(tmp_path / "run"),
+            model_init_kwargs={"attn_implementation": "moba", "moba": {"block_size": 8, "top_k": 2}},
+            packing=packing,
+            max_length=200,
+            max_steps=2,
+            per_device_train_batch_size=2,
+            learning_rate=1e-3,
+            gradient_checkpointing=False,
+            bf16=False,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = SFTTrainer(str(tmp_path / "full"), args=arguments, train_dataset=rows)
+        trainer.train()
+        assert trainer.model.config._attn_implementation == "moba"
+        losses[packing] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+    assert losses[True][1] < losses[True][0]
 
 
 def test_generate_command(tmp_path: Path, capsys: Any) -> None:

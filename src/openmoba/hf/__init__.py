@@ -3,11 +3,12 @@
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from openmoba.hf.attention import attention_forward
+from openmoba.hf.checkpoint import convert
 from openmoba.hf.masks import segment_map
 from openmoba.hf.model import configure
 from openmoba.hf.settings import NAME
 
-__all__ = ["configure"]
+__all__ = ["configure", "convert"]
 
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, segment_map)

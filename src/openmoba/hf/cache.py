@@ -154,10 +154,11 @@ class DynamicPagedLayer(DynamicLayer):  # type: ignore[misc]
         self._stores = stores
 
     def _fitting_sums(self, keys_BSHD: Tensor) -> Tensor:
-        sums = new_pages(keys_BSHD, self._stores[0].shape[2], self.block_size)
-        if self._sums is not None and self._sums.shape[1] >= sums.shape[1]:
+        slots = self._stores[0].shape[2]
+        if self._sums is not None and (self._sums.shape[1] - 1) * self.block_size >= slots:
             return self._sums
-        if self._sums is not None and self._pooled:
+        sums = new_pages(keys_BSHD, slots, self.block_size)
+        if self._sums is not None:
             sums[:, : self._sums.shape[1] - 1] = self._sums[:, :-1]
         return sums
 
@@ -275,14 +276,9 @@ def _convert(cache: Cache, layer_idx: int, block_size: int) -> PagedLayer | None
     if type(old) in (StaticLayer, StaticPagedLayer):
         static = StaticPagedLayer(old.max_cache_len, block_size)
         if old.is_initialized:
-            static.__dict__.update(_static_state(old))
+            paged = {"block_size": block_size, "_sums": None, "_starts": None, "_held": None, "_pooled": False}
+            static.__dict__.update(old.__dict__ | paged)
             static._allocate(old.keys)
         cache.layers[layer_idx] = static
         return static
     return None
-
-
-def _static_state(layer: StaticLayer) -> dict[str, Any]:
-    """What `StaticLayer` itself keeps, tensors shared."""
-    ours = set(StaticPagedLayer(1, 1).__dict__) - set(StaticLayer(1).__dict__)
-    return {name: value for name, value in layer.__dict__.items() if name not in ours}

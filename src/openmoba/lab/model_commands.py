@@ -30,7 +30,7 @@ class Convert:
 
     def run(self) -> None:
         """Convert, and say how to load the result."""
-        from openmoba.hf.convert import convert, parse_full_layers
+        from openmoba.hf.checkpoint import convert, parse_full_layers
 
         settings = MobaConfig(self.block_size, self.top_k, parse_full_layers(self.full_layers))
         convert(self.model, self.out, settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -41,7 +42,7 @@ def convert(source: str | Path, out: Path, settings: MobaConfig) -> Path:
     folder = _folder(source)
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{source} has no safetensors weights; save it with save_pretrained first")
-    config = AutoConfig.from_pretrained(folder)
+    config = _config(folder)
     with torch.device("meta"):
         check_supported(AutoModelForCausalLM.from_config(config))
     settings.full_layer_indices(config.num_hidden_layers)
@@ -67,6 +68,13 @@ def parse_full_layers(text: str) -> int | tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f'full layers must be "none", "last:COUNT" or indices like "0,15,31", got {text!r}') from None
+
+
+def _config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} has no config.json that transformers understands ({error})") from error
 
 
 def _folder(source: str | Path) -> Path:
