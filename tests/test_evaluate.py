@@ -19,7 +19,7 @@ from openmoba.lab.windows import IGNORED
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", 1)  # the least chunk: 64 positions
+    monkeypatch.setitem(loss_module._LOGITS_PER_CHUNK, "cpu", 1)  # the least chunk: 64 positions
 
 
 def batch(vocabulary: int = 47, tokens: int = 150) -> tuple[torch.Tensor, ...]:
@@ -70,7 +70,7 @@ def test_under_autocast_products_are_bf16_and_sums_fp32() -> None:
 
 def test_no_chunk_holds_the_logits_of_all_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, _, labels = batch()
-    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", 64 * 47)
+    monkeypatch.setitem(loss_module._LOGITS_PER_CHUNK, "cpu", 64 * 47)
     largest = 0
     plain = loss_module._losses
 

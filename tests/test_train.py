@@ -192,6 +192,27 @@ def test_fine_tuning_starts_from_a_run_and_learns_the_last_tokens(
     assert first["loss"] < fresh["loss"] - 0.5
 
 
+def test_a_run_that_starts_from_another_says_the_same_model(config: RunConfig, finished: Path, tmp_path: Path) -> None:
+    other = replace(config, model=ModelConfig(size="micro"), train=replace(TRAIN, start_from=str(finished)))
+    with pytest.raises(
+        ValueError, match=r"is a run of model\.family=llama model\.size=nano, this one says llama micro"
+    ):
+        run_training(other, tmp_path)
+    longer = replace(config, data=replace(config.data, length=65), train=replace(TRAIN, start_from=str(finished)))
+    with pytest.raises(ValueError, match=r"data\.length=65 exceeds the 64 positions of the model"):
+        run_training(longer, tmp_path / "longer")
+
+
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"precision": "bf16"}, {"tensorboard": True}])
+def test_options_of_memory_precision_and_logs_change_the_curve_by_rounding_at_most(
+    config: RunConfig, finished: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    run_training(replace(config, train=replace(TRAIN, **changes)), tmp_path)
+    losses = [[row["loss"] for row in curve(f) if row["kind"] == "train"] for f in (finished, tmp_path)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2 if "precision" in changes else 1e-5)
+    assert bool(list(tmp_path.rglob("events.out.tfevents*"))) == ("tensorboard" in changes)
+
+
 def test_chat_is_fine_tuned_through_the_template(config: RunConfig, finished: Path, tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "2 times 3?"}, {"role": "assistant", "content": "6"}]
     path = tmp_path / "chat.jsonl"
@@ -268,6 +289,7 @@ def test_a_disk_that_is_full_stops_the_run_with_earlier_records_whole(
         ({"model": ModelConfig(size="nano", overrides={"num_heads": 3})}, "configuration has no num_heads"),
         ({"train": replace(TRAIN, micro_batch_size=3)}, r"batch_size=4 does not divide into 1 device"),
         ({"train": replace(TRAIN, start_from="/nowhere/model")}, "/nowhere/model"),
+        ({"train": replace(TRAIN, fsdp=True)}, r"train\.fsdp needs GPUs"),
         ({"arm": ArmConfig("hybrid", 8, 2, full_layers=9)}, "full_layers=9 exceeds the model's 2 layers"),
     ],
 )
@@ -317,6 +339,11 @@ def test_commands(config: RunConfig, finished: Path, tmp_path: Path, capsys: pyt
     assert "LM loss" in capsys.readouterr().out
     assert cli.main(["evaluate", str(finished), "--eval.windows", "2", "--out", str(tmp_path / "row.json")]) == 0
     assert "last 8" in capsys.readouterr().out
+    assert cli.main(["evaluate", str(finished)]) == 0
+    assert (
+        f"last 16  {records.read_json(finished / 'result.json')['eval']['trailing_loss']:.4f}"
+        in capsys.readouterr().out
+    )
     assert len(records.read_json(tmp_path / "row.json")["windows"]["lm"]) == 2
     assert cli.main(["evaluate", str(tmp_path), "--data.source", str(tmp_path / "no.txt")]) == 2
     assert capsys.readouterr().err.startswith("error: ")

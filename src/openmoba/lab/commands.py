@@ -43,9 +43,9 @@ class Evaluate:
     source: tyro.conf.Positional[str]
     """A run's folder, a model's folder, or a model of the hub."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Validation documents and window length. Without these options, a run is measured on its own."""
+    """Validation documents and window length. Without such options, a run is measured on its own."""
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """What is measured."""
+    """What is measured. Without such options, what the run measured."""
     out: Path | None = None
     """JSON file for the measurement, with every window's loss."""
 
@@ -54,7 +54,8 @@ class Evaluate:
         from openmoba.lab.evaluate import evaluate_source
 
         data = None if self.data == DataConfig() else self.data
-        row = evaluate_source(self.source, data, self.eval, TerminalProgress(Path(self.source).name))
+        evaluation = None if self.eval == EvalConfig() else self.eval
+        row = evaluate_source(self.source, data, evaluation, TerminalProgress(Path(self.source).name))
         print(_losses(row))
         if self.out is not None:
             write_json(self.out, {"source": self.source, **row})

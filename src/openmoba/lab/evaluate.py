@@ -36,16 +36,18 @@ TokenLosses = Callable[[Tensor, Tensor], Tensor]
 
 
 def evaluate_source(
-    source: str, data: DataConfig | None, evaluation: EvalConfig, progress: Progress | None = None
+    source: str,
+    data: DataConfig | None = None,
+    evaluation: EvalConfig | None = None,
+    progress: Progress | None = None,
 ) -> Row:
     """Evaluate a run's newest checkpoint, a model's folder or a model of the hub, with the attention saved in it.
 
     Args:
-        data: validation documents; None for those of the run, the standard library's for a model.
-        evaluation: as in a run.
+        data, evaluation: None for those of the run; for a model, the defaults.
     """
-    if data is None:
-        data = _run_data(Path(source)) if is_run(source) else DataConfig()
+    own = from_dict(RunConfig, read_json(Path(source) / "config.json")) if is_run(source) else RunConfig()
+    data, evaluation = data or own.data, evaluation or own.eval
     folder = model_folder(source)
     windows = validation_windows(load_validation(data, folder, progress), evaluation.windows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -138,10 +140,6 @@ def bootstrap_interval(total_W: np.ndarray, count_W: np.ndarray) -> list[float] 
     draws = np.random.default_rng(0).integers(len(total_W), size=(_RESAMPLES, len(total_W)))
     low, high = np.quantile(total_W[draws].sum(1) / count_W[draws].sum(1), [0.025, 0.975])
     return [float(low), float(high)]
-
-
-def _run_data(folder: Path) -> DataConfig:
-    return from_dict(RunConfig, read_json(folder / "config.json")).data
 
 
 def _mean(total_W: np.ndarray, count_W: np.ndarray) -> float | None:

@@ -8,6 +8,7 @@ result.json     the outcome, written last: a run that has one is finished
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from openmoba.lab import records
 from openmoba.lab.checkpoint import checkpoint_step, newest_checkpoint, prune
 from openmoba.lab.config import RunConfig, from_dict, to_dict
 from openmoba.lab.data import Data, load_data, validation_windows
-from openmoba.lab.model import build_model, load_model, model_folder
+from openmoba.lab.model import build_model, is_run, load_model, model_folder
 from openmoba.lab.progress import Progress
 from openmoba.lab.provenance import provenance
 from openmoba.lab.windows import Windows
@@ -33,7 +34,8 @@ def run_training(config: RunConfig, folder: Path, *, progress: Progress | None =
         ValueError: bad configuration or data, a folder of another run, a loss that is not a number, a damaged
             checkpoint, a full disk.
     """
-    progress = progress or Progress()
+    if progress is None or os.environ.get("RANK", "0") != "0":
+        progress = Progress()
     folder.mkdir(parents=True, exist_ok=True)
     _claim(config, folder)
     if (folder / "result.json").exists():
@@ -80,6 +82,7 @@ def _model(config: RunConfig, data: Data, source: Path | str | None) -> Any:
     """Fresh weights, or those of `source`, that fit the tokenizer and the windows."""
     if source is None:
         return build_model(config.model, len(data.tokenizer), config.data.length, config.train.seed)
+    _check_origin(config)
     model = load_model(source, config.model.overrides)
     entries = model.get_input_embeddings().weight.shape[0]
     if len(data.tokenizer) > entries:
@@ -94,6 +97,19 @@ def _model(config: RunConfig, data: Data, source: Path | str | None) -> Any:
             "it, or extend the model with model.overrides (max_position_embeddings, rope_parameters)"
         )
     return model
+
+
+def _check_origin(config: RunConfig) -> None:
+    """A run that goes on from another run says the same model, since its records carry that name."""
+    start = Path(config.train.start_from or "")
+    if not is_run(start):
+        return
+    origin = from_dict(RunConfig, records.read_json(start / "config.json")).model
+    if (origin.family, origin.size) != (config.model.family, config.model.size):
+        raise ValueError(
+            f"train.start_from={start} is a run of model.family={origin.family} model.size={origin.size}, this one "
+            f"says {config.model.family} {config.model.size}; give the same"
+        )
 
 
 def _trainer(
@@ -127,10 +143,11 @@ def _result(config: RunConfig, folder: Path, parameters: dict[str, int], data: D
     rows = records.read(folder / "metrics.jsonl")
     evaluation = next(row for row in reversed(rows) if row["kind"] == "eval")
     last = next(row for row in reversed(rows) if row["kind"] == "train")
+    start = config.train.start_from
     return {
         "config": to_dict(config),
         "arm": config.arm.name,
-        "size": config.model.size,
+        "size": config.model.size if start is None or is_run(start) else Path(start).name,
         "seed": config.train.seed,
         "params": parameters,
         "tokens": config.tokens,

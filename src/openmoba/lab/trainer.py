@@ -252,10 +252,12 @@ def training_arguments(config: RunConfig, folder: Path) -> Any:
     """Trainer's settings for a run.
 
     Raises:
-        ValueError: the batch cannot be shared evenly by the devices and micro-batches.
+        ValueError: no GPU to shard over, or the batch cannot be shared evenly by the devices and micro-batches.
     """
     train = config.train
     cuda = torch.cuda.is_available()
+    if train.fsdp and not cuda:
+        raise ValueError("train.fsdp needs GPUs, and none is available; leave it out")
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=train.steps,
@@ -270,6 +272,7 @@ def training_arguments(config: RunConfig, folder: Path) -> Any:
         bf16=train.precision == "bf16" or (train.precision == "auto" and cuda),
         gradient_checkpointing=train.gradient_checkpointing,
         fsdp=train.fsdp or None,
+        ddp_find_unused_parameters=False,
         # The callback decides when; see _RunCallback.
         logging_strategy="no",
         eval_strategy="no",
