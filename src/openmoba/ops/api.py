@@ -31,8 +31,8 @@ class Explanation:
 
     Attributes:
         impl: "reference", "cpu" or "triton".
-        path: "mask" (dense mask, softmax in torch), "dense" (SDPA, the same function when `top_k` covers all
-            blocks), or "blocks" (only chosen blocks are read).
+        path: "mask" (dense mask, softmax in torch), "dense" (causal attention, the same function when `top_k`
+            covers all blocks), or "blocks" (only chosen blocks are read).
         reason: one sentence.
     """
 
@@ -83,25 +83,20 @@ def moba_attention(
 
     Source: arXiv 2502.13189, equations 2 to 6.
     """
-    run = explain(
-        q,
-        k,
-        v,
-        block_size=block_size,
-        top_k=top_k,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        impl=impl,
-    )
+    check_call(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
+    run, _ = _implementation(q, impl)
+    path = _path(run, k, cu_seqlens_k, block_size, top_k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if run.path == "mask":
+    if path == "mask":
         return reference_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, scale)
     if q.numel() == 0:
         return torch.empty_like(q) + 0 * (k.sum() + v.sum())
-    if run.path == "dense":
+    if path == "dense":
         return dense_attention(q, k, v, scale)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return library.attention(run.impl, q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, scale)
+    if cu_seqlens_k is not None:
+        top_k = min(top_k, -(-len(k) // block_size))  # no sequence has more blocks to choose from
+    return library.attention(run, q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, scale)
 
 
 def moba_select(
@@ -144,16 +139,20 @@ def explain(
     """Say which implementation `moba_attention` would run with these arguments, and why; runs nothing."""
     check_call(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
     run, reason = _implementation(q, impl)
-    if run == "reference":
-        return Explanation(run, "mask", reason)
-    if cu_seqlens_q is None:
+    path = _path(run, k, cu_seqlens_k, block_size, top_k)
+    if path == "dense":
         blocks = -(-k.shape[1] // block_size)
-        if top_k >= blocks:
-            same = f"top_k={top_k} covers all {blocks} blocks, where MoBA is causal attention"
-            return Explanation(run, "dense", f"{reason}; {same}")
-    return Explanation(
-        run, "blocks", f"{reason}; each query reads at most {top_k} blocks of {block_size} keys"
-    )
+        reason += f"; top_k={top_k} covers all {blocks} blocks, where MoBA is causal attention"
+    elif path == "blocks":
+        reason += f"; each query reads at most {top_k} blocks of {block_size} keys"
+    return Explanation(run, path, reason)
+
+
+def _path(run: str, k: Tensor, cu_k: Tensor | None, block_size: int, top_k: int) -> str:
+    """`Explanation.path` of an implementation; without text, as lengths may be symbols of a compiler."""
+    if run == "reference":
+        return "mask"
+    return "dense" if cu_k is None and k.shape[1] <= top_k * block_size else "blocks"
 
 
 def _implementation(q: Tensor, impl: str) -> tuple[str, str]:
@@ -185,9 +184,7 @@ def _automatic(q: Tensor) -> tuple[str, str]:
 
 def _check_triton(q: Tensor) -> None:
     if find_spec("triton") is None:
-        raise ValueError(
-            "impl='triton' needs the triton package, which is not installed; use impl='reference'"
-        )
+        raise ValueError("impl='triton' needs the triton package, which is not installed; use impl='reference'")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if q.device.type != "cuda" and not (interpreted and q.device.type in ("cpu", "meta")):
         raise ValueError(f"impl='triton' needs CUDA tensors, got {q.device}; use impl='auto'")

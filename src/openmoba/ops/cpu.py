@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from openmoba.ops.checks import check_boundary_values
 from openmoba.ops.selection import select
 from openmoba.ops.tiles import Part, Plan, Tiles, parts, plan, sequences_of
 
@@ -180,6 +181,7 @@ def _parts(
     if cu_q is None or cu_k is None:
         bounds = ([i * x.shape[1] for i in range(len(x) + 1)] for x in (q, k))
     else:
+        check_boundary_values(cu_q, cu_k, len(q), len(k))
         bounds = (cu.tolist() for cu in (cu_q, cu_k))
     kv_heads = k.shape[-2]
     slots_per_query = q.shape[-2] // kv_heads * top_k

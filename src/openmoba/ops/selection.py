@@ -13,6 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from openmoba.ops.checks import check_boundary_values
+
 # Scores computed at a time: 2 MB of int64 ranks stay in a core's L2 cache.
 SCORES_AT_ONCE = 2**18
 _NONE = torch.iinfo(torch.int64).min
@@ -24,6 +26,7 @@ def select(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block
     """`openmoba.moba_select` on CPU: int32 `[*q.shape[:-1], top_k - 1]`."""
     if cu_q is None or cu_k is None:
         return _select_batch(q, k, block_size, top_k)
+    check_boundary_values(cu_q, cu_k, len(q), len(k))
     selected = q.new_empty((*q.shape[:-1], top_k - 1), dtype=torch.int32)
     for (q_start, q_end), (k_start, k_end) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
         sequence = q[None, q_start:q_end], k[None, k_start:k_end]
