@@ -1,0 +1,122 @@
+"""The three functions that `ops.library` wraps: route, plan, attend, some key/value heads at a time.
+
+The partial results of all pairs would not fit in memory at long context (64 GB at 1M tokens), so key/value heads are
+worked on in chunks under a cap: OPENMOBA_WORKSPACE_MB, by default 1/96 of the device's memory. The cap depends on the
+device alone, and heads do not interact, so it never changes a bit of the result.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from openmoba.ops.triton.backward import heads_gradients, row_statistics
+from openmoba.ops.triton.forward import attend_heads
+from openmoba.ops.triton.geometry import Geometry
+from openmoba.ops.triton.plan import Plan, make_plan
+from openmoba.ops.triton.route import route, select
+
+__all__ = ["backward", "choice_shape", "forward", "select"]
+
+_INT16_KEYS = 2**15
+_CPU_WORKSPACE = 2**30  # Triton's interpreter
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    block_size: int,
+    top_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp, and the plan (`choice_shape`) that the backward reads."""
+    geometry = Geometry.of(q, k, cu_q, block_size, top_k)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    choice = torch.empty(choice_shape(q, k, cu_q, block_size, top_k), dtype=torch.int32, device=q.device)
+    heads = heads_at_once(geometry, q.dtype, q.device)
+    keys = route(q, k, cu_q, cu_k, geometry, heads) if top_k > 1 else None
+    for first, plan in _plans(choice, geometry, heads):
+        if keys is not None and plan is not None:
+            make_plan(keys[first : first + plan.heads], plan.pairs, plan.offsets, geometry)
+        count = min(heads, geometry.kv_heads - first)
+        attend_heads(q, k, v, cu_q, cu_k, geometry, scale, first, count, plan, out, lse)
+    return out, lse, choice
+
+
+def backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    choice: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    block_size: int,
+    top_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, contiguous."""
+    geometry = Geometry.of(q, k, cu_q, block_size, top_k)
+    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    statistics = row_statistics(d_out, out, lse, geometry)
+    heads = heads_at_once(geometry, q.dtype, q.device)
+    for first, plan in _plans(choice, geometry, heads):
+        count = min(heads, geometry.kv_heads - first)
+        heads_gradients(d_out, q, k, v, statistics, cu_q, cu_k, geometry, scale, first, count, plan, dq, dk, dv)
+    return dq, dk, dv
+
+
+def choice_shape(q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> tuple[int]:
+    """Elements of the plan of all heads: `pairs`, then `offsets` (see `plan.Plan`), head by head."""
+    geometry = Geometry.of(q, k, cu_q, block_size, top_k)
+    if top_k == 1:
+        return (0,)
+    return (geometry.kv_heads * (_pairs_per_head(geometry) + geometry.block_slots + 1),)
+
+
+def heads_at_once(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> int:
+    """Key/value heads whose partial results fit in the workspace, at least one."""
+    pair = geometry.width * dtype.itemsize + 24  # partial, LSE, and the sort's keys and values
+    fitting = workspace_bytes(device) // max(1, _pairs_per_head(geometry) * pair)
+    sortable = (_INT16_KEYS - 1) // geometry.block_slots
+    return max(1, min(fitting, sortable, geometry.kv_heads))
+
+
+def workspace_bytes(device: torch.device) -> int:
+    """The cap on partial results: OPENMOBA_WORKSPACE_MB, or 1/96 of the device's memory."""
+    asked = os.environ.get("OPENMOBA_WORKSPACE_MB")
+    if asked is not None:
+        if not asked.isdigit() or int(asked) == 0:
+            raise ValueError(f"OPENMOBA_WORKSPACE_MB must be a whole number of megabytes >= 1, got {asked!r}")
+        return int(asked) * 2**20
+    if device.type != "cuda":
+        return _CPU_WORKSPACE
+    return int(torch.cuda.get_device_properties(device).total_memory) // 96
+
+
+def _pairs_per_head(geometry: Geometry) -> int:
+    return geometry.rows * geometry.group * (geometry.top_k - 1)
+
+
+def _plans(choice: Tensor, geometry: Geometry, heads: int) -> Iterator[tuple[int, Plan | None]]:
+    """The chunks of key/value heads: the first head, and its plan as views of `choice` (none if top_k is 1)."""
+    pairs = _pairs_per_head(geometry)
+    if pairs:
+        pairs_HP = choice[: geometry.kv_heads * pairs].view(geometry.kv_heads, pairs)
+        offsets_HN = choice[geometry.kv_heads * pairs :].view(geometry.kv_heads, geometry.block_slots + 1)
+    for first in range(0, geometry.kv_heads, heads):
+        if not pairs:
+            yield first, None
+            continue
+        part = slice(first, min(first + heads, geometry.kv_heads))
+        yield first, Plan(pairs_HP[part].view(-1), offsets_HN[part], part.stop - part.start)

@@ -1,0 +1,368 @@
+"""Forward: past blocks list by list into one partial per pair, then own block and merge.
+
+For row r and block b with keys K_b, values V_b (arXiv 2502.13189, equation 2, split over blocks):
+
+    m = max_j scale * q_r k_j     l = sum_j exp(scale * q_r k_j - m)     o = sum_j exp(... - m) v_j / l
+
+`_attend_past` stores o and m + log l of every pair; `_attend_own` computes the same over the own block causally and
+merges: O = sum_b o_b exp(lse_b - LSE), LSE = log sum_b exp lse_b. Inside kernels logarithms have base 2.
+
+Tiles: M rows, N keys, D head width padded to a power of two (WIDTH is the real one).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from openmoba.ops.triton.geometry import Geometry, first_row, locate, span, strides
+from openmoba.ops.triton.plan import Plan, item_bounds, make_items
+from openmoba.ops.triton.tuning import forward_own_tile, forward_past_tile
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+def attend_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    geometry: Geometry,
+    scale: float,
+    first_head: int,
+    heads: int,
+    plan: Plan | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Attention of the query heads of some key/value heads, written into `out` and `lse`; no plan: own block only."""
+    rows = geometry.rows * geometry.group
+    past = geometry.top_k - 1
+    partial = torch.empty((heads * rows * past, geometry.width), dtype=q.dtype, device=q.device)
+    partial_lse = torch.empty(heads * rows * past, dtype=torch.float32, device=q.device)
+    if plan is not None:
+        tile = forward_past_tile(geometry, q.dtype)
+        items = make_items(plan, geometry, tile.segment)
+        _attend_past[(items.numel(),)](
+            q,
+            k,
+            v,
+            partial,
+            partial_lse,
+            plan.pairs,
+            plan.offsets,
+            items,
+            cu_q,
+            cu_k,
+            geometry.sequences,
+            geometry.tokens_q,
+            geometry.tokens_k,
+            geometry.block_size,
+            geometry.block_slots,
+            rows,
+            first_head,
+            heads * geometry.block_slots,
+            scale,
+            *strides(q),
+            *strides(k),
+            *strides(v),
+            GROUP=geometry.group,
+            PAST=past,
+            WIDTH=geometry.width,
+            SEGMENT=tile.segment,
+            RESIDENT=tile.n >= geometry.block_size,
+            EVEN=geometry.block_size % tile.n == 0,
+            PACKED=geometry.packed,
+            **tile.launch(),
+        )
+    tile = forward_own_tile(geometry, q.dtype)
+    tiles = triton.cdiv(geometry.block_size, tile.m)
+    _attend_own[(geometry.block_slots * tiles, heads * geometry.group)](
+        q,
+        k,
+        v,
+        partial,
+        partial_lse,
+        out,
+        lse,
+        cu_q,
+        cu_k,
+        geometry.sequences,
+        geometry.tokens_q,
+        geometry.tokens_k,
+        geometry.block_size,
+        rows,
+        first_head,
+        scale,
+        *strides(q),
+        *strides(k),
+        *strides(v),
+        HEADS=geometry.heads,
+        GROUP=geometry.group,
+        PAST=past,
+        WIDTH=geometry.width,
+        PACKED=geometry.packed,
+        **tile.launch(),
+    )
+
+
+@triton.jit
+def load_rows(base, at, stride, valid, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Rows `at` of a strided matrix as a `[len(at), D]` tile, zero where invalid and beyond WIDTH."""
+    d = tl.arange(0, D)
+    pointers = base + at[:, None].to(tl.int64) * stride + d[None, :]
+    if D == WIDTH:
+        return tl.load(pointers, mask=valid[:, None], other=0.0)
+    else:
+        return tl.load(pointers, mask=valid[:, None] & (d[None, :] < WIDTH), other=0.0)
+
+
+@triton.jit
+def store_rows(base, at, stride, valid, x, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Inverse of `load_rows`."""
+    d = tl.arange(0, D)
+    pointers = base + at[:, None].to(tl.int64) * stride + d[None, :]
+    mask = valid[:, None] & (d[None, :] < WIDTH)
+    tl.store(pointers, x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """Matrix product accumulated in fp32; fp32 operands are not rounded to TF32."""
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc)
+
+
+@triton.jit
+def pair_rows(pairs_ptr, begin, end, head_rows, GROUP: tl.constexpr, PAST: tl.constexpr, M: tl.constexpr):
+    """M pairs of a list: pair, its flat query token, its head within the group, and which of them exist.
+
+    `head_rows` is the number of rows of the key/value heads before this one in the plan.
+    """
+    at = begin + tl.arange(0, M)
+    valid = at < end
+    pair = tl.load(pairs_ptr + at, mask=valid, other=0)
+    row = pair // PAST - head_rows
+    token = tl.where(valid, row // GROUP, 0)
+    member = tl.where(valid, row % GROUP, 0)
+    return pair, token, member, valid
+
+
+@triton.jit
+def _attend_past(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    partial_ptr,
+    partial_lse_ptr,
+    pairs_ptr,
+    offsets_ptr,
+    items_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    sequences,
+    tokens_q,
+    tokens_k,
+    block_size,
+    block_slots,
+    rows,
+    first_head,
+    lists,
+    scale,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    GROUP: tl.constexpr,
+    PAST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    EVEN: tl.constexpr,
+    PACKED: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+):
+    """One item: rows that chose a block, against that block. RESIDENT: its keys fit one tile and stay on chip."""
+    list_id, _, begin, end = item_bounds(items_ptr, offsets_ptr, tl.program_id(0), lists, block_slots, SEGMENT)
+    if begin >= end:
+        return
+    head = list_id // block_slots
+    sequence, block = locate(list_id % block_slots, cu_k_ptr, sequences, tokens_k, block_size, PACKED)
+    key_begin, _ = span(sequence, cu_k_ptr, tokens_k, PACKED)
+    key_begin += block * block_size
+    kv_head = first_head + head
+    k_base = k_ptr + sequence.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
+    v_base = v_ptr + sequence.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
+    # Flat token numbers run over all sequences; in a batch they are counted back into their batch row.
+    q_base = q_ptr + kv_head.to(tl.int64) * GROUP * q_head
+    if not PACKED:
+        q_base += sequence.to(tl.int64) * (q_batch - tokens_q * q_token)
+    n = tl.arange(0, N)
+    scale_log2 = scale * LOG2E
+    if RESIDENT:
+        k_ND = load_rows(k_base, key_begin + n, k_token, n < block_size, WIDTH, D)
+        v_ND = load_rows(v_base, key_begin + n, v_token, n < block_size, WIDTH, D)
+    for at in range(begin, end, M):
+        pair, token, member, valid = pair_rows(pairs_ptr, at, end, head * rows, GROUP, PAST, M)
+        q_MD = load_rows(q_base, token.to(tl.int64) * q_token + member * q_head, 1, valid, WIDTH, D)
+        if RESIDENT:
+            s_MN = dot(q_MD, tl.trans(k_ND))
+            if not EVEN:
+                s_MN = tl.where(n[None, :] < block_size, s_MN, -float("inf"))
+            m_M = tl.max(s_MN, 1) * scale_log2
+            p_MN = tl.exp2(s_MN * scale_log2 - m_M[:, None])
+            l_M = tl.sum(p_MN, 1)
+            o_MD = dot(p_MN.to(v_ND.dtype), v_ND)
+        else:
+            m_M = tl.full([M], -float("inf"), tl.float32)
+            l_M = tl.zeros([M], tl.float32)
+            o_MD = tl.zeros([M, D], tl.float32)
+            for start in range(0, block_size, N):
+                inside = start + n < block_size
+                k_ND = load_rows(k_base, key_begin + start + n, k_token, inside, WIDTH, D)
+                v_ND = load_rows(v_base, key_begin + start + n, v_token, inside, WIDTH, D)
+                s_MN = dot(q_MD, tl.trans(k_ND))
+                if not EVEN:
+                    s_MN = tl.where(inside[None, :], s_MN, -float("inf"))
+                m_M, l_M, o_MD = online_softmax(s_MN, v_ND, m_M, l_M, o_MD, scale_log2)
+        o_MD = o_MD * (1.0 / l_M)[:, None]
+        store_rows(partial_ptr, pair, WIDTH, valid, o_MD, WIDTH, D)
+        tl.store(partial_lse_ptr + pair, m_M + tl.log2(l_M), mask=valid)
+
+
+@triton.jit
+def online_softmax(s_MN, v_ND, m_M, l_M, o_MD, scale_log2):
+    """Fold a tile of inner products and its values into running maximum (base 2), sum and output."""
+    m_new_M = tl.maximum(m_M, tl.max(s_MN, 1) * scale_log2)
+    alpha_M = tl.exp2(m_M - m_new_M)
+    p_MN = tl.exp2(s_MN * scale_log2 - m_new_M[:, None])
+    o_MD = dot(p_MN.to(v_ND.dtype), v_ND, o_MD * alpha_M[:, None])
+    return m_new_M, l_M * alpha_M + tl.sum(p_MN, 1), o_MD
+
+
+@triton.jit
+def own_rows(slot, cu_q_ptr, cu_k_ptr, sequences, tokens_q, tokens_k, block_size, PACKED: tl.constexpr):
+    """Sequence and number of a block slot, its keys, and its queries.
+
+    Returns (sequence, block, first key of the block, its key count, first query of the sequence, `shift`), where
+    key i of the block has query number `i + shift` in the sequence, absent if negative. Empty slots have no keys.
+    """
+    sequence, block = locate(slot, cu_k_ptr, sequences, tokens_k, block_size, PACKED)
+    key_begin, keys = span(sequence, cu_k_ptr, tokens_k, PACKED)
+    query_begin, queries = span(sequence, cu_q_ptr, tokens_q, PACKED)
+    count = tl.minimum(keys - block * block_size, block_size)
+    return sequence, block, key_begin + block * block_size, count, query_begin, block * block_size + queries - keys
+
+
+@triton.jit
+def _attend_own(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    partial_ptr,
+    partial_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    sequences,
+    tokens_q,
+    tokens_k,
+    block_size,
+    rows,
+    first_head,
+    scale,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PAST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PACKED: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+):
+    """M queries of one head and block: merge their partials, add the own block causally, write output and LSE."""
+    tiles = tl.cdiv(block_size, M)
+    slot = tl.program_id(0) // tiles
+    start = (tl.program_id(0) % tiles) * M
+    sequence, block, key_begin, count, query_begin, shift = own_rows(
+        slot, cu_q_ptr, cu_k_ptr, sequences, tokens_q, tokens_k, block_size, PACKED
+    )
+    if (start >= count) | (start + M + shift <= 0):
+        return
+    head = tl.program_id(1) // GROUP
+    member = tl.program_id(1) % GROUP
+    kv_head = first_head + head
+    m = start + tl.arange(0, M)
+    valid = (m < count) & (m + shift >= 0)
+    flat = first_row(sequence, cu_q_ptr, tokens_q, PACKED) + m + shift
+    q_base = q_ptr + sequence.to(tl.int64) * q_batch + (kv_head * GROUP + member).to(tl.int64) * q_head
+    q_MD = load_rows(q_base, query_begin + m + shift, q_token, valid, WIDTH, D)
+    o_MD, m_M, l_M = _merge_partials(
+        partial_ptr,
+        partial_lse_ptr,
+        (head * rows + flat * GROUP + member).to(tl.int64) * PAST,
+        tl.minimum(block, PAST),
+        valid,
+        WIDTH,
+        M,
+        D,
+    )
+    k_base = k_ptr + sequence.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
+    v_base = v_ptr + sequence.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
+    scale_log2 = scale * LOG2E
+    for at in range(0, start, N):
+        n = at + tl.arange(0, N)
+        k_ND = load_rows(k_base, key_begin + n, k_token, n < start, WIDTH, D)
+        v_ND = load_rows(v_base, key_begin + n, v_token, n < start, WIDTH, D)
+        s_MN = dot(q_MD, tl.trans(k_ND))
+        m_M, l_M, o_MD = online_softmax(s_MN, v_ND, m_M, l_M, o_MD, scale_log2)
+    for at in range(start, tl.minimum(start + M, count), N):
+        n = at + tl.arange(0, N)
+        k_ND = load_rows(k_base, key_begin + n, k_token, n < count, WIDTH, D)
+        v_ND = load_rows(v_base, key_begin + n, v_token, n < count, WIDTH, D)
+        s_MN = tl.where(n[None, :] <= m[:, None], dot(q_MD, tl.trans(k_ND)), -float("inf"))
+        m_M, l_M, o_MD = online_softmax(s_MN, v_ND, m_M, l_M, o_MD, scale_log2)
+    head_index = kv_head * GROUP + member
+    store_rows(out_ptr + head_index * WIDTH, flat, HEADS * WIDTH, valid, o_MD * (1.0 / l_M)[:, None], WIDTH, D)
+    lse_M = (m_M + tl.log2(l_M)) / LOG2E
+    tl.store(lse_ptr + flat.to(tl.int64) * HEADS + head_index, lse_M, mask=valid)
+
+
+@triton.jit
+def _merge_partials(
+    partial_ptr, partial_lse_ptr, first_M, count, valid, WIDTH: tl.constexpr, M: tl.constexpr, D: tl.constexpr
+):
+    """Sum of a row's partials weighted by exp(lse - maximum), that maximum, and the sum of weights."""
+    m_M = tl.full([M], -float("inf"), tl.float32)
+    for rank in range(count):
+        m_M = tl.maximum(m_M, tl.load(partial_lse_ptr + first_M + rank, mask=valid, other=0.0))
+    l_M = tl.zeros([M], tl.float32)
+    o_MD = tl.zeros([M, D], tl.float32)
+    for rank in tl.range(0, count, num_stages=3):
+        weight_M = tl.exp2(tl.load(partial_lse_ptr + first_M + rank, mask=valid, other=0.0) - m_M)
+        part_MD = load_rows(partial_ptr, first_M + rank, WIDTH, valid, WIDTH, D)
+        o_MD += part_MD.to(tl.float32) * weight_M[:, None]
+        l_M += weight_M
+    return o_MD, m_M, l_M

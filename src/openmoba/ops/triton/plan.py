@@ -1,0 +1,113 @@
+"""Plan: turn "which blocks does a row read" into "which rows read this block", and cut the lists into items.
+
+A *row* is a (query token, query head) of one key/value head, a *pair* is (row, rank of one of its past blocks),
+numbered `row * past + rank`. A stable sort of the pairs by block gives every block its list of pairs in ascending
+order, so that sums over a list have one order and repeat bit for bit. Lists differ in length; work is handed out in
+*items* of at most `segment` pairs. The number of items depends on the choice, which stays on the device, so kernels
+are launched for the most there can be and the surplus programs return at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from openmoba.ops.triton.geometry import Geometry
+
+_LANES = 128
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The lists of some key/value heads, which are worked on at once.
+
+    Attributes:
+        pairs: int32 `[heads * rows * group * past]`, pairs by (head, block slot), absent choices last.
+        offsets: int32 `[heads, block_slots + 1]`, where each list starts in `pairs`, and the head's end.
+        heads: key/value heads in this plan.
+    """
+
+    pairs: Tensor
+    offsets: Tensor
+    heads: int
+
+
+def make_plan(keys: Tensor, pairs: Tensor, offsets: Tensor, geometry: Geometry) -> Plan:
+    """Invert the choice of some heads (`route.route`) into `pairs` and `offsets`, which it overwrites."""
+    heads, block_slots = keys.shape[0], geometry.block_slots
+    ordered, order = torch.sort(keys.reshape(-1), stable=True)
+    pairs.copy_(order)
+    grid = (triton.cdiv(heads * (block_slots + 1), _LANES),)
+    _find_offsets[grid](ordered, offsets, heads, block_slots, ordered.numel(), _LANES)
+    return Plan(pairs, offsets, heads)
+
+
+def make_items(plan: Plan, geometry: Geometry, segment: int) -> Tensor:
+    """Which list each item belongs to, int32 `[items]` of `head * block_slots + block slot`; surplus undefined.
+
+    List b owns the items from `start // segment + b` on, as sequences own tile slots in `geometry`.
+    """
+    lists = plan.heads * geometry.block_slots
+    count = plan.pairs.numel() // segment + lists
+    items = torch.empty(count, dtype=torch.int32, device=plan.pairs.device)
+    grid = (triton.cdiv(count, _LANES),)
+    _find_items[grid](plan.offsets, items, lists, geometry.block_slots, count, segment, _LANES)
+    return items
+
+
+@triton.jit
+def list_bounds(offsets_ptr, list_id, block_slots):
+    """Start and end of a list in `pairs`."""
+    at = offsets_ptr + list_id + list_id // block_slots
+    return tl.load(at), tl.load(at + 1)
+
+
+@triton.jit
+def item_bounds(items_ptr, offsets_ptr, item, lists, block_slots, segment):
+    """List of an item, its number within the list, and its pairs' start and end (empty for a surplus item)."""
+    _, last_end = list_bounds(offsets_ptr, lists - 1, block_slots)
+    surplus = item >= last_end // segment + lists
+    list_id = tl.where(surplus, 0, tl.load(items_ptr + item, mask=not surplus, other=0))
+    start, end = list_bounds(offsets_ptr, list_id, block_slots)
+    part = item - (start // segment + list_id)
+    begin = tl.where(surplus, end, start + part * segment)
+    return list_id, part, begin, tl.minimum(begin + segment, end)
+
+
+@triton.jit
+def _find_offsets(keys_ptr, offsets_ptr, heads, block_slots, pairs, LANES: tl.constexpr):
+    """offsets[h, b] = how many keys are below `h * block_slots + b`, by binary search."""
+    out = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    wanted = out - out // (block_slots + 1)
+    low = tl.zeros([LANES], tl.int32)
+    high = tl.zeros([LANES], tl.int32) + pairs
+    span = pairs
+    while span > 0:
+        middle = (low + high) // 2
+        open_ = low < high
+        below = (tl.load(keys_ptr + middle, mask=open_, other=0).to(tl.int32) < wanted) & open_
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+        span = span // 2
+    tl.store(offsets_ptr + out, low, mask=out < heads * (block_slots + 1))
+
+
+@triton.jit
+def _find_items(offsets_ptr, items_ptr, lists, block_slots, count, segment, LANES: tl.constexpr):
+    """items[i] = the last list b with `start(b) // segment + b <= i`, by binary search."""
+    item = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    low = tl.zeros([LANES], tl.int32)
+    high = tl.zeros([LANES], tl.int32) + lists - 1
+    span = lists
+    while span > 0:
+        middle = (low + high + 1) // 2
+        start = tl.load(offsets_ptr + middle + middle // block_slots)
+        reached = start // segment + middle <= item
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, tl.maximum(middle - 1, 0))
+        span = span // 2
+    tl.store(items_ptr + item, low, mask=item < count)

@@ -1,0 +1,121 @@
+"""Cross-compile the kernels that a call launches for Hopper, on a machine without a GPU, and read their machine code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+HOPPER = GPUTarget("cuda", 90, 32)
+_TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded kernel launch."""
+
+    kernel: JITFunction
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What the compiler made of a launch: SASS and resource use."""
+
+    name: str
+    sass: str
+    shared: int
+    registers: int
+
+    def count(self, opcode: str) -> int:
+        """Instructions whose name starts with `opcode`."""
+        return len(re.findall(rf"\s{opcode}[.\s]", self.sass))
+
+    @property
+    def spills(self) -> int:
+        """Loads and stores of local memory."""
+        return self.count("STL") + self.count("LDL")
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Collect launches instead of running them; outputs of kernels stay undefined."""
+    launches: list[Launch] = []
+
+    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append(Launch(kernel, args, kwargs))
+
+    with patch.object(JITFunction, "run", record):
+        yield launches
+
+
+def launches_of(call: Callable[[], Any]) -> list[Launch]:
+    """The launches that `call` makes."""
+    with recorded_launches() as launches:
+        call()
+    return launches
+
+
+def compile_launch(launch: Launch) -> MachineCode:
+    """Compile for sm_90 with the specialisation that the launcher would choose, and disassemble."""
+    signature, constants, attributes = {}, {}, {}
+    options = {name: value for name, value in launch.kwargs.items() if name in _OPTIONS}
+    values = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    values |= {name: value for name, value in launch.kwargs.items() if name not in _OPTIONS}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = values.get(parameter.name, parameter.default)
+        kind = _kind(value)
+        if parameter.is_constexpr or value is None or (kind == "i32" and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+            continue
+        signature[parameter.name] = kind
+        if kind.startswith("*") or (kind == "i32" and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=HOPPER, options=options)
+    sass = _disassemble(compiled.asm["cubin"])
+    return MachineCode(launch.kernel.__name__, sass, compiled.metadata.shared, _registers(compiled.asm["cubin"]))
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return _TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _disassemble(cubin: bytes) -> str:
+    return _cuobjdump(cubin, "-sass")
+
+
+def _registers(cubin: bytes) -> int:
+    return int(re.findall(r"REG:(\d+)", _cuobjdump(cubin, "-res-usage"))[-1])
