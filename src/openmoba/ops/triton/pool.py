@@ -1,0 +1,122 @@
+"""Pool: one centroid per complete block, shifted and scaled so that 16 bits keep the ranking.
+
+    c_n = 2^e * (mean of block n - anchor),   anchor = mean of the sequence's first min(block_size, 64) keys
+
+Neither the shift (one vector for all blocks) nor the scale changes which blocks a query ranks highest. The shift
+removes what all keys have in common, which would otherwise eat the precision of the differences between blocks; the
+scale keeps fp16 far from overflow. Both come from the first block alone, which is in the past of every query that has
+a past: later keys never change an earlier choice, not even in the last bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from openmoba.ops.triton.geometry import Geometry, locate, span, strides
+
+ANCHOR_KEYS = 64
+_LARGEST_FP16 = tl.constexpr(65504.0)
+_ROOM = tl.constexpr(4)  # deviations from the anchor are scaled to 2^4, leaving 2^12 to the largest fp16
+
+
+def pool(k: Tensor, cu_k: Tensor | None, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Centroids `[Hkv, block_slots, D]` and their norms, fp32 `[Hkv, block_slots]`.
+
+    D is the width padded with zeros to a power of two. Centroids are fp16, fp32 for fp32 keys. Slots without a
+    complete block stay undefined.
+    """
+    width = padded_width(geometry)
+    slots = (geometry.kv_heads, geometry.block_slots)
+    dtype = torch.float32 if k.dtype == torch.float32 else torch.float16
+    centroids = torch.empty((*slots, width), dtype=dtype, device=k.device)
+    norms = torch.empty(slots, dtype=torch.float32, device=k.device)
+    chunk = triton.next_power_of_2(min(geometry.block_size, 16384 // width))
+    _pool[(geometry.block_slots, geometry.kv_heads)](
+        k,
+        centroids,
+        norms,
+        cu_k,
+        geometry.sequences,
+        geometry.tokens_k,
+        geometry.block_size,
+        geometry.block_slots,
+        *strides(k),
+        ANCHOR=min(ANCHOR_KEYS, geometry.block_size),
+        ANCHOR_TILE=triton.next_power_of_2(min(ANCHOR_KEYS, geometry.block_size)),
+        CHUNK=chunk,
+        WIDTH=geometry.width,
+        D=width,
+        PACKED=geometry.packed,
+        num_warps=4,
+    )
+    return centroids, norms
+
+
+def padded_width(geometry: Geometry) -> int:
+    """Head width as the kernels see it: a power of two, and enough for a matrix instruction."""
+    return max(16, int(triton.next_power_of_2(geometry.width)))
+
+
+@triton.jit
+def power_of_two(x, TARGET: tl.constexpr):
+    """The power of two that takes x > 0 into [2^TARGET, 2^(TARGET + 1)); 1 for 0."""
+    exponent = (x.to(tl.int32, bitcast=True) >> 23) & 255
+    scale_bits = tl.minimum(tl.maximum(254 - exponent + TARGET, 1), 254) << 23
+    return tl.where(x > 0, scale_bits.to(tl.float32, bitcast=True), 1.0)
+
+
+@triton.jit
+def _pool(
+    k_ptr,
+    centroid_ptr,
+    norm_ptr,
+    cu_k_ptr,
+    sequences,
+    tokens_k,
+    block_size,
+    block_slots,
+    stride_b,
+    stride_t,
+    stride_h,
+    ANCHOR: tl.constexpr,
+    ANCHOR_TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    slot = tl.program_id(0)
+    head = tl.program_id(1)
+    sequence, block = locate(slot, cu_k_ptr, sequences, tokens_k, block_size, PACKED)
+    begin, length = span(sequence, cu_k_ptr, tokens_k, PACKED)
+    if (block + 1) * block_size > length:
+        return
+    d_D = tl.arange(0, D)
+    real_D = d_D < WIDTH
+    k_ptr += tl.cast(sequence, tl.int64) * stride_b + tl.cast(begin, tl.int64) * stride_t
+    k_ptr += tl.cast(head, tl.int64) * stride_h
+
+    key_A = tl.arange(0, ANCHOR_TILE)
+    anchor_mask = (key_A < ANCHOR)[:, None] & real_D
+    first_AD = tl.load(k_ptr + key_A.to(tl.int64)[:, None] * stride_t + d_D, mask=anchor_mask, other=0.0).to(tl.float32)
+    anchor_D = tl.sum(first_AD, 0) / ANCHOR
+    spread = tl.max(tl.max(tl.where(anchor_mask, tl.abs(first_AD - anchor_D), 0.0), 1), 0)
+    scale = power_of_two(tl.maximum(spread, tl.max(tl.abs(anchor_D), 0) / 64), _ROOM)
+
+    key_C = tl.arange(0, CHUNK)
+    sum_D = tl.zeros([D], tl.float32)
+    for start in range(0, block_size, CHUNK):
+        at_C = (start + key_C)[:, None]
+        rows = k_ptr + (block * block_size + at_C).to(tl.int64) * stride_t
+        sum_D += tl.sum(tl.load(rows + d_D, mask=(at_C < block_size) & real_D, other=0.0).to(tl.float32), 0)
+    centroid_D = (sum_D / block_size - anchor_D) * scale
+    if centroid_ptr.dtype.element_ty == tl.float16:
+        centroid_D = tl.minimum(tl.maximum(centroid_D, -_LARGEST_FP16), _LARGEST_FP16)
+    centroid_D = centroid_D.to(centroid_ptr.dtype.element_ty)
+    out = head * block_slots + slot
+    tl.store(centroid_ptr + out.to(tl.int64) * D + d_D, centroid_D)
+    wide_D = centroid_D.to(tl.float32)
+    tl.store(norm_ptr + out, tl.sqrt(tl.sum(wide_D * wide_D, 0)))

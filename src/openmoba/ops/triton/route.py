@@ -1,0 +1,48 @@
+"""Route: which past blocks every query reads, exactly, without a score matrix in memory.
+
+    pool         centroids of all blocks                                   reads k once
+    gate         streams the centroids past tiles of query rows            reads q once, centroids once per tile
+    second look  repeats the rows in which a lane of the gate hid a pick   some rows in a hundred, or none
+
+Scores agree with fp64 up to fp16 rounding of the centroids, and up to 2^-21 of the largest possible score (2^-17 at
+8192 blocks, `ranking`): less far apart counts as equal, and of equals the later block wins.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from openmoba.ops.triton.gate import choose
+from openmoba.ops.triton.geometry import Geometry
+
+
+def route(
+    q: Tensor,
+    k: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    geometry: Geometry,
+    heads_per_sort: int,
+) -> Tensor:
+    """Sort keys of the choice, `[Hkv, rows * group, top_k - 1]`, best first; `top_k >= 2`.
+
+    Row r is `flat query token * group + head within the group`. Its value is `(kv_head % heads_per_sort) *
+    block_slots + block slot`, and `heads_per_sort * block_slots` for none, which sorts last: int16 where that
+    fits, else int32.
+    """
+    largest = heads_per_sort * geometry.block_slots
+    rows, picks = geometry.rows * geometry.group, geometry.top_k - 1
+    dtype = torch.int16 if largest < 2**15 else torch.int32
+    keys = torch.empty((geometry.kv_heads, rows, picks), dtype=dtype, device=q.device)
+    choose(q, k, cu_q, cu_k, geometry, keys, rows * picks, geometry.group * picks, heads_per_sort)
+    return keys
+
+
+def select(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int, top_k: int) -> Tensor:
+    """`openmoba.moba_select` for `top_k >= 2`: int32 `[*q.shape[:-1], top_k - 1]`, -1 for none."""
+    geometry = Geometry.of(q, k, cu_q, block_size, top_k)
+    selected = torch.empty((*q.shape[:-1], top_k - 1), dtype=torch.int32, device=q.device)
+    picks = top_k - 1
+    choose(q, k, cu_q, cu_k, geometry, selected, geometry.group * picks, geometry.heads * picks, 0)
+    return selected

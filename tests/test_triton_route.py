@@ -1,0 +1,177 @@
+"""Pool, gate and second look in Triton's interpreter, against the fp64 oracle. bf16 runs in tests/gpu only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from routing import assert_wellformed, disagreement, oracle
+
+pytest.importorskip("triton")
+
+from openmoba.ops.triton import gate
+from openmoba.ops.triton.gate import GateTile
+from openmoba.ops.triton.geometry import Geometry
+from openmoba.ops.triton.route import route, select
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+
+FP16, FP32 = torch.float16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """`torch.empty` returns NaN and the largest integer, so that reading it shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [FP16, FP32])
+@pytest.mark.parametrize(
+    ("tokens", "queries", "heads", "kv_heads", "width", "block_size", "top_k"),
+    [
+        (1, 1, 2, 1, 8, 16, 2),
+        (63, 63, 2, 2, 16, 16, 3),
+        (64, 64, 4, 1, 64, 16, 4),
+        (257, 257, 3, 1, 40, 16, 5),
+        (130, 61, 7, 1, 80, 7, 9),
+        (97, 97, 2, 2, 8, 1, 4),
+        (300, 5, 32, 1, 128, 20, 8),
+        (90, 30, 65, 1, 16, 8, 4),
+        (150, 150, 4, 2, 256, 64, 2),
+    ],
+)
+def test_choice_is_the_specified_one(randn, dtype, tokens, queries, heads, kv_heads, width, block_size, top_k):
+    q = randn(2, queries, heads, width, dtype=dtype)
+    k = randn(2, tokens, kv_heads, width, dtype=dtype)
+    selected, expected = select(q, k, None, None, block_size, top_k), oracle(q, k, block_size, top_k)
+    assert_wellformed(selected, expected)
+    assert disagreement(selected, expected) <= (1e-3 if dtype == FP16 else 0)
+
+
+@pytest.mark.parametrize(("offset", "limit"), [(0.0, 1e-3), (4.0, 5e-3)])
+@pytest.mark.parametrize("top_k", [8, 13])
+def test_agreement_with_fp64(randn, offset, limit, top_k):
+    """bf16 values, computed on as the kernel computes on bf16: exact in fp16, centroids rounded to fp16."""
+    q = randn(1, 1024, 4, 64).bfloat16().to(FP16)
+    k = (randn(1, 8192, 1, 64) + offset * randn(64)).bfloat16().to(FP16)
+    selected, expected = select(q, k, None, None, 32, top_k), oracle(q, k, 32, top_k)
+    assert_wellformed(selected, expected)
+    assert disagreement(selected, expected) <= limit
+
+
+def test_many_picks_take_several_passes(randn):
+    q, k = randn(1, 40, 2, 16, dtype=FP32), randn(1, 1600, 1, 16, dtype=FP32)
+    selected, expected = select(q, k, None, None, 4, 64), oracle(q, k, 4, 64)
+    assert_wellformed(selected, expected)
+    assert disagreement(selected, expected) <= 1e-3
+
+
+@pytest.mark.parametrize("stride", [32, 64, 1])
+def test_best_blocks_that_share_a_lane(randn, stride):
+    """The nine best of 600 blocks sit `stride` apart: one lane of the gate, of its second look, or neighbours."""
+    blocks = torch.arange(9) * stride + 5
+    k = 0.1 * randn(1, 600, 1, 16)
+    k[0, blocks, :, 0] = 5 + torch.randperm(9, generator=torch.Generator().manual_seed(0))[:, None].double()
+    q = 0.05 * randn(1, 50, 2, 16)
+    q[..., 0] = 1
+    q, k = q.to(FP32), k.to(FP32)
+    assert torch.equal(select(q, k, None, None, 1, 8), oracle(q, k, 1, 8))
+
+
+@pytest.mark.parametrize("top_k", [3, 8, 20])
+@pytest.mark.parametrize("dtype", [FP16, FP32])
+def test_equal_scores_go_to_the_later_block(randn, top_k, dtype):
+    k = randn(1, 4, 2, 16, dtype=dtype).repeat(1, 150, 1, 1)
+    q = randn(1, 600, 4, 16, dtype=dtype)
+    selected = select(q, k, None, None, 4, top_k)
+    own = torch.arange(600) // 4
+    latest = own[:, None] - 1 - torch.arange(top_k - 1)
+    assert torch.equal(selected, latest.clamp(min=-1).int()[None, :, None].expand_as(selected))
+
+
+def test_zero_queries_and_zero_keys(randn):
+    q, k = torch.zeros(1, 40, 2, 16, dtype=FP16), torch.zeros(1, 40, 1, 16, dtype=FP16)
+    expected = oracle(q, k, 4, 3)
+    assert torch.equal(select(q, k, None, None, 4, 3), expected)
+    assert torch.equal(select(q, randn(1, 40, 1, 16, dtype=FP16), None, None, 4, 3), expected)
+
+
+@pytest.mark.parametrize(("top_k", "block_size"), [(3, 4), (8, 1), (20, 2)])
+def test_packed_sequences_are_independent(randn, top_k, block_size):
+    lengths_k = [70, 1, 0, 203, 3]
+    lengths_q = [70, 1, 0, 90, 2]
+    cu_k, cu_q = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (lengths_k, lengths_q))
+    q, k = randn(sum(lengths_q), 6, 16, dtype=FP32), randn(sum(lengths_k), 2, 16, dtype=FP32)
+    selected, expected = select(q, k, cu_q, cu_k, block_size, top_k), oracle(q, k, block_size, top_k, cu_q, cu_k)
+    assert_wellformed(selected, expected)
+    assert disagreement(selected, expected) <= 1e-3
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("heads_per_sort", [1, 2, 3])
+def test_sort_keys(randn, packed, heads_per_sort):
+    """Rows, heads and block slots are numbered as the plan expects."""
+    batch, tokens, group, block_size, past = 2, 37, 2, 4, 3
+    q, k = randn(batch, tokens, 3 * group, 16, dtype=FP32), randn(batch, tokens, 3, 16, dtype=FP32)
+    selected = select(q, k, None, None, block_size, past + 1).view(batch, tokens, 3, group, past)
+    cu, first_slot = None, torch.arange(batch) * 10
+    if packed:
+        cu = torch.tensor([0, tokens, 2 * tokens]).int()
+        q, k = q.flatten(0, 1), k.flatten(0, 1)
+        first_slot = cu[:-1] // block_size + torch.arange(batch)
+    geometry = Geometry.of(q, k, cu, block_size, past + 1)
+    first_key = torch.arange(3) % heads_per_sort * geometry.block_slots
+    expected = selected + first_slot.view(-1, 1, 1, 1, 1) + first_key.view(-1, 1, 1)
+    expected = torch.where(selected < 0, heads_per_sort * geometry.block_slots, expected)
+    keys = route(q, k, cu, cu, geometry, heads_per_sort)
+    assert keys.dtype == torch.int16
+    assert torch.equal(keys, expected.permute(2, 0, 1, 3, 4).reshape(3, -1, past).to(torch.int16))
+
+
+def test_sort_keys_widen_when_they_must(randn):
+    q, k = randn(1, 8, 1, 16, dtype=FP32), randn(1, 8, 1, 16, dtype=FP32)
+    geometry = Geometry.of(q, k, None, 1, 3)
+    assert route(q, k, None, None, geometry, 2**15 // 8 - 1).dtype == torch.int16
+    wide = route(q, k, None, None, geometry, 2**15 // 8)
+    assert wide.dtype == torch.int32
+    assert wide[0, 0].tolist() == [2**15, 2**15]
+
+
+def test_strided_inputs(randn):
+    q, k = randn(2, 4, 50, 48, dtype=FP32), randn(2, 50, 2, 80, dtype=FP32)
+    q, k = q.transpose(1, 2)[..., 8:40], k[..., 48:]
+    assert torch.equal(select(q, k, None, None, 8, 3), select(q.contiguous(), k.contiguous(), None, None, 8, 3))
+
+
+@pytest.mark.parametrize("value", [1e4, float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [FP16, FP32])
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")  # numpy's view of NaN arithmetic
+def test_later_keys_change_nothing_before_them(randn, value, dtype):
+    """Not even when they overflow; and whatever they make of later choices stays in the past."""
+    q, k = randn(1, 400, 4, 16, dtype=dtype), randn(1, 400, 2, 16, dtype=dtype)
+    before = select(q, k, None, None, 4, 6)
+    k[0, 200:203] = value
+    after = select(q, k, None, None, 4, 6)
+    assert torch.equal(after[0, :204], before[0, :204])
+    own = torch.arange(400) // 4
+    assert (after >= -1).all()
+    assert (after < own[None, :, None, None]).all()
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e3])
+def test_scale_of_inputs_does_not_matter(randn, scale):
+    q, k = randn(1, 300, 2, 16), randn(1, 300, 1, 16)
+    q, k = (scale * q).to(FP32), (scale * k).to(FP32)
+    assert disagreement(select(q, k, None, None, 4, 6), oracle(q, k, 4, 6)) == 0
+
+
+@pytest.mark.parametrize("tile", [GateTile(16, 16, 4, 1), GateTile(64, 32, 4, 1), GateTile(64, 64, 4, 1)])
+@pytest.mark.parametrize("top_k", [4, 8, 20])
+def test_tiles_do_not_change_the_choice(randn, monkeypatch, tile, top_k):
+    q, k = randn(1, 300, 3, 16, dtype=FP32), randn(1, 300, 1, 16, dtype=FP32)
+    before = select(q, k, None, None, 1, top_k)
+    monkeypatch.setattr(gate, "gate_tile", lambda *_: tile)
+    assert disagreement(select(q, k, None, None, 1, top_k), before) <= 1e-4
