@@ -102,15 +102,16 @@ def test_crop() -> None:
     torch.testing.assert_close(in_pieces(model, ids[:, done:], [], cache), whole[:, done:])
 
 
-@pytest.mark.parametrize("how", ["reorder", "repeat", "select"])
+@pytest.mark.parametrize("how", ["reorder", "static reorder", "repeat", "select"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_rows_of_a_cache(padded: bool, how: str) -> None:
+def test_rows_of_a_cache(padded: bool, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pages follow their rows; they are not made again."""
     model, ids = configure(build(), HYBRID), tokens(3, 40)
     mask = torch.ones_like(ids)
     mask[1, :6] = mask[2, :13] = 0 if padded else 1
-    cache = new_cache("dynamic", model)
+    cache = new_cache("static" if "static" in how else "dynamic", model)
     in_pieces(model, ids[:, :22], [20], cache, mask)
-    if how == "reorder":
+    if "reorder" in how:
         index = torch.tensor([2, 0, 0])
         cache.reorder_cache(index)
     elif how == "repeat":
@@ -119,6 +120,7 @@ def test_rows_of_a_cache(padded: bool, how: str) -> None:
     else:
         index = torch.tensor([2, 1])
         cache.batch_select_indices(index)
+    monkeypatch.delattr("openmoba.hf.cache.refresh_pages")
     tail = tokens(len(index), 18, seed=5)
     picked = torch.cat([ids[index, :22], tail], 1)
     out = []
@@ -131,6 +133,20 @@ def test_rows_of_a_cache(padded: bool, how: str) -> None:
         real = mask[index[row]].bool()
         alone = logits(model, picked[row : row + 1, real], use_cache=False)[0, -18:]
         torch.testing.assert_close(torch.cat(out, 1)[row], alone)
+
+
+def test_a_changed_mask() -> None:
+    """Blocks begin elsewhere once the mask hides the first tokens: as in a cache that never had pages."""
+    model, ids = configure(build(), SPARSE), tokens(1, 40)
+    cache = new_cache("dynamic", model)
+    in_pieces(model, ids[:, :22], [20], cache)
+    fresh = DynamicCache([(layer.keys.clone(), layer.values.clone()) for layer in cache.layers])
+    for t in range(22, 40):
+        mask = torch.ones(1, t + 1, dtype=torch.long)
+        mask[:, :6] = 0
+        kwargs = {"attention_mask": mask, "use_cache": True}
+        known = logits(model, ids[:, t : t + 1], past_key_values=cache, **kwargs)
+        torch.testing.assert_close(known, logits(model, ids[:, t : t + 1], past_key_values=fresh, **kwargs))
 
 
 def test_offload_and_prefetch() -> None:

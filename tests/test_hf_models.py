@@ -131,16 +131,27 @@ def test_packed_sequences_are_separate(told_by: str, full_layers: int) -> None:
     torch.testing.assert_close(logits(model, batch.pop("input_ids"), **batch)[0], separate)
 
 
-def test_several_packed_rows() -> None:
-    model = configure(build(), SPARSE)
-    ids = tokens(2, 20)
-    cuts = ([7, 13], [12, 8])
+@pytest.mark.parametrize("full_layers", [0, 1], ids=["moba", "hybrid"])
+@pytest.mark.parametrize("cuts", [([7, 13], [12, 8]), ([5, 4], [1, 8])], ids=["long", "short"])
+def test_several_packed_rows(cuts: tuple[list[int], list[int]], full_layers: int) -> None:
+    model = configure(build(), MobaConfig(4, 2, full_layers=full_layers))
+    ids = tokens(2, sum(cuts[0]))
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in cuts])
     packed = logits(model, ids, position_ids=positions)
     torch.testing.assert_close(logits(model, ids, position_ids=positions, use_cache=False), packed)
     for row, lengths in enumerate(cuts):
         separate = [logits(model, part[None])[0] for part in ids[row].split(lengths)]
         torch.testing.assert_close(packed[row], torch.cat(separate))
+
+
+def test_positions_changed_in_place() -> None:
+    """What is remembered about a tensor is forgotten when it changes."""
+    model, ids, positions = configure(build(), SPARSE), tokens(1, 20), torch.arange(20)[None]
+    whole = logits(model, ids, position_ids=positions)
+    positions[:, 9:] -= 9
+    packed = logits(model, ids, position_ids=positions)
+    torch.testing.assert_close(packed[:, 9:], logits(model, ids[:, 9:]))
+    assert not torch.allclose(packed, whole)
 
 
 def test_settings_survive_saving(tmp_path: Any) -> None:
