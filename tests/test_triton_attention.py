@@ -1,0 +1,245 @@
+"""Plan, forward and backward in Triton's interpreter, against the fp64 oracle. bf16 runs in tests/gpu only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from attending import Case, assert_as_accurate_as_plain_pytorch, oracle, run
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from openmoba import moba_attention
+from openmoba.ops.triton import attention, backward, forward
+from openmoba.ops.triton.geometry import Geometry
+from openmoba.ops.triton.plan import item_bounds, make_items, make_plan
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+
+FP16, FP32 = torch.float16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """`torch.empty` returns NaN and the largest integer, so that reading it shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def batched(randn):
+    def make(dtype, batch, queries, keys, heads, kv_heads, width, block_size, top_k) -> Case:
+        q, d_out = (randn(batch, queries, heads, width, dtype=dtype) for _ in range(2))
+        k, v = (randn(batch, keys, kv_heads, width, dtype=dtype) for _ in range(2))
+        return Case(q, k, v, d_out, block_size, top_k)
+
+    return make
+
+
+@pytest.fixture
+def packed(randn):
+    def make(dtype, lengths_q, lengths_k, heads, kv_heads, width, block_size, top_k) -> Case:
+        cu_q, cu_k = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (lengths_q, lengths_k))
+        q, d_out = (randn(sum(lengths_q), heads, width, dtype=dtype) for _ in range(2))
+        k, v = (randn(sum(lengths_k), kv_heads, width, dtype=dtype) for _ in range(2))
+        return Case(q, k, v, d_out, block_size, top_k, cu_q, cu_k)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "block_size", "top_k"),
+    [
+        (FP32, (1, 53, 53, 4, 2, 16), 16, 2),
+        (FP16, (2, 50, 50, 2, 1, 64), 16, 3),
+        (FP32, (2, 21, 50, 3, 1, 24), 13, 3),
+        (FP16, (1, 37, 50, 5, 1, 24), 13, 3),
+        (FP32, (1, 40, 40, 5, 1, 8), 16, 1),
+        (FP16, (2, 33, 40, 3, 3, 8), 16, 1),
+        (FP32, (1, 150, 270, 1, 1, 80), 130, 2),
+        (FP16, (1, 270, 270, 1, 1, 80), 130, 2),
+        (FP32, (1, 25, 45, 2, 1, 96), 7, 4),
+        (FP16, (1, 45, 45, 2, 2, 96), 7, 4),
+        (FP32, (1, 70, 70, 1, 1, 256), 32, 2),
+        (FP16, (1, 110, 110, 1, 1, 192), 50, 2),
+        (FP32, (1, 11, 11, 2, 1, 8), 1, 4),
+        (FP16, (1, 5, 50, 1, 1, 16), 2, 21),
+        (FP16, (1, 1, 50, 3, 1, 16), 16, 2),
+    ],
+)
+def test_batched(batched, dtype, shape, block_size, top_k):
+    assert_as_accurate_as_plain_pytorch(batched(dtype, *shape, block_size, top_k))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lengths_q", "lengths_k", "block_size", "top_k"),
+    [
+        (FP32, [35, 1, 0, 20, 5, 0], [35, 1, 0, 41, 5, 20], 8, 3),
+        (FP16, [0, 35, 1, 13], [0, 35, 30, 13], 16, 6),
+        (FP16, [0, 3, 17, 16], [1, 3, 17, 16], 16, 1),
+    ],
+)
+def test_packed(packed, dtype, lengths_q, lengths_k, block_size, top_k):
+    """Sequences of no and of one token, and keys without queries, whose gradient is zero."""
+    assert_as_accurate_as_plain_pytorch(packed(dtype, lengths_q, lengths_k, 3, 1, 16, block_size, top_k))
+
+
+@pytest.mark.parametrize("block_size", [16, 130])
+@pytest.mark.parametrize("dtype", [FP16, FP32])
+def test_one_block_chosen_by_all(batched, dtype, block_size):
+    case = batched(dtype, 1, 16, 3 * block_size, 2, 1, 16, block_size, 2)
+    case.k[:, block_size : 2 * block_size, :, 0] += 3
+    case.q[..., 0] = 4
+    assert case.select().unique().tolist() == [1]
+    assert_as_accurate_as_plain_pytorch(case)
+
+
+def test_one_token_returns_its_value(packed):
+    case = packed(FP32, [1, 1], [1, 1], 2, 1, 8, 16, 2)
+    out, dq, dk, dv = run(case)
+    assert torch.equal(out, case.v.expand_as(out))
+    torch.testing.assert_close(dv, case.d_out.sum(1, keepdim=True))
+    assert max(dq.abs().max(), dk.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("sharpness", [30, 0.0])
+def test_saturated_and_uniform_softmax(batched, sharpness):
+    case = batched(FP32, 1, 40, 40, 2, 1, 16, 8, 3)
+    case = replace(case, q=case.q * sharpness)
+    for x, exact in zip(run(case), oracle(case, case.select()), strict=True):
+        torch.testing.assert_close(x.double(), exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
+
+
+def test_scale(batched):
+    case = batched(FP32, 1, 40, 40, 2, 1, 16, 8, 3)
+    settings = {"block_size": 8, "top_k": 3, "impl": "triton"}
+    doubled = moba_attention(case.q, case.k, case.v, scale=0.5, **settings)
+    assert torch.equal(doubled, moba_attention(2 * case.q, case.k, case.v, **settings))
+
+
+@pytest.mark.parametrize("layout", ["batched", "packed"])
+def test_log_sum_exp(batched, packed, layout):
+    """The natural logarithm of the sum over the keys that the row reads: with one block, those up to the query."""
+    shape = ([20, 4, 13], [20, 11, 13]) if layout == "packed" else (2, 20, 27)
+    case = {"batched": batched, "packed": packed}[layout](FP32, *shape, 2, 1, 16, 16, 1)
+    lse = attention.forward(case.q, case.k, case.v, case.cu_q, case.cu_k, 16, 1, 0.25)[1]
+    # With zero keys, every key adds exp(0).
+    zero = attention.forward(case.q, 0 * case.k, case.v, case.cu_q, case.cu_k, 16, 1, 0.25)[1]
+    positions = torch.arange(7, 27)
+    if layout == "packed":
+        positions = torch.cat([torch.arange(20), torch.arange(7, 11), torch.arange(13)])
+    expected = (positions % 16 + 1).float().log()[:, None].expand(-1, 2)
+    torch.testing.assert_close(zero, expected.expand_as(zero))
+    assert lse.dtype == FP32
+    assert not torch.allclose(lse, zero)
+
+
+def test_strided_inputs(randn):
+    q, d_out = (randn(2, 2, 20, 48, dtype=FP32).transpose(1, 2)[..., 8:24] for _ in range(2))
+    k, v = (randn(2, 20, 2, 80, dtype=FP32)[..., 48:64] for _ in range(2))
+    strided = Case(q, k, v, d_out, 8, 3)
+    contiguous = Case(q.contiguous(), k.contiguous(), v.contiguous(), d_out.contiguous(), 8, 3)
+    for x, y in zip(run(strided), run(contiguous), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_expanded_output_gradient(batched):
+    case = batched(FP32, 1, 30, 30, 2, 1, 16, 8, 2)
+    one = torch.ones(()).expand_as(case.q)
+    for x, y in zip(run(replace(case, d_out=one)), run(replace(case, d_out=one.contiguous())), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_bits_repeat_and_do_not_depend_on_the_workspace(batched, monkeypatch):
+    case = batched(FP32, 2, 9, 20, 3, 3, 16, 8, 2)
+    chunks: list[int] = []
+    heads_at_once = attention.heads_at_once
+
+    def counted(*args):
+        chunks.append(heads_at_once(*args))
+        return chunks[-1]
+
+    monkeypatch.setattr(attention, "heads_at_once", counted)
+    first, again = run(case), run(case)
+    bytes_of_two_heads = 2 * (2 * 9) * (16 * 4 + 24)
+    monkeypatch.setattr(attention, "workspace_bytes", lambda _: bytes_of_two_heads)
+    for x, y, z in zip(first, again, run(case), strict=True):
+        assert torch.equal(x, y)
+        assert torch.equal(x, z)
+    assert chunks == [3, 3, 3, 3, 2, 2]
+
+
+def test_workspace_setting(monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setenv("OPENMOBA_WORKSPACE_MB", "3")
+    assert attention.workspace_bytes(device) == 3 * 2**20
+    for wrong in ("0", "-1", "1.5", "many", ""):
+        monkeypatch.setenv("OPENMOBA_WORKSPACE_MB", wrong)
+        with pytest.raises(ValueError, match="OPENMOBA_WORKSPACE_MB must be a whole number"):
+            attention.workspace_bytes(device)
+
+
+@pytest.mark.parametrize("block_size", [8, 150])
+def test_long_lists_are_cut(batched, monkeypatch, block_size):
+    """Lists of several items: partial sums of dK and dV are added up, and no pair is lost between items."""
+    for module, name in ((forward, "forward_past_tile"), (backward, "backward_keys_tile")):
+        whole = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, whole=whole: replace(whole(*args), m=16, segment=16))
+    assert_as_accurate_as_plain_pytorch(batched(FP32, 1, 45, 2 * block_size + 30, 2, 1, 16, block_size, 2))
+
+
+def test_no_tokens(packed):
+    case = packed(FP32, [0, 0], [0, 20], 2, 1, 16, 8, 2)
+    out, dq, dk, dv = run(case)
+    assert out.shape == dq.shape == (0, 2, 16)
+    assert not dk.any()
+    assert not dv.any()
+
+
+@triton.jit
+def _bounds_of_items(items_ptr, offsets_ptr, out_ptr, lists, block_slots, segment):
+    item = tl.program_id(0)
+    list_id, part, begin, end = item_bounds(items_ptr, offsets_ptr, item, lists, block_slots, segment)
+    tl.store(out_ptr + item * 4, list_id)
+    tl.store(out_ptr + item * 4 + 1, part)
+    tl.store(out_ptr + item * 4 + 2, begin)
+    tl.store(out_ptr + item * 4 + 3, end)
+
+
+@pytest.mark.parametrize("absent", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("heads", "block_slots", "rows"), [(1, 1, 5), (3, 7, 40), (2, 40, 33)])
+@pytest.mark.parametrize("segment", [1, 8, 1024])
+def test_plan(absent, heads, block_slots, rows, segment):
+    """Every present pair lies in exactly one item, of the list that its key names, in ascending order."""
+    generator = torch.Generator().manual_seed(0)
+    none = heads * block_slots
+    keys = torch.randint(block_slots, (heads, rows, 2), generator=generator)
+    keys += torch.arange(heads)[:, None, None] * block_slots
+    keys[torch.rand(keys.shape, generator=generator) < absent] = none
+    geometry = Geometry(False, 1, rows, block_slots * 4, heads, heads, 8, 4, 3)
+    pairs, offsets = (torch.empty(n, dtype=torch.int32) for n in (keys.numel(), heads * (block_slots + 1)))
+    plan = make_plan(keys.short(), pairs, offsets.view(heads, -1), geometry)
+
+    expected = [(keys.flatten() == list_id).nonzero().flatten() for list_id in range(none)]
+    assert torch.equal(plan.pairs[: sum(map(len, expected))].long(), torch.cat(expected))
+    lengths = [len(x) for x in expected]
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    heads_first = torch.arange(heads)[:, None] * block_slots
+    assert torch.equal(plan.offsets.long(), starts[heads_first + torch.arange(block_slots + 1)])
+
+    items = make_items(plan, geometry, segment)
+    bounds = torch.empty((len(items), 4), dtype=torch.int32)
+    _bounds_of_items[(len(items),)](items, plan.offsets, bounds, none, block_slots, segment)
+    found = [bound for bound in bounds.tolist() if bound[2] < bound[3]]
+    wanted = [
+        [list_id, part, int(starts[list_id]) + begin, int(starts[list_id]) + min(begin + segment, length)]
+        for list_id, length in enumerate(lengths)
+        for part, begin in enumerate(range(0, length, segment))
+    ]
+    assert found == wanted
