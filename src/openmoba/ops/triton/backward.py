@@ -60,7 +60,7 @@ def heads_gradients(
     own_tile = backward_own_keys_tile(geometry, q.dtype)
     query_tile = backward_queries_tile(geometry, q.dtype)
     fused = key_tile.n >= geometry.block_size
-    partial_dq = torch.empty((heads * rows * past, geometry.width), dtype=q.dtype, device=q.device)
+    partial_dq = torch.empty((heads * rows * past + 1, geometry.width), dtype=q.dtype, device=q.device)
     sizes = (
         cu_q,
         cu_k,
@@ -201,13 +201,15 @@ def _load_queries(
     WIDTH: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Tiles of queries and output gradients with their base-2 LSE and delta; absent rows get P = 0."""
-    q_MD = load_rows(q_base, q_at, 1, valid, WIDTH, D)
-    d_out_MD = load_rows(d_out_base, d_out_at, 1, valid, WIDTH, D)
+    """Tiles of queries and output gradients with their base-2 LSE and delta; rows not `valid` get P = 0.
+
+    Their addresses must be readable all the same.
+    """
+    q_MD = load_rows(q_base, q_at, 1, None, WIDTH, D)
+    d_out_MD = load_rows(d_out_base, d_out_at, 1, None, WIDTH, D)
     c = tl.arange(0, _STATISTICS)
-    absent_MC = tl.where((c == 0)[None, :] & ~valid[:, None], float("inf"), 0.0)
-    at_MC = statistic_at[:, None] * _STATISTICS + c[None, :]
-    both_MC = tl.load(statistics_ptr + at_MC, mask=valid[:, None], other=absent_MC)
+    both_MC = tl.load(statistics_ptr + statistic_at[:, None] * _STATISTICS + c[None, :])
+    both_MC = tl.where((c == 0)[None, :] & ~valid[:, None], float("inf"), both_MC)
     lse_M = tl.sum(tl.where((c == 0)[None, :], both_MC, 0.0), 1)
     delta_M = tl.sum(tl.where((c == 1)[None, :], both_MC, 0.0), 1)
     return q_MD, d_out_MD, lse_M, delta_M
@@ -282,6 +284,7 @@ def _key_gradients(
     v_ND = load_rows(v_base, key, v_token, n < block_size, WIDTH, D)
     dk_ND = tl.zeros([N, D], tl.float32)
     dv_ND = tl.zeros([N, D], tl.float32)
+    nowhere = lists // block_slots * rows * PAST
     for at in range(begin, end, M):
         pair, token, member, valid = pair_rows(pairs_ptr, at, end, head * rows, GROUP, PAST, M)
         wide = token.to(tl.int64)
@@ -300,9 +303,9 @@ def _key_gradients(
             k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, valid[None, :], dk_ND, dv_ND, scale * LOG2E, False
         )
         if FUSED:
-            # Absent keys of the tile are zero, so they add nothing to dQ.
+            # Absent keys of the tile are zero, so they add nothing to dQ; absent pairs go to a row nobody reads.
             dq_MD = dot(tl.trans(ds_NM), k_ND)
-            store_rows(partial_dq_ptr, pair, WIDTH, valid, dq_MD, WIDTH, D)
+            store_rows(partial_dq_ptr, tl.where(valid, pair, nowhere), WIDTH, None, dq_MD, WIDTH, D)
     at = item.to(tl.int64) * block_size + n
     store_rows(partial_dk_ptr, at, WIDTH, n < block_size, dk_ND, WIDTH, D)
     store_rows(partial_dv_ptr, at, WIDTH, n < block_size, dv_ND, WIDTH, D)
@@ -400,7 +403,8 @@ def _query_gradients(
         dq_MD = _query_step(
             k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, (n < block_size)[None, :], dq_MD, scale * LOG2E, not EVEN
         )
-    store_rows(partial_dq_ptr, pair, WIDTH, valid, dq_MD, WIDTH, D)
+    nowhere = lists // block_slots * rows * PAST
+    store_rows(partial_dq_ptr, tl.where(valid, pair, nowhere), WIDTH, None, dq_MD, WIDTH, D)
 
 
 @triton.jit

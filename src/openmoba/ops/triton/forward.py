@@ -111,10 +111,15 @@ def attend_heads(
 
 @triton.jit
 def load_rows(base, at, stride, valid, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Rows `at` of a strided matrix as a `[len(at), D]` tile, zero where invalid and beyond WIDTH."""
+    """Rows `at` of a strided matrix, `[len(at), D]`: zero where not `valid` (None: all are) and beyond WIDTH."""
     d = tl.arange(0, D)
     pointers = base + at[:, None].to(tl.int64) * stride + d[None, :]
-    if D == WIDTH:
+    if valid is None:
+        if D == WIDTH:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=d[None, :] < WIDTH, other=0.0)
+    elif D == WIDTH:
         return tl.load(pointers, mask=valid[:, None], other=0.0)
     else:
         return tl.load(pointers, mask=valid[:, None] & (d[None, :] < WIDTH), other=0.0)
@@ -125,8 +130,14 @@ def store_rows(base, at, stride, valid, x, WIDTH: tl.constexpr, D: tl.constexpr)
     """Inverse of `load_rows`."""
     d = tl.arange(0, D)
     pointers = base + at[:, None].to(tl.int64) * stride + d[None, :]
-    mask = valid[:, None] & (d[None, :] < WIDTH)
-    tl.store(pointers, x.to(base.dtype.element_ty), mask=mask)
+    x = x.to(base.dtype.element_ty)
+    if valid is None:
+        if D == WIDTH:
+            tl.store(pointers, x)
+        else:
+            tl.store(pointers, x, mask=d[None, :] < WIDTH)
+    else:
+        tl.store(pointers, x, mask=valid[:, None] & (d[None, :] < WIDTH))
 
 
 @triton.jit
@@ -142,15 +153,13 @@ def dot(a, b, acc=None):
 def pair_rows(pairs_ptr, begin, end, head_rows, GROUP: tl.constexpr, PAST: tl.constexpr, M: tl.constexpr):
     """M pairs of a list: pair, its flat query token, its head within the group, and which of them exist.
 
+    Places beyond the end repeat the last pair: addresses need no mask, and the same result is stored twice.
     `head_rows` is the number of rows of the key/value heads before this one in the plan.
     """
     at = begin + tl.arange(0, M)
-    valid = at < end
-    pair = tl.load(pairs_ptr + at, mask=valid, other=0)
+    pair = tl.load(pairs_ptr + tl.minimum(at, end - 1))
     row = pair // PAST - head_rows
-    token = tl.where(valid, row // GROUP, 0)
-    member = tl.where(valid, row % GROUP, 0)
-    return pair, token, member, valid
+    return pair, row // GROUP, row % GROUP, at < end
 
 
 @triton.jit
@@ -215,8 +224,8 @@ def _attend_past(
         k_ND = load_rows(k_base, key_begin + n, k_token, n < block_size, WIDTH, D)
         v_ND = load_rows(v_base, key_begin + n, v_token, n < block_size, WIDTH, D)
     for at in range(begin, end, M):
-        pair, token, member, valid = pair_rows(pairs_ptr, at, end, head * rows, GROUP, PAST, M)
-        q_MD = load_rows(q_base, token.to(tl.int64) * q_token + member * q_head, 1, valid, WIDTH, D)
+        pair, token, member, _exists = pair_rows(pairs_ptr, at, end, head * rows, GROUP, PAST, M)
+        q_MD = load_rows(q_base, token.to(tl.int64) * q_token + member * q_head, 1, None, WIDTH, D)
         if RESIDENT:
             s_MN = dot(q_MD, tl.trans(k_ND))
             if not EVEN:
@@ -238,8 +247,8 @@ def _attend_past(
                     s_MN = tl.where(inside[None, :], s_MN, -float("inf"))
                 m_M, l_M, o_MD = online_softmax(s_MN, v_ND, m_M, l_M, o_MD, scale_log2)
         o_MD = o_MD * (1.0 / l_M)[:, None]
-        store_rows(partial_ptr, pair, WIDTH, valid, o_MD, WIDTH, D)
-        tl.store(partial_lse_ptr + pair, m_M + tl.log2(l_M), mask=valid)
+        store_rows(partial_ptr, pair, WIDTH, None, o_MD, WIDTH, D)
+        tl.store(partial_lse_ptr + pair, m_M + tl.log2(l_M))
 
 
 @triton.jit
