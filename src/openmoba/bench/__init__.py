@@ -1,0 +1,1 @@
+"""Benchmarks of the attention operation against dense and sparse peers; torch alone is enough to time."""

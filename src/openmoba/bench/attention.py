@@ -1,0 +1,218 @@
+"""`openmoba bench attention`: time every contender on every case of a grid, one CSV row each."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import openmoba
+from openmoba.bench.cases import GRIDS, Case
+from openmoba.bench.contenders import CONTENDERS, LONGEST_QUADRATIC
+from openmoba.bench.inputs import Inputs, first_block_share, make_inputs
+from openmoba.bench.table import Row, append_row, markdown, read_rows
+from openmoba.bench.timing import Work, matrix_tflops, measure
+from openmoba.lab.provenance import provenance
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Time MoBA attention against dense and sparse peers; the same command goes on where a stopped one ended."""
+
+    grid: str = "headline"
+    """"headline" or "full" (a GPU), or "cpu"."""
+    contenders: tuple[str, ...] = tuple(CONTENDERS)
+    """Who is timed. FlashAttention 4 and FlashMoBA are left out where they are not installed."""
+    minutes: float | None = None
+    """Begin no further measurement after this time."""
+    out: Path = Path("attention.csv")
+    """CSV file that rows are added to; what it holds for this commit and device is not measured again."""
+    commit: str | None = None
+    """Recorded where the package does not run from a git checkout."""
+
+    def run(self) -> None:
+        """Measure, and print a table."""
+        if self.grid not in GRIDS:
+            raise ValueError(f"grid must be one of {', '.join(GRIDS)}, got {self.grid!r}")
+        for name in self.contenders:
+            if name not in CONTENDERS:
+                raise ValueError(f"contenders must be of {', '.join(CONTENDERS)}, got {name!r}")
+        device = torch.device("cuda" if torch.cuda.is_available() and self.grid != "cpu" else "cpu")
+        if self.grid != "cpu" and device.type == "cpu":
+            raise ValueError(f"grid {self.grid!r} needs a GPU; use the grid 'cpu'")
+        rows = run_benchmark(
+            GRIDS[self.grid], self.contenders, self.out, device=device, minutes=self.minutes, commit=self.commit
+        )
+        print(markdown(rows))
+
+
+@dataclass
+class Session:
+    """One process of a benchmark: the machine, and what was measured on it so far."""
+
+    device: torch.device
+    commit: str | None
+    rows: list[Row]
+    machine: dict[str, Any] = field(init=False)
+    rates: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.machine = _machine(self.device, self.commit)
+
+    def matrix_tflops(self, dtype: str) -> float:
+        """The machine's matrix rate, measured once."""
+        if dtype not in self.rates:
+            self.rates[dtype] = matrix_tflops(getattr(torch, dtype), self.device)
+        return self.rates[dtype]
+
+    def best_dense_ms(self, row: Row) -> float | None:
+        """Median of the fastest dense contender on the shape of `row`."""
+        times = [
+            other.p50_ms
+            for other in self.rows
+            if CONTENDERS[other.contender].kind == "dense" and other.shape == row.shape and other.p50_ms is not None
+        ]
+        return min(times, default=None)
+
+
+def run_benchmark(
+    cases: Iterable[Case],
+    contenders: Iterable[str],
+    out: Path,
+    *,
+    device: torch.device,
+    minutes: float | None = None,
+    commit: str | None = None,
+) -> list[Row]:
+    """Measure what `out` does not hold yet, and append it there.
+
+    Args:
+        minutes: begin no measurement after this time; None for no limit.
+        commit: recorded where the package does not run from a checkout.
+
+    Returns:
+        The rows of these cases and contenders, also those that were there.
+    """
+    start = time.monotonic()
+    session = Session(device, commit, read_rows(out))
+    present = _present(contenders, device)
+    done = {row.key: row for row in session.rows}
+    wanted: dict[tuple[Any, ...], Row] = {}
+    for name, case in _tasks(list(cases), present):
+        asked = Row.of(name, case, **session.machine)
+        if asked.key not in done:
+            if minutes is not None and time.monotonic() - start > 60 * minutes:
+                _say(f"stopped after {minutes:g} minutes; the same command goes on from here")
+                break
+            row = measure_row(name, case, session)
+            append_row(out, row)
+            session.rows.append(row)
+            done[row.key] = row
+            _say(_progress(row))
+        wanted[asked.key] = done[asked.key]
+    return list(wanted.values())
+
+
+def measure_row(name: str, case: Case, session: Session) -> Row:
+    """Measure one contender on one case. Its failure, out of memory included, is a row with an error."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    row = Row.of(name, case, **session.machine, library=CONTENDERS[name].version(), time=now)
+    try:
+        row = _measured(name, case, session, row)
+    except Exception as error:  # whatever kind a contender raises, others can still be timed
+        message = " ".join(str(error).split())[:200]
+        row = replace(row, error=f"{type(error).__name__}: {message}")
+    gc.collect()  # what the exception's frames held
+    if session.device.type == "cuda":
+        torch.cuda.synchronize()  # raises if the failure broke the device: nothing after it would be true
+        torch.cuda.empty_cache()
+    return row
+
+
+def _measured(name: str, case: Case, session: Session, row: Row) -> Row:
+    contender, device = CONTENDERS[name], session.device
+    rate = session.matrix_tflops(case.dtype)
+    inputs = make_inputs(case, device)
+    selected = None
+    if name == "moba" or contender.kind == "mask":
+        selected = openmoba.moba_select(inputs.q, inputs.k, block_size=case.block_size, top_k=case.top_k)
+        row = replace(row, first_block_share=first_block_share(selected))
+    if name == "moba":
+        selected, row = None, replace(row, path=_path(case, inputs))
+    forward = contender.build(case, inputs, selected)
+    found = measure(Work(forward, (inputs.q, inputs.k, inputs.v), inputs.d_out), device)
+    row = replace(row, **vars(found), matrix_tflops=rate)
+    operations = case.operations(dense=contender.kind == "dense", scores=contender.kind == "moba")
+    row = replace(row, roofline=operations / (rate * 1e9 * found.p50_ms))
+    dense_ms = None if contender.kind == "dense" else session.best_dense_ms(row)
+    return replace(row, dense_ms=dense_ms, speedup=dense_ms / found.p50_ms if dense_ms else None)
+
+
+def _path(case: Case, inputs: Inputs) -> str:
+    found = openmoba.explain(inputs.q, inputs.k, inputs.v, block_size=case.block_size, top_k=case.top_k)
+    return f"{found.impl} {found.path}"
+
+
+def _present(names: Iterable[str], device: torch.device) -> list[str]:
+    """Contenders that this machine has, in the order of `CONTENDERS`; says why the others are left out."""
+    asked, present = set(names), []
+    for name, contender in CONTENDERS.items():
+        reason = contender.missing(device)
+        if name in asked and reason is None:
+            present.append(name)
+        elif name in asked:
+            _say(f"left out: {name} ({reason})")
+    return present
+
+
+def _tasks(cases: list[Case], names: list[str]) -> Iterator[tuple[str, Case]]:
+    """Case by case; contenders that compile for every case come after all others."""
+    for last in (False, True):
+        for case in cases:
+            for name in names:
+                contender = CONTENDERS[name]
+                quadratic = contender.kind != "moba"
+                if (contender.kind == "mask") == last and not (quadratic and case.tokens > LONGEST_QUADRATIC):
+                    yield name, case
+
+
+def _machine(device: torch.device, commit: str | None) -> dict[str, Any]:
+    """The columns that say where a row comes from."""
+    source = provenance()
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else source["hardware"]["cpu"],
+        "power_limit_w": _power_limit(device) if on_gpu else None,
+        "torch": torch.__version__,
+        "triton": source["versions"].get("triton"),
+        "openmoba": openmoba.__version__,
+        "commit": source["commit"] or commit,
+    }
+
+
+def _power_limit(device: torch.device) -> float | None:
+    """Watts, or None where the driver's tool does not say."""
+    gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits", "-i", gpu]
+    try:
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        return None
+
+
+def _progress(row: Row) -> str:
+    settings = "" if row.block_size is None else f" {row.block_size}/{row.top_k} {row.routing}"
+    case = f"{row.contender:<10} {row.passes} D={row.head_dim} T={row.tokens} B={row.batch}{settings}"
+    return f"{case}: {row.error or f'{row.p50_ms:.3f} ms'}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

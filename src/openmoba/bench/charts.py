@@ -1,0 +1,109 @@
+"""Figures of a benchmark: time against length, and speed-up over the fastest dense attention.
+
+One panel per head width and kind of pass. A contender has a colour and a marker, MoBA's settings a line style.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from openmoba.bench.contenders import CONTENDERS
+from openmoba.bench.table import Row
+from openmoba.lab.figures import BLUE, GREY, RED, STYLE
+
+LOOKS = {
+    "moba": (BLUE, "o"),
+    "sdpa_cudnn": (RED, "s"),
+    "sdpa": (RED, "s"),
+    "sdpa_flash": (GREY, "D"),
+    "fa4": ("#EE3377", "P"),
+    "flash_moba": ("#EE7733", "^"),
+    "flex": ("#009988", "v"),
+}
+LINES = ("-", "--", ":", "-.", (0, (5, 1)))
+
+
+def time_chart(rows: Sequence[Row]) -> Figure:
+    """Median time of one sequence over its length, log-log, all contenders; random routing."""
+    times = {row: row.p50_ms / row.batch for row in _main_slice(rows) if row.p50_ms is not None}
+    return _chart(times, "Time per sequence (ms)")
+
+
+def speedup_chart(rows: Sequence[Row]) -> Figure:
+    """How many times faster than the fastest dense attention of the same commit; random routing."""
+    speedups = {row: row.speedup for row in _main_slice(rows) if row.speedup is not None}
+    figure = _chart(speedups, "Times faster than the fastest dense attention")
+    for axes in figure.axes:
+        axes.axhline(1.0, color=GREY, linewidth=1)
+    return figure
+
+
+def _main_slice(rows: Sequence[Row]) -> list[Row]:
+    """Rows of one machine, commit, dtype and head count, those of the first row, with random routing."""
+
+    def place(row: Row) -> tuple[Any, ...]:
+        return (row.device, row.commit, row.dtype, row.heads, row.kv_heads)
+
+    return [row for row in rows if place(row) == place(rows[0]) and row.routing in (None, "random")]
+
+
+def _chart(values: Mapping[Row, float], label: str) -> Figure:
+    if not values:
+        raise ValueError(f"no row to draw: {label!r} needs rows of MoBA and of dense attention without an error")
+    passes = sorted({row.passes for row in values})
+    widths = sorted({row.head_dim for row in values})
+    settings = sorted({(row.block_size, row.top_k) for row in values if row.block_size is not None})
+    lines = {(None, None): "-"} | dict(zip(settings, cycle(LINES)))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(1.2 + 5.4 * len(widths), 0.9 + 3.9 * len(passes)), layout="constrained")
+        panels = figure.subplots(len(passes), len(widths), sharex=True, squeeze=False)
+        for row_of_panels, kind in zip(panels, passes, strict=True):
+            for axes, width in zip(row_of_panels, widths, strict=True):
+                part = {row: y for row, y in values.items() if (row.passes, row.head_dim) == (kind, width)}
+                _panel(axes, part, lines)
+                axes.set_title(f"{kind.replace('+', ' + ')}, head width {width}")
+        for axes in panels[-1]:
+            axes.set_xlabel("Tokens")
+        _ticks(panels[-1], sorted({row.tokens for row in values}))
+        figure.supylabel(label, fontsize=11)
+        figure.suptitle(_title(next(iter(values))), fontsize=11)
+        named = [panel.get_legend_handles_labels() for panel in figure.axes]
+        legend = {text: handle for handles, texts in named for handle, text in zip(handles, texts, strict=True)}
+        figure.legend(list(legend.values()), list(legend), loc="outside right upper")
+    return figure
+
+
+def _panel(axes: Axes, values: Mapping[Row, float], lines: Mapping[Any, Any]) -> None:
+    axes.set(xscale="log", yscale="log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    for name, (colour, marker) in LOOKS.items():
+        for setting, line in lines.items():
+            points = {
+                row.tokens: y
+                for row, y in values.items()
+                if row.contender == name and (row.block_size, row.top_k) == setting
+            }
+            if points:
+                label = CONTENDERS[name].label + ("" if setting == (None, None) else " {}/{}".format(*setting))
+                x, y = zip(*sorted(points.items()), strict=True)
+                axes.plot(x, y, color=colour, marker=marker, linestyle=line, markersize=5, linewidth=1.6, label=label)
+
+
+def _ticks(panels: Sequence[Axes], lengths: Sequence[int]) -> None:
+    for axes in panels:
+        axes.set_xticks(lengths, [f"{tokens / 1024:g}K" for tokens in lengths])
+        axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _title(row: Row) -> str:
+    heads = f"{row.heads} heads"
+    if row.heads != row.kv_heads:
+        heads = f"{row.heads} query and {row.kv_heads} key/value heads"
+    return f"{row.device}, {row.dtype}, {heads}, causal"

@@ -1,0 +1,131 @@
+"""Time and peak memory of a call: CUDA events on a GPU, wall clock elsewhere.
+
+The first call compiles, loads and plans, and is not timed. Before each timed call a buffer larger than the L2 cache is
+overwritten, so that no call finds its inputs there. Calls are launched one after another without waiting, as in a
+model; a call of a second or more is timed once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+SECONDS = 0.7  # of samples per measurement
+SLOW_MS = 1000.0
+FEWEST, MOST = 3, 100
+_FLUSH_BYTES = 2**28
+MB = 1e6
+
+
+@dataclass(frozen=True)
+class Work:
+    """A call to time: `forward()`, and with `d_out` the gradients of `leaves` as well."""
+
+    forward: Callable[[], Tensor]
+    leaves: tuple[Tensor, ...] = ()
+    d_out: Tensor | None = None
+
+    def run(self, after_forward: Callable[[], None] = lambda: None) -> tuple[Tensor, ...]:
+        """Call it; the output and the gradients."""
+        if self.d_out is None:
+            with torch.no_grad():
+                return (self.forward(),)
+        out = self.forward()
+        after_forward()
+        return (out, *torch.autograd.grad(out, self.leaves, self.d_out))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Quantiles of the time in ms; peak memory of each pass above what the pass began with, in MB (10^6 bytes).
+
+    The memory is None where there is no such pass, and without a GPU.
+    """
+
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    samples: int
+    forward_mb: float | None
+    backward_mb: float | None
+
+
+def measure(work: Work, device: torch.device) -> Measurement:
+    """Time `work` on `device`.
+
+    Raises:
+        ArithmeticError: a result holds NaN or infinity.
+    """
+    for result in work.run():
+        if not result.isfinite().all():
+            raise ArithmeticError("the result holds NaN or infinity")
+    del result
+    times_ms = _event_times if device.type == "cuda" else _wall_times
+    peaks = _Peaks(device)
+    (first_ms,) = times_ms(lambda: peaks.watch(work), 1)
+    samples = [first_ms]
+    if first_ms < SLOW_MS:
+        samples = times_ms(work.run, min(MOST, max(FEWEST, int(SECONDS * 1000 / first_ms))))
+    quantiles = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
+    p20, p50, p80 = quantiles.tolist()
+    forward_mb, backward_mb = (*peaks.megabytes, None, None)[:2]
+    return Measurement(p20, p50, p80, len(samples), forward_mb, backward_mb)
+
+
+def matrix_tflops(dtype: torch.dtype, device: torch.device) -> float:
+    """Rate of a large square matrix product, the ceiling of the roofline, in 10^12 operations per second."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / measure(Work(lambda: a @ b), device).p50_ms / 1e9
+
+
+class _Peaks:
+    """Peak device memory of each pass above what it began with; the allocator's counts need no waiting."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.megabytes: list[float] = []
+        self._device = device
+
+    def watch(self, work: Work) -> None:
+        """Run `work` and note its peaks."""
+        if self._device.type != "cuda":
+            work.run()
+            return
+        self._begin()
+        work.run(self._mark)
+        self._mark()
+
+    def _mark(self) -> None:
+        self.megabytes.append((torch.cuda.max_memory_allocated(self._device) - self._start) / MB)
+        self._begin()
+
+    def _begin(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._start = torch.cuda.memory_allocated(self._device)
+
+
+def _event_times(call: Callable[[], object], samples: int) -> list[float]:
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    event = partial(torch.cuda.Event, enable_timing=True)
+    pairs = [(event(), event()) for _ in range(samples)]
+    for start, end in pairs:
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in pairs]
+
+
+def _wall_times(call: Callable[[], object], samples: int) -> list[float]:
+    times = []
+    for _ in range(samples):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1000)
+    return times
