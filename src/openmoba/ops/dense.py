@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from openmoba.ops import library
@@ -20,7 +19,7 @@ def dense_attention(q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, scale: float
     if not square and queries > 1 and q_BTHD.device.type != "cuda":
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BTHD, k_BSHD, v_BSHD))
         return library.attention("cpu", q, k, v, None, None, keys, 1, scale)
-    mask: Tensor | None = None if square or queries == 1 else causal_lower_right(queries, keys)
+    mask = None if square or queries == 1 else _lower_right(queries, keys)
     out_BHTD = scaled_dot_product_attention(
         q_BTHD.transpose(1, 2),
         k_BSHD.transpose(1, 2),
@@ -31,3 +30,10 @@ def dense_attention(q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, scale: float
         enable_gqa=q_BTHD.shape[2] != k_BSHD.shape[2],
     )
     return out_BHTD.transpose(1, 2)
+
+
+def _lower_right(queries: int, keys: int) -> Tensor:
+    from torch.nn.attention.bias import causal_lower_right  # imports triton where it is installed
+
+    mask: Tensor = causal_lower_right(queries, keys)
+    return mask

@@ -39,14 +39,16 @@ def _select_batch(q_BTHD: Tensor, k_BSJD: Tensor, block_size: int, top_k: int) -
     offset, kv_heads = k_BSJD.shape[1] - queries, k_BSJD.shape[2]
     q_BTJGD = torch.unflatten(q_BTHD, 2, (kv_heads, -1))
     selected_BTHK = q_BTHD.new_full((batch, queries, heads, top_k - 1), -1, dtype=torch.int32)
-    centroid_BJDN = _centroids(k_BSJD, block_size).permute(0, 2, 3, 1).contiguous()
+    centroid_BJDN = _centroids(k_BSJD, block_size).permute(0, 2, 3, 1).double().contiguous()
     for start, end in _query_ranges(queries, offset, block_size, batch * heads):
         past = (offset + end - 1) // block_size
         wanted = min(top_k - 1, past)
         if wanted == 0:
             continue
-        q_BJRD = q_BTJGD[:, start:end].permute(0, 2, 1, 3, 4).flatten(2, 3).float()
-        score_BJRN = q_BJRD @ centroid_BJDN[..., :past]
+        q_BJRD = q_BTJGD[:, start:end].permute(0, 2, 1, 3, 4).flatten(2, 3).double()
+        # A matrix product sums in an order that depends on where an entry lies. Rounded from fp64, equal centroids get
+        # equal scores wherever they lie, and a query the same scores however a sequence is cut.
+        score_BJRN = (q_BJRD @ centroid_BJDN[..., :past]).float()
         rank_BJTGN = torch.unflatten(_ranks(score_BJRN), 2, (end - start, -1))
         own_T = torch.arange(offset + start, offset + end) // block_size
         rank_BJTGN.masked_fill_((torch.arange(past) >= own_T[:, None])[:, None], _NONE)
