@@ -77,11 +77,11 @@ def attention_forward(
     with torch.autocast(query.device.type, enabled=False):
         if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
             out = attend.packed(q_BTHD, k_BSHD, v_BSHD, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
-        elif moba_layer is not None:
-            out = attend.cached(q_BTHD, k_BSHD, v_BSHD, attention_mask, moba_layer)
-        elif attend.full and attention_mask is not None and q_BTHD.shape[1] <= MAX_QUERIES:
+        elif attend.dense(k_BSHD) and attention_mask is not None and q_BTHD.shape[1] <= MAX_QUERIES:
             mask = visible_keys(attention_mask, query.shape[2])
             out = sdpa_attention_forward(module, query, key, value, mask, scaling=attend.scale)[0]
+        elif moba_layer is not None and not attend.dense(k_BSHD):
+            out = attend.cached(q_BTHD, k_BSHD, v_BSHD, attention_mask, moba_layer)
         else:
             out = attend.masked(q_BTHD, k_BSHD, v_BSHD, attention_mask)
     return out.contiguous(), None
@@ -101,6 +101,10 @@ class _Attention:
         settings = settings_of(module.config)
         full = module.layer_idx in settings.full_layer_indices(module.config.num_hidden_layers)
         return cls(settings.block_size, settings.top_k, full, scale)
+
+    def dense(self, k_BSHD: Tensor) -> bool:
+        """Whether every query reads all its past keys, because the layer is full or the blocks are few."""
+        return self.full or self.top_k * self.block_size >= k_BSHD.shape[1]
 
     def packed(
         self, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask: Tensor | None, cu_q: Any, cu_k: Any
