@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -133,6 +134,19 @@ def test_rows_of_a_cache(padded: bool, how: str, monkeypatch: pytest.MonkeyPatch
         real = mask[index[row]].bool()
         alone = logits(model, picked[row : row + 1, real], use_cache=False)[0, -18:]
         torch.testing.assert_close(torch.cat(out, 1)[row], alone)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_copies_of_a_prompt(kind: str) -> None:
+    """A cached prompt, copied for each continuation, stays what it was."""
+    model, prompt = configure(build(), HYBRID), tokens(1, 21)
+    cache = new_cache(kind, model)
+    in_pieces(model, prompt, [19], cache)
+    for seed in (1, 2):
+        tail = tokens(1, 12, seed=seed)
+        out = in_pieces(model, tail, [], copy.deepcopy(cache))
+        whole = logits(model, torch.cat([prompt, tail], 1), use_cache=False)
+        torch.testing.assert_close(out, whole[:, 21:])
 
 
 def test_a_changed_mask() -> None:
