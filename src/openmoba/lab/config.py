@@ -141,9 +141,7 @@ class TrainConfig:
     """Also write TensorBoard logs into the run's folder."""
 
     def __post_init__(self) -> None:
-        _at_least(
-            self, steps=1, batch_size=1, micro_batch_size=1, loss_tokens=1, log_every=1, checkpoint_every=1
-        )
+        _at_least(self, steps=1, batch_size=1, micro_batch_size=1, loss_tokens=1, log_every=1, checkpoint_every=1)
         for name in ("warmup", "decay", "final_learning_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"train.{name} is a share in [0, 1], got {getattr(self, name)}")
@@ -192,9 +190,7 @@ class RunConfig:
             ("train.loss_tokens", self.train.loss_tokens),
         ):
             if value is not None and value > self.data.length:
-                raise ValueError(
-                    f"{name}={value} is more than a window of data.length={self.data.length} tokens"
-                )
+                raise ValueError(f"{name}={value} is more than a window of data.length={self.data.length} tokens")
 
     @property
     def trailing(self) -> int:
@@ -234,16 +230,12 @@ def from_dict(kind: type[T], values: dict[str, Any], where: str = "") -> T:
     """
     hints = get_type_hints(kind)
     if not isinstance(values, dict):
-        raise ValueError(
-            f"{where or kind.__name__} must be a table with keys {', '.join(hints)}, got {values!r}"
-        )
+        raise ValueError(f"{where or kind.__name__} must be a table with keys {', '.join(hints)}, got {values!r}")
     unknown = sorted(set(values) - set(hints))
     if unknown:
         name = f"{where}.{unknown[0]}" if where else unknown[0]
         raise ValueError(f"unknown key {name!r}; the keys of {where or kind.__name__} are {', '.join(hints)}")
-    return kind(
-        **{key: _read(hints[key], value, f"{where}.{key}".strip(".")) for key, value in values.items()}
-    )
+    return kind(**{key: _read(hints[key], value, f"{where}.{key}".strip(".")) for key, value in values.items()})
 
 
 def _plain(value: Any) -> Any:

@@ -53,8 +53,7 @@ class Corpus:
         rows = load_rows(self.kind, [str(path) for path in self.files])
         if self.column not in rows.column_names:
             raise ValueError(
-                f"{self.name} has no column {self.column!r}; "
-                f"set data.column to one of {', '.join(rows.column_names)}"
+                f"{self.name} has no column {self.column!r}; set data.column to one of {', '.join(rows.column_names)}"
             )
         return (row[self.column] for row in rows.select_columns([self.column]))
 
@@ -101,9 +100,7 @@ def _kind(path: Path) -> str:
 
 def _standard_library() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    return [
-        path for path in sorted(root.rglob("*.py")) if not _NOT_LIBRARY & set(path.relative_to(root).parts)
-    ]
+    return [path for path in sorted(root.rglob("*.py")) if not _NOT_LIBRARY & set(path.relative_to(root).parts)]
 
 
 def _folder(folder: Path) -> tuple[list[Path], str]:
@@ -138,7 +135,5 @@ def _hub_files(source: str) -> list[Path]:
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train")
     except (FileNotFoundError, ConnectionError, ValueError) as error:
-        raise ValueError(
-            f"{source!r} is no file, and not readable as a data set of the hub: {error}"
-        ) from error
+        raise ValueError(f"{source!r} is no file, and not readable as a data set of the hub: {error}") from error
     return [Path(entry["filename"]) for entry in rows.cache_files]

@@ -91,9 +91,7 @@ def cached(cache: Path, name: str, write: Callable[[Path], None]) -> Path:
                 write(partial)
                 partial.rename(target)
     except OSError as error:
-        raise ValueError(
-            f"cannot write {target}: {error.strerror}; set data.cache to another folder"
-        ) from error
+        raise ValueError(f"cannot write {target}: {error.strerror}; set data.cache to another folder") from error
     return target
 
 

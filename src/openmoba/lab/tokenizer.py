@@ -28,9 +28,7 @@ def byte_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    return _wrap(
-        Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
-    )
+    return _wrap(Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[])))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
@@ -56,9 +54,7 @@ def load_tokenizer(name: str | Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name))
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no tokenizer in {name}; use bytes, bpe, a folder or a hub name ({error})"
-        ) from error
+        raise ValueError(f"no tokenizer in {name}; use bytes, bpe, a folder or a hub name ({error})") from error
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer of {name} has no tokenizer.json (fast tokenizer), which is needed")
     return tokenizer
@@ -102,14 +98,10 @@ def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[np.ndar
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
     if tokenizer.chat_template is None:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template, which chat data needs"
-        )
+        raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template, which chat data needs")
     if not messages and not add_generation_prompt:
         return ""
-    return str(
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    )
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
 
 
 def _wrap(tokenizer: Any) -> Any:
