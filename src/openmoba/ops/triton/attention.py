@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from openmoba.ops.triton.backward import heads_gradients, row_statistics
+from openmoba.ops.triton.backward import dq_pieces, heads_gradients, row_statistics
 from openmoba.ops.triton.forward import attend_heads
 from openmoba.ops.triton.geometry import Geometry
 from openmoba.ops.triton.plan import Plan, make_plan
@@ -86,7 +86,8 @@ def choice_shape(q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top
 
 def heads_at_once(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> int:
     """Key/value heads whose partial results fit in the workspace, at least one."""
-    pair = geometry.width * dtype.itemsize + 24  # partial, LSE, and the sort's keys and values
+    shares = max(1, dq_pieces(geometry, dtype))
+    pair = geometry.width * dtype.itemsize * shares + 24  # partials, LSE, and the sort's keys and values
     fitting = workspace_bytes(device) // max(1, _pairs_per_head(geometry) * pair)
     sortable = (_INT16_KEYS - 1) // geometry.block_slots
     return max(1, min(fitting, sortable, geometry.kv_heads))

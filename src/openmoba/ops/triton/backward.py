@@ -5,7 +5,7 @@ With P = exp(scale * q k - lse), delta = sum_d dO * O and dS = P * (dO v - delta
     dV = sum_r P dO        dK = scale * sum_r dS q        dQ = scale * sum_j dS k
 
 `_key_gradients` owns N keys of a block and streams the rows of one item: fp32 partials of dK and dV, and, where the
-tile is the whole block (FUSED), the pair's share of dQ. Larger blocks get dQ from `_query_gradients`, which owns M
+block has few such tiles (FUSED), the pair's share of dQ. Larger blocks get dQ from `_query_gradients`, which owns M
 rows of an item and streams the block's keys. `_own_key_gradients` adds the own block's causal part and sums the
 partials in list order; `_own_query_gradients` does the same for dQ.
 """
@@ -20,11 +20,25 @@ from torch import Tensor
 from openmoba.ops.triton.forward import LOG2E, dot, load_rows, own_rows, pair_rows, store_rows
 from openmoba.ops.triton.geometry import Geometry, first_row, locate, span, strides
 from openmoba.ops.triton.plan import Plan, item_bounds, list_bounds, make_items
-from openmoba.ops.triton.tuning import backward_keys_tile, backward_own_keys_tile, backward_queries_tile
+from openmoba.ops.triton.tuning import (
+    backward_keys_tile,
+    backward_own_keys_tile,
+    backward_own_queries_tile,
+    backward_queries_tile,
+)
 
 # A row's statistics take 16 bytes: with fewer elements than a warp group has threads, Triton 3.6 would load them once
 # per thread of the matrix layout instead of once per row, which more than doubles the inner loop's instructions.
 _STATISTICS = tl.constexpr(4)
+
+# A share of dQ costs its way to memory and back; recomputing S and dP costs two matrix products more per key tile.
+_MOST_FUSED_TILES = 4
+
+
+def dq_pieces(geometry: Geometry, dtype: torch.dtype) -> int:
+    """Shares of dQ a pair gets from `_key_gradients`, one per key tile of its block; 0: `_query_gradients` runs."""
+    tiles = triton.cdiv(geometry.block_size, backward_keys_tile(geometry, dtype).n)
+    return tiles if tiles <= _MOST_FUSED_TILES else 0
 
 
 def row_statistics(d_out: Tensor, out: Tensor, lse: Tensor, geometry: Geometry) -> Tensor:
@@ -59,8 +73,10 @@ def heads_gradients(
     key_tile = backward_keys_tile(geometry, q.dtype)
     own_tile = backward_own_keys_tile(geometry, q.dtype)
     query_tile = backward_queries_tile(geometry, q.dtype)
-    fused = key_tile.n >= geometry.block_size
-    partial_dq = torch.empty((heads * rows * past + 1, geometry.width), dtype=q.dtype, device=q.device)
+    pieces = dq_pieces(geometry, q.dtype)
+    fused = pieces > 0
+    shares = max(1, pieces)
+    partial_dq = torch.empty((heads * rows * past * shares + 1, geometry.width), dtype=q.dtype, device=q.device)
     sizes = (
         cu_q,
         cu_k,
@@ -84,6 +100,7 @@ def heads_gradients(
         "PAST": past,
         "WIDTH": geometry.width,
         "PACKED": geometry.packed,
+        "SHARES": shares,
     }
     partial_kv, offsets = q.new_empty(0, dtype=torch.float32), None
     if plan is not None:
@@ -141,9 +158,10 @@ def heads_gradients(
         SEGMENT=key_tile.segment,
         **own_tile.launch(),
     )
-    tiles = triton.cdiv(geometry.block_size, query_tile.m)
+    own_tile = backward_own_queries_tile(geometry, q.dtype)
+    tiles = triton.cdiv(geometry.block_size, own_tile.m)
     _own_query_gradients[(geometry.block_slots * tiles, heads * geometry.group)](
-        d_out, q, k, v, statistics, partial_dq, dq, *sizes, **meta, **query_tile.launch()
+        d_out, q, k, v, statistics, partial_dq, dq, *sizes, **meta, **own_tile.launch()
     )
 
 
@@ -256,6 +274,7 @@ def _key_gradients(
     PAST: tl.constexpr,
     WIDTH: tl.constexpr,
     PACKED: tl.constexpr,
+    SHARES: tl.constexpr,
     SEGMENT: tl.constexpr,
     FUSED: tl.constexpr,
     M: tl.constexpr,
@@ -284,7 +303,7 @@ def _key_gradients(
     v_ND = load_rows(v_base, key, v_token, n < block_size, WIDTH, D)
     dk_ND = tl.zeros([N, D], tl.float32)
     dv_ND = tl.zeros([N, D], tl.float32)
-    nowhere = lists // block_slots * rows * PAST
+    nowhere = (lists // block_slots).to(tl.int64) * rows * PAST * SHARES
     for at in range(begin, end, M):
         pair, token, member, valid = pair_rows(pairs_ptr, at, end, head * rows, GROUP, PAST, M)
         wide = token.to(tl.int64)
@@ -305,7 +324,8 @@ def _key_gradients(
         if FUSED:
             # Absent keys of the tile are zero, so they add nothing to dQ; absent pairs go to a row nobody reads.
             dq_MD = dot(tl.trans(ds_NM), k_ND)
-            store_rows(partial_dq_ptr, tl.where(valid, pair, nowhere), WIDTH, None, dq_MD, WIDTH, D)
+            share = pair.to(tl.int64) * SHARES + tl.program_id(1)
+            store_rows(partial_dq_ptr, tl.where(valid, share, nowhere), WIDTH, None, dq_MD, WIDTH, D)
     at = item.to(tl.int64) * block_size + n
     store_rows(partial_dk_ptr, at, WIDTH, n < block_size, dk_ND, WIDTH, D)
     store_rows(partial_dv_ptr, at, WIDTH, n < block_size, dv_ND, WIDTH, D)
@@ -360,6 +380,7 @@ def _query_gradients(
     PAST: tl.constexpr,
     WIDTH: tl.constexpr,
     PACKED: tl.constexpr,
+    SHARES: tl.constexpr,
     SEGMENT: tl.constexpr,
     EVEN: tl.constexpr,
     M: tl.constexpr,
@@ -403,7 +424,7 @@ def _query_gradients(
         dq_MD = _query_step(
             k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, (n < block_size)[None, :], dq_MD, scale * LOG2E, not EVEN
         )
-    nowhere = lists // block_slots * rows * PAST
+    nowhere = (lists // block_slots).to(tl.int64) * rows * PAST * SHARES
     store_rows(partial_dq_ptr, tl.where(valid, pair, nowhere), WIDTH, None, dq_MD, WIDTH, D)
 
 
@@ -447,6 +468,7 @@ def _own_key_gradients(
     PAST: tl.constexpr,
     WIDTH: tl.constexpr,
     PACKED: tl.constexpr,
+    SHARES: tl.constexpr,
     SEGMENT: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -541,6 +563,7 @@ def _own_query_gradients(
     PAST: tl.constexpr,
     WIDTH: tl.constexpr,
     PACKED: tl.constexpr,
+    SHARES: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
@@ -561,10 +584,10 @@ def _own_query_gradients(
     m = start + tl.arange(0, M)
     valid = (m < count) & (m + shift >= 0)
     flat = first_row(sequence, cu_q_ptr, tokens_q, PACKED) + m + shift
-    first_M = (head * rows + flat * GROUP + member).to(tl.int64) * PAST
+    first_M = (head * rows + flat * GROUP + member).to(tl.int64) * (PAST * SHARES)
     dq_MD = tl.zeros([M, D], tl.float32)
-    for rank in tl.range(0, tl.minimum(block, PAST), num_stages=3):
-        dq_MD += load_rows(partial_dq_ptr, first_M + rank, WIDTH, valid, WIDTH, D).to(tl.float32)
+    for share in tl.range(0, tl.minimum(block, PAST) * SHARES, num_stages=3):
+        dq_MD += load_rows(partial_dq_ptr, first_M + share, WIDTH, valid, WIDTH, D).to(tl.float32)
     k_base = k_ptr + sequence.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
     v_base = v_ptr + sequence.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
     token = tl.where(valid, query_begin + m + shift, 0).to(tl.int64)

@@ -28,45 +28,66 @@ class Tile:
 
 def forward_past_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
     """Past blocks, forward: keys stay on chip where they fit, else one row tile streams them."""
-    d, keys = _width(geometry), next_power_of_2(max(16, geometry.block_size))
-    if d * dtype.itemsize <= 256 and keys <= 128:
+    d, keys = _width(geometry), _keys(geometry)
+    if _wide(d, dtype):
+        return Tile(m=64, n=32, d=d, warps=4, stages=2, segment=64)
+    if keys <= 128:
         # A gather is two dependent loads, so 5 stages hold two tiles in flight; at D=128 they would cost an occupant.
         return Tile(m=64, n=keys, d=d, warps=4, stages=5 if d <= 64 else 3, segment=1024)
-    if d * dtype.itemsize <= 256:
-        return Tile(m=128, n=64, d=d, warps=8, stages=3, segment=128)
-    return Tile(m=64, n=32, d=d, warps=4, stages=2, segment=64)
+    if keys <= 512:
+        return Tile(m=64, n=64, d=d, warps=4, stages=3, segment=256)
+    return Tile(m=128, n=64, d=d, warps=8, stages=3, segment=512)
 
 
 def forward_own_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
     """Own block and merge."""
-    d, keys = _width(geometry), next_power_of_2(max(16, geometry.block_size))
-    m = min(64, keys)
-    n = m if d * dtype.itemsize <= 256 else min(32, m)
-    return Tile(m=m, n=n, d=d, warps=4, stages=2)
+    d, keys = _width(geometry), _keys(geometry)
+    if _wide(d, dtype):
+        return Tile(m=min(64, keys), n=min(32, keys), d=d, warps=4, stages=2)
+    return Tile(m=min(64, keys), n=min(64, keys), d=d, warps=4, stages=2 if keys <= 128 else 3)
 
 
 def backward_keys_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
     """Gradients of keys and values: N keys stay on chip, their rows stream by."""
-    d, keys = _width(geometry), next_power_of_2(max(16, geometry.block_size))
-    if d * dtype.itemsize <= 256:
-        n = min(128, keys)
-        return Tile(m=64, n=n, d=d, warps=8 if n == 128 else 4, stages=5, segment=4096)
-    return Tile(m=32, n=min(32 if dtype.itemsize == 4 else 64, keys), d=d, warps=8, stages=1, segment=4096)
+    d, keys = _width(geometry), _keys(geometry)
+    if _wide(d, dtype):
+        return Tile(m=32, n=min(32 if dtype.itemsize == 4 else 64, keys), d=d, warps=8, stages=1, segment=4096)
+    return Tile(m=64, n=min(128, keys), d=d, warps=8 if keys >= 128 else 4, stages=5, segment=4096)
 
 
 def backward_own_keys_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
     """Gradients of keys and values from the own block, after the partials of the past."""
-    tile = backward_keys_tile(geometry, dtype)
-    return Tile(m=tile.m, n=tile.n, d=tile.d, warps=tile.warps, stages=1)
+    d, keys = _width(geometry), _keys(geometry)
+    if _wide(d, dtype):
+        return backward_keys_tile(geometry, dtype)
+    if keys <= 128:
+        return Tile(m=min(32, keys), n=keys, d=d, warps=8 if keys >= 128 else 4, stages=3)
+    return Tile(m=64, n=64, d=d, warps=4, stages=2)
 
 
 def backward_queries_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
-    """Gradients of queries: one row tile stays on chip, the keys stream by."""
-    d, keys = _width(geometry), next_power_of_2(max(16, geometry.block_size))
-    if d * dtype.itemsize <= 256:
-        return Tile(m=64, n=min(64, keys), d=d, warps=4, stages=2, segment=64)
-    return Tile(m=32, n=min(32, keys), d=d, warps=4, stages=1, segment=32)
+    """Gradients of queries from past blocks: one row tile stays on chip, the keys stream by."""
+    d, keys = _width(geometry), _keys(geometry)
+    if _wide(d, dtype):
+        return Tile(m=32, n=min(32, keys), d=d, warps=4, stages=1, segment=32)
+    return Tile(m=64, n=min(64, keys), d=d, warps=4, stages=2, segment=64)
+
+
+def backward_own_queries_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
+    """Gradients of queries from the own block, after the shares of the past."""
+    tile = backward_queries_tile(geometry, dtype)
+    keys = _keys(geometry)
+    return Tile(m=min(tile.m, keys), n=min(32 if keys <= 128 else 64, tile.n), d=tile.d, warps=4, stages=tile.stages)
 
 
 def _width(geometry: Geometry) -> int:
     return int(next_power_of_2(max(16, geometry.width)))
+
+
+def _keys(geometry: Geometry) -> int:
+    return int(next_power_of_2(max(16, geometry.block_size)))
+
+
+def _wide(d: int, dtype: torch.dtype) -> bool:
+    """Whether a row takes more than 256 bytes, so that the usual tiles would not fit on chip."""
+    return d * dtype.itemsize > 256
