@@ -130,7 +130,8 @@ def measure_row(name: str, case: Case, session: Session) -> Row:
     except Exception as error:  # whatever kind a contender raises, others can still be timed
         message = " ".join(str(error).split())[:200]
         row = replace(row, error=f"{type(error).__name__}: {message}")
-    gc.collect()  # what the exception's frames held
+    if row.error:
+        gc.collect()  # what the exception's frames held
     if session.device.type == "cuda":
         torch.cuda.synchronize()  # raises if the failure broke the device: nothing after it would be true
         torch.cuda.empty_cache()

@@ -5,6 +5,7 @@ One panel per head width and kind of pass. A contender has a colour and a marker
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
@@ -12,10 +13,10 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from openmoba.bench.contenders import CONTENDERS
-from openmoba.bench.table import Row
+from openmoba.bench.table import Row, length_name
 from openmoba.lab.figures import BLUE, GREY, RED, STYLE
 
 LOOKS = {
@@ -42,16 +43,20 @@ def speedup_chart(rows: Sequence[Row]) -> Figure:
     figure = _chart(speedups, "Times faster than the fastest dense attention")
     for axes in figure.axes:
         axes.axhline(1.0, color=GREY, linewidth=1)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     return figure
 
 
 def _main_slice(rows: Sequence[Row]) -> list[Row]:
-    """Rows of one machine, commit, dtype and head count, those of the first row, with random routing."""
+    """Random routing, on the machine and at the commit of the last row, in the dtype and heads of most rows."""
+    rows = [row for row in rows if (row.device, row.commit) == (rows[-1].device, rows[-1].commit)]
+    rows = [row for row in rows if row.routing in (None, "random")]
+    kinds = Counter(_kind(row) for row in rows)
+    return [row for row in rows if _kind(row) == kinds.most_common(1)[0][0]]
 
-    def place(row: Row) -> tuple[Any, ...]:
-        return (row.device, row.commit, row.dtype, row.heads, row.kv_heads)
 
-    return [row for row in rows if place(row) == place(rows[0]) and row.routing in (None, "random")]
+def _kind(row: Row) -> tuple[str, int, int]:
+    return (row.dtype, row.heads, row.kv_heads)
 
 
 def _chart(values: Mapping[Row, float], label: str) -> Figure:
@@ -74,9 +79,7 @@ def _chart(values: Mapping[Row, float], label: str) -> Figure:
         _ticks(panels[-1], sorted({row.tokens for row in values}))
         figure.supylabel(label, fontsize=11)
         figure.suptitle(_title(next(iter(values))), fontsize=11)
-        named = [panel.get_legend_handles_labels() for panel in figure.axes]
-        legend = {text: handle for handles, texts in named for handle, text in zip(handles, texts, strict=True)}
-        figure.legend(list(legend.values()), list(legend), loc="outside right upper")
+        _legend(figure, [_label(name, setting) for name in LOOKS for setting in lines])
     return figure
 
 
@@ -91,14 +94,27 @@ def _panel(axes: Axes, values: Mapping[Row, float], lines: Mapping[Any, Any]) ->
                 if row.contender == name and (row.block_size, row.top_k) == setting
             }
             if points:
-                label = CONTENDERS[name].label + ("" if setting == (None, None) else " {}/{}".format(*setting))
                 x, y = zip(*sorted(points.items()), strict=True)
-                axes.plot(x, y, color=colour, marker=marker, linestyle=line, markersize=5, linewidth=1.6, label=label)
+                look: Any = {"color": colour, "marker": marker, "linestyle": line, "markersize": 5, "linewidth": 1.6}
+                axes.plot(x, y, label=_label(name, setting), **look)
+
+
+def _label(name: str, setting: tuple[int | None, int | None]) -> str:
+    block_size, top_k = setting
+    return CONTENDERS[name].label + ("" if block_size is None else f" {block_size}/{top_k}")
+
+
+def _legend(figure: Figure, order: Sequence[str]) -> None:
+    """One legend for all panels, its labels in `order`."""
+    named = [panel.get_legend_handles_labels() for panel in figure.axes]
+    lines = {text: line for handles, texts in named for line, text in zip(handles, texts, strict=True)}
+    shown = [text for text in order if text in lines]
+    figure.legend([lines[text] for text in shown], shown, loc="outside right upper")
 
 
 def _ticks(panels: Sequence[Axes], lengths: Sequence[int]) -> None:
     for axes in panels:
-        axes.set_xticks(lengths, [f"{tokens / 1024:g}K" for tokens in lengths])
+        axes.set_xticks(lengths, [length_name(tokens) for tokens in lengths], fontsize=9)
         axes.xaxis.set_minor_locator(NullLocator())
 
 

@@ -65,6 +65,11 @@ class Row:
     commit: str | None = None
     time: str | None = None
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float):  # as many digits as the file keeps, so that a row read back is the same
+                object.__setattr__(self, name, float(f"{value:.6g}"))
+
     @classmethod
     def of(cls, contender: str, case: Case, **results: Any) -> Row:
         """The row of `contender` on `case`; dense attention is the same for all blocks and routings."""
@@ -111,7 +116,7 @@ def append_row(path: Path, row: Row) -> None:
         writer = csv.writer(file, lineterminator="\n")
         if file.tell() == 0:
             writer.writerow(_FIELDS)
-        writer.writerow(_text(value) for value in asdict(row).values())
+        writer.writerow("" if value is None else value for value in asdict(row).values())
         file.flush()
         os.fsync(file.fileno())
 
@@ -136,6 +141,14 @@ def markdown(rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
+def length_name(tokens: int) -> str:
+    """1536 -> "1536", 32768 -> "32K", 1048576 -> "1M"."""
+    for unit, size in (("M", 2**20), ("K", 2**10)):
+        if tokens % size == 0:
+            return f"{tokens // size}{unit}"
+    return str(tokens)
+
+
 def _results(row: Row) -> tuple[str, ...]:
     if row.error:
         return (row.error, "", "", "", "")
@@ -147,8 +160,7 @@ def _results(row: Row) -> tuple[str, ...]:
 
 
 def _length(row: Row) -> str:
-    tokens = f"{row.tokens // 1024}K" if row.tokens % 1024 == 0 else str(row.tokens)
-    return tokens if row.batch == 1 else f"{row.batch} x {tokens}"
+    return length_name(row.tokens) if row.batch == 1 else f"{row.batch} x {length_name(row.tokens)}"
 
 
 def _whole_lines(path: Path) -> str:
@@ -162,9 +174,3 @@ def _parse(text: str, kind: str) -> Any:
     if kind.startswith("int"):
         return int(text)
     return float(text) if kind.startswith("float") else text
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)

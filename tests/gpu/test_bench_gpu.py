@@ -1,0 +1,53 @@
+"""Benchmarks on a card: events, memory and the contenders that need one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from openmoba.bench import timing
+from openmoba.bench.attention import run_benchmark
+from openmoba.bench.cases import Case
+from openmoba.bench.contenders import CONTENDERS
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+CASE = Case(2048, 128, 3, heads=8, kv_heads=2)
+
+
+@pytest.mark.parametrize("contender", ["sdpa_cudnn", "sdpa_flash", "moba", "flex"])
+def test_time_and_memory_of_a_contender(contender: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SECONDS", 0.01)
+    (row,) = run_benchmark((CASE,), (contender,), tmp_path / "bench.csv", device=torch.device("cuda"))
+    assert row.error is None
+    assert 0 < row.p20_ms <= row.p50_ms <= row.p80_ms
+    output_mb = 2048 * 8 * 128 * 2 / 1e6
+    assert output_mb <= row.forward_mb < 20 * output_mb
+    assert output_mb <= row.backward_mb < 20 * output_mb  # the gradient of q alone is as large
+    assert row.device == torch.cuda.get_device_name()
+
+
+@pytest.mark.parametrize("contender", ["moba", "sdpa_cudnn", "sdpa_flash", "flex"])
+def test_contenders_compute_the_same_function_of_their_kind(contender: str) -> None:
+    import openmoba
+    from openmoba.bench.inputs import make_inputs
+
+    device = torch.device("cuda")
+    inputs = make_inputs(CASE, device)
+    top_k = 16 if CONTENDERS[contender].kind == "dense" else CASE.top_k
+    settings = {"block_size": CASE.block_size, "top_k": top_k}
+    exact = (x.detach().double() for x in (inputs.q, inputs.k, inputs.v))
+    selected = openmoba.moba_select(inputs.q, inputs.k, **settings)
+    expected = openmoba.moba_attention(*exact, **settings, impl="reference")
+    out = CONTENDERS[contender].build(CASE, inputs, selected)()
+    differing = ((out.double() - expected).norm(dim=-1) > 0.05 * expected.norm(dim=-1)).double().mean()
+    assert differing < 0.01  # queries whose choice in bfloat16 is another
+
+
+def test_memory_is_counted_by_pass() -> None:
+    x = torch.ones(10**6, device="cuda", requires_grad=True)
+    found = timing.measure(timing.Work(lambda: 2 * x, (x,), torch.ones_like(x)), torch.device("cuda"))
+    assert found.forward_mb == pytest.approx(4, rel=0.01)
+    assert found.backward_mb == pytest.approx(4, rel=0.01)

@@ -1,0 +1,245 @@
+"""Benchmarks: what is timed, the rows, resuming, failures, figures. Nothing here asserts a speed."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_mask
+
+import openmoba
+from openmoba.bench import __main__ as module_main
+from openmoba.bench import attention, cases, contenders, timing
+from openmoba.bench.attention import run_benchmark
+from openmoba.bench.cases import GRIDS, Case
+from openmoba.bench.charts import speedup_chart, time_chart
+from openmoba.bench.flex import TILE, choice_mask
+from openmoba.bench.inputs import first_block_share, make_inputs
+from openmoba.bench.table import Row, append_row, markdown, read_rows
+from openmoba.cli import main
+from openmoba.ops.reference import attention_mask
+
+CPU = torch.device("cpu")
+SMALL = Case(96, 16, 3, head_dim=8, heads=4, kv_heads=2, dtype="float32")
+TINY_GRID = tuple(
+    replace(SMALL, tokens=tokens, routing=routing, passes=passes)
+    for tokens in (96, 160)
+    for routing in cases.ROUTINGS
+    for passes in cases.PASSES
+)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+
+
+def run(out: Path, grid: tuple[Case, ...] = TINY_GRID, **options: Any) -> list[Row]:
+    return run_benchmark(grid, ("sdpa", "moba"), out, device=CPU, **options)
+
+
+def refuse(*_: Any) -> Any:
+    raise AssertionError("measured again")
+
+
+def test_every_case_is_a_row_and_dense_attention_is_timed_once_per_shape(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "bench.csv"
+    rows = run(out)
+    assert read_rows(out) == list(dict.fromkeys(rows))
+    with out.open() as file:
+        assert next(csv.reader(file)) == [field.name for field in fields(Row)]
+    dense = {row.shape: row for row in rows if row.contender == "sdpa"}
+    moba = [row for row in rows if row.contender == "moba"]
+    assert (len(dense), len(moba), len(rows)) == (4, 8, 12)
+    for row in moba:
+        assert (row.error, row.samples, row.path) == (None, timing.FEWEST, "cpu blocks")
+        assert 0 < row.p20_ms <= row.p50_ms <= row.p80_ms
+        assert row.dense_ms == dense[row.shape].p50_ms
+        assert row.speedup == pytest.approx(row.dense_ms / row.p50_ms, rel=1e-4)
+    assert all(row.block_size is None and row.routing is None and row.speedup is None for row in dense.values())
+
+
+def test_rows_of_the_same_commit_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "bench.csv"
+    first = run(out)
+    monkeypatch.setattr(attention, "measure_row", refuse)
+    assert run(out) == first
+    monkeypatch.setattr(attention, "provenance", lambda: {"versions": {}, "hardware": {"cpu": "x"}, "commit": None})
+    with pytest.raises(AssertionError, match="measured again"):
+        run(out, commit="another")
+
+
+def test_time_limit_stops_between_measurements_and_a_torn_row_is_measured_again(tmp_path: Path) -> None:
+    out = tmp_path / "bench.csv"
+    assert run(out, minutes=0) == []
+    complete = run(out)
+    whole = out.read_text()
+    out.write_text(whole[: whole.rfind("\n", 0, -1) + 40])
+    assert len(read_rows(out)) == len(complete) - 1
+    again = run(out)
+    assert [row.key for row in again] == [row.key for row in complete]
+    assert read_rows(out) == again
+
+
+def test_failure_is_a_row_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: Any) -> Any:
+        def call() -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 60 GiB")
+
+        return call
+
+    monkeypatch.setitem(contenders.CONTENDERS, "sdpa", replace(contenders.CONTENDERS["sdpa"], build=exhausted))
+    dense, moba = run(tmp_path / "bench.csv", (SMALL,))
+    assert dense.error == "OutOfMemoryError: CUDA out of memory. Tried to allocate 60 GiB"
+    assert dense.p50_ms is None
+    assert (moba.error, moba.speedup) == (None, None)
+    assert "out of memory" in markdown([replace(moba, error=dense.error)])
+
+
+def test_contenders_that_cannot_run_here_are_left_out_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_benchmark((SMALL,), ("flex", "fa4"), tmp_path / "bench.csv", device=CPU) == []
+    assert "left out: flex (runs on cuda)" in capsys.readouterr().err
+    assert contenders.CONTENDERS["flash_moba"].missing(torch.device("cuda")) == "flash_moba is not installed"
+    assert contenders.CONTENDERS["fa4"].missing(torch.device("cuda")) == "flash_attn.cute is not installed"
+
+
+def test_quadratic_contenders_stop_at_256k_and_compiled_ones_come_last() -> None:
+    long = replace(SMALL, tokens=2**20)
+    tasks = list(attention._tasks([long, SMALL], ["sdpa", "moba", "flex"]))
+    assert tasks == [("moba", long), ("sdpa", SMALL), ("moba", SMALL), ("flex", SMALL)]
+
+
+def test_not_finite_results_are_no_measurement() -> None:
+    with pytest.raises(ArithmeticError, match="NaN"):
+        timing.measure(timing.Work(lambda: torch.tensor([0.0, torch.nan])), CPU)
+
+
+def test_gradients_are_part_of_the_timed_call() -> None:
+    x = torch.ones(3, requires_grad=True)
+    phases: list[str] = []
+    results = timing.Work(lambda: 2 * x, (x,), torch.full((3,), 5.0)).run(lambda: phases.append("forward done"))
+    assert [result.tolist() for result in results] == [[2.0] * 3, [10.0] * 3]
+    assert phases == ["forward done"]
+    (out,) = timing.Work(lambda: 2 * x).run()
+    assert not out.requires_grad
+
+
+def test_operations_are_those_of_the_pairs_in_the_mask() -> None:
+    inputs = make_inputs(replace(SMALL, heads=1, kv_heads=1), CPU)
+    selected = openmoba.moba_select(inputs.q, inputs.k, block_size=16, top_k=3)
+    pairs = int(attention_mask(selected, 96, 16).sum())
+    case = replace(SMALL, heads=1, kv_heads=1)
+    assert case.operations(dense=False, scores=False) == 14 * pairs * 8
+    assert replace(case, passes="forward").operations(dense=False, scores=False) == 4 * pairs * 8
+    assert case.operations(dense=True, scores=False) == 14 * (96 * 97 // 2) * 8
+    scores = 16 * (3 + 4 + 5)
+    assert case.operations(dense=False, scores=True) == (14 * pairs + 2 * scores) * 8
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_skewed_routing_draws_half_of_the_queries_to_one_block(width: int) -> None:
+    case = Case(4096, 32, 3, head_dim=width, heads=2, kv_heads=1, dtype="float32", passes="forward")
+    share = {}
+    for routing in cases.ROUTINGS:
+        inputs = make_inputs(replace(case, routing=routing), CPU)
+        share[routing] = first_block_share(openmoba.moba_select(inputs.q, inputs.k, block_size=32, top_k=3))
+    assert share["random"] < 0.15
+    assert 0.5 < share["skewed"] < 0.6
+
+
+def test_mask_given_to_flex_attention_is_the_choice() -> None:
+    case = Case(5 * TILE, 2 * TILE, 2, head_dim=8, batch=2, heads=2, kv_heads=1, dtype="float32", passes="forward")
+    inputs = make_inputs(case, CPU)
+    random_BTHR = openmoba.moba_select(inputs.q, inputs.k, block_size=case.block_size, top_k=case.top_k)
+    first_BTHR = random_BTHR.clamp(max=0)  # all choose block 0, so that tiles stay unread
+    for selected_BTHR in (random_BTHR, first_BTHR):
+        mask = choice_mask(case, selected_BTHR)
+        reads_BHTT = attention_mask(selected_BTHR, case.tokens, case.block_size)
+        assert torch.equal(create_mask(mask.mask_mod, 2, 2, case.tokens, case.tokens, device="cpu"), reads_BHTT)
+        read_tiles_BHQN = reads_BHTT.view(2, 2, 5, TILE, 5, TILE).any(5).any(3)
+        assert torch.equal(mask.to_dense().bool(), read_tiles_BHQN)
+    assert read_tiles_BHQN[0, 0, 4].tolist() == [True, True, False, False, True]
+
+
+def test_flex_attention_needs_whole_tiles() -> None:
+    with pytest.raises(ValueError, match="block_size=16 is not a multiple"):
+        choice_mask(replace(SMALL, tokens=TILE), torch.zeros(1, TILE, 4, 2, dtype=torch.int32))
+
+
+def test_figures_and_table_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bench.csv"
+    rows = run(out)
+    assert main(["bench", "plot", str(out)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "bench.csv", "bench-time.png", "bench-time.svg", "bench-speedup.png", "bench-speedup.svg",
+    }  # fmt: skip
+    assert "| 8 | 16/3 | 96 | forward | random |" in capsys.readouterr().out
+    forward = time_chart(rows).axes[0]
+    assert {line.get_label(): list(line.get_xdata()) for line in forward.lines} == {
+        "openmoba 16/3": [96, 160],
+        "SDPA": [96, 160],
+    }
+    (curve, _) = speedup_chart(rows).axes[0].lines
+    expected = [r.speedup for r in rows if r.contender == "moba" and (r.passes, r.routing) == ("forward", "random")]
+    assert list(curve.get_ydata()) == expected
+
+
+def test_figures_show_the_last_commit_and_the_usual_heads() -> None:
+    def row(commit: str, heads: int, tokens: int) -> Row:
+        case = replace(SMALL, heads=heads, tokens=tokens, passes="forward")
+        return Row.of("moba", case, commit=commit, p50_ms=1.0)
+
+    rows = [row("old", 4, 1024), row("new", 4, 2048), row("new", 4, 4096), row("new", 2, 8192)]
+    (line,) = time_chart(rows).axes[0].lines
+    assert list(line.get_xdata()) == [2048, 4096]
+
+
+def test_plot_refuses_what_is_no_benchmark(tmp_path: Path) -> None:
+    assert main(["bench", "plot", str(tmp_path / "none.csv")]) == 2
+    other = tmp_path / "other.csv"
+    other.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="other columns"):
+        read_rows(other)
+    with pytest.raises(ValueError, match="no row to draw"):
+        speedup_chart([Row.of("moba", SMALL, error="out of memory")])
+
+
+def test_both_commands_read_the_same_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(GRIDS, "cpu", (SMALL,))
+    options = ["--grid", "cpu", "--contenders", "sdpa", "moba", "--minutes", "5"]
+    module_main.main([*options, "--out", str(tmp_path / "module.csv")])
+    assert main(["bench", "attention", *options, "--out", str(tmp_path / "command.csv")]) == 0
+    assert [row.key for row in read_rows(tmp_path / "module.csv")] == [
+        row.key for row in read_rows(tmp_path / "command.csv")
+    ]
+    assert "| 8 | 16/3 | 96 |" in capsys.readouterr().out
+    assert main(["bench", "attention", "--grid", "none"]) == 2
+    assert main(["bench", "attention", "--grid", "cpu", "--contenders", "none"]) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_grids_of_a_gpu_are_refused_without_one() -> None:
+    with pytest.raises(SystemExit, match="use the grid 'cpu'"):
+        module_main.main(["--grid", "headline"])
+
+
+def test_timing_needs_torch_alone() -> None:
+    absent = ("tyro", "matplotlib", "transformers", "datasets", "tokenizers", "accelerate")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import openmoba.bench.__main__"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_rows_survive_text_with_commas_and_line_ends(tmp_path: Path) -> None:
+    row = Row.of("moba", SMALL, error='RuntimeError: "a", b', p50_ms=1.5, samples=3)
+    append_row(tmp_path / "rows.csv", row)
+    assert read_rows(tmp_path / "rows.csv") == [row]
