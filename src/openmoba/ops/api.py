@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from openmoba.ops import library
-from openmoba.ops.checks import check_call
+from openmoba.ops.checks import check_call, check_scale
 from openmoba.ops.dense import dense_attention
 from openmoba.ops.reference import reference_attention, reference_select
 
@@ -71,8 +71,10 @@ def moba_attention(
             as there are blocks is full causal attention.
         cu_seqlens_q: int32 `[sequences + 1]`, where each packed sequence starts in q; blocks restart there.
         cu_seqlens_k: the same for k and v.
-        scale: factor on the logits, `D**-0.5` by default.
+        scale: factor on the logits, > 0, `D**-0.5` by default.
         impl: "auto", "reference", "cpu" or "triton"; an explicit choice never falls back.
+
+    Under autocast the inputs are cast to its dtype, as `scaled_dot_product_attention` does.
 
     Returns:
         The attention output, shape and dtype of q. Gradients flow to q, k and v, none through the choice.
@@ -83,10 +85,26 @@ def moba_attention(
 
     Source: arXiv 2502.13189, equations 2 to 6.
     """
+    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
+        # As SDPA does; precision inside is the implementation's own.
+        low = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x if x.dtype == torch.float64 else x.to(low) for x in (q, k, v))
+        with torch.autocast(q.device.type, enabled=False):
+            return moba_attention(
+                q,
+                k,
+                v,
+                block_size=block_size,
+                top_k=top_k,
+                cu_seqlens_q=cu_seqlens_q,
+                cu_seqlens_k=cu_seqlens_k,
+                scale=scale,
+                impl=impl,
+            )
     check_call(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
     run, _ = _implementation(q, impl)
     path = _path(run, k, cu_seqlens_k, block_size, top_k)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = check_scale(q, scale)
     if path == "mask":
         return reference_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, scale)
     if q.numel() == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -37,6 +38,15 @@ def check_call(
             f"q has {q.shape[1]} tokens but k only {k.shape[1]}; queries are the last positions of the keys, "
             "so k must hold at least as many tokens"
         )
+
+
+def check_scale(q: Tensor, scale: float | None) -> float:
+    """The factor on the logits, `D**-0.5` if none is given; ValueError unless it is a positive finite number."""
+    if scale is None:
+        return float(q.shape[-1] ** -0.5)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise ValueError(f"scale must be a positive finite number, got {scale!r}; leave it out for head_dim ** -0.5")
+    return float(scale)
 
 
 def _check_kind(tensors: dict[str, Tensor]) -> None:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from openmoba.ops import library
+
+# On Hopper, cuDNN's kernel takes 0.6 of the time of the flash kernel that SDPA prefers by default.
+_CUDA_BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def dense_attention(q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, scale: float) -> Tensor:
@@ -20,15 +31,12 @@ def dense_attention(q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, scale: float
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BTHD, k_BSHD, v_BSHD))
         return library.attention("cpu", q, k, v, None, None, keys, 1, scale)
     mask = None if square or queries == 1 else _lower_right(queries, keys)
-    out_BHTD = scaled_dot_product_attention(
-        q_BTHD.transpose(1, 2),
-        k_BSHD.transpose(1, 2),
-        v_BSHD.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=square,
-        scale=scale,
-        enable_gqa=q_BTHD.shape[2] != k_BSHD.shape[2],
-    )
+    q_BHTD, k_BHSD, v_BHSD = (x.transpose(1, 2) for x in (q_BTHD, k_BSHD, v_BSHD))
+    grouped = q_BTHD.shape[2] != k_BSHD.shape[2]
+    with sdpa_kernel(_CUDA_BACKENDS, set_priority=True) if q_BTHD.device.type == "cuda" else nullcontext():
+        out_BHTD = scaled_dot_product_attention(
+            q_BHTD, k_BHSD, v_BHSD, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=grouped
+        )
     return out_BHTD.transpose(1, 2)
 
 
