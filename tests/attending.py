@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -43,11 +45,55 @@ class Case:
         return moba_select(self.q, self.k, **self.settings, impl="triton")
 
 
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """`torch.empty` returns NaN and the largest integer, so that reading it shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def run(case: Case) -> tuple[Tensor, ...]:
-    """Output and gradients of q, k and v from the kernels."""
+    """Output and gradients of q, k and v from the kernels, in poisoned memory."""
     inputs = [x.detach().requires_grad_() for x in (case.q, case.k, case.v)]
-    out = moba_attention(*inputs, **case.settings, impl="triton")
-    return out.detach(), *torch.autograd.grad(out, inputs, case.d_out)
+    with poisoned_memory():
+        out = moba_attention(*inputs, **case.settings, impl="triton")
+        return out.detach(), *torch.autograd.grad(out, inputs, case.d_out)
+
+
+def batched(
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int, int, int],
+    block_size: int,
+    top_k: int,
+    device: str = "cpu",
+) -> Case:
+    """Standard normal inputs of `shape`: sequences, queries, keys, query heads, key/value heads, head width."""
+    batch, queries, keys, heads, kv_heads, width = shape
+    generator = torch.Generator(device).manual_seed(0)
+    q, d_out, k, v = (
+        torch.randn(batch, tokens, h, width, generator=generator, device=device).to(dtype)
+        for tokens, h in ((queries, heads), (queries, heads), (keys, kv_heads), (keys, kv_heads))
+    )
+    return Case(q, k, v, d_out, block_size, top_k)
+
+
+def packed(
+    dtype: torch.dtype,
+    lengths_q: list[int],
+    lengths_k: list[int],
+    heads: tuple[int, int, int],
+    block_size: int,
+    top_k: int,
+    device: str = "cpu",
+) -> Case:
+    """The same for packed sequences; `heads`: query heads, key/value heads, head width."""
+    case = batched(dtype, (1, sum(lengths_q), sum(lengths_k), *heads), block_size, top_k, device)
+    cu_q, cu_k = (torch.tensor([0, *x], device=device).cumsum(0).int() for x in (lengths_q, lengths_k))
+    return Case(case.q[0], case.k[0], case.v[0], case.d_out[0], block_size, top_k, cu_q, cu_k)
 
 
 def oracle(case: Case, selected: Tensor) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attending import Case, assert_as_accurate_as_plain_pytorch, oracle, run
+from attending import Case, assert_as_accurate_as_plain_pytorch, batched, oracle, packed, poisoned_memory, run
 
 pytest.importorskip("triton")
 
@@ -25,32 +25,9 @@ FP16, FP32 = torch.float16, torch.float32
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """`torch.empty` returns NaN and the largest integer, so that reading it shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def batched(randn):
-    def make(dtype, batch, queries, keys, heads, kv_heads, width, block_size, top_k) -> Case:
-        q, d_out = (randn(batch, queries, heads, width, dtype=dtype) for _ in range(2))
-        k, v = (randn(batch, keys, kv_heads, width, dtype=dtype) for _ in range(2))
-        return Case(q, k, v, d_out, block_size, top_k)
-
-    return make
-
-
-@pytest.fixture
-def packed(randn):
-    def make(dtype, lengths_q, lengths_k, heads, kv_heads, width, block_size, top_k) -> Case:
-        cu_q, cu_k = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (lengths_q, lengths_k))
-        q, d_out = (randn(sum(lengths_q), heads, width, dtype=dtype) for _ in range(2))
-        k, v = (randn(sum(lengths_k), kv_heads, width, dtype=dtype) for _ in range(2))
-        return Case(q, k, v, d_out, block_size, top_k, cu_q, cu_k)
-
-    return make
+def poison() -> Iterator[None]:
+    with poisoned_memory():
+        yield
 
 
 @pytest.mark.parametrize(
@@ -73,8 +50,8 @@ def packed(randn):
         (FP16, (1, 1, 50, 3, 1, 16), 16, 2),
     ],
 )
-def test_batched(batched, dtype, shape, block_size, top_k):
-    assert_as_accurate_as_plain_pytorch(batched(dtype, *shape, block_size, top_k))
+def test_batched(dtype, shape, block_size, top_k):
+    assert_as_accurate_as_plain_pytorch(batched(dtype, shape, block_size, top_k))
 
 
 @pytest.mark.parametrize(
@@ -85,23 +62,22 @@ def test_batched(batched, dtype, shape, block_size, top_k):
         (FP16, [0, 3, 17, 16], [1, 3, 17, 16], 16, 1),
     ],
 )
-def test_packed(packed, dtype, lengths_q, lengths_k, block_size, top_k):
+def test_packed(dtype, lengths_q, lengths_k, block_size, top_k):
     """Sequences of no and of one token, and keys without queries, whose gradient is zero."""
-    assert_as_accurate_as_plain_pytorch(packed(dtype, lengths_q, lengths_k, 3, 1, 16, block_size, top_k))
+    assert_as_accurate_as_plain_pytorch(packed(dtype, lengths_q, lengths_k, (3, 1, 16), block_size, top_k))
 
 
 @pytest.mark.parametrize("block_size", [16, 130])
-@pytest.mark.parametrize("dtype", [FP16, FP32])
-def test_one_block_chosen_by_all(batched, dtype, block_size):
-    case = batched(dtype, 1, 16, 3 * block_size, 2, 1, 16, block_size, 2)
+def test_one_block_chosen_by_all(block_size):
+    case = batched(FP16, (1, 16, 3 * block_size, 2, 1, 16), block_size, 2)
     case.k[:, block_size : 2 * block_size, :, 0] += 3
     case.q[..., 0] = 4
     assert case.select().unique().tolist() == [1]
     assert_as_accurate_as_plain_pytorch(case)
 
 
-def test_one_token_returns_its_value(packed):
-    case = packed(FP32, [1, 1], [1, 1], 2, 1, 8, 16, 2)
+def test_one_token_returns_its_value():
+    case = packed(FP32, [1, 1], [1, 1], (2, 1, 8), 16, 2)
     out, dq, dk, dv = run(case)
     assert torch.equal(out, case.v.expand_as(out))
     torch.testing.assert_close(dv, case.d_out.sum(1, keepdim=True))
@@ -109,25 +85,26 @@ def test_one_token_returns_its_value(packed):
 
 
 @pytest.mark.parametrize("sharpness", [30, 0.0])
-def test_saturated_and_uniform_softmax(batched, sharpness):
-    case = batched(FP32, 1, 40, 40, 2, 1, 16, 8, 3)
+def test_saturated_and_uniform_softmax(sharpness):
+    case = batched(FP32, (1, 40, 40, 2, 1, 16), 8, 3)
     case = replace(case, q=case.q * sharpness)
     for x, exact in zip(run(case), oracle(case, case.select()), strict=True):
         torch.testing.assert_close(x.double(), exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
 
 
-def test_scale(batched):
-    case = batched(FP32, 1, 40, 40, 2, 1, 16, 8, 3)
+def test_scale():
+    case = batched(FP32, (1, 40, 40, 2, 1, 16), 8, 3)
     settings = {"block_size": 8, "top_k": 3, "impl": "triton"}
     doubled = moba_attention(case.q, case.k, case.v, scale=0.5, **settings)
     assert torch.equal(doubled, moba_attention(2 * case.q, case.k, case.v, **settings))
 
 
 @pytest.mark.parametrize("layout", ["batched", "packed"])
-def test_log_sum_exp(batched, packed, layout):
+def test_log_sum_exp(layout):
     """The natural logarithm of the sum over the keys that the row reads: with one block, those up to the query."""
-    shape = ([20, 4, 13], [20, 11, 13]) if layout == "packed" else (2, 20, 27)
-    case = {"batched": batched, "packed": packed}[layout](FP32, *shape, 2, 1, 16, 16, 1)
+    case = batched(FP32, (2, 20, 27, 2, 1, 16), 16, 1)
+    if layout == "packed":
+        case = packed(FP32, [20, 4, 13], [20, 11, 13], (2, 1, 16), 16, 1)
     lse = attention.forward(case.q, case.k, case.v, case.cu_q, case.cu_k, 16, 1, 0.25)[1]
     # With zero keys, every key adds exp(0).
     zero = attention.forward(case.q, 0 * case.k, case.v, case.cu_q, case.cu_k, 16, 1, 0.25)[1]
@@ -149,15 +126,15 @@ def test_strided_inputs(randn):
         assert torch.equal(x, y)
 
 
-def test_expanded_output_gradient(batched):
-    case = batched(FP32, 1, 30, 30, 2, 1, 16, 8, 2)
+def test_expanded_output_gradient():
+    case = batched(FP32, (1, 30, 30, 2, 1, 16), 8, 2)
     one = torch.ones(()).expand_as(case.q)
     for x, y in zip(run(replace(case, d_out=one)), run(replace(case, d_out=one.contiguous())), strict=True):
         assert torch.equal(x, y)
 
 
-def test_bits_repeat_and_do_not_depend_on_the_workspace(batched, monkeypatch):
-    case = batched(FP32, 2, 9, 20, 3, 3, 16, 8, 2)
+def test_bits_repeat_and_do_not_depend_on_the_workspace(monkeypatch):
+    case = batched(FP32, (2, 9, 20, 3, 3, 16), 8, 2)
     chunks: list[int] = []
     heads_at_once = attention.heads_at_once
 
@@ -186,16 +163,16 @@ def test_workspace_setting(monkeypatch):
 
 
 @pytest.mark.parametrize("block_size", [8, 150])
-def test_long_lists_are_cut(batched, monkeypatch, block_size):
+def test_long_lists_are_cut(monkeypatch, block_size):
     """Lists of several items: partial sums of dK and dV are added up, and no pair is lost between items."""
     for module, name in ((forward, "forward_past_tile"), (backward, "backward_keys_tile")):
         whole = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, whole=whole: replace(whole(*args), m=16, segment=16))
-    assert_as_accurate_as_plain_pytorch(batched(FP32, 1, 45, 2 * block_size + 30, 2, 1, 16, block_size, 2))
+    assert_as_accurate_as_plain_pytorch(batched(FP32, (1, 45, 2 * block_size + 30, 2, 1, 16), block_size, 2))
 
 
-def test_no_tokens(packed):
-    case = packed(FP32, [0, 0], [0, 20], 2, 1, 16, 8, 2)
+def test_no_tokens():
+    case = packed(FP32, [0, 0], [0, 20], (2, 1, 16), 8, 2)
     out, dq, dk, dv = run(case)
     assert out.shape == dq.shape == (0, 2, 16)
     assert not dk.any()
