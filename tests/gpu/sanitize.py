@@ -1,0 +1,35 @@
+"""Forward and backward on tiny shapes that reach every kernel, to run under compute-sanitizer:
+
+    PYTHONPATH=tests PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
+    PYTHONPATH=tests compute-sanitizer --tool racecheck python tests/gpu/sanitize.py
+
+Without torch's memory cache every tensor is an allocation of its own, whose bounds memcheck knows.
+"""
+
+from __future__ import annotations
+
+import torch
+from attending import batched, packed, run
+
+CASES = {
+    "resident keys": batched(torch.bfloat16, (2, 150, 200, 4, 2, 64), 32, 3, "cuda"),
+    "streamed keys": batched(torch.bfloat16, (1, 300, 1400, 2, 1, 64), 600, 2, "cuda"),
+    "key tiles": batched(torch.float16, (1, 333, 700, 3, 1, 128), 300, 2, "cuda"),
+    "wide heads": batched(torch.bfloat16, (1, 130, 130, 2, 1, 256), 30, 3, "cuda"),
+    "packed": packed(torch.float16, [90, 1, 0, 60], [90, 1, 20, 77], (3, 1, 80), 16, 3, "cuda"),
+    "own block": batched(torch.bfloat16, (1, 70, 90, 2, 1, 64), 50, 1, "cuda"),
+    "many picks": batched(torch.bfloat16, (1, 40, 600, 2, 1, 64), 4, 30, "cuda"),
+    "second look": batched(torch.bfloat16, (1, 300, 3000, 2, 1, 64), 8, 9, "cuda"),
+}
+
+
+def main() -> None:
+    for name, case in CASES.items():
+        results = run(case)
+        torch.cuda.synchronize()
+        assert all(torch.isfinite(x).all() for x in results), name
+        print(f"{name}: done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
