@@ -79,9 +79,7 @@ def reference_select(
             return choose_blocks(block_scores(q, k, block_size), top_k)
     parts = [
         reference_select(q_1THD, k_1SHD, None, None, block_size, top_k)[0]
-        for q_1THD, k_1SHD in zip(
-            split_sequences(q, cu_seqlens_q), split_sequences(k, cu_seqlens_k), strict=True
-        )
+        for q_1THD, k_1SHD in zip(split_sequences(q, cu_seqlens_q), split_sequences(k, cu_seqlens_k), strict=True)
     ]
     return torch.cat(parts) if parts else q.new_empty((0, q.shape[1], top_k - 1), dtype=torch.int32)
 
