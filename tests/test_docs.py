@@ -1,0 +1,112 @@
+"""The documentation says what is there: names, links, tables, and the version."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import openmoba
+from openmoba.bench.table import Row, append_row
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("docs/*.md")]
+NAME = re.compile(r"`(openmoba(?:\.\w+)+)`")
+LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
+SETTING = re.compile(r"\bOPENMOBA_\w+")
+
+
+@pytest.fixture
+def tables() -> ModuleType:
+    """docs/tables.py, which is a script."""
+    spec = spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def resolve(name: str) -> Any:
+    """The module, class or function of a dotted name; AttributeError if there is none."""
+    found: Any = openmoba
+    for part in name.split(".")[1:]:
+        if isinstance(found, ModuleType) and not hasattr(found, part):
+            try:
+                importlib.import_module(f"{found.__name__}.{part}")
+            except ModuleNotFoundError as error:
+                raise AttributeError(f"{name}: {found.__name__} has no {part}") from error
+        found = getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_names_and_links_exist(document: Path) -> None:
+    text = document.read_text()
+    for name in set(NAME.findall(text)):
+        resolve(name)
+    links = [link for link in LINK.findall(text) if "://" not in link]
+    assert [link for link in links if not (document.parent / link).exists()] == []
+    sources = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    assert [name for name in SETTING.findall(text) if name not in sources] == []
+
+
+def test_the_equations_name_many_functions() -> None:
+    names = NAME.findall((ROOT / "docs" / "moba.md").read_text())
+    assert {"openmoba.moba_attention", "openmoba.ops.reference.choose_blocks"} < set(names)
+    with pytest.raises(AttributeError):
+        resolve("openmoba.ops.reference.no_such_function")
+    with pytest.raises(AttributeError):
+        resolve("openmoba.ops.no_such_module")
+
+
+def test_tables_are_those_of_the_results(tables: ModuleType) -> None:
+    """What `python docs/tables.py` would write is what stands there, so no number drifts from its file."""
+    text = (ROOT / "README.md").read_text()
+    assert {name for _, name, _ in tables.TABLE.findall(text)} == set(tables.TABLES)
+    assert tables.with_tables(text) == text, "run python docs/tables.py"
+
+
+def test_tables_follow_their_files(tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    assert [write() for write in tables.TABLES.values()] == [""] * len(tables.TABLES)
+    case = tables.GRIDS["headline"][0]
+    origin = {"device": "a GPU", "power_limit_w": 700.0, "torch": "2", "triton": "3"}
+    path = tmp_path / "results" / "h200" / "attention.csv"
+    append_row(path, Row.of("moba", case, p50_ms=9.0, commit="old", **origin))
+    for contender, ms in (("moba", 2.0), ("sdpa_cudnn", 5.0), ("flash_moba", 6.0)):
+        times = {"dense_ms": 5.0, "speedup": 2.5} if contender == "moba" else {}
+        append_row(path, Row.of(contender, case, p50_ms=ms, commit="new", **times, **origin))
+    written = tables.attention_h200()
+    assert "| forward+backward | 128 | 128 / 8 | 8K | 2.00 | 5.00 | 2.5x | 6.00 |" in written
+    assert written.count("\n| f") == 1
+    path = tmp_path / "results" / "cpu" / "attention.csv"
+    path.parent.mkdir()
+    path.write_text(
+        "implementation,dtype,tokens,heads,width,block_size,top_k,pass,p50_ms,ratio,threads,torch,cpu,commit\n"
+        "sdpa,float32,16384,8,64,,,forward+backward,300,1,2,2,a CPU,c\n"
+        "moba,float32,16384,8,64,128,8,forward,20,4,2,2,a CPU,c\n"
+        "moba,float32,16384,8,64,128,8,forward+backward,75.2,4,2,2,a CPU,c\n"
+    )
+    assert "| float32 | 128 / 8 | 16K | 75.2 | 300 | 4.0x |" in tables.attention_cpu()
+    report = tmp_path / "results" / "demo" / "report.md"
+    report.parent.mkdir()
+    report.write_text(
+        "# Title\n![a](figures/x-scaling-law.png)\n![b](figures/x-positions.png)\n\n- Commit: 0123456789abcdef\n"
+        "- Hardware: a CPU, 2 cores, 2 threads\n- Training and evaluation, all runs: 9.8 minutes\n"
+    )
+    assert "a CPU, 2 cores, 2 threads; 9.8 minutes; commit 0123456789." in tables.study()
+    assert "(results/demo/figures/x-scaling-law.png)" in tables.study()
+    assert "positions" not in tables.study()
+
+
+def test_changelog_begins_with_this_version() -> None:
+    versions = re.findall(r"^## (\S+?),", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == openmoba.__version__

@@ -1,0 +1,144 @@
+"""The documentation runs: snippets and cheap commands are executed, expensive commands are parsed.
+
+Each document is one session from top to bottom, in a folder that holds stand-ins for what its commands name: a tiny
+random model in the place of the pretrained one, and a text.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import tyro
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from openmoba.cli import COMMANDS, main
+from openmoba.lab.tokenizer import byte_tokenizer
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+EXECUTED = ("convert", "generate")
+
+
+class Block(NamedTuple):
+    """A fenced block: its language, its text, and the line of the document it begins in."""
+
+    language: str
+    text: str
+    line: int
+
+
+def blocks(document: Path) -> list[Block]:
+    text = document.read_text()
+    return [Block(found[1], found[2], text[: found.start()].count("\n") + 2) for found in FENCE.finditer(text)]
+
+
+def commands(block: Block) -> Iterator[list[str]]:
+    """The command lines of a shell block, as lists of words."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        if words := shlex.split(line, comments=True):
+            yield words
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Qwen3 under the real one's name, and `book.txt`."""
+    folder = tmp_path_factory.mktemp("documents")
+    config = Qwen3Config(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=4096,
+        pad_token_id=256,
+        eos_token_id=256,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder / "Qwen" / "Qwen3-0.6B")
+    byte_tokenizer().save_pretrained(folder / "Qwen" / "Qwen3-0.6B")
+    (folder / "book.txt").write_text("It was a bright cold day in April. " * 60)
+    return folder
+
+
+# Of torch's data loader, to whoever leaves pin_memory at transformers' default on a machine without a GPU.
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator:UserWarning")
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_document_runs(
+    document: Path, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for name in ("Qwen", "book.txt"):
+        (tmp_path / name).symlink_to(stand_in / name)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": document.stem}
+    for block in blocks(document):
+        if block.language == "python":
+            code = compile("\n" * (block.line - 1) + block.text, str(document), "exec")
+            exec(code, names)
+        elif block.language == "sh":
+            for words in commands(block):
+                run_command(words)
+
+
+def run_command(words: list[str]) -> None:
+    """Run a command of the documentation if it is cheap; else check that it could run."""
+    match words:
+        case ["make", target]:
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        case ["pip", "install", what]:
+            extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            assert what == "." or what.removeprefix(".[").removesuffix("]") in extras
+        case ["python", script]:
+            compile((ROOT / script).read_text(), script, "exec")
+        case ["openmoba", command, *_] if command in EXECUTED and "runs/" not in " ".join(words):
+            assert main(words[1:]) == 0, words
+        case ["openmoba", *arguments] | ["torchrun", "--nproc-per-node", _, "-m", "openmoba.cli", *arguments]:
+            parse(arguments)
+        case _:
+            pytest.fail(f"no rule how to check {words}")
+
+
+def parse(arguments: list[str]) -> Any:
+    """Read a command's options without running it; recipes and results that it names are there."""
+    name = " ".join(arguments[:2]) if " ".join(arguments[:2]) in COMMANDS else arguments[0]
+    module, _, kind = COMMANDS[name][0].partition(":")
+    for path in arguments:
+        assert not path.startswith("recipes/") or (ROOT / path).exists(), path
+    return tyro.cli(getattr(import_module(module), kind), args=arguments[len(name.split()) :])
+
+
+def test_checks_can_fail(capsys: Any) -> None:
+    for words in (["make", "coffee"], ["pip", "install", ".[all]"], ["openmoba", "study", "recipes/none.toml"]):
+        with pytest.raises((AssertionError, KeyError)):
+            run_command(words)
+    with pytest.raises(SystemExit):
+        run_command(["openmoba", "train", "runs/x", "--arm.nome", "moba"])
+
+
+def test_readme_shows_the_three_ways_and_every_command() -> None:
+    text = (ROOT / "README.md").read_text()
+    shell = [words for block in blocks(ROOT / "README.md") if block.language == "sh" for words in commands(block)]
+    assert ["make", "demo"] in shell
+    assert ["make", "test"] in shell
+    assert all(name in text for name in ("moba_attention(", "configure(model", "openmoba convert"))
+    shown = {" ".join(words[1:]) for words in shell if words[0] == "openmoba"}
+    assert all(any(line.startswith(name) for line in shown) for name in COMMANDS), sorted(COMMANDS)
