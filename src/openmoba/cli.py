@@ -9,6 +9,9 @@ from importlib import import_module
 COMMANDS = {
     "train": ("openmoba.lab.commands:Train", "train one model, or go on with it"),
     "evaluate": ("openmoba.lab.commands:Evaluate", "LM, position-wise and trailing loss of a run or a model"),
+    "study": ("openmoba.lab.study_commands:Study", "train a recipe's runs, draw its charts, write its report"),
+    "fit": ("openmoba.lab.study_commands:Fit", "power laws of a study's runs, with intervals"),
+    "plot": ("openmoba.lab.study_commands:Plot", "draw a study's charts again, by any convention of compute"),
     "evaluate needle": ("openmoba.lab.model_commands:Needle", "needle in a haystack: depth-by-length heat map"),
     "generate": ("openmoba.lab.model_commands:Generate", "continue a text with a run's or a model's weights"),
     "convert": ("openmoba.lab.model_commands:Convert", "make a MoBA checkpoint of a Llama, Qwen, Mistral ... one"),

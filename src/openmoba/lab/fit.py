@@ -83,9 +83,9 @@ class Difference:
 
     Attributes:
         mean: over seeds and windows, in nats.
-        interval: over resampled windows.
+        interval: over resampled seeds and windows.
         per_seed: the difference of every seed that both arms have.
-        resolved: the interval excludes zero and every seed agrees on the sign.
+        resolved: the interval excludes zero. With two or three seeds that takes seeds that agree on the sign.
     """
 
     mean: float
@@ -94,8 +94,7 @@ class Difference:
 
     @property
     def resolved(self) -> bool:
-        signs = {np.sign(value) for value in self.per_seed}
-        return 0.0 not in self.interval and len(signs) == 1
+        return 0.0 not in self.interval
 
 
 def fit_power_law(compute: ArrayLike, loss: ArrayLike) -> PowerLaw:
@@ -122,15 +121,16 @@ def fit_runs(compute: ArrayLike, windows: ArrayLike, *, seed: int = 0) -> Fit:
         seed: of the bootstrap's random generator.
 
     A replicate draws N runs and W windows with replacement; a draw of runs that all have the same compute
-    determines no line and is drawn again.
+    determines no line and is drawn again. Arms with equally many runs, given in the same order of sizes and
+    seeds, see the same draws, so the replicates of their fits are paired.
     """
     windows_NW = np.asarray(windows, dtype=np.float64)
     loss_N = windows_NW.mean(axis=1)
     log_compute_N, log_loss_N = _logarithms(compute, loss_N)
     law = fit_power_law(compute, loss_N)
     rng = np.random.default_rng(seed)
+    loss_RN = _draw_shares(rng, windows_NW.shape[1]) @ windows_NW.T
     count_RN = _draw_runs(rng, log_compute_N)
-    loss_RN = _draw_windows(rng, windows_NW.shape[1]) @ windows_NW.T
     lines_R2 = _huber_lines(log_compute_N, np.log(loss_RN), count_RN)
     return Fit(
         law=law,
@@ -144,24 +144,23 @@ def fit_runs(compute: ArrayLike, windows: ArrayLike, *, seed: int = 0) -> Fit:
 
 
 def mean_interval(windows: ArrayLike, *, seed: int = 0) -> Interval:
-    """Interval of the mean of [W] window losses, over resampled windows."""
-    windows_W = np.asarray(windows, dtype=np.float64)
-    return Interval.of(_draw_windows(np.random.default_rng(seed), len(windows_W)) @ windows_W)
+    """Interval of the mean of [S, W] window losses, over resampled seeds and windows."""
+    windows_SW = np.asarray(windows, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    share_RS, share_RW = (_draw_shares(rng, count) for count in windows_SW.shape)
+    return Interval.of(np.einsum("rs,sw,rw->r", share_RS, windows_SW, share_RW))
 
 
-def paired_difference(
-    first: Sequence[ArrayLike], second: Sequence[ArrayLike], *, seed: int = 0
-) -> Difference:
+def paired_difference(first: Sequence[ArrayLike], second: Sequence[ArrayLike], *, seed: int = 0) -> Difference:
     """How much larger the first arm's loss is than the second's.
 
     Args:
         first, second: [S][W] window losses of the seeds that both arms have, in the same order.
     """
     difference_SW = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-    difference_W = difference_SW.mean(axis=0)
     return Difference(
-        mean=float(difference_W.mean()),
-        interval=mean_interval(difference_W, seed=seed),
+        mean=float(difference_SW.mean()),
+        interval=mean_interval(difference_SW, seed=seed),
         per_seed=tuple(float(value) for value in difference_SW.mean(axis=1)),
     )
 
@@ -179,9 +178,9 @@ def _logarithms(compute: ArrayLike, loss: ArrayLike) -> tuple[Floats, Floats]:
     return np.log(compute_N), np.log(loss_N)
 
 
-def _draw_windows(rng: np.random.Generator, windows: int) -> Floats:
-    """[R, W] weights, rows summing to one: how often each window was drawn."""
-    return rng.multinomial(windows, np.full(windows, 1 / windows), size=REPLICATES) / windows
+def _draw_shares(rng: np.random.Generator, count: int) -> Floats:
+    """[R, count] what share of a replicate each of `count` things makes up; rows sum to one."""
+    return rng.multinomial(count, np.full(count, 1 / count), size=REPLICATES) / count
 
 
 def _draw_runs(rng: np.random.Generator, log_compute_N: Floats) -> Floats:

@@ -37,7 +37,7 @@ class TerminalProgress(Progress):
         now = time.monotonic()
         if self._first is None or done < self._first[0]:
             self._first = (done, now)
-        line = f"{self.label} {bar(done / total)} {done}/{total}  {detail}  {self._time_left(done, total, now)}"
+        line = f"{self.label} {bar(done / total)} {done}/{total}{self._time_left(done, total, now)}  {detail}"
         if self.stream.isatty():
             print(f"\r\033[K{line.strip()}", end="", file=self.stream, flush=True)
             self._open_line = True
@@ -51,7 +51,7 @@ class TerminalProgress(Progress):
         start, since = self._first
         if done >= total or done == start:
             return ""
-        return f"{duration((now - since) / (done - start) * (total - done))} left"
+        return f", {duration((now - since) / (done - start) * (total - done))} left"
 
     def _end_line(self) -> None:
         if self._open_line:

@@ -1,0 +1,205 @@
+"""A recipe: the TOML file that says which runs make up a study.
+
+```toml
+title = "Hybrids on novels"
+
+[run]                                     # tables of RunConfig, for every run
+data = { source = "novels.parquet", length = 8192 }
+arm = { block_size = 512, top_k = 3 }
+
+[sizes.small]                             # tables of RunConfig, for the runs of one size
+model = { size = "small" }
+train = { steps = 4000 }
+
+[arms.full]                               # ArmConfig, on top of [run.arm]
+name = "full"
+[arms.moba]
+name = "moba"
+[arms.last-3]
+name = "hybrid"
+full_layers = 3
+
+[[stages]]
+name = "pretrain"
+sizes = ["small"]
+arms = ["full", "moba"]
+seeds = [0, 1]
+chart = "scaling"                         # also drawn: "layers", or no chart
+
+[[stages]]
+name = "finetune"
+sizes = ["small"]
+arms = ["full", "moba", "last-3"]
+seeds = [0, 1]
+chart = "layers"
+after = "pretrain"                        # each arm goes on from its own run of that stage, and
+branch = "moba"                           # an arm that the stage does not have branches from this one
+run = { train = { steps = 400, loss_tokens = 1024 } }
+```
+
+A stage trains sizes x arms x seeds. What is more special wins: [run], then the size, the stage, the arm.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from openmoba.lab.config import RunConfig, from_dict
+
+RECIPE_FILE = "recipe.toml"
+"""A study's folder keeps its recipe under this name."""
+
+Table = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One block of runs, see the module's example."""
+
+    name: str
+    sizes: tuple[str, ...]
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...] = (0,)
+    chart: Literal["scaling", "layers"] | None = None
+    after: str | None = None
+    branch: str | None = None
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a study: `name` is its folder below the study's, `after` the run it starts from."""
+
+    name: str
+    stage: Stage
+    size: str
+    arm: str
+    seed: int
+    after: str | None
+    tables: Table = field(repr=False)
+
+    def config(self, study: Path) -> RunConfig:
+        """The run's configuration in the study folder `study`."""
+        start = {"start_from": str(study / self.after)} if self.after else {}
+        return from_dict(RunConfig, _merge(self.tables, {"train": {"seed": self.seed, **start}}))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe and all its runs, dependencies first."""
+
+    title: str
+    text: str
+    stages: tuple[Stage, ...]
+    runs: tuple[PlannedRun, ...]
+
+
+def read_recipe(path: Path, source: str | None = None) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        source: documents to use instead of the recipe's `run.data.source`.
+
+    Raises:
+        ValueError: not TOML, an unknown key, size, arm or stage, or a configuration that no run can have. The
+            message names what was found and what is allowed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        return parse_recipe(text, title=path.stem, source=source)
+    except FileNotFoundError:
+        raise ValueError(f"there is no recipe {path}; recipes/demo.toml is one to start from") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def parse_recipe(text: str, *, title: str, source: str | None = None) -> Recipe:
+    """`read_recipe` of a recipe's text; `title` is the default of its title."""
+    tables = tomllib.loads(text)
+    if source is not None:
+        tables = _merge(tables, {"run": {"data": {"source": source}}})
+    _check_names("the recipe", tables, ("title", "run", "sizes", "arms", "stages"))
+    for key in ("sizes", "arms", "stages"):
+        if not tables.get(key):
+            raise ValueError(f"the recipe has no {key}; openmoba.lab.recipe shows an example")
+    stages: dict[str, Stage] = {}
+    runs: dict[str, PlannedRun] = {}
+    for table in tables["stages"]:
+        stage = from_dict(Stage, {key: value for key, value in table.items() if key != "run"}, "stages")
+        _check_stage(stage, stages, tables)
+        stages[stage.name] = stage
+        for run in _stage_runs(stage, stages, tables, table.get("run", {})):
+            runs[run.name] = run
+            _check_config(run)
+    return Recipe(tables.get("title", title), text, tuple(stages.values()), tuple(runs.values()))
+
+
+def _stage_runs(stage: Stage, stages: dict[str, Stage], tables: Table, special: Table) -> list[PlannedRun]:
+    runs = []
+    for size in stage.sizes:
+        for arm in stage.arms:
+            merged = tables.get("run", {})
+            for layer in (tables["sizes"][size], special, {"arm": tables["arms"][arm]}):
+                merged = _merge(merged, layer)
+            for seed in stage.seeds:
+                after = None
+                if stage.after is not None:
+                    earlier = arm if arm in stages[stage.after].arms else stage.branch
+                    after = _run_name(stage.after, size, str(earlier), seed)
+                name = _run_name(stage.name, size, arm, seed)
+                runs.append(PlannedRun(name, stage, size, arm, seed, after, merged))
+    return runs
+
+
+def _run_name(stage: str, size: str, arm: str, seed: int) -> str:
+    return f"{stage}/{size}-{arm}-seed{seed}"
+
+
+def _check_stage(stage: Stage, earlier: dict[str, Stage], tables: Table) -> None:
+    where = f"stage {stage.name!r}"
+    if stage.name in earlier:
+        raise ValueError(f"two stages are called {stage.name!r}; give each its own name")
+    _check_names(f"{where}: sizes", stage.sizes, tables["sizes"])
+    _check_names(f"{where}: arms", stage.arms, tables["arms"])
+    for key in ("sizes", "arms", "seeds"):
+        values = getattr(stage, key)
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{where}: {key} must be a list without repetitions, got {list(values)}")
+    if stage.after is None:
+        return
+    _check_names(f"{where}: after", [stage.after], earlier)
+    start = earlier[stage.after]
+    for key in ("sizes", "seeds"):
+        missing = [value for value in getattr(stage, key) if value not in getattr(start, key)]
+        if missing:
+            raise ValueError(f"{where}: stage {start.name!r}, which it goes on from, lacks the {key} {missing}")
+    new_arms = [arm for arm in stage.arms if arm not in start.arms]
+    if new_arms and stage.branch not in start.arms:
+        raise ValueError(
+            f"{where}: the arms {', '.join(new_arms)} are not in stage {start.name!r}; set branch to the arm "
+            f"they branch from ({', '.join(start.arms)}), got {stage.branch!r}"
+        )
+
+
+def _check_config(run: PlannedRun) -> None:
+    try:
+        run.config(Path())
+    except ValueError as error:
+        raise ValueError(f"run {run.name}: {error}") from error
+
+
+def _check_names(where: str, names: Any, allowed: Any) -> None:
+    unknown = [name for name in names if name not in allowed]
+    if unknown:
+        raise ValueError(f"{where}: unknown {', '.join(map(repr, unknown))}; allowed are {', '.join(allowed)}")
+
+
+def _merge(base: Table, special: Table) -> Table:
+    """`base` with the entries of `special` on top, table by table."""
+    merged = dict(base)
+    for key, value in special.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged

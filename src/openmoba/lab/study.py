@@ -1,0 +1,185 @@
+"""A study: work through a recipe's runs until all are finished, alone or together with other processes.
+
+The folder is the only state. A run is finished when its `result.json` is there; a process claims a run before it
+trains it, and a run that was cut short goes on from its checkpoint. So a study may be stopped at any moment and
+started again, and any number of processes may work through it at once.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from openmoba.lab.claims import claim, holder
+from openmoba.lab.config import to_dict
+from openmoba.lab.model import SIZES
+from openmoba.lab.progress import Progress, duration
+from openmoba.lab.recipe import RECIPE_FILE, PlannedRun, Recipe
+from openmoba.lab.records import Row, read_json, write_json, write_text
+
+POLL_SECONDS = 1.0
+
+Train = Callable[..., Row]
+
+
+def run_study(recipe: Recipe, study: Path, train: Train, reporter: Callable[[str], Progress]) -> int:
+    """Train every run of `recipe` that is not finished; returns how many this process trained.
+
+    Args:
+        study: the study's folder; runs lie in it by their names.
+        train: `openmoba.lab.train.run_training`.
+        reporter: label -> progress of what is so labelled.
+
+    Raises:
+        ValueError: a run's folder holds a run of another configuration (nothing was trained then), a run failed,
+            or torchrun started this process.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "a study gives each process runs of its own, torchrun gives all processes the same one; start "
+            "`openmoba study` once per GPU, each with its CUDA_VISIBLE_DEVICES"
+        )
+    check_folders(recipe, study)
+    study.mkdir(parents=True, exist_ok=True)
+    write_text(study / RECIPE_FILE, recipe.text)
+    clock = StudyClock(recipe, study)
+    trained = 0
+    waiting = False
+    while unfinished := [run for run in recipe.runs if not finished(run, study)]:
+        if any(_attempt(run, recipe, study, train, reporter, clock) for run in unfinished):
+            trained, waiting = trained + 1, False
+            continue
+        if not waiting:
+            reporter("").note(f"waiting for {_holders(unfinished, study)}")
+            waiting = True
+        time.sleep(POLL_SECONDS)
+    return trained
+
+
+def finished(run: PlannedRun, study: Path) -> bool:
+    """Whether the run has its result."""
+    return (study / run.name / "result.json").exists()
+
+
+def check_folders(recipe: Recipe, study: Path) -> None:
+    """Raise ValueError if a run's folder was made with another configuration than the recipe's."""
+    for run in recipe.runs:
+        file = study / run.name / "config.json"
+        if not file.exists():
+            continue
+        stored, wanted = _flat(read_json(file)), _flat(to_dict(run.config(study)))
+        if run.after is not None and str(stored.get("train.start_from")).endswith(run.after):
+            stored["train.start_from"] = wanted["train.start_from"]  # the study's folder has moved as a whole
+        keys = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
+        if keys:
+            changes = "; ".join(f"{key}: {stored.get(key)!r} there, {wanted.get(key)!r} here" for key in keys)
+            raise ValueError(
+                f"{file.parent} was made with another configuration ({changes}); "
+                "restore the recipe, choose another --out, or delete that folder to train it again"
+            )
+
+
+def overview(recipe: Recipe, study: Path) -> str:
+    """One line per run: what is finished, what has begun, what is missing."""
+    return "\n".join(f"{_state(run, study):9} {run.name}{_origin(run)}" for run in recipe.runs)
+
+
+class StudyClock:
+    """Time left for a whole study, from the speed of this process so far.
+
+    Work is counted in multiply-adds of the matrices, plus an allowance per layer and token for what does not
+    shrink with the width (norms, kernel launches); runs that others finish meanwhile count as done.
+    """
+
+    def __init__(self, recipe: Recipe, study: Path) -> None:
+        self.recipe, self.study = recipe, study
+        self._start = time.monotonic()
+        self._before = self._finished_work()
+        self._own = 0.0
+
+    def left(self, run: PlannedRun, share: float) -> str:
+        """Share of the study that is done, and the time left, with `share` of `run` done by this process."""
+        total = sum(map(_work, self.recipe.runs))
+        done = self._finished_work() + share * _work(run)
+        speed = (self._own + share * _work(run)) / (time.monotonic() - self._start)
+        text = f"study {done / total:.0%}"
+        return f"{text}, {duration((total - done) / speed)} left" if speed > 0 else text
+
+    def finish(self, run: PlannedRun) -> None:
+        """Count `run` as trained by this process."""
+        self._own += _work(run)
+
+    def _finished_work(self) -> float:
+        return sum(_work(run) for run in self.recipe.runs if finished(run, self.study))
+
+
+class _RunProgress(Progress):
+    """A run's own progress, with the study's beside it."""
+
+    def __init__(self, run: PlannedRun, steps: int, own: Progress, clock: StudyClock) -> None:
+        self.run, self.steps, self.own, self.clock = run, steps, own, clock
+
+    def note(self, text: str) -> None:
+        self.own.note(text)
+
+    def step(self, done: int, total: int, detail: str = "") -> None:
+        if total == self.steps:
+            detail = f"{detail}  {self.clock.left(self.run, done / total)}"
+        self.own.step(done, total, detail)
+
+
+def _attempt(
+    run: PlannedRun,
+    recipe: Recipe,
+    study: Path,
+    train: Train,
+    reporter: Callable[[str], Progress],
+    clock: StudyClock,
+) -> bool:
+    """Train `run` if what it starts from is there and nobody else has it."""
+    folder = study / run.name
+    if run.after is not None and not (study / run.after / "result.json").exists():
+        return False
+    with claim(folder) as mine:
+        if not mine or finished(run, study):
+            return False
+        config = run.config(study)
+        if (folder / "config.json").exists():
+            write_json(folder / "config.json", to_dict(config))  # `check_folders` let no more than a move pass
+        progress = reporter(run.name)
+        progress.note(f"run {recipe.runs.index(run) + 1} of {len(recipe.runs)}: {run.name}{_origin(run)}")
+        train(config, folder, progress=_RunProgress(run, config.train.steps, progress, clock))
+        clock.finish(run)
+    return True
+
+
+def _work(run: PlannedRun) -> float:
+    config = run.config(Path())
+    size = SIZES[config.model.size]
+    matrices = size.layers * (4 * size.hidden**2 + 3 * size.hidden * size.feed_forward)
+    return float(config.tokens * (matrices + config.data.vocab_size * size.hidden + 60_000 * size.layers))
+
+
+def _holders(unfinished: list[PlannedRun], study: Path) -> str:
+    return ", ".join(f"{run.name} ({holder(study / run.name)})" for run in unfinished if holder(study / run.name))
+
+
+def _state(run: PlannedRun, study: Path) -> str:
+    if finished(run, study):
+        return "finished"
+    return "begun" if (study / run.name / "config.json").exists() else "missing"
+
+
+def _origin(run: PlannedRun) -> str:
+    return f", from {run.after}" if run.after else ""
+
+
+def _flat(tables: Row, prefix: str = "") -> dict[str, Any]:
+    """`{"train": {"steps": 1}}` as `{"train.steps": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

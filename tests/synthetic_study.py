@@ -1,0 +1,109 @@
+"""A study whose runs are computed, not trained: known laws, noise per run, and windows of known difficulty."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from openmoba.lab.config import RunConfig, to_dict
+from openmoba.lab.progress import Progress
+
+LAWS = {"moba": (1.546, -0.108), "full": (1.464, -0.097), "hybrid": (1.50, -0.103)}
+PARAMETERS = {"small": 200_000, "medium": 500_000, "large": 1_200_000}
+WINDOWS = 24
+
+RECIPE = """
+title = "Synthetic study"
+[run]
+data = { length = 1024 }
+arm = { block_size = 64, top_k = 3 }
+[sizes]
+small = { model = { size = "small" }, train = { steps = 100 } }
+medium = { model = { size = "medium" }, train = { steps = 200 } }
+large = { model = { size = "large" }, train = { steps = 400 } }
+[arms]
+full = { name = "full" }
+moba = { name = "moba" }
+last-1 = { name = "hybrid", full_layers = 1 }
+last-2 = { name = "hybrid", full_layers = 2 }
+last-3 = { name = "hybrid", full_layers = 3 }
+[[stages]]
+name = "pretrain"
+sizes = ["small", "medium", "large"]
+arms = ["full", "moba"]
+seeds = [0, 1]
+chart = "scaling"
+[[stages]]
+name = "finetune"
+sizes = ["large"]
+arms = ["full", "moba", "last-1", "last-2", "last-3"]
+seeds = [0, 1]
+chart = "layers"
+after = "pretrain"
+branch = "moba"
+run = { train = { steps = 40, loss_tokens = 128 } }
+"""
+
+
+def train(config: RunConfig, folder: Path, *, progress: Progress | None = None) -> dict:
+    """Stands in for `run_training`: writes a run's records, with losses from the arm's law."""
+    size = config.model.size
+    rng = np.random.default_rng([config.train.seed, len(config.arm.name), PARAMETERS[size]])
+    luck = np.exp(rng.normal(0, 0.002))
+    difficulty = np.random.default_rng(0).normal(0, 0.3, WINDOWS)
+    rows = []
+    for step in np.linspace(0, config.train.steps, 9)[1:].astype(int):
+        rows.append(_evaluation(config, int(step), luck, difficulty - difficulty.mean(), rng))
+        if progress:
+            progress.step(int(step), config.train.steps)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(to_dict(config)))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = {
+        "config": to_dict(config),
+        "params": {"total": 2 * PARAMETERS[size], "non_embedding": PARAMETERS[size]},
+        "tokens": rows[-1]["tokens"],
+        "compute": rows[-1]["compute"],
+        "eval": rows[-1],
+        "data": {"training_windows": 1000, "epochs": 1.0, "vocabulary": 2048},
+        "hardware": {"cpu": "an imagined processor", "cores": 2, "threads": 2, "gpus": []},
+        "versions": {"openmoba": "0", "torch": "2"},
+        "commit": "0000000",
+        "seconds": 60.0,
+    }
+    (folder / "result.json").write_text(json.dumps(result))
+    return result
+
+
+def _evaluation(config, step, luck, difficulty, rng):
+    parameters = PARAMETERS[config.model.size]
+    tokens = step * config.train.batch_size * config.data.length
+    compute = 6 * parameters * tokens / 8.64e19
+    share = step / config.train.steps
+    a, b = LAWS[config.arm.name]
+    if config.arm.name == "hybrid":
+        a -= 0.015 * config.arm.full_layers
+    final = a * (compute / share * 1e6) ** b  # the law holds for the end of a run
+    loss = final * luck * (1 + 0.25 * (share**-0.6 - 1))
+    windows = loss + difficulty + rng.normal(0, 0.01, WINDOWS)
+    return {
+        "kind": "eval",
+        "step": step,
+        "tokens": tokens,
+        "lm_loss": float((1.1 * windows).mean()),
+        "trailing_loss": float(windows.mean()),
+        "position_loss": [
+            {"start": 128 * i, "end": 128 * (i + 1), "loss": loss * (1.35 - 0.35 * (i / 7) ** 0.4)} for i in range(8)
+        ],
+        "intervals": {
+            "lm": [1.1 * windows.min(), 1.1 * windows.max()],
+            "trailing": [windows.min(), windows.max()],
+        },
+        "windows": {"lm": (1.1 * windows).tolist(), "trailing": windows.tolist()},
+        "compute": {
+            "6nd": compute,
+            "chinchilla": 1.4 * compute,
+            "causal_exact": 1.1 * compute,
+            "accelerator_seconds": 60.0 * share,
+        },
+    }
