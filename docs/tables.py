@@ -57,7 +57,7 @@ def attention_h200() -> str:
                 _ms(mine.p50_ms),
                 _ms(mine.dense_ms),
                 "-" if mine.speedup is None else f"{mine.speedup:.1f}x",
-                _ms(peer and peer.p50_ms),
+                _ms(peer.p50_ms if peer else None),
             )
         )
     if not cells:

@@ -23,6 +23,7 @@ import tyro
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from openmoba.cli import COMMANDS, main
+from openmoba.lab.recipe import read_recipe
 from openmoba.lab.tokenizer import byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -118,18 +119,27 @@ def run_command(words: list[str]) -> None:
 
 
 def parse(arguments: list[str]) -> Any:
-    """Read a command's options without running it; recipes and results that it names are there."""
+    """Read a command's options without running it; recipes that it names, and runs of the demo, are there."""
     name = " ".join(arguments[:2]) if " ".join(arguments[:2]) in COMMANDS else arguments[0]
     module, _, kind = COMMANDS[name][0].partition(":")
     for path in arguments:
         assert not path.startswith("recipes/") or (ROOT / path).exists(), path
+        if path.startswith("runs/demo/"):
+            demo = read_recipe(ROOT / "recipes" / "demo.toml")
+            assert path.removeprefix("runs/demo/") in {run.name for run in demo.runs}, path
     return tyro.cli(getattr(import_module(module), kind), args=arguments[len(name.split()) :])
 
 
 def test_checks_can_fail(capsys: Any) -> None:
-    for words in (["make", "coffee"], ["pip", "install", ".[all]"], ["openmoba", "study", "recipes/none.toml"]):
+    for line in (
+        "make coffee",
+        "pip install '.[all]'",
+        "openmoba studies recipes/demo.toml",
+        "openmoba study recipes/none.toml",
+        "openmoba evaluate runs/demo/pretrain/giant-moba-seed0",
+    ):
         with pytest.raises((AssertionError, KeyError)):
-            run_command(words)
+            run_command(shlex.split(line))
     with pytest.raises(SystemExit):
         run_command(["openmoba", "train", "runs/x", "--arm.nome", "moba"])
 
