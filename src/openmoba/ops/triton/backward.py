@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from openmoba.ops.triton.forward import LOG2E, dot, load_rows, own_rows, pair_rows, store_rows
-from openmoba.ops.triton.geometry import Geometry, first_row, locate, span, strides
+from openmoba.ops.triton.geometry import Geometry, cdiv, first_row, locate, power_of_two, span, strides
 from openmoba.ops.triton.plan import Plan, item_bounds, list_bounds, make_items
 from openmoba.ops.triton.tuning import (
     backward_keys_tile,
@@ -37,15 +37,15 @@ _MOST_FUSED_TILES = 4
 
 def dq_pieces(geometry: Geometry, dtype: torch.dtype) -> int:
     """Shares of dQ a pair gets from `_key_gradients`, one per key tile of its block; 0: `_query_gradients` runs."""
-    tiles = triton.cdiv(geometry.block_size, backward_keys_tile(geometry, dtype).n)
+    tiles = cdiv(geometry.block_size, backward_keys_tile(geometry, dtype).n)
     return tiles if tiles <= _MOST_FUSED_TILES else 0
 
 
 def row_statistics(d_out: Tensor, out: Tensor, lse: Tensor, geometry: Geometry) -> Tensor:
     """fp32 `[rows, H, 4]`: base-2 log-sum-exp, delta = <d_out, out>, and two unused."""
     statistics = torch.empty((*lse.shape, _STATISTICS.value), dtype=torch.float32, device=out.device)
-    rows, m, d = lse.numel(), 64, triton.next_power_of_2(geometry.width)
-    _row_statistics[(triton.cdiv(rows, m),)](
+    rows, m, d = lse.numel(), 64, power_of_two(geometry.width)
+    _row_statistics[(cdiv(rows, m),)](
         d_out, out, lse, statistics, geometry.tokens_q, rows, *strides(d_out), geometry.heads, geometry.width, m, d
     )
     return statistics
@@ -106,7 +106,7 @@ def heads_gradients(
     if plan is not None:
         offsets, items = plan.offsets, make_items(plan, geometry, key_tile.segment)
         partial_kv = q.new_empty((2, items.numel(), geometry.block_size, geometry.width), dtype=torch.float32)
-        _key_gradients[(items.numel(), triton.cdiv(geometry.block_size, key_tile.n))](
+        _key_gradients[(items.numel(), cdiv(geometry.block_size, key_tile.n))](
             d_out,
             q,
             k,
@@ -142,7 +142,7 @@ def heads_gradients(
                 EVEN=geometry.block_size % query_tile.n == 0,
                 **query_tile.launch(),
             )
-    _own_key_gradients[(geometry.block_slots * triton.cdiv(geometry.block_size, own_tile.n), heads)](
+    _own_key_gradients[(geometry.block_slots * cdiv(geometry.block_size, own_tile.n), heads)](
         d_out,
         q,
         k,
@@ -159,7 +159,7 @@ def heads_gradients(
         **own_tile.launch(),
     )
     own_tile = backward_own_queries_tile(geometry, q.dtype)
-    tiles = triton.cdiv(geometry.block_size, own_tile.m)
+    tiles = cdiv(geometry.block_size, own_tile.m)
     _own_query_gradients[(geometry.block_slots * tiles, heads * geometry.group)](
         d_out, q, k, v, statistics, partial_dq, dq, *sizes, **meta, **own_tile.launch()
     )

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openmoba.ops.triton.geometry import Geometry, first_row, locate, span, strides
+from openmoba.ops.triton.geometry import Geometry, cdiv, first_row, locate, span, strides
 from openmoba.ops.triton.plan import Plan, item_bounds, make_items
 from openmoba.ops.triton.tuning import forward_own_tile, forward_past_tile
 
@@ -79,7 +79,7 @@ def attend_heads(
             **tile.launch(),
         )
     tile = forward_own_tile(geometry, q.dtype)
-    tiles = triton.cdiv(geometry.block_size, tile.m)
+    tiles = cdiv(geometry.block_size, tile.m)
     _attend_own[(geometry.block_slots * tiles, heads * geometry.group)](
         q,
         k,

@@ -16,6 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; Triton's own is several times slower on the host, which counts at short lengths."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two >= n."""
+    return 1 << (n - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Sizes of one call. `tokens_q` and `tokens_k` are per sequence in a batch, totals in a packed batch."""
@@ -58,7 +68,7 @@ class Geometry:
     @property
     def longest(self) -> int:
         """Upper bound of the blocks in one sequence."""
-        return -(-self.tokens_k // self.block_size)
+        return cdiv(self.tokens_k, self.block_size)
 
     @property
     def block_slots(self) -> int:
@@ -72,7 +82,7 @@ class Geometry:
     def _slots(self, tokens: int, tile: int) -> int:
         if self.packed:
             return tokens // tile + self.sequences
-        return self.sequences * -(-tokens // tile)
+        return self.sequences * cdiv(tokens, tile)
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:

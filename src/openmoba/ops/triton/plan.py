@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openmoba.ops.triton.geometry import Geometry
+from openmoba.ops.triton.geometry import Geometry, cdiv
 
 _LANES = 128
 
@@ -41,7 +41,7 @@ def make_plan(keys: Tensor, pairs: Tensor, offsets: Tensor, geometry: Geometry) 
     heads, block_slots = keys.shape[0], geometry.block_slots
     ordered, order = torch.sort(keys.reshape(-1), stable=True)
     pairs.copy_(order)
-    grid = (triton.cdiv(heads * (block_slots + 1), _LANES),)
+    grid = (cdiv(heads * (block_slots + 1), _LANES),)
     _find_offsets[grid](ordered, offsets, heads, block_slots, ordered.numel(), _LANES)
     return Plan(pairs, offsets, heads)
 
@@ -54,7 +54,7 @@ def make_items(plan: Plan, geometry: Geometry, segment: int) -> Tensor:
     lists = plan.heads * geometry.block_slots
     count = plan.pairs.numel() // segment + lists
     items = torch.empty(count, dtype=torch.int32, device=plan.pairs.device)
-    grid = (triton.cdiv(count, _LANES),)
+    grid = (cdiv(count, _LANES),)
     _find_items[grid](plan.offsets, items, lists, geometry.block_slots, count, segment, _LANES)
     return items
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from triton import next_power_of_2
 
-from openmoba.ops.triton.geometry import Geometry
+from openmoba.ops.triton.geometry import Geometry, power_of_two
 
 
 @dataclass(frozen=True)
@@ -81,11 +80,11 @@ def backward_own_queries_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
 
 
 def _width(geometry: Geometry) -> int:
-    return int(next_power_of_2(max(16, geometry.width)))
+    return power_of_two(max(16, geometry.width))
 
 
 def _keys(geometry: Geometry) -> int:
-    return int(next_power_of_2(max(16, geometry.block_size)))
+    return power_of_two(max(16, geometry.block_size))
 
 
 def _wide(d: int, dtype: torch.dtype) -> bool:
