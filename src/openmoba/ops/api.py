@@ -10,15 +10,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from openmoba.ops import library
-from openmoba.ops.checks import check_call, check_scale
+from openmoba.ops.checks import check_call, check_scale, check_triton
 from openmoba.ops.dense import dense_attention
 from openmoba.ops.reference import reference_attention, reference_select
 
@@ -182,7 +180,7 @@ def _implementation(q: Tensor, impl: str) -> tuple[str, str]:
     if impl == "cpu" and q.device.type not in ("cpu", "meta"):
         raise ValueError(f"impl='cpu' needs CPU tensors, got {q.device}; use impl='auto'")
     if impl == "triton":
-        _check_triton(q)
+        check_triton(q)
     if impl in ("cpu", "triton") and q.dtype == torch.float64:
         raise ValueError(f"impl={impl!r} does not compute in float64; use impl='reference'")
     return impl, "asked for"
@@ -193,18 +191,8 @@ def _automatic(q: Tensor) -> tuple[str, str]:
     if q.dtype == torch.float64:
         return "reference", "only the reference computes in float64"
     if device == "cuda":
-        _check_triton(q)
+        check_triton(q)
         return "triton", "CUDA tensors"
     if device in ("cpu", "meta"):
         return "cpu", f"{device} tensors"
     return "reference", f"no kernels for {device} tensors"
-
-
-def _check_triton(q: Tensor) -> None:
-    if find_spec("triton") is None:
-        raise ValueError("impl='triton' needs the triton package, which is not installed; use impl='reference'")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if q.device.type != "cuda" and not (interpreted and q.device.type in ("cpu", "meta")):
-        raise ValueError(f"impl='triton' needs CUDA tensors, got {q.device}; use impl='auto'")
-    if interpreted and q.dtype == torch.bfloat16:
-        raise ValueError("Triton's interpreter computes bfloat16 wrongly; use float16 or float32")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
@@ -47,6 +49,17 @@ def check_scale(q: Tensor, scale: float | None) -> float:
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
         raise ValueError(f"scale must be a positive finite number, got {scale!r}; leave it out for head_dim ** -0.5")
     return float(scale)
+
+
+def check_triton(q: Tensor) -> None:
+    """Raise ValueError unless Triton can run kernels on q."""
+    if find_spec("triton") is None:
+        raise ValueError("impl='triton' needs the triton package, which is not installed; use impl='reference'")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if q.device.type != "cuda" and not (interpreted and q.device.type in ("cpu", "meta")):
+        raise ValueError(f"impl='triton' needs CUDA tensors, got {q.device}; use impl='auto'")
+    if interpreted and q.dtype == torch.bfloat16:
+        raise ValueError("Triton's interpreter computes bfloat16 wrongly; use float16 or float32")
 
 
 def _check_kind(tensors: dict[str, Tensor]) -> None:

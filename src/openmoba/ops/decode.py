@@ -5,6 +5,12 @@
 
 Source: MoBA technical report, arXiv 2502.13189, equations 2 to 6, with the block means of equation 5 kept in the
 cache (`openmoba.ops.pages`) instead of computed anew. The cost is `top_k * block_size` keys and one centroid per page.
+
+`impl` picks speed, never meaning:
+
+    "reference"  torch operations, any device, one query token after the other
+    "triton"     CUDA kernels; on CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)
+    "auto"       "triton" for CUDA tensors, "reference" for fp64 and for other devices
 """
 
 from __future__ import annotations
@@ -15,7 +21,9 @@ import torch
 from torch import Tensor
 
 from openmoba.config import check_blocks
+from openmoba.ops.checks import check_scale, check_triton
 
+IMPLEMENTATIONS = ("auto", "reference", "triton")
 MAX_QUERIES = 16
 
 # B batch rows, T query tokens, S cache slots, P pages, H query heads, Hkv key/value heads, G = H / Hkv,
@@ -33,6 +41,7 @@ def moba_decode(
     block_size: int,
     top_k: int,
     scale: float | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """Attention of each row's last T tokens over its own cached tokens, reading `top_k` blocks per query and head.
 
@@ -50,16 +59,20 @@ def moba_decode(
         lengths: int32 `[B]`, tokens in the cache, the new ones included.
         starts: int32 `[B]`, first slot of each row; zeros by default.
         block_size, top_k, scale: as in `openmoba.moba_attention`.
+        impl: "auto", "reference" or "triton"; an explicit choice never falls back. Triton's caches and centroids
+            have a contiguous last dimension.
 
     Returns:
         `[B, T, H, D]` in q's dtype; zero for queries before a row's first token. Not differentiable.
 
     Raises:
         ValueError: naming the argument and its value. The values inside `lengths` and `starts` are not read by
-            the host.
+            the host, and the call waits for no device and fits a CUDA graph.
     """
     _check(q, k_cache, v_cache, centroids, lengths, starts, block_size, top_k)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = check_scale(q, scale)
+    if _implementation(q, impl) == "triton":
+        return _decode_triton(q, k_cache, v_cache, centroids, lengths, starts, block_size, top_k, scale)
     starts = torch.zeros_like(lengths) if starts is None else starts
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         rows = [
@@ -67,6 +80,64 @@ def moba_decode(
             for t, position_B in enumerate((lengths[:, None] - q.shape[1] + _range(q, q.shape[1])).unbind(1))
         ]
     return torch.stack(rows, 1)
+
+
+def _implementation(q: Tensor, impl: str) -> str:
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    if impl == "auto":
+        impl = "triton" if q.device.type == "cuda" and q.dtype != torch.float64 else "reference"
+    elif impl == "triton" and q.dtype == torch.float64:
+        raise ValueError("impl='triton' does not compute in float64; use impl='reference'")
+    if impl == "triton":
+        check_triton(q)
+    return impl
+
+
+def _decode_triton(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    centroids: Tensor,
+    lengths: Tensor,
+    starts: Tensor | None,
+    block_size: int,
+    top_k: int,
+    scale: float,
+) -> Tensor:
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache), ("centroids", centroids)):
+        if x.stride(-1) != 1:
+            raise ValueError(f"{name}'s last dimension must be contiguous, got strides {x.stride()}")
+    # The registered operation is there for compilers; its dispatch takes as long as the kernels.
+    run = torch.ops.openmoba.triton_decode if torch.compiler.is_compiling() else _triton_decode
+    with torch.no_grad():
+        q = q if q.stride(-1) == 1 else q.contiguous()
+        out: Tensor = run(q, k_cache, v_cache, centroids, lengths, starts, block_size, top_k, scale)
+    return out
+
+
+def _triton_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    centroids: Tensor,
+    lengths: Tensor,
+    starts: Tensor | None,
+    block_size: int,
+    top_k: int,
+    scale: float,
+) -> Tensor:
+    from openmoba.ops.triton.decode import decode  # importing openmoba needs torch alone
+
+    return decode(q, k_cache, v_cache, centroids, lengths, starts, block_size, top_k, scale)
+
+
+_decode_op = torch.library.custom_op("openmoba::triton_decode", _triton_decode, mutates_args=())
+
+
+@_decode_op.register_fake
+def _fake_triton_decode(q: Tensor, *_: object) -> Tensor:
+    return q.new_empty(q.shape)
 
 
 def _decode_one(
@@ -154,6 +225,9 @@ def _check(
             f"centroids must be {wide} [{batch}, pages, {kv_heads}, {width}], "
             f"got {centroids.dtype} {tuple(centroids.shape)}"
         )
+    for name, x in (("k_cache", k_cache), ("centroids", centroids), ("lengths", lengths), ("starts", starts)):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
     for name, x in (("lengths", lengths), ("starts", starts)):
         if x is not None and (x.dtype != torch.int32 or x.shape != (batch,)):
             raise ValueError(f"{name} must be int32 [{batch}], got {x.dtype} {tuple(x.shape)}")

@@ -1,0 +1,203 @@
+"""The decode kernels in Triton's interpreter, against fp64. bf16 and CUDA graphs run in tests/gpu only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from openmoba.ops.decode import moba_decode
+from openmoba.ops.triton import decode as kernels
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+
+FP16, FP32 = torch.float16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """`torch.empty` returns NaN and the largest integer, so that reading it shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[1, 80], ids=["whole-pages", "pieces"])
+def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As few programs as there are query rows, or so many that pages are cut."""
+    monkeypatch.setattr(kernels, "_PROGRAMS_PER_MULTIPROCESSOR", request.param)
+
+
+class Cache:
+    """Tokens of some rows in a cache, head-major in memory; NaN in the slots and pages that must not be read."""
+
+    def __init__(self, randn: Any, lengths: list[int], starts: list[int], kv_heads: int, width: int, block_size: int):
+        self.lengths, self.starts = (torch.tensor(x, dtype=torch.int32) for x in (lengths, starts))
+        slots = max(length + start for length, start in zip(lengths, starts, strict=True)) + 3
+        self.k, self.v = (randn(len(lengths), kv_heads, slots, width).transpose(1, 2) for _ in range(2))
+        self.block_size = block_size
+        for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            for x in (self.k, self.v):
+                x[row, :start] = torch.nan
+                x[row, start + length :] = torch.nan
+
+    def centroids(self, dtype: torch.dtype) -> Tensor:
+        """Sums over the complete pages of keys in `dtype`; one page more than any row has."""
+        pages = int(self.lengths.max()) // self.block_size + 1
+        batch, _, heads, width = self.k.shape
+        sums = torch.full((batch, heads, pages, width), torch.nan, dtype=FP32).transpose(1, 2)
+        for row, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
+            whole = int(length) // self.block_size
+            keys = self.k[row, start : start + whole * self.block_size].to(dtype).to(FP32)
+            sums[row, :whole] = keys.unflatten(0, (whole, self.block_size)).sum(1)
+        return sums
+
+    def decode(self, q: Tensor, top_k: int, **options: Any) -> Tensor:
+        """The kernels' result for keys and values in q's dtype."""
+        caches = (self.k.to(q.dtype), self.v.to(q.dtype), self.centroids(q.dtype))
+        settings = {"block_size": self.block_size, "top_k": top_k, "impl": "triton"} | options
+        return moba_decode(q, *caches, self.lengths, self.starts, **settings)
+
+    def expected(self, q: Tensor, top_k: int) -> Tensor:
+        """The same in fp64, by torch operations, on the same values."""
+        k, v = (x.to(q.dtype).double().nan_to_num() for x in (self.k, self.v))
+        sums = self.centroids(q.dtype).double().nan_to_num()
+        settings: dict[str, Any] = {"block_size": self.block_size, "top_k": top_k}
+        return moba_decode(q.double(), k, v, sums, self.lengths, self.starts, **settings)
+
+
+def assert_rounded(out: Tensor, expected: Tensor) -> None:
+    """No further from fp64 than rounding the output, and the fp32 sums."""
+    eps = torch.finfo(out.dtype).eps + 8 * torch.finfo(FP32).eps
+    assert (out.double() - expected).norm() <= eps * expected.norm()
+
+
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize(
+    ("dtype", "queries", "heads", "kv_heads", "width", "block_size", "top_k"),
+    [
+        (FP32, 1, 4, 1, 16, 16, 3),
+        (FP16, 1, 3, 3, 40, 16, 2),
+        (FP16, 3, 3, 1, 16, 8, 4),
+        (FP32, 2, 2, 2, 8, 48, 2),
+        (FP32, 1, 2, 1, 16, 16, 1),
+        (FP16, 1, 2, 1, 16, 16, 50),
+        (FP32, 1, 2, 1, 16, 1, 5),
+        (FP32, 16, 1, 1, 16, 16, 2),
+    ],
+)
+def test_rows_at_block_borders(randn, dtype, queries, heads, kv_heads, width, block_size, top_k):
+    """Rows of B - 1, B, B + 1 and more tokens, begun at any slot, as the only ones or beside others."""
+    lengths = [block_size, block_size + 1, 5 * block_size + 3, 4 * block_size - 1]
+    cache = Cache(randn, [max(queries, length) for length in lengths], [0, 7, 2, 0], kv_heads, width, block_size)
+    q = randn(4, queries, heads, width, dtype=dtype)
+    out = cache.decode(q, top_k)
+    assert out.dtype == dtype
+    assert_rounded(out, cache.expected(q, top_k))
+
+
+def test_more_query_rows_than_a_tile_of_scores(randn):
+    cache = Cache(randn, [70, 16], [0, 0], 1, 16, 16)
+    q = randn(2, 16, 5, 16, dtype=FP32)
+    assert_rounded(cache.decode(q, 3), cache.expected(q, 3))
+
+
+def test_wide_heads_are_scored_in_steps(randn):
+    cache = Cache(randn, [70], [0], 1, 200, 16)
+    q = randn(1, 1, 2, 200, dtype=FP32)
+    assert_rounded(cache.decode(q, 3), cache.expected(q, 3))
+
+
+def test_more_pages_than_are_looked_at_at_once(randn, monkeypatch):
+    monkeypatch.setattr(kernels, "_LANES", 16)
+    cache = Cache(randn, [200, 63, 64], [0, 1, 0], 2, 16, 4)
+    q = randn(3, 1, 4, 16, dtype=FP32)
+    assert_rounded(cache.decode(q, 6), cache.expected(q, 6))
+
+
+def test_queries_before_the_first_token_are_zero(randn):
+    cache = Cache(randn, [2, 0, 20], [18, 20, 0], 1, 16, 4)
+    q = randn(3, 4, 2, 16, dtype=FP32)
+    out = cache.decode(q, 3)
+    assert out[0, :2].eq(0).all()
+    assert out[1].eq(0).all()
+    assert_rounded(out, cache.expected(q, 3))
+
+
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize("factor", [0.0, 1.0])
+def test_ties_go_to_the_later_page(randn, factor):
+    cache = Cache(randn, [22], [0], 1, 16, 4)
+    cache.k[:, :20] = cache.k[:, :4].repeat(1, 5, 1, 1)
+    q = factor * randn(1, 1, 2, 16, dtype=FP32)
+    later = Cache(randn, [10], [0], 1, 16, 4)
+    later.k, later.v = cache.k[:, 12:], cache.v[:, 12:]
+    assert_rounded(cache.decode(q, 3), later.expected(q, 3))
+
+
+def test_large_logits(randn):
+    cache = Cache(randn, [40, 7], [0, 0], 1, 16, 8)
+    q = 1e4 * randn(2, 2, 2, 16, dtype=FP32)
+    torch.testing.assert_close(cache.decode(q, 3).double(), cache.expected(q, 3), rtol=1e-2, atol=1e-3)
+
+
+def test_scale(randn):
+    cache = Cache(randn, [40], [0], 1, 16, 8)
+    q = randn(1, 1, 2, 16, dtype=FP32)
+    assert torch.equal(cache.decode(q, 3, scale=0.5), cache.decode(2 * q, 3))
+
+
+def test_strided_queries(randn):
+    cache = Cache(randn, [40, 30], [0, 3], 2, 16, 8)
+    q = randn(2, 4, 3, 32, dtype=FP32).transpose(1, 2)
+    for strided in (q[..., 8:24], q[..., ::2]):
+        assert torch.equal(cache.decode(strided, 3), cache.decode(strided.contiguous(), 3))
+
+
+@pytest.mark.parametrize("starts", [None, torch.tensor([0, 3], dtype=torch.int32)])
+def test_in_a_compiled_graph(randn, starts):
+    cache = Cache(randn, [40, 30], [0, 3 if starts is not None else 0], 2, 16, 8)
+    caches = (cache.k.to(FP32), cache.v.to(FP32), cache.centroids(FP32))
+    q = randn(2, 1, 4, 16, dtype=FP32)
+
+    def step(q: Tensor, lengths: Tensor) -> Tensor:
+        return 2 * moba_decode(q, *caches, lengths, starts, block_size=8, top_k=3, impl="triton")
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, cache.lengths), step(q, cache.lengths))
+    torch.library.opcheck(torch.ops.openmoba.triton_decode, (q, *caches, cache.lengths, starts, 8, 3, 0.25))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 32, 512, 4096])
+@pytest.mark.parametrize(("block_size", "top_k"), [(128, 8), (512, 3), (4096, 12), (1, 64), (100, 1)])
+def test_shares_cover_the_pages_once(rows, block_size, top_k):
+    tile = kernels.keys_per_tile(block_size, 128, torch.bfloat16)
+    ranks, piece = kernels.share_of(rows, block_size, top_k, tile, 132)
+    shares = -(-top_k // ranks) * -(-block_size // piece)
+    assert ranks == 1 or piece == block_size
+    assert (piece % tile == 0) or piece == block_size
+    finest = top_k * -(-block_size // tile)
+    assert min(finest, 132 * 2) <= shares * rows
+    assert shares == 1 or shares * rows <= 132 * 4 * 2 + rows * top_k
+
+
+def test_what_triton_cannot_run(randn):
+    cache = Cache(randn, [40], [0], 1, 16, 8)
+    q = randn(1, 1, 2, 16, dtype=FP32)
+    with pytest.raises(ValueError, match="impl must be one of"):
+        cache.decode(q, 3, impl="cuda")
+    with pytest.raises(ValueError, match="float64"):
+        moba_decode(
+            q.double(), cache.k, cache.v, cache.centroids(FP32).double(), cache.lengths,
+            block_size=8, top_k=3, impl="triton",
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="v_cache's last dimension must be contiguous"):
+        moba_decode(
+            q, cache.k.float(), torch.zeros(1, 43, 1, 32)[..., ::2], cache.centroids(FP32), cache.lengths,
+            block_size=8, top_k=3, impl="triton",
+        )  # fmt: skip
