@@ -55,7 +55,7 @@ def test_choice_is_the_specified_one(randn, dtype, tokens, queries, heads, kv_he
 @pytest.mark.parametrize("top_k", [8, 13])
 def test_agreement_with_fp64(randn, offset, limit, top_k):
     """bf16 values, computed on as the kernel computes on bf16: exact in fp16, centroids rounded to fp16."""
-    q = randn(1, 1024, 4, 64).bfloat16().to(FP16)
+    q = randn(1, 512, 4, 64).bfloat16().to(FP16)
     k = (randn(1, 8192, 1, 64) + offset * randn(64)).bfloat16().to(FP16)
     selected, expected = select(q, k, None, None, 32, top_k), oracle(q, k, 32, top_k)
     assert_wellformed(selected, expected)
@@ -63,17 +63,17 @@ def test_agreement_with_fp64(randn, offset, limit, top_k):
 
 
 def test_many_picks_take_several_passes(randn):
-    q, k = randn(1, 40, 2, 16, dtype=FP32), randn(1, 1600, 1, 16, dtype=FP32)
+    q, k = randn(1, 40, 2, 16, dtype=FP32), randn(1, 900, 1, 16, dtype=FP32)
     selected, expected = select(q, k, None, None, 4, 64), oracle(q, k, 4, 64)
     assert_wellformed(selected, expected)
     assert disagreement(selected, expected) <= 1e-3
 
 
-@pytest.mark.parametrize("stride", [32, 64, 1])
+@pytest.mark.parametrize("stride", [32, 1])
 def test_best_blocks_that_share_a_lane(randn, stride):
-    """The nine best of 600 blocks sit `stride` apart: one lane of the gate, of its second look, or neighbours."""
+    """The nine best of 300 blocks sit in one lane of the gate and of its second look, or side by side."""
     blocks = torch.arange(9) * stride + 5
-    k = 0.1 * randn(1, 600, 1, 16)
+    k = 0.1 * randn(1, 300, 1, 16)
     k[0, blocks, :, 0] = 5 + torch.randperm(9, generator=torch.Generator().manual_seed(0))[:, None].double()
     q = 0.05 * randn(1, 50, 2, 16)
     q[..., 0] = 1
@@ -84,12 +84,10 @@ def test_best_blocks_that_share_a_lane(randn, stride):
 @pytest.mark.parametrize("top_k", [3, 8, 20])
 @pytest.mark.parametrize("dtype", [FP16, FP32])
 def test_equal_scores_go_to_the_later_block(randn, top_k, dtype):
-    k = randn(1, 4, 2, 16, dtype=dtype).repeat(1, 150, 1, 1)
-    q = randn(1, 600, 4, 16, dtype=dtype)
-    selected = select(q, k, None, None, 4, top_k)
-    own = torch.arange(600) // 4
-    latest = own[:, None] - 1 - torch.arange(top_k - 1)
-    assert torch.equal(selected, latest.clamp(min=-1).int()[None, :, None].expand_as(selected))
+    """Five blocks of small whole numbers repeat, so that every implementation computes the same scores exactly."""
+    q, k = randn(1, 90, 4, 16).mul(2).round().to(dtype), randn(1, 20, 2, 16).mul(2).round().to(dtype)
+    k = k.repeat(1, 30, 1, 1)
+    assert torch.equal(select(q, k, None, None, 4, top_k), oracle(q, k, 4, top_k))
 
 
 def test_zero_queries_and_zero_keys(randn):
@@ -151,12 +149,12 @@ def test_strided_inputs(randn):
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")  # numpy's view of NaN arithmetic
 def test_later_keys_change_nothing_before_them(randn, value, dtype):
     """Not even when they overflow; and whatever they make of later choices stays in the past."""
-    q, k = randn(1, 400, 4, 16, dtype=dtype), randn(1, 400, 2, 16, dtype=dtype)
-    before = select(q, k, None, None, 4, 6)
-    k[0, 200:203] = value
-    after = select(q, k, None, None, 4, 6)
-    assert torch.equal(after[0, :204], before[0, :204])
-    own = torch.arange(400) // 4
+    q, k = randn(1, 200, 2, 16, dtype=dtype), randn(1, 200, 1, 16, dtype=dtype)
+    before = select(q, k, None, None, 2, 6)
+    k[0, 100:103] = value
+    after = select(q, k, None, None, 2, 6)
+    assert torch.equal(after[0, :102], before[0, :102])
+    own = torch.arange(200) // 2
     assert (after >= -1).all()
     assert (after < own[None, :, None, None]).all()
 
@@ -171,7 +169,7 @@ def test_scale_of_inputs_does_not_matter(randn, scale):
 @pytest.mark.parametrize("tile", [GateTile(16, 16, 4, 1), GateTile(64, 32, 4, 1), GateTile(64, 64, 4, 1)])
 @pytest.mark.parametrize("top_k", [4, 8, 20])
 def test_tiles_do_not_change_the_choice(randn, monkeypatch, tile, top_k):
-    q, k = randn(1, 300, 3, 16, dtype=FP32), randn(1, 300, 1, 16, dtype=FP32)
+    q, k = randn(1, 40, 3, 16, dtype=FP32), randn(1, 210, 1, 16, dtype=FP32)
     before = select(q, k, None, None, 1, top_k)
     monkeypatch.setattr(gate, "gate_tile", lambda *_: tile)
     assert disagreement(select(q, k, None, None, 1, top_k), before) <= 1e-4

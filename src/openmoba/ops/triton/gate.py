@@ -18,7 +18,7 @@ from torch import Tensor
 
 from openmoba.ops.triton.geometry import Geometry, first_row, first_slot, locate, span, strides
 from openmoba.ops.triton.pool import padded_width, pool
-from openmoba.ops.triton.ranking import CENTER_BITS, fixed_point_scale, load_rows, rank_once, rank_repeatedly
+from openmoba.ops.triton.ranking import CENTER_BITS, largest_norms, load_rows, rank_once, rank_repeatedly
 
 _KEPT = 3
 _MOST_PICKS_OF_ONE_PASS = 16
@@ -122,22 +122,21 @@ def choose(
 
 
 def gate_tile(geometry: Geometry, dtype: torch.dtype) -> GateTile:
-    """Tile shapes of the gate; any choice is correct. Two programs share a multiprocessor where they fit."""
-    row_bytes = _row_bytes(geometry, dtype)
-    if row_bytes > 256:
-        return GateTile(m=64, lanes=32, warps=4, stages=2)
+    """Tile shapes of the gate; any choice is correct. At 128 registers two programs share a multiprocessor."""
+    width = padded_width(geometry)
+    if dtype == torch.float32:
+        return GateTile(m=64, lanes=32 if width <= 64 else 16, warps=8, stages=1)
+    if width > 128:
+        return GateTile(m=64, lanes=32, warps=8, stages=1)
     if geometry.top_k > 9:
-        return GateTile(m=64, lanes=64, warps=8, stages=2, registers=128)
+        return GateTile(m=64, lanes=64, warps=8, stages=1)
     return GateTile(m=128, lanes=32, warps=8, stages=3, registers=128)
 
 
 def second_look_tile(geometry: Geometry, dtype: torch.dtype) -> GateTile:
-    """Tile shapes of the second look: more lanes than the gate, since its rows are the crowded ones."""
-    return GateTile(m=64, lanes=64 if _row_bytes(geometry, dtype) <= 256 else 32, warps=8, stages=2)
-
-
-def _row_bytes(geometry: Geometry, dtype: torch.dtype) -> int:
-    return padded_width(geometry) * (4 if dtype == torch.float32 else 2)
+    """Tile shapes of the second look; any choice is correct."""
+    tile = gate_tile(geometry, dtype)
+    return GateTile(m=64, lanes=min(32, tile.lanes), warps=8, stages=min(2, tile.stages))
 
 
 def _fixed_point(geometry: Geometry, lanes: int) -> tuple[float, int, int]:
@@ -213,18 +212,19 @@ def _gate(
     q_offset_M = (begin_q + token_M).to(tl.int64) * stride_qt + (head * GROUP + member_M).to(tl.int64) * stride_qh
     q_offset_M += tl.cast(sequence, tl.int64) * stride_qb
     DTYPE: tl.constexpr = centroid_ptr.dtype.element_ty
-    q_MD, norm_M = load_rows(q_ptr, q_offset_M, live_M, DTYPE, WIDTH, D)
-    flat_M = first_row(sequence, cu_q_ptr, tokens_q, PACKED) + token_M
-    out_M = out_ptr + head.to(tl.int64) * stride_oh + flat_M.to(tl.int64) * stride_ot + member_M * PICKS
+    first_flat = first_row(sequence, cu_q_ptr, tokens_q, PACKED) + tile * TOKENS
+    out_ptr += head.to(tl.int64) * stride_oh + tl.cast(first_flat, tl.int64) * stride_ot
+    out_M = row_M // GROUP_PART * stride_ot + member_M * PICKS
     start = first_slot(sequence, cu_k_ptr, tokens_k, block_size, PACKED)
     first = head * block_slots + start
     offset = 0 if LOCAL else head % heads_per_sort * block_slots + start
     none = -1 if LOCAL else heads_per_sort * block_slots
-    scale_M = fixed_point_scale(norm_M, norm_ptr + first, past_M, fewest, most, key_scale)
+    largest_M = largest_norms(norm_ptr + first, past_M, fewest, most)
+    q_MD, scale_M = load_rows(q_ptr, q_offset_M, live_M, largest_M, key_scale, DTYPE, WIDTH, D)
     centroid_ptr += tl.cast(first, tl.int64) * D
     if REPEAT:
         rank_repeatedly(
-            q_MD, scale_M, past_M, live_M, fewest, most, centroid_ptr, out_M, offset, none,
+            q_MD, scale_M, past_M, live_M, fewest, most, centroid_ptr, out_ptr + out_M, offset, none,
             index_range, index_base, PICKS, ROUNDS, KEEP, LANES, COMPLETE,
         )  # fmt: skip
     else:
@@ -233,12 +233,12 @@ def _gate(
         )
         lane_L = tl.arange(0, LANES)[None, :]
         value_ML = tl.where(block_ML < 0, none, offset + block_ML).to(out_ptr.dtype.element_ty)
-        tl.store(out_M[:, None] + lane_L, value_ML, mask=live_M[:, None] & (lane_L < PICKS))
+        tl.store(out_ptr + (out_M[:, None] + lane_L), value_ML, mask=live_M[:, None] & (lane_L < PICKS))
         if not COMPLETE:
             again_M = again_M & live_M
             at_M = tl.atomic_add(count_ptr + head + tl.zeros([M], tl.int32), 1, mask=again_M, sem="relaxed")
             list_ptr = again_ptr + head.to(tl.int64) * rows
-            tl.store(list_ptr + at_M, flat_M * GROUP + member_M, mask=again_M)
+            tl.store(list_ptr + at_M, (first_flat + row_M // GROUP_PART) * GROUP + member_M, mask=again_M)
 
 
 @triton.jit
@@ -302,12 +302,12 @@ def _second_look(
             ) * stride_qh
             q_offset_M += tl.cast(sequence, tl.int64) * stride_qb
             DTYPE: tl.constexpr = centroid_ptr.dtype.element_ty
-            q_MD, norm_M = load_rows(q_ptr, q_offset_M, live_M, DTYPE, WIDTH, D)
             start = first_slot(sequence, cu_k_ptr, tokens_k, block_size, PACKED)
             first = head * block_slots + start
             offset = 0 if LOCAL else head % heads_per_sort * block_slots + start
             none = -1 if LOCAL else heads_per_sort * block_slots
-            scale_M = fixed_point_scale(norm_M, norm_ptr + first, past_M, fewest, most, key_scale)
+            largest_M = largest_norms(norm_ptr + first, past_M, fewest, most)
+            q_MD, scale_M = load_rows(q_ptr, q_offset_M, live_M, largest_M, key_scale, DTYPE, WIDTH, D)
             rank_repeatedly(
                 q_MD, scale_M, past_M, live_M, fewest, most, centroid_ptr + tl.cast(first, tl.int64) * D,
                 out_M, offset, none, index_range, index_base, PICKS, PICKS, KEEP, LANES, False,

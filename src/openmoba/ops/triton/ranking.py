@@ -28,19 +28,25 @@ _ROW_EXPONENT = tl.constexpr(14)
 
 
 @triton.jit
-def load_rows(q_ptr, offset_M, live_M, DTYPE: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Query rows in DTYPE, each scaled by a power of two (no ranking changes, bf16 fits fp16), and their norms."""
+def load_rows(q_ptr, offset_M, live_M, largest_M, key_scale, DTYPE: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Query rows in DTYPE, each scaled by a power of two (no ranking changes, bf16 fits fp16).
+
+    Also what takes their scores into the range of the fixed point, `key_scale / (|q| * largest |c|)`.
+    """
     d_D = tl.arange(0, D)
     mask = live_M[:, None] & (d_D < WIDTH)
     q_MD = tl.load(q_ptr + offset_M[:, None] + d_D, mask=mask, other=0.0).to(tl.float32)
     q_MD = (q_MD * power_of_two(tl.max(tl.abs(q_MD), 1), _ROW_EXPONENT)[:, None]).to(DTYPE)
     wide_MD = q_MD.to(tl.float32)
-    return q_MD, tl.sqrt(tl.sum(wide_MD * wide_MD, 1))
+    bound_M = tl.sqrt(tl.sum(wide_MD * wide_MD, 1)) * largest_M
+    return q_MD, key_scale / tl.where(bound_M > 0, bound_M, 1.0)
 
 
 @triton.jit
-def largest_norms(norm_ptr, past_M, fewest, most, CHUNK: tl.constexpr, NARROW: tl.constexpr):
+def largest_norms(norm_ptr, past_M, fewest, most):
     """The largest centroid norm among the first `past_M` blocks, `fewest <= past_M <= most`."""
+    CHUNK: tl.constexpr = 256
+    NARROW: tl.constexpr = 16
     shared_C = tl.zeros([CHUNK], tl.float32)
     for start in range(0, fewest, CHUNK):
         at_C = start + tl.arange(0, CHUNK)
@@ -92,15 +98,13 @@ def _keep_tile(
     """
     M: tl.constexpr = q_MD.shape[0]
     D: tl.constexpr = q_MD.shape[1]
+    first = tile * (2 * LANES)
     block_N = tl.arange(0, 2 * LANES)
-    tile_ptr = centroid_ptr + tl.cast(tile, tl.int64) * (2 * LANES * D)
-    centroid_ptr_ND = tile_ptr + (block_N[:, None] * D + tl.arange(0, D)[None, :])
-    if MASKED:
-        inside_N = tile * (2 * LANES) + block_N < most
-        centroid_ND = tl.load(centroid_ptr_ND, mask=inside_N[:, None], other=0.0)
-    else:
-        centroid_ND = tl.load(centroid_ptr_ND)
-    score_MN = tl.dot(q_MD, tl.trans(centroid_ND), input_precision="ieee")
+    if MASKED:  # stay within what the pool wrote
+        block_N = tl.minimum(block_N, most - 1 - first)
+    tile_ptr = centroid_ptr + tl.cast(first, tl.int64) * D
+    centroid_ND = tl.load(tile_ptr + block_N.to(tl.int64)[:, None] * D + tl.arange(0, D)[None, :])
+    score_MN = tl.dot(q_MD, tl.trans(centroid_ND), input_precision="tf32x3")
     fixed_MN = (score_MN * scale_M[:, None] + _CENTER).to(tl.int32, bitcast=True) * index_range
     # Halves, not neighbours, share a lane: neighbouring blocks are often chosen together.
     x_ML, y_ML = tl.split(tl.permute(tl.reshape(fixed_MN, [M, 2, LANES]), [0, 2, 1]))
@@ -108,9 +112,9 @@ def _keep_tile(
     y_ML += 2 * tile + 1 - index_base
     lane_L = tl.arange(0, LANES)[None, :]
     if MASKED:
-        block_L = lane_L + tile * (2 * LANES)
-        x_ML = tl.where(block_L < past_M[:, None], x_ML, -1)
-        y_ML = tl.where(block_L + LANES < past_M[:, None], y_ML, -1)
+        past_M = past_M - first
+        x_ML = tl.where(lane_L < past_M[:, None], x_ML, -1)
+        y_ML = tl.where(lane_L + LANES < past_M[:, None], y_ML, -1)
     if BELOW:
         x_ML = tl.where(x_ML * LANES + lane_L < ceiling_M[:, None], x_ML, -1)
         y_ML = tl.where(y_ML * LANES + lane_L < ceiling_M[:, None], y_ML, -1)
@@ -238,10 +242,3 @@ def rank_repeatedly(
             picking_M = picking_M & (done_M < PICKS)
             if not COMPLETE:
                 picking_M = picking_M & ((best_M > hiding_M) | (best_M < 0))
-
-
-@triton.jit
-def fixed_point_scale(norm_M, norm_ptr, past_M, fewest, most, key_scale):
-    """What takes a row's scores into the range of the fixed point: key_scale / (|q| * max |c|)."""
-    bound_M = norm_M * largest_norms(norm_ptr, past_M, fewest, most, 256, 16)
-    return key_scale / tl.where(bound_M > 0, bound_M, 1.0)
