@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": ("openmoba.lab.model_commands:Generate", "continue a text with a run's or a model's weights"),
     "convert": ("openmoba.lab.model_commands:Convert", "make a MoBA checkpoint of a Llama, Qwen, Mistral ... one"),
     "bench attention": ("openmoba.bench.attention:Attention", "time MoBA against dense attention and sparse peers"),
+    "bench decode": ("openmoba.bench.decode:Decode", "time decoding over a cache, and prefill in chunks"),
     "bench plot": ("openmoba.bench.commands:Plot", "figures and table of a benchmark"),
 }
 """Subcommand -> (module:dataclass, what it does). The module is imported when the command is used."""

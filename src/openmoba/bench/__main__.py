@@ -1,4 +1,4 @@
-"""`python -m openmoba.bench`: `openmoba bench attention` on a machine that has torch and nothing else."""
+"""`python -m openmoba.bench [attention | decode]`: the benchmarks on a machine that has torch and nothing else."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ from dataclasses import fields
 from typing import get_args, get_origin, get_type_hints
 
 from openmoba.bench.attention import Attention
+from openmoba.bench.decode import Decode
+
+BENCHMARKS: dict[str, type[Attention | Decode]] = {"attention": Attention, "decode": Decode}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the fields of `Attention` as options, and run it."""
-    parser = argparse.ArgumentParser("python -m openmoba.bench", description=Attention.__doc__)
-    kinds = get_type_hints(Attention)
-    for option in fields(Attention):
+    """Read the fields of the benchmark named first (`attention` if none is) as options, and run it."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = arguments.pop(0) if arguments and arguments[0] in BENCHMARKS else "attention"
+    benchmark = BENCHMARKS[name]
+    parser = argparse.ArgumentParser(f"python -m openmoba.bench {name}", description=benchmark.__doc__)
+    kinds = get_type_hints(benchmark)
+    for option in fields(benchmark):
         kind = kinds[option.name]
         several = get_origin(kind) is tuple
         parser.add_argument(
@@ -25,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             nargs="+" if several else None,
         )
     try:
-        Attention(**vars(parser.parse_args(arguments))).run()
+        benchmark(**vars(parser.parse_args(arguments))).run()
     except ValueError as error:
         sys.exit(f"error: {error}")
 

@@ -1,0 +1,245 @@
+"""`openmoba bench decode`: a decoding step over a resident cache, and the prefill of a long prompt in chunks.
+
+Rows have the columns of the attention benchmark (`bench.table`); `passes` says what was timed:
+
+    "decode"          one query token per sequence after `tokens` cached ones, replayed from a CUDA graph
+    "decode, eager"   the same, launched from Python
+    "prefill chunk"   the last `chunk` queries of `tokens`, whose keys and values are in the cache
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from openmoba.bench.attention import Session
+from openmoba.bench.table import Row, append_row, markdown, read_rows
+from openmoba.bench.timing import Work, measure
+from openmoba.ops.api import moba_attention
+from openmoba.ops.decode import moba_decode
+
+# B batch, T query tokens, S cache slots, H query heads, K key/value heads, D head width, P pages
+
+GRAPH, EAGER, CHUNK = "decode", "decode, eager", "prefill chunk"
+SETTINGS = ((128, 8), (512, 3))
+
+DENSE = {
+    "sdpa_flash": (SDPBackend.FLASH_ATTENTION, False),
+    "sdpa_cudnn": (SDPBackend.CUDNN_ATTENTION, False),
+    "sdpa_flash_grouped": (SDPBackend.FLASH_ATTENTION, True),
+    "sdpa_cudnn_grouped": (SDPBackend.CUDNN_ATTENTION, True),
+    "sdpa_efficient_grouped": (SDPBackend.EFFICIENT_ATTENTION, True),
+}
+"""Name -> backend, and whether a group's heads are passed as query tokens of their key head: the keys are then read
+once per group, which `enable_gqa` leaves to the backend."""
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Time decoding over a cache against dense attention; the same command goes on where a stopped one ended."""
+
+    lengths: tuple[int, ...] = tuple(1024 * k for k in (4, 16, 32, 64, 128, 256, 512, 1024))
+    """Cached tokens per sequence."""
+    batches: tuple[int, ...] = (1, 16)
+    """Sequences decoded together."""
+    prefill: int = 2**20
+    """Tokens of the prompt that is prefilled in chunks; 0 leaves that out."""
+    chunk: int = 2**16
+    """Tokens of a chunk."""
+    out: Path = Path("decode.csv")
+    """CSV file that rows are added to; what it holds for this commit and device is not measured again."""
+    commit: str | None = None
+    """Recorded where the package does not run from a git checkout."""
+
+    def run(self) -> None:
+        """Measure, and print a table."""
+        if not torch.cuda.is_available():
+            raise ValueError("openmoba bench decode needs a GPU")
+        shapes = [Shape(tokens, batch) for batch in self.batches for tokens in self.lengths]
+        bench = Bench(Session(torch.device("cuda"), self.commit, read_rows(self.out)), self.out)
+        rows = [row for shape in shapes for row in bench.decode(shape)]
+        if self.prefill:
+            rows += bench.prefill(Shape(self.prefill, 1), self.chunk)
+        print(markdown(rows))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A cache of `batch` sequences of `tokens`."""
+
+    tokens: int
+    batch: int
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    dtype: str = "bfloat16"
+
+    def row(self, contender: str, passes: str, settings: tuple[int, int] | None) -> Row:
+        """The row to fill; `settings` are MoBA's block size and top-k, None for dense attention."""
+        block_size, top_k = settings or (None, None)
+        routing = None if settings is None else "random"
+        return Row(contender, passes, block_size=block_size, top_k=top_k, routing=routing, **vars(self))
+
+
+class Cache:
+    """Random keys and values `[B, S, K, D]`, head-major in memory as transformers keeps them, and one query each."""
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def randn(heads: int, tokens: int) -> Tensor:
+            size = (shape.batch, heads, tokens, shape.head_dim)
+            x = torch.empty(size, dtype=getattr(torch, shape.dtype), device=device)
+            return x.normal_(generator=generator).transpose(1, 2)
+
+        self.q = randn(shape.heads, 1)
+        self.k, self.v = randn(shape.kv_heads, shape.tokens), randn(shape.kv_heads, shape.tokens)
+        self.lengths = torch.full((shape.batch,), shape.tokens, dtype=torch.int32, device=device)
+
+    def moba(self, block_size: int, top_k: int) -> Callable[[], Tensor]:
+        """A step of MoBA; the pages are summed here, once."""
+        batch, slots, kv_heads, width = self.k.shape
+        pages = slots // block_size
+        keys_BKSD = self.k[:, : pages * block_size].transpose(1, 2)
+        sums_BKPD = keys_BKSD.view(batch, kv_heads, pages, block_size, width).sum(3, dtype=torch.float32)
+        sums_BPKD = sums_BKPD.transpose(1, 2)
+        caches = (self.k, self.v, sums_BPKD, self.lengths)
+        return lambda: moba_decode(self.q, *caches, block_size=block_size, top_k=top_k)
+
+    def dense(self, backend: SDPBackend, grouped: bool) -> Callable[[], Tensor]:
+        """A step of attention to everything."""
+        k_BKSD, v_BKSD = self.k.transpose(1, 2), self.v.transpose(1, 2)
+        q_BHTD = self.q.transpose(1, 2)
+        if grouped:
+            q_BHTD = q_BHTD.reshape(*k_BKSD.shape[:2], -1, q_BHTD.shape[-1])
+
+        def step() -> Tensor:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, enable_gqa=not grouped)
+
+        return step
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A session and the file that it writes."""
+
+    session: Session
+    out: Path
+
+    def decode(self, shape: Shape) -> Iterator[Row]:
+        """The rows of one cache, from a graph and eager, dense attention first; those in the file as they are."""
+        passes = (GRAPH, EAGER) if self.session.device.type == "cuda" else (EAGER,)
+        dense = [shape.row(name, kind, None) for kind in passes for name in DENSE]
+        sparse = [shape.row("moba", kind, settings) for kind in passes for settings in SETTINGS]
+        cache: Cache | None = None
+        for row in dense + sparse:
+            known = self._known(row)
+            if known is None and cache is None:
+                cache = Cache(shape, self.session.device)
+            yield known or self._measure(row, self._step(cache, row))
+        cache = None
+        _free(self.session.device)
+
+    def prefill(self, shape: Shape, chunk: int) -> Iterator[Row]:
+        """One row per chunk of a prompt and per setting of MoBA."""
+        rows = [
+            replace(shape, tokens=end).row("moba", CHUNK, settings)
+            for settings in SETTINGS
+            for end in range(chunk, shape.tokens + 1, chunk)
+        ]
+        cache: Cache | None = None
+        for row in rows:
+            known = self._known(row)
+            if known is None and cache is None:
+                cache = Cache(shape, self.session.device)
+            yield known or self._measure(row, self._chunk(cache, row, chunk))
+        cache = None
+        _free(self.session.device)
+
+    def _known(self, row: Row) -> Row | None:
+        asked = replace(row, **self.session.machine).key
+        return next((known for known in self.session.rows if known.key == asked), None)
+
+    def _step(self, cache: Cache | None, row: Row) -> Callable[[], Callable[[], Tensor]]:
+        """What makes the call to time, which may fail."""
+
+        def build() -> Callable[[], Tensor]:
+            assert cache is not None
+            if row.block_size is None or row.top_k is None:
+                step = cache.dense(*DENSE[row.contender])
+            else:
+                step = cache.moba(row.block_size, row.top_k)
+            return _replayed(step) if row.passes == GRAPH else step
+
+        return build
+
+    def _chunk(self, cache: Cache | None, row: Row, chunk: int) -> Callable[[], Callable[[], Tensor]]:
+        def build() -> Callable[[], Tensor]:
+            assert cache is not None
+            k, v = cache.k[:, : row.tokens], cache.v[:, : row.tokens]
+            q = torch.randn(1, chunk, row.heads, row.head_dim, dtype=k.dtype, device=k.device)
+            block_size, top_k = row.block_size, row.top_k
+            assert block_size is not None
+            assert top_k is not None
+            return lambda: moba_attention(q, k, v, block_size=block_size, top_k=top_k)
+
+        return build
+
+    def _measure(self, row: Row, build: Callable[[], Callable[[], Tensor]]) -> Row:
+        """Measure and append; a failure is a row with an error."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        row = replace(row, **self.session.machine, time=now)
+        try:
+            found = measure(Work(build()), self.session.device)
+            dense_ms = self._best_dense_ms(row)
+            speedup = dense_ms / found.p50_ms if dense_ms else None
+            row = replace(row, **vars(found), dense_ms=dense_ms, speedup=speedup)
+        except Exception as error:  # whatever kind a backend raises, the others can still be timed
+            row = replace(row, error=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        append_row(self.out, row)
+        self.session.rows.append(row)
+        result = row.error or f"{row.p50_ms:.4f} ms"
+        print(f"{row.passes:<14} {row.contender:<22} {row.block_size or '':>4} B={row.batch} T={row.tokens}: {result}",
+              file=sys.stderr, flush=True)  # fmt: skip
+        return row
+
+    def _best_dense_ms(self, row: Row) -> float | None:
+        if row.contender in DENSE:
+            return None
+        rows = [other for other in self.session.rows if other.contender in DENSE and other.shape == row.shape]
+        return min((other.p50_ms for other in rows if other.p50_ms is not None), default=None)
+
+
+def _replayed(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`step`, captured in a CUDA graph after a call that compiles it."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()

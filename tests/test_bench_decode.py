@@ -1,0 +1,88 @@
+"""The decode benchmark: rows, resuming, figures. Nothing here asserts a speed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from openmoba.bench import __main__ as module_main
+from openmoba.bench import decode, timing
+from openmoba.bench.attention import Session
+from openmoba.bench.decode import CHUNK, DENSE, EAGER, GRAPH, Bench, Cache, Shape
+from openmoba.bench.decode_charts import prefill_chart, step_chart
+from openmoba.bench.table import append_row, read_rows
+from openmoba.cli import main
+
+CPU = torch.device("cpu")
+SMALL = Shape(64, 2, heads=4, kv_heads=2, head_dim=16, dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    monkeypatch.setattr(decode, "SETTINGS", ((16, 2), (8, 3)))
+
+
+def bench(out: Path) -> Bench:
+    return Bench(Session(CPU, "abc", read_rows(out)), out)
+
+
+def test_rows_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "decode.csv"
+    rows = [*bench(out).decode(SMALL), *bench(out).prefill(replace(SMALL, batch=1), 32)]
+    assert read_rows(out) == rows
+    assert [(row.contender, row.passes, row.block_size) for row in rows if row.contender == "moba"] == [
+        *(("moba", EAGER, size) for size in (16, 8)),
+        *(("moba", CHUNK, size) for size in (16, 16, 8, 8)),
+    ]
+    assert [row.tokens for row in rows if row.passes == CHUNK] == [32, 64] * 2
+    dense = [row for row in rows if row.contender in DENSE]
+    assert len(dense) == len(DENSE)
+    assert any(row.error for row in dense)  # backends that a CPU does not have
+    best = min(row.p50_ms for row in dense if row.p50_ms is not None)
+    for row in rows:
+        if row.passes == EAGER and row.contender == "moba":
+            assert row.dense_ms == best
+            assert row.speedup == pytest.approx(best / row.p50_ms, rel=1e-4)
+    monkeypatch.setattr(Bench, "_measure", None)
+    assert list(bench(out).decode(SMALL)) == rows[: len(dense) + 2]
+
+
+def test_contenders_attend_to_the_cache() -> None:
+    """With as many blocks as there are, MoBA is dense attention; grouped heads are the same function."""
+    cache = Cache(SMALL, CPU)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        q, k, v = (x.transpose(1, 2) for x in (cache.q, cache.k, cache.v))
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+    backend = torch.nn.attention.SDPBackend.MATH
+    torch.testing.assert_close(cache.moba(16, 4)(), expected)
+    torch.testing.assert_close(cache.dense(backend, False)(), expected.transpose(1, 2))
+    torch.testing.assert_close(cache.dense(backend, True)().reshape(expected.shape), expected)
+
+
+def test_figures(tmp_path: Path) -> None:
+    out = tmp_path / "decode.csv"
+    for tokens in (64, 128):
+        for batch in (1, 2):
+            shape = replace(SMALL, tokens=tokens, batch=batch)
+            for name, settings, time in (("moba", (16, 2), 1.0), ("moba", (8, 3), 2.0), ("sdpa_flash", None, 3.0)):
+                append_row(out, replace(shape.row(name, GRAPH, settings), p50_ms=time * tokens, device="card"))
+            append_row(out, replace(shape.row("moba", CHUNK, (16, 2)), p50_ms=9.0, device="card"))
+    rows = read_rows(out)
+    panels = step_chart(rows).axes
+    assert [panel.get_title() for panel in panels] == ["batch 1", "batch 2"]
+    lines = {line.get_label(): list(line.get_ydata()) for line in panels[0].get_lines()}
+    assert lines == {"openmoba 8/3": [128, 256], "openmoba 16/2": [64, 128], "fastest dense": [192, 384]}
+    assert "64" in prefill_chart(rows).axes[0].get_ylabel()
+    assert main(["bench", "plot", str(out)]) == 0
+    assert {path.name for path in tmp_path.glob("*.png")} == {"decode-step.png", "decode-prefill.png"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU answers")
+def test_needs_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="needs a GPU"):
+        module_main.main(["decode", "--lengths", "64", "128", "--out", str(tmp_path / "decode.csv")])
+    assert main(["bench", "decode"]) == 2
