@@ -474,7 +474,7 @@ def _own_key_gradients(
     N: tl.constexpr,
     D: tl.constexpr,
 ):
-    """N keys of a block: sum the partials of its items, add the block's own queries, write dK and dV."""
+    """N keys of a block: go through the block's own queries, add the partials of its items, write dK and dV."""
     pieces = tl.cdiv(block_size, N)
     slot = tl.program_id(0) // pieces
     start = (tl.program_id(0) % pieces) * N
@@ -488,14 +488,6 @@ def _own_key_gradients(
     n = start + tl.arange(0, N)
     dk_ND = tl.zeros([N, D], tl.float32)
     dv_ND = tl.zeros([N, D], tl.float32)
-    if offsets_ptr is not None:
-        list_id = head * block_slots + slot
-        list_begin, list_end = list_bounds(offsets_ptr, list_id, block_slots)
-        item = list_begin // SEGMENT + list_id
-        for part in range(tl.cdiv(list_end - list_begin, SEGMENT)):
-            at = (item + part).to(tl.int64) * block_size + n
-            dk_ND += load_rows(partial_dk_ptr, at, WIDTH, n < count, WIDTH, D)
-            dv_ND += load_rows(partial_dv_ptr, at, WIDTH, n < count, WIDTH, D)
     k_base = k_ptr + sequence.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
     v_base = v_ptr + sequence.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
     k_ND = load_rows(k_base, key_begin + n, k_token, n < count, WIDTH, D)
@@ -522,7 +514,19 @@ def _own_key_gradients(
     key_row = key_begin + n
     if not PACKED:
         key_row += sequence * tokens_k
+    list_begin, list_end, item = 0, 0, 0
+    if offsets_ptr is not None:
+        list_id = head * block_slots + slot
+        list_begin, list_end = list_bounds(offsets_ptr, list_id, block_slots)
+        item = list_begin // SEGMENT + list_id
+    # One sum after the other, and after the loop: both at once would not fit in the registers.
+    for part in range(tl.cdiv(list_end - list_begin, SEGMENT)):
+        at = tl.cast(item + part, tl.int64) * block_size + n
+        dk_ND += load_rows(partial_dk_ptr, at, WIDTH, n < count, WIDTH, D)
     store_rows(dk_ptr + kv_head * WIDTH, key_row, kv_heads * WIDTH, n < count, dk_ND * scale, WIDTH, D)
+    for part in range(tl.cdiv(list_end - list_begin, SEGMENT)):
+        at = tl.cast(item + part, tl.int64) * block_size + n
+        dv_ND += load_rows(partial_dv_ptr, at, WIDTH, n < count, WIDTH, D)
     store_rows(dv_ptr + kv_head * WIDTH, key_row, kv_heads * WIDTH, n < count, dv_ND, WIDTH, D)
 
 

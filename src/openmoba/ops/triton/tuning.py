@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,8 +28,10 @@ class Tile:
 def forward_past_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
     """Past blocks, forward: keys stay on chip where they fit, else one row tile streams them."""
     d, keys = _width(geometry), _keys(geometry)
-    if _wide(d, dtype):
-        return Tile(m=64, n=32, d=d, warps=4, stages=2, segment=64)
+    if dtype == torch.float32:
+        return _float32_tile(geometry, segment=128)
+    if d > 128:
+        return Tile(m=128, n=32, d=d, warps=8, stages=2, segment=128)
     if keys <= 128:
         # A gather is two dependent loads, so 5 stages hold two tiles in flight; at D=128 they would cost an occupant.
         return Tile(m=64, n=keys, d=d, warps=4, stages=5 if d <= 64 else 3, segment=1024)
@@ -41,34 +43,41 @@ def forward_past_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
 def forward_own_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
     """Own block and merge."""
     d, keys = _width(geometry), _keys(geometry)
-    if _wide(d, dtype):
-        return Tile(m=min(64, keys), n=min(32, keys), d=d, warps=4, stages=2)
+    if dtype == torch.float32:
+        return _float32_tile(geometry)
+    if d > 128:
+        return Tile(m=min(64, keys), n=min(64, keys), d=d, warps=8, stages=2)
     return Tile(m=min(64, keys), n=min(64, keys), d=d, warps=4, stages=2 if keys <= 128 else 3)
 
 
 def backward_keys_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
     """Gradients of keys and values: N keys stay on chip, their rows stream by."""
     d, keys = _width(geometry), _keys(geometry)
-    if _wide(d, dtype):
-        return Tile(m=32, n=min(32 if dtype.itemsize == 4 else 64, keys), d=d, warps=8, stages=1, segment=4096)
+    if dtype == torch.float32:
+        return _float32_tile(geometry, segment=4096)
+    if d > 128:
+        return Tile(m=32, n=min(64, keys), d=d, warps=8, stages=2, segment=4096)
     return Tile(m=64, n=min(128, keys), d=d, warps=8 if keys >= 128 else 4, stages=5, segment=4096)
 
 
 def backward_own_keys_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
     """Gradients of keys and values from the own block, after the partials of the past."""
     d, keys = _width(geometry), _keys(geometry)
-    if _wide(d, dtype):
-        return backward_keys_tile(geometry, dtype)
-    if keys <= 128:
-        return Tile(m=min(32, keys), n=keys, d=d, warps=8 if keys >= 128 else 4, stages=3)
-    return Tile(m=64, n=64, d=d, warps=4, stages=2)
+    if dtype == torch.float32:
+        return _float32_tile(geometry)
+    if d > 128:
+        return Tile(m=16, n=min(64, keys), d=d, warps=8, stages=2)
+    return Tile(m=min(32, keys), n=min(128, keys), d=d, warps=8 if keys >= 128 else 4, stages=3)
 
 
 def backward_queries_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
     """Gradients of queries from past blocks: one row tile stays on chip, the keys stream by."""
     d, keys = _width(geometry), _keys(geometry)
-    if _wide(d, dtype):
-        return Tile(m=32, n=min(32, keys), d=d, warps=4, stages=1, segment=32)
+    if dtype == torch.float32:
+        tile = _float32_tile(geometry)
+        return replace(tile, segment=tile.m)
+    if d > 128:
+        return Tile(m=64, n=min(64, keys), d=d, warps=8, stages=2, segment=64)
     return Tile(m=64, n=min(64, keys), d=d, warps=4, stages=2, segment=64)
 
 
@@ -76,7 +85,7 @@ def backward_own_queries_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
     """Gradients of queries from the own block, after the shares of the past."""
     tile = backward_queries_tile(geometry, dtype)
     keys = _keys(geometry)
-    return Tile(m=min(tile.m, keys), n=min(32 if keys <= 128 else 64, tile.n), d=tile.d, warps=4, stages=tile.stages)
+    return replace(tile, m=min(tile.m, keys), n=min(32 if keys <= 128 else 64, tile.n))
 
 
 def _width(geometry: Geometry) -> int:
@@ -87,6 +96,8 @@ def _keys(geometry: Geometry) -> int:
     return power_of_two(max(16, geometry.block_size))
 
 
-def _wide(d: int, dtype: torch.dtype) -> bool:
-    """Whether a row takes more than 256 bytes, so that the usual tiles would not fit on chip."""
-    return d * dtype.itemsize > 256
+def _float32_tile(geometry: Geometry, segment: int = 0) -> Tile:
+    """Products in fp32 take no matrix instructions and keep their operands in registers: small tiles."""
+    d = _width(geometry)
+    side = min(32 if d <= 64 else 16, _keys(geometry))
+    return Tile(m=side, n=side, d=d, warps=8, stages=1, segment=segment)
