@@ -1,9 +1,11 @@
-"""Cross-compile the kernels that a call launches for Hopper, on a machine without a GPU, and read their machine code."""
+"""Cross-compile the kernels that a call launches for Hopper, without a GPU, and read their machine code."""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -119,3 +121,35 @@ def _disassemble(cubin: bytes) -> str:
 
 def _registers(cubin: bytes) -> int:
     return int(re.findall(r"REG:(\d+)", _cuobjdump(cubin, "-res-usage"))[-1])
+
+
+def report(width: int, block_size: int, top_k: int, dtype: torch.dtype = torch.bfloat16) -> list[dict[str, Any]]:
+    """What the kernels of one forward and backward with matrix products compile to, 32 / 8 heads."""
+    from openmoba.ops.triton import attention
+
+    q, k = (torch.empty(1, 4096, heads, width, dtype=dtype) for heads in (32, 8))
+
+    def call() -> None:
+        out, lse, choice = attention.forward(q, k, k, None, None, block_size, top_k, 1.0)
+        attention.backward(out, q, k, k, out, lse, choice, None, None, block_size, top_k, 1.0)
+
+    launches = (launch for launch in launches_of(call) if "D" in launch.kwargs and launch.kernel.__name__ != "_pool")
+    codes = (compile_launch(launch) for launch in launches)
+    return [
+        {
+            "kernel": code.name,
+            "hgmma": code.count("HGMMA"),
+            "matrix": code.count("HGMMA") + code.count("HMMA"),
+            "spills": code.spills,
+            "shared": code.shared,
+            "registers": code.registers,
+        }
+        for code in codes
+    ]
+
+
+if __name__ == "__main__":
+    # Each argument is "width,block_size,top_k"; one line of JSON each. A process of its own, since Triton decides at
+    # import whether kernels are interpreted.
+    for argument in sys.argv[1:]:
+        print(json.dumps(report(*map(int, argument.split(",")))), flush=True)

@@ -1,0 +1,49 @@
+"""The chosen configurations, cross-compiled for Hopper in bf16: matrix instructions, shared memory, no spills."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+TUNED = ["64,128,8", "64,512,3", "128,128,8", "128,512,3", "256,128,8"]  # head width, block size, top_k
+CONFIGURATIONS = [*TUNED, "96,16,8"]
+SHARED_MEMORY = 227 * 1024  # of one thread block
+# Held to 128 registers, so that two programs share a multiprocessor.
+GATE_SPILLS = 8
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, list[dict[str, Any]]]:
+    """`sm90.report` of every configuration."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    runner = Path(__file__).parent / "sm90.py"
+    done = subprocess.run(
+        [sys.executable, runner, *CONFIGURATIONS], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(zip(CONFIGURATIONS, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+def test_kernels_fit_and_multiply_matrices(reports, configuration):
+    kernels = reports[configuration]
+    names = {kernel["kernel"] for kernel in kernels}
+    assert {"_gate", "_attend_past", "_attend_own", "_key_gradients", "_own_query_gradients"} <= names
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED_MEMORY, kernel
+        assert kernel["matrix"] > 0, kernel
+
+
+@pytest.mark.parametrize("configuration", TUNED)
+def test_warp_group_instructions_and_no_spills(reports, configuration):
+    for kernel in reports[configuration]:
+        assert kernel["hgmma"] > 0, kernel
+        assert kernel["spills"] <= (GATE_SPILLS if kernel["kernel"] == "_gate" else 0), kernel
