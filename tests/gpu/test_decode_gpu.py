@@ -1,0 +1,160 @@
+"""The decode kernels on a card: 16 bits, CUDA graphs over a growing cache, compiled steps, the choice against fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from openmoba.ops.decode import moba_decode
+from openmoba.ops.pages import extend_pages, new_pages
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+class Cache:
+    """Random tokens after `starts`, head-major, and the sums of all pages."""
+
+    def __init__(self, batch: int, slots: int, kv_heads: int, width: int, block_size: int, dtype: torch.dtype) -> None:
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def randn(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, device="cuda").to(dtype).transpose(1, 2)
+
+        self.randn, self.block_size = randn, block_size
+        self.k, self.v = (randn(batch, kv_heads, slots, width) for _ in range(2))
+        self.starts = torch.arange(batch, dtype=torch.int32, device="cuda") * 5
+        self.centroids = self.sums(FP32)
+
+    def sums(self, dtype: torch.dtype) -> Tensor:
+        pages = self.k.shape[1] // self.block_size
+        sums = torch.zeros(self.k.shape[0], pages, *self.k.shape[2:], dtype=dtype, device="cuda")
+        for row, start in enumerate(self.starts.tolist()):
+            whole = (self.k.shape[1] - start) // self.block_size
+            keys = self.k[row, start : start + whole * self.block_size].to(dtype)
+            sums[row, :whole] = keys.unflatten(0, (whole, self.block_size)).sum(1)
+        return sums
+
+    def decode(self, q: Tensor, lengths: Tensor, top_k: int) -> Tensor:
+        caches = (self.k, self.v, self.centroids, lengths, self.starts)
+        return moba_decode(q, *caches, block_size=self.block_size, top_k=top_k)
+
+    def expected(self, q: Tensor, lengths: Tensor, top_k: int) -> Tensor:
+        caches = (self.k.double(), self.v.double(), self.sums(torch.float64), lengths, self.starts)
+        return moba_decode(q.double(), *caches, block_size=self.block_size, top_k=top_k)
+
+
+def far_off(out: Tensor, expected: Tensor) -> float:
+    """Share of the queries that are further from fp64 than rounding, as those are that read another page."""
+    error = (out.double() - expected).norm(dim=-1)
+    return float((error > (torch.finfo(out.dtype).eps + 1e-5) * expected.norm(dim=-1)).double().mean())
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize(
+    ("batch", "queries", "heads", "kv_heads", "width", "block_size", "top_k"),
+    [
+        (1, 1, 32, 8, 128, 128, 8),
+        (3, 1, 32, 8, 128, 512, 3),
+        (2, 16, 32, 8, 64, 128, 8),
+        (5, 3, 9, 3, 80, 32, 16),
+        (2, 2, 4, 4, 256, 64, 4),
+        (2, 5, 7, 1, 40, 20, 6),
+        (4, 1, 8, 1, 128, 128, 1),
+        (40, 1, 32, 32, 16, 16, 40),
+        (1, 16, 32, 1, 128, 16, 64),
+    ],
+)
+def test_against_fp64(dtype, batch, queries, heads, kv_heads, width, block_size, top_k):
+    cache = Cache(batch, 4200, kv_heads, width, block_size, dtype)
+    q = cache.randn(batch, heads, queries, width)
+    for length in (4200 - 5 * batch, 2 * block_size - 1, 2 * block_size, 2 * block_size + 1, queries):
+        lengths = torch.full((batch,), length, dtype=torch.int32, device="cuda")
+        lengths -= torch.arange(batch, dtype=torch.int32, device="cuda") % max(1, length - queries)
+        assert far_off(cache.decode(q, lengths, top_k), cache.expected(q, lengths, top_k)) <= 1e-3
+
+
+@pytest.mark.parametrize("offset", [0.0, 4.0])
+def test_choice_over_many_pages(offset):
+    """At most 0.1 % of the picks differ from fp64, 0.5 % with an offset common to all keys."""
+    cache = Cache(4, 65536, 2, 128, 16, BF16)
+    cache.k += (offset * torch.randn(128, device="cuda")).to(BF16)
+    cache.centroids = cache.sums(FP32)
+    q, lengths = cache.randn(4, 64, 16, 128), 65536 - cache.starts
+    assert far_off(cache.decode(q, lengths, 2), cache.expected(q, lengths, 2)) <= (5e-3 if offset else 1e-3)
+
+
+def test_cuda_graph_over_a_growing_cache():
+    """One capture, replayed while tokens arrive: across block borders, one row behind the others."""
+    cache = Cache(2, 300, 2, 64, 16, BF16)
+    keys, values = cache.k.clone(), cache.v.clone()
+    cache.k.zero_()
+    cache.v.zero_()
+    sums = new_pages(cache.k, 300, 16)
+    cache.centroids = sums[:, :-1]
+    end = torch.zeros((), dtype=torch.int64, device="cuda")
+    k_new, v_new, q = (torch.zeros_like(x) for x in (keys[:, :1], values[:, :1], keys[:, :1].repeat(1, 1, 4, 1)))
+
+    def step() -> Tensor:
+        cache.k.index_copy_(1, end[None], k_new)
+        cache.v.index_copy_(1, end[None], v_new)
+        extend_pages(sums, k_new, cache.starts, end, 16)
+        end.add_(1)
+        return cache.decode(q, (end - cache.starts).int(), 3)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for x in (cache.k, cache.v, sums, end):
+        x.zero_()
+    queries = cache.randn(2, 8, 300, 64)
+    for t in range(300):
+        k_new.copy_(keys[:, t : t + 1])
+        v_new.copy_(values[:, t : t + 1])
+        q.copy_(queries[:, t : t + 1])
+        graph.replay()
+        if t in (0, 4, 5, 15, 16, 17, 20, 21, 22, 100, 255, 256, 299):
+            lengths = t + 1 - cache.starts
+            assert far_off(out, cache.expected(q, lengths, 3)) == 0
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_step(mode):
+    cache = Cache(2, 600, 2, 64, 16, BF16)
+
+    @torch.compile(fullgraph=True, mode=mode)
+    def step(q: Tensor, lengths: Tensor) -> Tensor:
+        return 2 * cache.decode(q + 1, lengths, 4)
+
+    q = cache.randn(2, 8, 1, 64)
+    for length in (590, 17, 300):
+        lengths = torch.full((2,), length, dtype=torch.int32, device="cuda")
+        assert torch.equal(step(q, lengths), 2 * cache.decode(q + 1, lengths, 4))
+
+
+def test_equal_bits_again():
+    cache = Cache(3, 9000, 8, 128, 128, BF16)
+    q, lengths = cache.randn(3, 32, 4, 128), 8900 - cache.starts
+    first = cache.decode(q, lengths, 8)
+    assert all(torch.equal(first, cache.decode(q, lengths, 8)) for _ in range(5))
+
+
+def test_waits_for_nothing_and_takes_little_memory():
+    cache = Cache(1, 2**17, 8, 128, 128, BF16)
+    q = cache.randn(1, 32, 1, 128)
+    lengths = torch.full((1,), 2**17, dtype=torch.int32, device="cuda")
+    cache.decode(q, lengths, 8)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        cache.decode(q, lengths, 8)
+        assert torch.cuda.max_memory_allocated() - before < 2e6
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
