@@ -1,9 +1,9 @@
-"""The tables and the figure of README.md, written from the files under results/.
+"""The tables and figures of README.md and docs/, written from the files under results/.
 
     python docs/tables.py
 
 replaces what stands between `<!-- table: NAME -->` and `<!-- end -->` by what the function of that name returns,
-which is nothing where the results are not there. A test compares README.md with what this would write.
+which is nothing where the results are not there. A test compares the documents with what this would write.
 """
 
 from __future__ import annotations
@@ -11,18 +11,27 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-from openmoba.bench.cases import GRIDS
+from openmoba.bench.cases import GRIDS, PASSES, Case
 from openmoba.bench.table import Row, length_name, read_rows
 
 ROOT = Path(__file__).parent.parent
+H200 = "results/h200/attention.csv"
+DECODE = "results/h200/decode.csv"
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text()))
+    for path in documents():
+        path.write_text(with_tables(path.read_text()))
+
+
+def documents() -> list[Path]:
+    """The files that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def with_tables(text: str) -> str:
@@ -37,47 +46,79 @@ def figure() -> str:
 
 
 def attention_h200() -> str:
-    """MoBA, the fastest dense attention and FlashMoBA on one GPU: the headline cases, random routing."""
-    path = ROOT / "results" / "h200" / "attention.csv"
-    rows = read_rows(path)
-    rows = [row for row in rows if (row.device, row.commit) == (rows[-1].device, rows[-1].commit)]
-    found = {(row.contender, *_settings(row)): row for row in rows if row.error is None}
-    cells = []
-    for case in GRIDS["headline"]:
-        settings = _settings(Row.of("moba", case))
-        mine, peer = found.get(("moba", *settings)), found.get(("flash_moba", *settings))
-        if mine is None or case.routing != "random" or case.batch > 1:
-            continue
-        cells.append(
-            (
-                case.passes,
-                case.head_dim,
-                f"{case.block_size} / {case.top_k}",
-                length_name(case.tokens),
-                _ms(mine.p50_ms),
-                _ms(mine.dense_ms),
-                "-" if mine.speedup is None else f"{mine.speedup:.1f}x",
-                _ms(peer.p50_ms if peer else None),
-            )
-        )
-    if not cells:
+    """Attention on one GPU, with where the numbers come from."""
+    pairs = _headline(H200)
+    if not pairs:
         return ""
-    last = rows[-1]
-    head = ("passes", "D", "block / top-k", "tokens", "MoBA", "fastest dense", "speed-up", "FlashMoBA")
+    last = pairs[0].shown
     return "\n".join(
         (
             "## Attention on a GPU",
             "",
             f"One {last.device}, {last.power_limit_w:.0f} W, bf16, batch 1, 32 query and 8 key/value heads, causal, "
-            "normal random inputs. Medians in ms of the whole public call, choice of blocks included. Dense attention "
-            "is timed up to 256K tokens.",
+            "normal random inputs. Medians in ms of the whole public call, choice of blocks included. What others take "
+            "and the speed-up over the fastest dense attention are of both passes, at 1M tokens of the forward alone; "
+            "dense attention is timed up to 256K tokens.",
             "",
-            *_markdown(head, cells),
+            *_markdown(HEADLINE, [pair.cells for pair in pairs]),
             "",
-            f"Written by `openmoba bench attention --out results/h200/attention.csv` at commit {_short(last.commit)}, "
-            f"torch {last.torch}, Triton {last.triton}. All rows are in "
-            "[results/h200/attention.csv](results/h200/attention.csv), the method in "
+            f"Written by `openmoba bench attention --out {H200}` at commit {_short(last.commit)}, torch {last.torch}, "
+            f"Triton {last.triton}. All rows are in [{H200}]({H200}), the method in "
             "[benchmarks/README.md](benchmarks/README.md).",
+            "",
+        )
+    )
+
+
+def kernels_h200() -> str:
+    """The same with the share of the roofline and the extra memory."""
+    pairs = _headline(H200)
+    if not pairs:
+        return ""
+    last = pairs[0].shown
+    head = (*HEADLINE, "roofline", "MB forward", "MB backward")
+    return "\n".join(
+        (
+            *_markdown(head, [(*pair.cells, *pair.costs) for pair in pairs]),
+            "",
+            "Medians in ms. The columns from dense on are of both passes, at 1M tokens of the forward alone; MB are "
+            f"extra memory, 10^6 bytes. Commit {_short(last.commit)}, torch {last.torch}, Triton {last.triton}.",
+            "",
+        )
+    )
+
+
+def decode_h200() -> str:
+    """A decoding step over a cache, and the first and last chunk of a long prompt."""
+    rows = [row for row in _last_rows(DECODE) if row.contender == "moba" and row.error is None]
+    steps = [row for row in rows if row.passes == "decode" and row.tokens in DECODE_TOKENS]
+    if not steps:
+        return ""
+    first = steps[0]
+    head = ("batch", "block / top-k", "cached tokens", "MoBA", "fastest dense", "speed-up")
+    lines = []
+    for chunks in _by_setting(row for row in rows if row.passes == "prefill chunk"):
+        begin, end = chunks[0], chunks[-1]
+        lines.append(
+            f"A prompt of {length_name(end.tokens)} tokens in chunks of {length_name(begin.tokens)}, block / top-k "
+            f"{_blocks(begin)}: {_ms(begin)} ms for the first chunk, {_ms(end)} ms for the last."
+        )
+    return "\n".join(
+        (
+            "## Decoding on a GPU",
+            "",
+            f"One attention layer, one token per sequence: one {first.device}, bf16, {first.heads} query and "
+            f"{first.kv_heads} key/value heads, D {first.head_dim}. Medians in ms, replayed from a CUDA graph; dense "
+            "attention is the fastest of SDPA's backends.",
+            "",
+            *_markdown(
+                head, [(r.batch, _blocks(r), length_name(r.tokens), _ms(r), _dense_ms(r), _speedup(r)) for r in steps]
+            ),
+            "",
+            *lines,
+            *([""] if lines else []),
+            f"Written by `openmoba bench decode --out {DECODE}` at commit {_short(first.commit)}, torch "
+            f"{first.torch}, Triton {first.triton}. All rows are in [{DECODE}]({DECODE}).",
             "",
         )
     )
@@ -96,8 +137,8 @@ def attention_cpu() -> str:
             row["dtype"],
             f"{row['block_size']} / {row['top_k']}",
             length_name(int(row["tokens"])),
-            _ms(float(row["p50_ms"])),
-            _ms(float(dense[row["dtype"], row["tokens"]]["p50_ms"])),
+            _number(float(row["p50_ms"])),
+            _number(float(dense[row["dtype"], row["tokens"]]["p50_ms"])),
             f"{float(row['ratio']):.1f}x",
         )
         for row in rows
@@ -156,17 +197,77 @@ FIGURES = {
 TABLES: dict[str, Callable[[], str]] = {
     "figure": figure,
     "attention_h200": attention_h200,
+    "kernels_h200": kernels_h200,
+    "decode_h200": decode_h200,
     "attention_cpu": attention_cpu,
     "study": study,
 }
 
+HEADLINE = ("D", "block / top-k", "tokens", "forward", "both passes", "fastest dense", "speed-up", "FlashMoBA")
 CPU_TOKENS = 8192
+"""Shortest length in the table."""
+DECODE_TOKENS = (2**15, 2**17, 2**19)
 
 
-def _settings(row: Row) -> tuple[object, ...]:
-    """What a row was measured on, device and commit apart."""
-    shape = (row.passes, row.tokens, row.batch, row.heads, row.kv_heads, row.head_dim, row.dtype)
-    return (*shape, row.block_size, row.top_k, row.routing)
+class Pair(NamedTuple):
+    """MoBA's rows of one case, forward alone and with backward, and FlashMoBA's beside the latter."""
+
+    forward: Row | None
+    both: Row | None
+    peer: Row | None
+
+    @property
+    def shown(self) -> Row:
+        """The row that is compared."""
+        row = self.both or self.forward
+        assert row is not None
+        return row
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The columns of `HEADLINE`."""
+        row = self.shown
+        setting = (str(row.head_dim), _blocks(row), length_name(row.tokens))
+        return (*setting, _ms(self.forward), _ms(self.both), _dense_ms(row), _speedup(row), _ms(self.peer))
+
+    @property
+    def costs(self) -> tuple[str, ...]:
+        """Share of the roofline, and memory of each pass."""
+        row = self.shown
+        memory = ("-" if mb is None else f"{mb:.0f}" for mb in (row.forward_mb, row.backward_mb))
+        return ("-" if row.roofline is None else f"{row.roofline:.0%}", *memory)
+
+
+def _headline(name: str) -> list[Pair]:
+    """The measured headline cases of one sequence and random routing."""
+    rows = {row.key: row for row in _last_rows(name)}
+    where = {key: getattr(last, key) for last in list(rows.values())[-1:] for key in ("device", "commit")}
+
+    def measured(contender: str, case: Case, passes: str) -> Row | None:
+        row = rows.get(Row.of(contender, replace(case, passes=passes), **where).key)
+        return row if row and row.error is None else None
+
+    cases = [case for case in GRIDS["headline"] if case.routing == "random" and case.batch == 1]
+    pairs = []
+    for case in dict.fromkeys(replace(case, passes=PASSES[1]) for case in cases):
+        forward, both = (measured("moba", case, passes) for passes in PASSES)
+        if forward or both:
+            pairs.append(Pair(forward, both, measured("flash_moba", case, PASSES[1] if both else PASSES[0])))
+    return pairs
+
+
+def _last_rows(name: str) -> list[Row]:
+    """The rows of the machine and the commit of the file's last row; none without the file."""
+    rows = read_rows(ROOT / name)
+    return [row for row in rows if (row.device, row.commit) == (rows[-1].device, rows[-1].commit)]
+
+
+def _by_setting(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of each block size and top-k, by tokens."""
+    settings: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.tokens):
+        settings.setdefault(_blocks(row), []).append(row)
+    return list(settings.values())
 
 
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
@@ -174,10 +275,27 @@ def _markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str
     return [f"| {' | '.join(map(str, line))} |" for line in lines]
 
 
-def _ms(value: float | None) -> str:
+def _blocks(row: Row) -> str:
+    return f"{row.block_size} / {row.top_k}"
+
+
+def _ms(row: Row | None) -> str:
+    return _number(row.p50_ms if row else None)
+
+
+def _dense_ms(row: Row) -> str:
+    return _number(row.dense_ms)
+
+
+def _speedup(row: Row) -> str:
+    return "-" if row.speedup is None else f"{row.speedup:.1f}x"
+
+
+def _number(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    digits = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{digits}f}"
 
 
 def _short(commit: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -69,9 +70,9 @@ def test_the_equations_name_many_functions() -> None:
 
 def test_tables_are_those_of_the_results(tables: ModuleType) -> None:
     """What `python docs/tables.py` would write is what stands there, so no number drifts from its file."""
-    text = (ROOT / "README.md").read_text()
-    assert {name for _, name, _ in tables.TABLE.findall(text)} == set(tables.TABLES)
-    assert tables.with_tables(text) == text, "run python docs/tables.py"
+    texts = [path.read_text() for path in tables.documents()]
+    assert {name for text in texts for _, name, _ in tables.TABLE.findall(text)} == set(tables.TABLES)
+    assert [tables.with_tables(text) for text in texts] == texts, "run python docs/tables.py"
 
 
 def test_tables_follow_their_files(tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,9 +85,22 @@ def test_tables_follow_their_files(tables: ModuleType, tmp_path: Path, monkeypat
     for contender, ms in (("moba", 2.0), ("sdpa_cudnn", 5.0), ("flash_moba", 6.0)):
         times = {"dense_ms": 5.0, "speedup": 2.5} if contender == "moba" else {}
         append_row(path, Row.of(contender, case, p50_ms=ms, commit="new", **times, **origin))
-    written = tables.attention_h200()
-    assert "| forward+backward | 128 | 128 / 8 | 8K | 2.00 | 5.00 | 2.5x | 6.00 |" in written
-    assert written.count("\n| f") == 1
+    memory = {"roofline": 0.4, "forward_mb": 60.2, "backward_mb": 90.0}
+    for passes in ("forward", "forward+backward"):
+        shown = replace(case, passes=passes, tokens=32768)
+        append_row(path, Row.of("moba", shown, p50_ms=float(len(passes)), commit="new", **memory, **origin))
+    first = "| 128 | 128 / 8 | 8K | - | 2.00 | 5.00 | 2.5x | 6.00 |"
+    second = "| 128 | 128 / 8 | 32K | 7.00 | 16.0 | - | - | - |"
+    assert f"{first}\n{second}\n\n" in tables.attention_h200()
+    assert f"{first} - | - | - |\n{second} 40% | 60 | 90 |\n\n" in tables.kernels_h200()
+    path = tmp_path / "results" / "h200" / "decode.csv"
+    step = Row.of("moba", case, p50_ms=0.02, dense_ms=0.2, speedup=10.0, commit="c", **origin)
+    append_row(path, replace(step, passes="decode", tokens=2**17, batch=16))
+    for tokens in (2**17, 2**16):
+        append_row(path, replace(step, passes="prefill chunk", tokens=tokens, p50_ms=tokens / 2**14))
+    written = tables.decode_h200()
+    assert "| 16 | 128 / 8 | 128K | 0.020 | 0.200 | 10.0x |" in written
+    assert "128K tokens in chunks of 64K, block / top-k 128 / 8: 4.00 ms for the first chunk, 8.00 ms for" in written
     path = tmp_path / "results" / "cpu" / "attention.csv"
     path.parent.mkdir()
     path.write_text(
