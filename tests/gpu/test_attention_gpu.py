@@ -115,6 +115,7 @@ def test_workspace_does_not_change_the_bits(monkeypatch):
     assert_same_bits(run(example()), whole)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("case", ["batched", "packed"])
 def test_no_host_synchronisation(case):
     case = example() if case == "batched" else example_packed([700, 1, 0, 300])
