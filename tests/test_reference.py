@@ -43,9 +43,7 @@ def test_six_tokens_by_hand():
 def test_enough_blocks_is_dense(randn, tokens, block_size):
     q, k, v = randn(2, tokens, 6, 8), randn(2, tokens, 3, 8), randn(2, tokens, 3, 8)
     top_k = -(-tokens // block_size)
-    torch.testing.assert_close(
-        moba_attention(q, k, v, block_size=block_size, top_k=top_k, **REFERENCE), dense(q, k, v)
-    )
+    torch.testing.assert_close(moba_attention(q, k, v, block_size=block_size, top_k=top_k, **REFERENCE), dense(q, k, v))
 
 
 def test_one_block_is_block_local(randn):

@@ -43,9 +43,7 @@ class MobaConfig:
             return frozenset(range(num_layers - self.full_layers, num_layers))
         outside = [i for i in self.full_layers if not 0 <= i < num_layers]
         if outside:
-            raise ValueError(
-                f"full_layers {outside} are not layers of a model with layers 0..{num_layers - 1}"
-            )
+            raise ValueError(f"full_layers {outside} are not layers of a model with layers 0..{num_layers - 1}")
         return frozenset(self.full_layers)
 
     def to_dict(self) -> dict[str, Any]:
