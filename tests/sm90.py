@@ -133,8 +133,24 @@ def report(width: int, block_size: int, top_k: int, dtype: torch.dtype = torch.b
         out, lse, choice = attention.forward(q, k, k, None, None, block_size, top_k, 1.0)
         attention.backward(out, q, k, k, out, lse, choice, None, None, block_size, top_k, 1.0)
 
-    launches = (launch for launch in launches_of(call) if "D" in launch.kwargs and launch.kernel.__name__ != "_pool")
-    codes = (compile_launch(launch) for launch in launches)
+    launches = launches_of(call)
+    return _codes([launch for launch in launches if "D" in launch.kwargs and launch.kernel.__name__ != "_pool"])
+
+
+def decode_report(
+    width: int, block_size: int, top_k: int, queries: int, dtype: torch.dtype = torch.bfloat16
+) -> list[dict[str, Any]]:
+    """What the kernels of one decoding step of 16 left-padded rows compile to, 32 / 8 heads."""
+    from openmoba.ops.triton import decode
+
+    q = torch.empty(16, queries, 32, width, dtype=dtype)
+    k = torch.empty(16, 8, 4096, width, dtype=dtype).transpose(1, 2)
+    sums = torch.empty(16, 8, 4096 // block_size, width).transpose(1, 2)
+    lengths = torch.empty(16, dtype=torch.int32)
+    return _codes(launches_of(lambda: decode.decode(q, k, k, sums, lengths, lengths, block_size, top_k, 1.0)))
+
+
+def _codes(launches: list[Launch]) -> list[dict[str, Any]]:
     return [
         {
             "kernel": code.name,
@@ -144,12 +160,13 @@ def report(width: int, block_size: int, top_k: int, dtype: torch.dtype = torch.b
             "shared": code.shared,
             "registers": code.registers,
         }
-        for code in codes
+        for code in map(compile_launch, launches)
     ]
 
 
 if __name__ == "__main__":
-    # Each argument is "width,block_size,top_k"; one line of JSON each. A process of its own, since Triton decides at
-    # import whether kernels are interpreted.
+    # Each argument is "width,block_size,top_k", or with ",queries" a decoding step; one line of JSON each. A process of
+    # its own, since Triton decides at import whether kernels are interpreted.
     for argument in sys.argv[1:]:
-        print(json.dumps(report(*map(int, argument.split(",")))), flush=True)
+        sizes = [int(size) for size in argument.split(",")]
+        print(json.dumps(report(*sizes) if len(sizes) == 3 else decode_report(*sizes)), flush=True)

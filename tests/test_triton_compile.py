@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 TUNED = ["64,128,8", "64,512,3", "128,128,8", "128,512,3", "256,128,8"]  # head width, block size, top_k
 CONFIGURATIONS = [*TUNED, "96,16,8"]
+DECODE_CONFIGURATIONS = ["64,128,8,1", "128,128,8,1", "128,512,3,16", "256,128,8,16", "80,16,1,2"]
 SHARED_MEMORY = 227 * 1024  # of one thread block
 # Held to 128 registers, so that two programs share a multiprocessor.
 GATE_SPILLS = 8
@@ -26,10 +27,14 @@ def reports() -> dict[str, list[dict[str, Any]]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     runner = Path(__file__).parent / "sm90.py"
     done = subprocess.run(
-        [sys.executable, runner, *CONFIGURATIONS], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, runner, *CONFIGURATIONS, *DECODE_CONFIGURATIONS],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    return dict(zip(CONFIGURATIONS, map(json.loads, done.stdout.splitlines()), strict=True))
+    return dict(zip(CONFIGURATIONS + DECODE_CONFIGURATIONS, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
@@ -47,3 +52,15 @@ def test_warp_group_instructions_and_no_spills(reports, configuration):
     for kernel in reports[configuration]:
         assert kernel["hgmma"] > 0, kernel
         assert kernel["spills"] <= (GATE_SPILLS if kernel["kernel"] == "_gate" else 0), kernel
+
+
+@pytest.mark.parametrize("configuration", DECODE_CONFIGURATIONS)
+def test_machine_code_of_decoding(reports, configuration):
+    kernels = {kernel["kernel"]: kernel for kernel in reports[configuration]}
+    top_k = int(configuration.split(",")[2])
+    assert set(kernels) == {"_attend", "_merge"} | ({"_score"} if top_k > 1 else set())
+    assert all(kernel["spills"] == 0 for kernel in kernels.values())
+    assert kernels["_attend"]["registers"] <= 128  # four programs share a multiprocessor
+    if top_k > 1:
+        assert kernels["_score"]["hgmma"] > 0
+        assert kernels["_score"]["shared"] <= SHARED_MEMORY

@@ -26,7 +26,7 @@ from openmoba.ops.triton.forward import LOG2E, load_rows
 from openmoba.ops.triton.geometry import strides
 
 _PAGES_PER_TILE = 64
-_WIDTH_PER_STEP = 128
+_WIDTH_PER_STEP = 64
 _MOST_ROWS = 64  # query rows per tile of the scores
 _LANES = 1024
 _MERGED_AT_ONCE = 16
