@@ -64,7 +64,8 @@ def _register(impl: str, module_name: str) -> None:
         top_k: int,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        outputs: tuple[Tensor, Tensor, Tensor] = module().forward(q, k, v, cu_q, cu_k, block_size, top_k, scale)
+        with torch.cuda.device_of(q):
+            outputs: tuple[Tensor, Tensor, Tensor] = module().forward(q, k, v, cu_q, cu_k, block_size, top_k, scale)
         return outputs
 
     @torch.library.custom_op(f"openmoba::{impl}_backward", mutates_args=())
@@ -82,14 +83,16 @@ def _register(impl: str, module_name: str) -> None:
         top_k: int,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        gradients: tuple[Tensor, Tensor, Tensor] = module().backward(
-            d_out, q, k, v, out, lse, choice, cu_q, cu_k, block_size, top_k, scale
-        )
+        with torch.cuda.device_of(q):
+            gradients: tuple[Tensor, Tensor, Tensor] = module().backward(
+                d_out, q, k, v, out, lse, choice, cu_q, cu_k, block_size, top_k, scale
+            )
         return gradients
 
     @torch.library.custom_op(f"openmoba::{impl}_select", mutates_args=())
     def select(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int, top_k: int) -> Tensor:
-        selected: Tensor = module().select(q, k, cu_q, cu_k, block_size, top_k)
+        with torch.cuda.device_of(q):
+            selected: Tensor = module().select(q, k, cu_q, cu_k, block_size, top_k)
         return selected
 
     @forward.register_fake
