@@ -22,6 +22,7 @@ from torch import Tensor
 
 from openmoba.config import check_blocks
 from openmoba.ops.checks import check_scale, check_triton
+from openmoba.ops.library import device_of
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 MAX_QUERIES = 16
@@ -129,7 +130,8 @@ def _triton_decode(
 ) -> Tensor:
     from openmoba.ops.triton.decode import decode  # importing openmoba needs torch alone
 
-    return decode(q, k_cache, v_cache, centroids, lengths, starts, block_size, top_k, scale)
+    with device_of(q):
+        return decode(q, k_cache, v_cache, centroids, lengths, starts, block_size, top_k, scale)
 
 
 _decode_op = torch.library.custom_op("openmoba::triton_decode", _triton_decode, mutates_args=())

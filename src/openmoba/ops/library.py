@@ -14,6 +14,7 @@ Modules are imported when an operation first runs, so that importing openmoba ne
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -49,6 +50,12 @@ def select(
     return selected
 
 
+def device_of(x: Tensor) -> AbstractContextManager[None]:
+    """Make x's GPU the current one, on which kernels are launched; nothing for other tensors."""
+    context: AbstractContextManager[None] = torch.cuda.device_of(x)  # type: ignore[no-untyped-call]
+    return context
+
+
 def _register(impl: str, module_name: str) -> None:
     def module() -> ModuleType:
         return import_module(module_name)
@@ -64,7 +71,7 @@ def _register(impl: str, module_name: str) -> None:
         top_k: int,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.cuda.device_of(q):
+        with device_of(q):
             outputs: tuple[Tensor, Tensor, Tensor] = module().forward(q, k, v, cu_q, cu_k, block_size, top_k, scale)
         return outputs
 
@@ -83,7 +90,7 @@ def _register(impl: str, module_name: str) -> None:
         top_k: int,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.cuda.device_of(q):
+        with device_of(q):
             gradients: tuple[Tensor, Tensor, Tensor] = module().backward(
                 d_out, q, k, v, out, lse, choice, cu_q, cu_k, block_size, top_k, scale
             )
@@ -91,7 +98,7 @@ def _register(impl: str, module_name: str) -> None:
 
     @torch.library.custom_op(f"openmoba::{impl}_select", mutates_args=())
     def select(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int, top_k: int) -> Tensor:
-        with torch.cuda.device_of(q):
+        with device_of(q):
             selected: Tensor = module().select(q, k, cu_q, cu_k, block_size, top_k)
         return selected
 
