@@ -20,6 +20,7 @@ from openmoba.bench.table import Row, append_row
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("docs/*.md")]
 NAME = re.compile(r"`(openmoba(?:\.\w+)+)`")
+KERNEL = re.compile(r"`(pool|gate|ranking|route|plan|forward|backward|decode|geometry|tuning)\.(?!py)(\w+)`")
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 SETTING = re.compile(r"\bOPENMOBA_\w+")
 
@@ -53,6 +54,8 @@ def test_names_and_links_exist(document: Path) -> None:
     text = document.read_text()
     for name in set(NAME.findall(text)):
         resolve(name)
+    for module, kernel in set(KERNEL.findall(text)):
+        resolve(f"openmoba.ops.triton.{module}.{kernel}")
     links = [link for link in LINK.findall(text) if "://" not in link]
     assert [link for link in links if not (document.parent / link).exists()] == []
     sources = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
