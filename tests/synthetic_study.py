@@ -48,7 +48,8 @@ run = { train = { steps = 40, loss_tokens = 128 } }
 def train(config: RunConfig, folder: Path, *, progress: Progress | None = None) -> dict:
     """Stands in for `run_training`: writes a run's records, with losses from the arm's law."""
     size = config.model.size
-    rng = np.random.default_rng([config.train.seed, len(config.arm.name), PARAMETERS[size]])
+    arm = f"{config.arm.name}{config.arm.full_layers}"
+    rng = np.random.default_rng([config.train.seed, PARAMETERS[size], *arm.encode()])
     luck = np.exp(rng.normal(0, 0.002))
     difficulty = np.random.default_rng(0).normal(0, 0.3, WINDOWS)
     rows = []

@@ -105,11 +105,13 @@ def _positions(stage: Stage, runs: list[Outcome], study: Path) -> Chart:
         title=f"Loss by position, {_model(runs[0])}, length {runs[0].config.data.length:,}",
         loss_name="LM loss (nats)",
     )
-    seeds = "" if len(stage.seeds) == 1 else " Bars: range over seeds."
+    caption = f"Loss by position ({runs[0].run.size}), and the difference from {reference[:1].lower()}{reference[1:]}."
+    if len(stage.seeds) > 1:
+        caption += " Bars: range over seeds."
     return Chart(
         stage,
         figures.save(figure, study / FOLDER / f"{stage.name}-positions"),
-        f"Loss by position ({runs[0].run.size}), and the difference from {reference[:1].lower()}{reference[1:]}.{seeds}",
+        caption,
     )
 
 

@@ -43,13 +43,13 @@ def _cpu_name() -> str:
 
 def _commit() -> str | None:
     """Commit of the checkout this package runs from, with "+changes" if it differs from it."""
-    here = Path(__file__).parent
+    package = Path(__file__).parents[1]
     try:
-        commit = _git(here, "rev-parse", "HEAD")
+        commit = _git(package, "rev-parse", "HEAD")
         # Elsewhere, such as in site-packages, the repository around is some other project's.
-        if not _git(here, "ls-files", Path(__file__).name):
+        if not _git(package, "ls-files", "__init__.py"):
             return None
-        return commit + ("+changes" if _git(here, "status", "--porcelain", "-uno", ".") else "")
+        return commit + ("+changes" if _git(package, "status", "--porcelain", ".") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

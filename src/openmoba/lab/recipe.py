@@ -48,6 +48,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from openmoba.lab.config import RunConfig, from_dict
+from openmoba.lab.model import SIZES
 
 RECIPE_FILE = "recipe.toml"
 """A study's folder keeps its recipe under this name."""
@@ -121,6 +122,8 @@ def parse_recipe(text: str, *, title: str, source: str | None = None) -> Recipe:
     if source is not None:
         tables = _merge(tables, {"run": {"data": {"source": source}}})
     _check_names("the recipe", tables, ("title", "run", "sizes", "arms", "stages"))
+    if not isinstance(title := tables.get("title", title), str):
+        raise ValueError(f"title must be a text, got {title!r}")
     for key in ("sizes", "arms", "stages"):
         if not tables.get(key):
             raise ValueError(f"the recipe has no {key}; openmoba.lab.recipe shows an example")
@@ -133,7 +136,7 @@ def parse_recipe(text: str, *, title: str, source: str | None = None) -> Recipe:
         for run in _stage_runs(stage, stages, tables, table.get("run", {})):
             runs[run.name] = run
             _check_config(run)
-    return Recipe(tables.get("title", title), text, tuple(stages.values()), tuple(runs.values()))
+    return Recipe(title, text, tuple(stages.values()), tuple(runs.values()))
 
 
 def _stage_runs(stage: Stage, stages: dict[str, Stage], tables: Table, special: Table) -> list[PlannedRun]:
@@ -185,7 +188,9 @@ def _check_stage(stage: Stage, earlier: dict[str, Stage], tables: Table) -> None
 
 def _check_config(run: PlannedRun) -> None:
     try:
-        run.config(Path())
+        size = run.config(Path()).model.size
+        if size not in SIZES:
+            raise ValueError(f"unknown model.size {size!r}; the sizes are {', '.join(SIZES)}")
     except ValueError as error:
         raise ValueError(f"run {run.name}: {error}") from error
 

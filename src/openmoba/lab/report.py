@@ -24,7 +24,7 @@ from openmoba.lab.recipe import Recipe, Stage
 from openmoba.lab.records import write_text
 
 REPORT_FILE = "report.md"
-LOSSES: dict[Loss, str] = {"lm": "LM loss", "trailing": "Trailing loss"}
+LOSSES: dict[Loss, str] = {"lm": "LM loss", "trailing": "trailing loss"}
 
 # Smallest model, its tokens, and the window of arXiv 2502.13189's scaling law.
 REPORTED_PARAMETERS, REPORTED_TOKENS, REPORTED_LENGTH = 545e6, 10.8e9, 32768
@@ -151,7 +151,9 @@ def _stage_sentence(stage: Stage, outcomes: Sequence[Outcome]) -> str:
         if new:
             parts[-1] += f", {', '.join(dict.fromkeys(new))} from that of {stage.branch}"
     if loss_tokens:
-        parts.append(f"the loss on the last {loss_tokens:,} tokens of each window alone")
+        parts.append(f"trained with the loss on the last {loss_tokens:,} tokens of each window alone")
+    if stage.after:
+        parts.append("tokens and compute are those of this stage alone")
     return "; ".join(parts) + "."
 
 
@@ -175,15 +177,9 @@ def _verdict(own: Outcome, reference: Outcome, kind: Loss, found: Difference) ->
     measured = f"{found.interval.low:+.4f} to {found.interval.high:+.4f} over {windows} windows"
     if seeds > 1:
         measured += f" and {seeds} seeds; by seed {', '.join(f'{value:+.4f}' for value in found.per_seed)}"
-    if not found.resolved:
-        verdict = "**within noise**"
-    elif seeds > 1:
-        verdict = "**resolved**"
-    else:
-        verdict = "**resolved on these windows**, for this one seed"
     return (
-        f"{own.run.size}, {LOSSES[kind].lower()}: {own.label} is {abs(found.mean):.4f} nats {way} "
-        f"{reference.label} ({measured}): {verdict}."
+        f"{own.run.size}, {LOSSES[kind]}: {own.label} is {abs(found.mean):.4f} nats {way} "
+        f"{reference.label} ({measured}): {_word(found.resolved, seeds)}."
     )
 
 
@@ -199,15 +195,21 @@ def _laws(outcomes: Sequence[Outcome], axis: str) -> Iterator[str]:
     for kind, name in LOSSES.items():
         laws = fit(moba, kind, axis), fit(full, kind, axis)
         if laws[0] and laws[1] and len(laws[0].compute) == len(laws[1].compute):
-            yield f"\n{_slopes(name, slope_difference(laws[0], laws[1]))}"
+            yield f"\n- {_slopes(name, slope_difference(laws[0], laws[1]), len({run.run.seed for run in full}))}"
     yield from _position_laws(moba, full, axis)
 
 
-def _slopes(name: str, found: Interval) -> str:
-    verdict = "within noise" if 0.0 in found else "resolved"
+def _slopes(name: str, found: Interval, seeds: int) -> str:
     return (
-        f"{name}: MoBA's exponent minus full attention's lies in {found.low:+.4f} to {found.high:+.4f}: **{verdict}**."
+        f"{name[:1].upper()}{name[1:]}: MoBA's exponent minus full attention's lies in {found.low:+.4f} to "
+        f"{found.high:+.4f}: {_word(0.0 not in found, seeds)}."
     )
+
+
+def _word(resolved: bool, seeds: int) -> str:
+    if not resolved:
+        return "**within noise**"
+    return "**resolved**" if seeds > 1 else "**resolved on these windows**, for this one seed"
 
 
 def _fits(outcomes: Sequence[Outcome], axis: str) -> list[str]:

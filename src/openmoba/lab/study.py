@@ -96,24 +96,25 @@ class StudyClock:
 
     def __init__(self, recipe: Recipe, study: Path) -> None:
         self.recipe, self.study = recipe, study
-        self._start = time.monotonic()
-        self._before = self._finished_work()
+        self._start: float | None = None
         self._own = 0.0
 
     def left(self, run: PlannedRun, share: float) -> str:
         """Share of the study that is done, and the time left, with `share` of `run` done by this process."""
+        own = self._own + share * _work(run)
+        if self._start is None:  # without the preparation of data, which runs after the first do not have
+            self._start, self._skipped = time.monotonic(), own
         total = sum(map(_work, self.recipe.runs))
-        done = self._finished_work() + share * _work(run)
-        speed = (self._own + share * _work(run)) / (time.monotonic() - self._start)
+        done = sum(_work(other) for other in self.recipe.runs if finished(other, self.study)) + share * _work(run)
         text = f"study {done / total:.0%}"
-        return f"{text}, {duration((total - done) / speed)} left" if speed > 0 else text
+        seconds = time.monotonic() - self._start
+        if own == self._skipped:
+            return text
+        return f"{text}, {duration((total - done) * seconds / (own - self._skipped))} left"
 
     def finish(self, run: PlannedRun) -> None:
         """Count `run` as trained by this process."""
         self._own += _work(run)
-
-    def _finished_work(self) -> float:
-        return sum(_work(run) for run in self.recipe.runs if finished(run, self.study))
 
 
 class _RunProgress(Progress):

@@ -1,0 +1,137 @@
+"""The report of a study with known laws: figures, tables, and verdicts that follow the noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import synthetic_study
+from synthetic_study import RECIPE, train
+
+from openmoba import cli
+from openmoba.lab.outcomes import by, difference, fit, read_outcomes
+from openmoba.lab.progress import Progress
+from openmoba.lab.recipe import Recipe, parse_recipe
+from openmoba.lab.report import write_report
+from openmoba.lab.study import run_study
+
+
+def silent(label: str) -> Progress:
+    return Progress()
+
+
+def make(out: Path, text: str = RECIPE) -> Recipe:
+    recipe = parse_recipe(text, title="t")
+    run_study(recipe, out, train, silent)
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished study with its report."""
+    out = tmp_path_factory.mktemp("study")
+    write_report(make(out), out, "6nd")
+    return out
+
+
+def test_report_shows_its_figures_and_they_exist(study: Path) -> None:
+    report = (study / "report.md").read_text()
+    shown = [part.partition(")")[0] for part in report.split("](")[1:]]
+    assert [Path(name).name for name in shown] == [
+        "pretrain-scaling-law.png",
+        "pretrain-positions.png",
+        "finetune-large-layerwise-hybrid.png",
+        "finetune-positions.png",
+    ]
+    for name in shown:
+        assert (study / name).stat().st_size > 10_000
+        assert (study / name).with_suffix(".svg").exists()
+
+
+def test_report_lists_every_run_with_compute_by_all_conventions(study: Path) -> None:
+    report = (study / "report.md").read_text()
+    rows = [line for line in report.splitlines() if line.startswith(("| small", "| medium", "| large"))]
+    assert len(rows) == 22
+    run = next(row for row in rows if row.startswith("| large | Full attention | 1 | 1,200,000 | 1,638,400"))
+    assert all(f"| {value} |" in run for value in ("1.37e-07", "1.91e-07", "1.5e-07", "60"))
+
+
+def test_laws_that_made_the_runs_are_found_again(study: Path) -> None:
+    outcomes = [o for o in read_outcomes(parse_recipe(RECIPE, title="t"), study) if o.run.stage.name == "pretrain"]
+    for arm, runs in by("arm", outcomes).items():
+        law = fit(runs, "trailing", "6nd")
+        assert law is not None
+        assert law.law.b == pytest.approx(synthetic_study.LAWS[arm][1], abs=0.003)
+        assert synthetic_study.LAWS[arm][1] in law.b
+
+
+def comparisons(study: Path) -> list[str]:
+    """Sentences about MoBA against full attention."""
+    lines = (study / "report.md").read_text().splitlines()
+    return [line for line in lines if line.startswith("- ") and ": MoBA is" in line]
+
+
+def test_real_differences_are_resolved(study: Path) -> None:
+    assert len(comparisons(study)) == 8
+    assert all("above Full attention" in line and "**resolved**" in line for line in comparisons(study))
+
+
+def test_equal_arms_are_within_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(synthetic_study.LAWS, "moba", synthetic_study.LAWS["full"])
+    write_report(make(tmp_path), tmp_path, "6nd")
+    assert sum("**within noise**" in line for line in comparisons(tmp_path)) >= 6
+    exponents = [line for line in (tmp_path / "report.md").read_text().splitlines() if "exponent minus" in line]
+    assert len(exponents) == 2
+    assert all("**within noise**" in line for line in exponents)
+
+
+def test_one_seed_is_said_to_be_one_seed(tmp_path: Path) -> None:
+    write_report(make(tmp_path, RECIPE.replace("seeds = [0, 1]", "seeds = [0]")), tmp_path, "6nd")
+    report = (tmp_path / "report.md").read_text()
+    assert "one seed" in report
+    assert "**resolved**" not in report
+    assert "**resolved on these windows**, for this one seed" in report
+
+
+def test_report_of_unfinished_study_says_so(tmp_path: Path) -> None:
+    recipe = parse_recipe(RECIPE, title="t")
+    for run in recipe.runs[:3]:
+        train(run.config(tmp_path), tmp_path / run.name)
+    write_report(recipe, tmp_path, "6nd")
+    assert "**3 of 22 runs are finished**" in (tmp_path / "report.md").read_text()
+
+
+def test_report_says_what_small_models_cannot_show(study: Path) -> None:
+    report = (study / "report.md").read_text()
+    assert "1,200,000 parameters" in report
+    assert "cannot confirm or refute" in report
+
+
+def test_differences_pair_windows_and_seeds(study: Path) -> None:
+    runs = [o for o in read_outcomes(parse_recipe(RECIPE, title="t"), study) if o.run.name.startswith("pretrain/large")]
+    arms = by("arm", runs)
+    both = difference(arms["moba"], arms["full"], "trailing")
+    one = difference(arms["moba"], arms["full"][1:], "trailing")
+    assert both is not None
+    assert one is not None
+    assert len(both.per_seed) == 2
+    assert one.per_seed == both.per_seed[1:]
+    assert difference(arms["moba"][:1], arms["full"][1:], "trailing") is None
+
+
+def test_fit_and_plot_work_on_the_folder_alone(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["fit", str(study), "--axis", "causal_exact"]) == 0
+    assert "causal_exact" in (printed := capsys.readouterr().out)
+    assert "| MoBA | trailing loss |" in printed
+    before = (study / "figures" / "pretrain-scaling-law.svg").read_text()
+    assert cli.main(["plot", str(study), "--axis", "chinchilla"]) == 0
+    assert (study / "figures" / "pretrain-scaling-law.svg").read_text() != before
+    assert cli.main(["plot", str(study)]) == 0
+
+
+def test_nothing_finished_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    assert cli.main(["plot", str(tmp_path)]) == 2
+    assert "no run of" in capsys.readouterr().err
+    assert cli.main(["fit", str(tmp_path)]) == 2
+    assert "at least two sizes" in capsys.readouterr().err

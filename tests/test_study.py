@@ -1,0 +1,265 @@
+"""Studies: recipes and their errors, killed and finished, shared by processes, and dependencies between runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic_study import RECIPE, train
+
+from openmoba import cli
+from openmoba.lab import records
+from openmoba.lab.claims import claim, holder
+from openmoba.lab.progress import Progress
+from openmoba.lab.recipe import parse_recipe, read_recipe
+from openmoba.lab.study import overview, run_study
+
+SMALL = """
+title = "A study in seconds"
+[run]
+data = {{ source = "{root}/texts", hold_out = 4, tokenizer = "bytes", length = 64, cache = "{root}/cache" }}
+arm = {{ block_size = 8, top_k = 2 }}
+model = {{ size = "nano" }}
+train = {{ steps = {steps}, batch_size = 2, log_every = 2, checkpoint_every = 4 }}
+eval = {{ windows = 4, every = 8, trailing = 16, position_range = 16 }}
+[sizes.nano]
+[arms]
+moba = {{ name = "moba" }}
+last-1 = {{ name = "hybrid", full_layers = 1 }}
+[[stages]]
+name = "pretrain"
+sizes = ["nano"]
+arms = ["moba"]
+[[stages]]
+name = "finetune"
+sizes = ["nano"]
+arms = ["moba", "last-1"]
+after = "pretrain"
+branch = "moba"
+chart = "layers"
+run = {{ train = {{ steps = 8, loss_tokens = 16 }} }}
+"""
+RUNS = ["pretrain/nano-moba-seed0", "finetune/nano-moba-seed0", "finetune/nano-last-1-seed0"]
+
+
+def silent(label: str) -> Progress:
+    return Progress()
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    """The records without measured time."""
+    rows = records.read(folder / "metrics.jsonl")
+    for row in rows:
+        row.pop("seconds", None)
+        row["compute"].pop("accelerator_seconds")
+    return rows
+
+
+def start(recipe: Path, out: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "openmoba.cli", "study", str(recipe), "--out", str(out)]
+    return subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finish(process: subprocess.Popen[bytes]) -> str:
+    output = process.communicate(timeout=120)[0].decode()
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of three real runs, one after another."""
+    root = tmp_path_factory.mktemp("recipe")
+    (root / "texts").mkdir()
+    for n in range(8):
+        (root / "texts" / f"{n}.txt").write_text("".join(f"{i} times {n} is {i * n}, " for i in range(40)))
+    (root / "small.toml").write_text(SMALL.format(root=root, steps=48))
+    return root / "small.toml"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That study, finished in one go."""
+    out = tmp_path_factory.mktemp("studies") / "uninterrupted"
+    output = finish(start(recipe, out))
+    assert "report.md" in output, "the user is told where to look"
+    assert "layerwise-hybrid.png" in output
+    return out
+
+
+def test_killed_study_is_finished_by_a_second_call_with_the_same_curves(
+    recipe: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "study"
+    process = start(recipe, out)
+    metrics = out / RUNS[0] / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not any(row["step"] >= 10 for row in records.read(metrics)):
+        assert process.poll() is None, "the study ended before it could be killed"
+        assert time.monotonic() < deadline, "the study makes no progress"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (out / RUNS[0] / "result.json").exists(), "killed too late to test anything"
+    output = finish(start(recipe, out))
+    assert "goes on from step" in output
+    for run in RUNS:
+        assert curve(out / run) == curve(uninterrupted / run), run
+    assert f"finished  {RUNS[0]}" in overview(read_recipe(recipe), out)
+
+
+def test_two_processes_share_a_study_without_doing_a_run_twice(
+    recipe: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "study"
+    outputs = [finish(process) for process in [start(recipe, out), start(recipe, out)]]
+    for run in RUNS:
+        assert "".join(outputs).count(f": {run}") == 1, outputs
+        assert curve(out / run) == curve(uninterrupted / run), run
+    assert (out / "report.md").exists()
+
+
+def test_branches_start_from_the_run_they_name(uninterrupted: Path) -> None:
+    for run in RUNS[1:]:
+        config = records.read_json(uninterrupted / run / "config.json")
+        assert config["train"]["start_from"].endswith(RUNS[0])
+        first = records.read(uninterrupted / run / "metrics.jsonl")[0]
+        scratch = records.read(uninterrupted / RUNS[0] / "metrics.jsonl")[0]
+        assert first["loss"] < scratch["loss"] - 0.5, "a branch keeps what its origin learned"
+
+
+def test_finished_study_trains_nothing_and_survives_a_move(recipe: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    moved.symlink_to(uninterrupted)
+    assert run_study(read_recipe(recipe), moved, forbidden, silent) == 0
+
+
+def test_run_of_another_configuration_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    recipe = parse_recipe(RECIPE, title="t")
+    train(recipe.runs[5].config(tmp_path), tmp_path / recipe.runs[5].name)
+    changed = parse_recipe(RECIPE.replace("steps = 200", "steps = 300"), title="t")
+    with pytest.raises(ValueError, match=r"train\.steps: 200 there, 300 here.*choose another --out") as error:
+        run_study(changed, tmp_path, forbidden, silent)
+    assert recipe.runs[5].name in str(error.value)
+    assert run_study(recipe, tmp_path, train, silent) == len(recipe.runs) - 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('arms = ["full", "moba"]', 'arms = ["full", "mamba"]', r"stage 'pretrain': arms: unknown 'mamba'.*last-3"),
+        ('full = { name = "full" }', 'full = { name = "fast" }', r"arm\.name must be 'full' or 'moba'.*got 'fast'"),
+        ("top_k = 3", "topk = 3", r"unknown key 'arm\.topk'; the keys of arm are"),
+        ("top_k = 3", "top_k = 0", r"top_k"),
+        ("[sizes]", "[widths]", r"the recipe: unknown 'widths'; allowed are"),
+        ('sizes = ["large"]', 'sizes = ["huge"]', r"sizes: unknown 'huge'; allowed are small, medium, large"),
+        ('after = "pretrain"', 'after = "warmup"', r"after: unknown 'warmup'; allowed are pretrain"),
+        ('branch = "moba"', "", r"last-1, last-2, last-3 are not in stage 'pretrain'; set branch"),
+        ("seeds = [0, 1]\nchart = \"layers\"", "seeds = [0, 7]\nchart = \"layers\"", r"lacks the seeds \[7\]"),
+        ("seeds = [0, 1]\nchart = \"layers\"", "seeds = []\nchart = \"layers\"", r"without repetitions, got \[\]"),
+        ('name = "finetune"', 'name = "pretrain"', r"two stages are called 'pretrain'"),
+        ('chart = "scaling"', 'chart = "pie"', r"stages\.chart must be 'scaling' or 'layers'"),
+        ('size = "small"', 'size = "smol"', r"unknown model\.size 'smol'"),
+        ('title = "Synthetic study"', "title =", r"Invalid value"),
+        ('title = "Synthetic study"', "title = 3", r"title must be"),
+    ],
+)  # fmt: skip
+def test_bad_recipe_is_one_error_that_names_the_value(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in RECIPE
+    path = tmp_path / "bad.toml"
+    path.write_text(RECIPE.replace(old, new, 1) if old != "[sizes]" else RECIPE.replace(old, new))
+    with pytest.raises(ValueError, match=message) as error:
+        read_recipe(path)
+    assert str(path) in str(error.value)
+
+
+def test_missing_recipe_and_bad_recipe_end_the_command_with_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["study", str(tmp_path / "none.toml"), "--out", str(tmp_path / "out")]) == 2
+    assert "there is no recipe" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_lists_runs_and_trains_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(RECIPE)
+    assert cli.main(["study", str(path), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 22
+    assert lines[-1] == "missing   finetune/large-last-3-seed1, from pretrain/large-moba-seed1"
+    assert not (tmp_path / "out").exists()
+
+
+def test_special_settings_win_over_general_ones(tmp_path: Path) -> None:
+    runs = {run.name: run.config(tmp_path) for run in parse_recipe(RECIPE, title="t", source="novels.parquet").runs}
+    run = runs["finetune/large-last-2-seed1"]
+    assert (run.train.steps, run.train.seed, run.train.loss_tokens) == (40, 1, 128)
+    assert (run.arm.name, run.arm.full_layers, run.arm.block_size) == ("hybrid", 2, 64)
+    assert run.data.source == "novels.parquet"
+    assert run.train.start_from == str(tmp_path / "pretrain/large-moba-seed1")
+    assert runs["finetune/large-full-seed0"].train.start_from == str(tmp_path / "pretrain/large-full-seed0")
+
+
+def test_runs_wait_for_what_they_start_from(tmp_path: Path) -> None:
+    order = []
+
+    def note(config: Any, folder: Path, *, progress: Progress) -> dict[str, Any]:
+        if config.train.start_from:
+            assert (Path(config.train.start_from) / "result.json").exists()
+        order.append(folder)
+        return train(config, folder)
+
+    recipe = parse_recipe(RECIPE, title="t")
+    assert run_study(recipe, tmp_path, note, silent) == len(recipe.runs) == len(set(order))
+
+
+def test_a_failed_run_stops_the_study_and_releases_its_claim(tmp_path: Path) -> None:
+    def fail(*_: Any, **__: Any) -> dict[str, Any]:
+        raise ValueError("the loss was not a finite number")
+
+    recipe = parse_recipe(RECIPE, title="t")
+    with pytest.raises(ValueError, match="not a finite number"):
+        run_study(recipe, tmp_path, fail, silent)
+    with claim(tmp_path / recipe.runs[0].name) as mine:
+        assert mine
+
+
+def test_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="once per GPU"):
+        run_study(parse_recipe(RECIPE, title="t"), tmp_path, forbidden, silent)
+
+
+def test_claim_of_a_dead_process_is_free(tmp_path: Path) -> None:
+    code = "import sys, time; from pathlib import Path; from openmoba.lab.claims import claim\n"
+    code += "with claim(Path(sys.argv[1])) as mine: print(mine, flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"True\n"
+    with claim(tmp_path) as mine:
+        assert not mine
+    assert f"process {process.pid} on" in holder(tmp_path)
+    process.kill()
+    process.communicate()
+    with claim(tmp_path) as mine:
+        assert mine
+
+
+def forbidden(*_: Any, **__: Any) -> dict[str, Any]:
+    raise AssertionError("nothing should be trained")
+
+
+def test_config_of_a_run_is_as_trained(uninterrupted: Path) -> None:
+    for run in RUNS:
+        result = json.loads((uninterrupted / run / "result.json").read_text())
+        assert result["config"] == records.read_json(uninterrupted / run / "config.json")
