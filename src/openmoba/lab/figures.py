@@ -99,7 +99,7 @@ def layers_chart(
         axes.set_xlim(-0.5, len(counts) - 0.5)
         axes.grid(visible=False, axis="x")
         axes.set(title=title, xlabel="Number of full-attention layers (the last ones)", ylabel=loss_name)
-        axes.legend()
+        figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
