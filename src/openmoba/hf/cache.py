@@ -67,6 +67,7 @@ class DynamicPagedLayer(DynamicLayer):  # type: ignore[misc]
         self._alignment: Alignment | None = None
         self._pooled = 0  # tokens that the pages hold
         self._continues = False  # whether the open page's sum can be added to
+        self._offloaded: torch.cuda.Event | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append `[B, H, T, D]` keys and values; returns all of them."""
@@ -129,11 +130,20 @@ class DynamicPagedLayer(DynamicLayer):  # type: ignore[misc]
     def offload(self) -> None:
         """Move keys and values to the CPU; the pages, a hundredth of their size, stay."""
         self._move("cpu")
+        if self.is_initialized and self.device.type == "cuda":
+            self._offloaded = torch.cuda.current_stream(self.device).record_event()
 
     def prefetch(self) -> None:
-        """Move keys and values back."""
-        if self.is_initialized:
-            self._move(self.device)
+        """Move keys and values back, on the stream of the caller, for use on the default stream."""
+        if not self.is_initialized:
+            return
+        if self._offloaded is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._offloaded)
+        self._move(self.device)
+        for store in self._stores:
+            if store.is_cuda:
+                # Attention reads the stores themselves: they must outlive it before their memory serves a prefetch.
+                store.record_stream(torch.cuda.default_stream(self.device))
 
     def reset(self) -> None:
         """Forget all tokens."""

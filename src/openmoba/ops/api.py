@@ -83,7 +83,7 @@ def moba_attention(
 
     Source: arXiv 2502.13189, equations 2 to 6.
     """
-    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         # As SDPA does; precision inside is the implementation's own.
         low = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype == torch.float64 else x.to(low) for x in (q, k, v))

@@ -13,6 +13,7 @@ from torch import Tensor
 from openmoba.config import check_blocks
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_HAS_TRITON = find_spec("triton") is not None  # found once: compilers cannot trace the search
 MIN_HEAD_WIDTH, MAX_HEAD_WIDTH = 8, 256
 
 
@@ -53,7 +54,7 @@ def check_scale(q: Tensor, scale: float | None) -> float:
 
 def check_triton(q: Tensor) -> None:
     """Raise ValueError unless Triton can run kernels on q."""
-    if find_spec("triton") is None:
+    if not _HAS_TRITON:
         raise ValueError("impl='triton' needs the triton package, which is not installed; use impl='reference'")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if q.device.type != "cuda" and not (interpreted and q.device.type in ("cpu", "meta")):

@@ -183,7 +183,7 @@ def _row_statistics(
 ):
     row = tl.program_id(0) * M + tl.arange(0, M)
     valid = row < rows
-    token = row // HEADS
+    token = (row // HEADS).to(tl.int64)
     at = token // tokens_q * d_out_batch + token % tokens_q * d_out_token + row % HEADS * d_out_head
     d_out_MD = load_rows(d_out_ptr, at, 1, valid, WIDTH, D).to(tl.float32)
     out_MD = load_rows(out_ptr, row, WIDTH, valid, WIDTH, D).to(tl.float32)
@@ -191,7 +191,7 @@ def _row_statistics(
     lse_M = tl.load(lse_ptr + row, mask=valid, other=0.0) * LOG2E
     c = tl.arange(0, _STATISTICS)
     both_MC = tl.where((c == 0)[None, :], lse_M[:, None], tl.where((c == 1)[None, :], delta_M[:, None], 0.0))
-    tl.store(statistics_ptr + row[:, None] * _STATISTICS + c[None, :], both_MC, mask=valid[:, None])
+    tl.store(statistics_ptr + row[:, None].to(tl.int64) * _STATISTICS + c[None, :], both_MC, mask=valid[:, None])
 
 
 @triton.jit
@@ -297,8 +297,8 @@ def _key_gradients(
     q_base = q_ptr + kv_head.to(tl.int64) * GROUP * q_head
     d_out_base = d_out_ptr + kv_head.to(tl.int64) * GROUP * d_out_head
     if not PACKED:
-        q_base += sequence.to(tl.int64) * (q_batch - tokens_q * q_token)
-        d_out_base += sequence.to(tl.int64) * (d_out_batch - tokens_q * d_out_token)
+        q_base += sequence.to(tl.int64) * (q_batch - tl.cast(tokens_q, tl.int64) * q_token)
+        d_out_base += sequence.to(tl.int64) * (d_out_batch - tl.cast(tokens_q, tl.int64) * d_out_token)
     k_ND = load_rows(k_base, key, k_token, n < block_size, WIDTH, D)
     v_ND = load_rows(v_base, key, v_token, n < block_size, WIDTH, D)
     dk_ND = tl.zeros([N, D], tl.float32)
@@ -401,8 +401,8 @@ def _query_gradients(
     q_base = q_ptr + kv_head.to(tl.int64) * GROUP * q_head
     d_out_base = d_out_ptr + kv_head.to(tl.int64) * GROUP * d_out_head
     if not PACKED:
-        q_base += sequence.to(tl.int64) * (q_batch - tokens_q * q_token)
-        d_out_base += sequence.to(tl.int64) * (d_out_batch - tokens_q * d_out_token)
+        q_base += sequence.to(tl.int64) * (q_batch - tl.cast(tokens_q, tl.int64) * q_token)
+        d_out_base += sequence.to(tl.int64) * (d_out_batch - tl.cast(tokens_q, tl.int64) * d_out_token)
     pair, token, member, valid = pair_rows(pairs_ptr, begin, end, head * rows, GROUP, PAST, M)
     wide = token.to(tl.int64)
     q_MD, d_out_MD, lse_M, delta_M = _load_queries(

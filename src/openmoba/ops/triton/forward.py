@@ -217,7 +217,7 @@ def _attend_past(
     # Flat token numbers run over all sequences; in a batch they are counted back into their batch row.
     q_base = q_ptr + kv_head.to(tl.int64) * GROUP * q_head
     if not PACKED:
-        q_base += sequence.to(tl.int64) * (q_batch - tokens_q * q_token)
+        q_base += sequence.to(tl.int64) * (q_batch - tl.cast(tokens_q, tl.int64) * q_token)
     n = tl.arange(0, N)
     scale_log2 = scale * LOG2E
     if RESIDENT:
