@@ -105,6 +105,7 @@ def test_report_says_what_small_models_cannot_show(study: Path) -> None:
     report = (study / "report.md").read_text()
     assert "1,200,000 parameters" in report
     assert "cannot confirm or refute" in report
+    assert "positions 896-1,024 differs from that at 128-256 by -0." in report
 
 
 def test_differences_pair_windows_and_seeds(study: Path) -> None:

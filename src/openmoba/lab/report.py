@@ -88,6 +88,7 @@ def _report(
         yield _stage_sentence(stage, own)
         for chart in (chart for chart in charts if chart.stage == stage):
             yield f"\n![{chart.caption}]({chart.files[0].relative_to(study)})\n\n*{chart.caption}*"
+        yield from _use_of_context(own)
         yield "\n### Comparisons\n"
         yield from _comparisons(own)
         if stage.chart == "scaling":
@@ -155,6 +156,22 @@ def _stage_sentence(stage: Stage, outcomes: Sequence[Outcome]) -> str:
     if stage.after:
         parts.append("tokens and compute are those of this stage alone")
     return "; ".join(parts) + "."
+
+
+def _use_of_context(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """What full attention gains from a longer context, the most that leaving blocks out could cost."""
+    full = of_kind(list(by("size", outcomes).values())[-1], "full")
+    if not full or len(full[0].final["position_loss"]) < 3:
+        return
+    ranges = list(zip(*(run.final["position_loss"] for run in full), strict=True))
+    (early, early_loss), (late, late_loss) = (
+        (rows[0], sum(row["loss"] for row in rows) / len(rows)) for rows in (ranges[1], ranges[-1])
+    )
+    yield (
+        f"\nUse of context: with full attention ({full[0].run.size}) the loss at positions {late['start']:,}-"
+        f"{late['end']:,} differs from that at {early['start']:,}-{early['end']:,} by {late_loss - early_loss:+.4f} nats. "
+        "The lower, the more the model gains from far context, and the more it can lose by leaving blocks out."
+    )
 
 
 def _comparisons(outcomes: Sequence[Outcome]) -> Iterator[str]:
