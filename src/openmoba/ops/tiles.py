@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 # Slots worked on at once: what bounds the workspace.
-SLOTS_AT_ONCE = 2**18
+SLOTS_AT_ONCE = 2**17
 # A range of queries is long enough for this many rows per block on average, however many blocks there are.
-ROWS_PER_BLOCK = 256
+ROWS_PER_BLOCK = 1024
 # Rows of a tile over a past block. The kernel is fastest from 768 rows on; the rest of a block's rows go into
 # smaller tiles, so that few rows are padding.
 TILE_ROWS = (768, 192, 64)
