@@ -167,10 +167,11 @@ def _use_of_context(outcomes: Sequence[Outcome]) -> Iterator[str]:
     (early, early_loss), (late, late_loss) = (
         (rows[0], sum(row["loss"] for row in rows) / len(rows)) for rows in (ranges[1], ranges[-1])
     )
+    span, before = (f"{row['start']:,}-{row['end']:,}" for row in (late, early))
     yield (
-        f"\nUse of context: with full attention ({full[0].run.size}) the loss at positions {late['start']:,}-"
-        f"{late['end']:,} differs from that at {early['start']:,}-{early['end']:,} by {late_loss - early_loss:+.4f} nats. "
-        "The lower, the more the model gains from far context, and the more it can lose by leaving blocks out."
+        f"\nUse of context: with full attention ({full[0].run.size}) the loss at positions {span} differs from that at "
+        f"{before} by {late_loss - early_loss:+.4f} nats. The lower, the more the model gains from far context, and the "
+        "more it can lose by leaving blocks out."
     )
 
 
