@@ -170,8 +170,8 @@ def _use_of_context(outcomes: Sequence[Outcome]) -> Iterator[str]:
     span, before = (f"{row['start']:,}-{row['end']:,}" for row in (late, early))
     yield (
         f"\nUse of context: with full attention ({full[0].run.size}) the loss at positions {span} differs from that at "
-        f"{before} by {late_loss - early_loss:+.4f} nats. The lower, the more the model gains from far context, and the "
-        "more it can lose by leaving blocks out."
+        f"{before} by {late_loss - early_loss:+.4f} nats. The lower, the more the model gains from far context, and "
+        "the more it can lose by leaving blocks out."
     )
 
 
