@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from openmoba.bench.cases import GRIDS, PASSES, Case
-from openmoba.bench.table import Row, length_name, read_rows
+from openmoba.bench.table import Row, length_name, newest, read_rows
 
 ROOT = Path(__file__).parent.parent
 H200 = "results/h200/attention.csv"
@@ -62,7 +62,7 @@ def attention_h200() -> str:
             "",
             *_markdown(HEADLINE, [pair.cells for pair in pairs]),
             "",
-            f"Written by `openmoba bench attention --out {H200}` at commit {_short(last.commit)}, torch {last.torch}, "
+            f"Written by `openmoba bench attention --out {H200}` at commit {_commits(pairs)}, torch {last.torch}, "
             f"Triton {last.triton}. All rows are in [{H200}]({H200}), the method in "
             "[benchmarks/README.md](benchmarks/README.md).",
             "",
@@ -82,7 +82,7 @@ def kernels_h200() -> str:
             *_markdown(head, [(*pair.cells, *pair.costs) for pair in pairs]),
             "",
             "Medians in ms. The columns from dense on are of both passes, at 1M tokens of the forward alone; MB are "
-            f"extra memory, 10^6 bytes. Commit {_short(last.commit)}, torch {last.torch}, Triton {last.triton}.",
+            f"extra memory, 10^6 bytes. Commit {_commits(pairs)}, torch {last.torch}, Triton {last.triton}.",
             "",
         )
     )
@@ -90,7 +90,7 @@ def kernels_h200() -> str:
 
 def decode_h200() -> str:
     """A decoding step over a cache, and the first and last chunk of a long prompt."""
-    rows = [row for row in _last_rows(DECODE) if row.contender == "moba" and row.error is None]
+    rows = [row for row in _newest_rows(DECODE) if row.contender == "moba" and row.error is None]
     steps = [row for row in rows if row.passes == "decode" and row.tokens in DECODE_TOKENS]
     if not steps:
         return ""
@@ -240,11 +240,10 @@ class Pair(NamedTuple):
 
 def _headline(name: str) -> list[Pair]:
     """The measured headline cases of one sequence and random routing."""
-    rows = {row.key: row for row in _last_rows(name)}
-    where = {key: getattr(last, key) for last in list(rows.values())[-1:] for key in ("device", "commit")}
+    rows = {replace(row, device=None, commit=None).key: row for row in _newest_rows(name)}
 
     def measured(contender: str, case: Case, passes: str) -> Row | None:
-        row = rows.get(Row.of(contender, replace(case, passes=passes), **where).key)
+        row = rows.get(Row.of(contender, replace(case, passes=passes)).key)
         return row if row and row.error is None else None
 
     cases = [case for case in GRIDS["headline"] if case.routing == "random" and case.batch == 1]
@@ -256,10 +255,14 @@ def _headline(name: str) -> list[Pair]:
     return pairs
 
 
-def _last_rows(name: str) -> list[Row]:
-    """The rows of the machine and the commit of the file's last row; none without the file."""
-    rows = read_rows(ROOT / name)
-    return [row for row in rows if (row.device, row.commit) == (rows[-1].device, rows[-1].commit)]
+def _commits(pairs: Sequence[Pair]) -> str:
+    """The commits that the rows of the table come from."""
+    return " and ".join(dict.fromkeys(_short(row.commit) for pair in pairs for row in (pair.both, pair.forward) if row))
+
+
+def _newest_rows(name: str) -> list[Row]:
+    """The newest row of every case; none without the file."""
+    return newest(read_rows(ROOT / name))
 
 
 def _by_setting(rows: Iterable[Row]) -> list[list[Row]]:

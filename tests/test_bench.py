@@ -192,14 +192,15 @@ def test_figures_and_table_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert list(curve.get_ydata()) == expected
 
 
-def test_figures_show_the_last_commit_and_the_usual_heads() -> None:
-    def row(commit: str, heads: int, tokens: int) -> Row:
+def test_figures_show_the_newest_row_of_each_case_and_the_usual_heads() -> None:
+    def row(commit: str, heads: int, tokens: int, milliseconds: float) -> Row:
         case = replace(SMALL, heads=heads, tokens=tokens, passes="forward")
-        return Row.of("moba", case, commit=commit, p50_ms=1.0)
+        return Row.of("moba", case, commit=commit, p50_ms=milliseconds)
 
-    rows = [row("old", 4, 1024), row("new", 4, 2048), row("new", 4, 4096), row("new", 2, 8192)]
+    rows = [row("old", 4, 1024, 1.0), row("old", 4, 2048, 9.0), row("new", 4, 2048, 2.0), row("new", 2, 8192, 8.0)]
     (line,) = time_chart(rows).axes[0].lines
-    assert list(line.get_xdata()) == [2048, 4096]
+    assert list(line.get_xdata()) == [1024, 2048]
+    assert list(line.get_ydata()) == [1.0, 2.0]
 
 
 def test_plot_refuses_what_is_no_benchmark(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from openmoba.bench.contenders import CONTENDERS
-from openmoba.bench.table import Row, length_name
+from openmoba.bench.table import Row, length_name, newest
 from openmoba.lab.figures import BLUE, GREY, RED, STYLE
 
 LOOKS = {
@@ -48,9 +48,8 @@ def speedup_chart(rows: Sequence[Row]) -> Figure:
 
 
 def _main_slice(rows: Sequence[Row]) -> list[Row]:
-    """Random routing, on the machine and at the commit of the last row, in the dtype and heads of most rows."""
-    rows = [row for row in rows if (row.device, row.commit) == (rows[-1].device, rows[-1].commit)]
-    rows = [row for row in rows if row.routing in (None, "random")]
+    """Random routing, the newest rows on the machine of the last, in the dtype and heads of most."""
+    rows = [row for row in newest(rows) if row.routing in (None, "random")]
     kinds = Counter(_kind(row) for row in rows)
     return [row for row in rows if _kind(row) == kinds.most_common(1)[0][0]]
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from openmoba.bench.decode import CHUNK, EAGER, GRAPH
-from openmoba.bench.table import Row, length_name
+from openmoba.bench.table import Row, length_name, newest
 from openmoba.lab.figures import BLUE, RED, STYLE
 
 _MOBA: dict[str, Any] = {"color": BLUE, "marker": "o", "markersize": 5, "linewidth": 1.6}
@@ -57,9 +57,7 @@ def prefill_chart(rows: Sequence[Row]) -> Figure:
 
 
 def _measured(rows: Sequence[Row], passes: str) -> list[Row]:
-    """Of the machine and commit of the last row."""
-    where = (rows[-1].device, rows[-1].commit)
-    return [row for row in rows if row.passes == passes and (row.device, row.commit) == where and row.p50_ms]
+    return [row for row in newest(rows) if row.passes == passes and row.p50_ms]
 
 
 def _settings(axes: Axes, rows: Sequence[Row]) -> None:

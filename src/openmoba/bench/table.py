@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,12 @@ def read_rows(path: Path) -> list[Row]:
     if reader.fieldnames is not None and list(reader.fieldnames) != list(_FIELDS):
         raise ValueError(f"{path} has other columns than this version writes; give another file")
     return [Row(**{name: _parse(text, _FIELDS[name]) for name, text in row.items()}) for row in reader]
+
+
+def newest(rows: Sequence[Row]) -> list[Row]:
+    """Of the last row's device, the last row of every case; a run that ended early leaves older ones beside it."""
+    last = {replace(row, commit=None).key: row for row in rows if row.device == rows[-1].device}
+    return [row for row in rows if last.get(replace(row, commit=None).key) is row]
 
 
 def append_row(path: Path, row: Row) -> None:
