@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from openmoba.bench.cases import GRIDS, PASSES, Case
+from openmoba.bench.contenders import CONTENDERS
 from openmoba.bench.table import Row, length_name, newest, read_rows
 
 ROOT = Path(__file__).parent.parent
@@ -57,13 +58,14 @@ def attention_h200() -> str:
             "",
             f"One {last.device}, {last.power_limit_w:.0f} W, bf16, batch 1, 32 query and 8 key/value heads, causal, "
             "normal random inputs. Medians in ms of the whole public call, choice of blocks included. The columns from "
-            "the fastest dense attention on compare both passes, at 1M tokens the forward; dense attention is timed up to "
-            "256K tokens.",
+            "dense on compare both passes, at 1M tokens the forward. Dense attention, timed up to 256K tokens: "
+            f"{_dense_contenders(H200)}.",
             "",
             *_markdown(HEADLINE, [pair.cells for pair in pairs]),
             "",
-            f"Written by `openmoba bench attention --out {H200}` at commit {_commits(pairs)}, torch {last.torch}, "
-            f"Triton {last.triton}. All rows are in [{H200}]({H200}), the method in "
+            f"Written by `openmoba bench attention` at commit {_commits(pairs)}, torch {last.torch}, Triton "
+            f"{last.triton}. All rows are in [{H200}]({H200}), the commands in "
+            "[results/h200/README.md](results/h200/README.md), the method in "
             "[benchmarks/README.md](benchmarks/README.md).",
             "",
         )
@@ -117,8 +119,8 @@ def decode_h200() -> str:
             "",
             *lines,
             *([""] if lines else []),
-            f"Written by `openmoba bench decode --out {DECODE}` at commit {_short(first.commit)}, torch "
-            f"{first.torch}, Triton {first.triton}. All rows are in [{DECODE}]({DECODE}).",
+            f"Written by `openmoba bench decode` at commit {_short(first.commit)}, torch {first.torch}, Triton "
+            f"{first.triton}. All rows are in [{DECODE}]({DECODE}).",
             "",
         )
     )
@@ -203,7 +205,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "study": study,
 }
 
-HEADLINE = ("D", "block / top-k", "tokens", "forward", "both passes", "fastest dense", "speed-up", "FlashMoBA")
+HEADLINE = ("D", "block / top-k", "tokens", "forward", "both passes", "dense", "speed-up", "FlashMoBA")
 CPU_TOKENS = 8192
 """Shortest length in the table."""
 DECODE_TOKENS = (2**15, 2**17, 2**19)
@@ -265,6 +267,12 @@ def _newest_rows(name: str) -> list[Row]:
     return newest(read_rows(ROOT / name))
 
 
+def _dense_contenders(name: str) -> str:
+    """Which were timed; the fastest of them counts."""
+    timed = dict.fromkeys(CONTENDERS[row.contender] for row in _newest_rows(name) if row.error is None)
+    return "; ".join(contender.label for contender in timed if contender.kind == "dense")
+
+
 def _by_setting(rows: Iterable[Row]) -> list[list[Row]]:
     """The rows of each block size and top-k, by tokens."""
     settings: dict[str, list[Row]] = {}
@@ -304,7 +312,8 @@ def _number(value: float | None) -> str:
 
 
 def _short(commit: str | None) -> str:
-    return (commit or "unknown")[:10]
+    number, plus, changes = (commit or "unknown").partition("+")
+    return number[:10] + plus + changes
 
 
 if __name__ == "__main__":
