@@ -64,8 +64,8 @@ def _layers(stage: Stage, size: str, runs: list[Outcome], study: Path) -> Chart:
     full, moba = of_kind(runs, "full"), of_kind(runs, "moba")
     hybrids = by("arm", (run for run in runs if run.config.arm.name == "hybrid")).values()
     figure = figures.layers_chart(
-        {own[0].full_layers: _level(own, full) for own in hybrids},
-        _level(full, full) if full else None,
+        {own[0].full_layers: _level(own, moba) for own in hybrids},
+        _level(full, []) if full else None,
         _level(moba, full) if moba else None,
         title=f"Layer-wise hybrid, {_model(runs[0])}, {describe_sparsity(runs[0])}",
         loss_name=f"Trailing LM loss (nats)\n{describe_trailing(runs[0])}",
@@ -73,8 +73,8 @@ def _layers(stage: Stage, size: str, runs: list[Outcome], study: Path) -> Chart:
     return Chart(
         stage,
         figures.save(figure, study / FOLDER / f"{stage.name}-{size}-layerwise-hybrid"),
-        f"Trailing loss against the number of last layers with full attention ({size}). Bars and the grey band: "
-        f"{LEVEL:.0%} interval of the difference from full attention on the same windows.",
+        f"Trailing loss over the number of last layers with full attention ({size}). Bars: {LEVEL:.0%} interval of "
+        "the difference from MoBA; grey band: that of MoBA's difference from full attention; on the same windows.",
     )
 
 
@@ -115,10 +115,10 @@ def _positions(stage: Stage, runs: list[Outcome], study: Path) -> Chart:
     )
 
 
-def _level(own: list[Outcome], full: list[Outcome]) -> Level:
-    """An arm's trailing loss; its bar is that of the paired difference from full attention."""
+def _level(own: list[Outcome], reference: list[Outcome]) -> Level:
+    """An arm's trailing loss; its bar is that of the paired difference from `reference`, if there is one."""
     loss = mean_loss(own, "trailing")
-    against = difference(own, full, "trailing") if full and own is not full else None
+    against = difference(own, reference, "trailing")
     if against is None:
         return Level(loss)
     shift = loss - against.mean

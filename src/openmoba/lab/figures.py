@@ -99,7 +99,7 @@ def layers_chart(
         axes.set_xlim(-0.5, len(counts) - 0.5)
         axes.grid(visible=False, axis="x")
         axes.set(title=title, xlabel="Number of full-attention layers (the last ones)", ylabel=loss_name)
-        figure.legend(loc="outside lower center", ncols=3)
+        figure.legend(loc="outside lower center", ncols=3, handlelength=3)
     return figure
 
 
@@ -150,7 +150,7 @@ def position_chart(
             upper.errorbar(centre, loss, yerr=_error_bars(levels), capsize=3, label=arm, **look)
             lower.plot(centre, loss - base, **look)
         upper.set(title=title, ylabel=loss_name)
-        upper.legend()
+        figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=5, handlelength=3)
         lower.set(xlabel="Position in the window (tokens)", ylabel=f"Difference from\n{reference.lower()} (nats)")
         lower.set_xticks([arms[reference][0].start, *(item.end for item in arms[reference])])
         lower.locator_params(axis="y", nbins=5)
