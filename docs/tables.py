@@ -176,8 +176,9 @@ def study() -> str:
     charts = re.findall(r"!\[.*?\]\((\S+\.png)\)", text)
     return "\n".join(
         (
-            f"[{text.splitlines()[0].removeprefix('# ')}]({STUDY}/report.md), the outcome of one `make demo`: "
-            f"{origin['Hardware']}; {origin['Training and evaluation, all runs']}; commit {_short(origin['Commit'])}.",
+            f"What one `make demo` made: [{text.splitlines()[0].removeprefix('# ')}]({STUDY}/report.md). "
+            f"{origin['Hardware']}; {origin['Training and evaluation, all runs']}; commit {_short(origin['Commit'])}. "
+            "The models are tiny; the report says what they can and cannot show.",
             "",
             *(f"![{CHARTS[name]}]({STUDY}/{chart})" for name in CHARTS for chart in charts if name in chart),
             "",
