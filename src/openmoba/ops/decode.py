@@ -3,7 +3,7 @@
     s_p = <q, c_p>   for the pages before the query's own; the top_k - 1 best are read, ties to the later page
     o   = softmax(scale * q K[I]^T) V[I]   over these pages and the query's own, causally
 
-Source: MoBA technical report, arXiv 2502.13189, equations 2 to 6, with the block means of equation 5 kept in the
+Source: MoBA technical report, arXiv 2502.13189, equations 2 to 6, with the block means kept in the
 cache (`openmoba.ops.pages`) instead of computed anew. The cost is `top_k * block_size` keys and one centroid per page.
 
 `impl` picks speed, never meaning:
