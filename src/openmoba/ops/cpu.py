@@ -7,7 +7,8 @@ independent: dQ is a bag of slots, dK and dV are added up where the keys lie. Al
 results repeat bit for bit.
 
 Suffixes: T query tokens, S key tokens, H query heads, J key/value heads, G query heads per key/value head,
-D head width, L tiles, R rows of a tile, M keys of a tile, C slots of a query row, K = top_k - 1.
+D head width, L tiles, R rows of a tile, M keys of a tile, C slots of a query row. Q counts query rows and K key rows of
+a part; in `selected_TJGK`, K = top_k - 1.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from openmoba.ops.tiles import Part, Plan, Tiles, parts, plan, sequences_of
 
 __all__ = ["backward", "forward", "select"]
 
+# What scaled_dot_product_attention runs on CPU. Called directly, it returns the log-sum-exp, and its backward takes
+# that of a larger softmax, which the tile is a part of.
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -67,8 +70,8 @@ def forward(
         q_QD = _with_padding([_rows(q_TJGD, part)])
         kv_KD = _keys([k_SJD, v_SJD], part)
         out_QD, lse_Q = _forward_part(todo, q_QD, kv_KD, scale, workspace)
-        _rows(out_TJGD, part).copy_(out_QD.view(_rows(out_TJGD, part).shape))
-        _rows(lse_TJG, part).copy_(lse_Q.view(_rows(lse_TJG, part).shape))
+        _put_rows(out_TJGD, part, out_QD)
+        _put_rows(lse_TJG, part, lse_Q)
     return out, lse, selected
 
 
@@ -100,7 +103,7 @@ def backward(
         lse_Q = _with_padding([_rows(lse_TJG, part)[..., None]])[:, 0]
         kv_KD = _keys([k_SJD, v_SJD], part)
         dq_QD, dk_KD, dv_KD = _backward_part(todo, rows_QD, lse_Q, kv_KD, scale, workspace)
-        _rows(dq_TJGD, part).copy_(dq_QD.view(_rows(dq_TJGD, part).shape))
+        _put_rows(dq_TJGD, part, dq_QD)
         for whole_SJD, share_KD in ((dk_SJD, dk_KD), (dv_SJD, dv_KD)):
             share_JSD = whole_SJD[part.keys, part.heads].transpose(0, 1)
             share_JSD += share_KD.view(share_JSD.shape)
@@ -201,6 +204,12 @@ def _by_head(x_THD: Tensor, kv_heads: int) -> Tensor:
 def _rows(x_TJGD: Tensor, part: Part) -> Tensor:
     """A part's share in the order of its query rows, `[J, T, G, ...]`, a view."""
     return x_TJGD[part.queries, part.heads].transpose(0, 1)
+
+
+def _put_rows(x_TJGD: Tensor, part: Part, rows_QD: Tensor) -> None:
+    """Write a part's query rows where `_rows` reads them."""
+    share_JTGD = _rows(x_TJGD, part)
+    share_JTGD.copy_(rows_QD.view(share_JTGD.shape))
 
 
 def _with_padding(xs_JTGD: list[Tensor]) -> Tensor:
