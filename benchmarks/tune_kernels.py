@@ -1,0 +1,84 @@
+"""Time every Triton kernel of one call, and one kernel with other tiles, on a CUDA GPU.
+
+    python benchmarks/tune_kernels.py --tokens 32768 --head-dim 128 --block-size 128 --top-k 8
+    python benchmarks/tune_kernels.py --tile forward_past_tile --try 64,128,4,3,1024 128,128,8,5,1024
+
+The first form prints the milliseconds of each kernel in the forward and the backward, from torch's profiler. The second
+replaces one function of `openmoba.ops.triton.tuning` by each of the given tiles (M, N, warps, stages, segment) in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Callable
+from unittest.mock import patch
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from openmoba.ops.triton import attention, backward, forward
+from openmoba.ops.triton.tuning import Tile
+
+REPEATS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--block-size", type=int, default=128)
+    parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--tile", help="function of openmoba.ops.triton.tuning to replace")
+    parser.add_argument("--try", dest="tiles", nargs="+", default=[], help="M,N,warps,stages,segment")
+    options = parser.parse_args()
+    call = prepare(options)
+    show("as tuned", call)
+    user = next((module for module in (forward, backward) if hasattr(module, options.tile or "")), None)
+    if options.tile and user is None:
+        raise SystemExit(f"error: --tile must be a function of openmoba.ops.triton.tuning, got {options.tile!r}")
+    for text in options.tiles:
+        m, n, warps, stages, segment = map(int, text.split(","))
+        tile = Tile(m=m, n=n, d=options.head_dim, warps=warps, stages=stages, segment=segment)
+        with patch.object(user, options.tile, lambda *_, tile=tile: tile):
+            show(text, call)
+
+
+def prepare(options: argparse.Namespace) -> Callable[[], None]:
+    """Forward and backward on standard normal bf16 inputs."""
+    q, d_out = (torch.randn(1, options.tokens, options.heads, options.head_dim) for _ in range(2))
+    k, v = (torch.randn(1, options.tokens, options.kv_heads, options.head_dim) for _ in range(2))
+    q, d_out, k, v = (x.to("cuda", torch.bfloat16) for x in (q, d_out, k, v))
+    settings = (None, None, options.block_size, options.top_k, options.head_dim**-0.5)
+
+    def call() -> None:
+        out, lse, choice = attention.forward(q, k, v, *settings)
+        attention.backward(d_out, q, k, v, out, lse, choice, *settings)
+
+    return call
+
+
+def show(label: str, call: Callable[[], None]) -> None:
+    """Print the mean milliseconds of each kernel, longest first."""
+    try:
+        call()
+    except Exception as error:  # a tile that does not fit the card
+        print(f"{label}: {error}")
+        return
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(REPEATS):
+            call()
+        torch.cuda.synchronize()
+    milliseconds: dict[str, float] = defaultdict(float)
+    for event in recorded.events():
+        milliseconds[event.name[:60]] += event.device_time / 1000 / REPEATS
+    print(f"{label}: {sum(milliseconds.values()):.3f} ms")
+    for name, value in sorted(milliseconds.items(), key=lambda item: -item[1])[:12]:
+        print(f"  {value:8.3f}  {name}")
+
+
+if __name__ == "__main__":
+    main()
