@@ -165,8 +165,10 @@ def _codes(launches: list[Launch]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    # Each argument is "width,block_size,top_k", or with ",queries" a decoding step; one line of JSON each. A process of
-    # its own, since Triton decides at import whether kernels are interpreted.
+    # Each argument is "width,block_size,top_k", or with ",queries" a decoding step, then ":dtype" unless bf16; one line
+    # of JSON each. A process of its own, since Triton decides at import whether kernels are interpreted.
     for argument in sys.argv[1:]:
-        sizes = [int(size) for size in argument.split(",")]
-        print(json.dumps(report(*sizes) if len(sizes) == 3 else decode_report(*sizes)), flush=True)
+        numbers, _, dtype = argument.partition(":")
+        sizes = [int(size) for size in numbers.split(",")]
+        make_report = report if len(sizes) == 3 else decode_report
+        print(json.dumps(make_report(*sizes, dtype=getattr(torch, dtype or "bfloat16"))), flush=True)

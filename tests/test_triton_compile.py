@@ -1,4 +1,4 @@
-"""The chosen configurations, cross-compiled for Hopper in bf16: matrix instructions, shared memory, no spills."""
+"""The chosen configurations, cross-compiled for Hopper: matrix instructions, shared memory, no spills in bf16."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 TUNED = ["64,128,8", "64,512,3", "128,128,8", "128,512,3", "256,128,8"]  # head width, block size, top_k
 CONFIGURATIONS = [*TUNED, "96,16,8"]
+WIDEST_FLOAT32 = "256,80,8:float32"  # launches every kernel
 DECODE_CONFIGURATIONS = ["64,128,8,1", "128,128,8,1", "128,512,3,16", "256,128,8,16", "80,16,1,2"]
 SHARED_MEMORY = 227 * 1024  # of one thread block
 # Held to 128 registers, so that two programs share a multiprocessor.
@@ -24,17 +25,18 @@ GATE_SPILLS = 8
 @pytest.fixture(scope="module")
 def reports() -> dict[str, list[dict[str, Any]]]:
     """`sm90.report` of every configuration."""
+    arguments = [*CONFIGURATIONS, WIDEST_FLOAT32, *DECODE_CONFIGURATIONS]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     runner = Path(__file__).parent / "sm90.py"
     done = subprocess.run(
-        [sys.executable, runner, *CONFIGURATIONS, *DECODE_CONFIGURATIONS],
+        [sys.executable, runner, *arguments],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return dict(zip(CONFIGURATIONS + DECODE_CONFIGURATIONS, map(json.loads, done.stdout.splitlines()), strict=True))
+    return dict(zip(arguments, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
@@ -45,6 +47,13 @@ def test_kernels_fit_and_multiply_matrices(reports, configuration):
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_MEMORY, kernel
         assert kernel["matrix"] > 0, kernel
+
+
+def test_float32_fits_at_the_largest_width(reports):
+    kernels = reports[WIDEST_FLOAT32]
+    assert {"_second_look", "_query_gradients"} <= {kernel["kernel"] for kernel in kernels}
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED_MEMORY, kernel
 
 
 @pytest.mark.parametrize("configuration", TUNED)

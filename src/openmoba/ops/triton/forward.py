@@ -144,9 +144,36 @@ def store_rows(base, at, stride, valid, x, WIDTH: tl.constexpr, D: tl.constexpr)
 def dot(a, b, acc=None):
     """Matrix product accumulated in fp32; fp32 operands are not rounded to TF32."""
     if a.dtype == tl.float32:
-        return tl.dot(a, b, acc, input_precision="ieee")
+        product = _dot_float32(a, b)
+        if acc is None:
+            return product
+        else:
+            return _add(product, acc)
     else:
         return tl.dot(a, b, acc)
+
+
+@triton.jit
+def _dot_float32(a, b):
+    """Sums of at most 64 products, added in pairs: the rounding error of one long sum grows with its length."""
+    if a.shape[1] > 64:
+        a_even, a_odd = _columns(a)
+        b_even, b_odd = _columns(tl.trans(b))
+        return _add(_dot_float32(a_even, tl.trans(b_even)), _dot_float32(a_odd, tl.trans(b_odd)))
+    else:
+        return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _columns(x):
+    """The even and the odd columns."""
+    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+
+
+@triton.jit
+def _add(x, y):
+    """x + y; as a plain sum, the compiler would let one product go on from where the other ends."""
+    return tl.fma(x, tl.full(x.shape, 1.0, tl.float32), y)
 
 
 @triton.jit
