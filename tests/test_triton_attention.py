@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from attending import Case, assert_as_accurate_as_plain_pytorch, batched, oracle, packed, poisoned_memory, run
@@ -150,6 +151,40 @@ def test_bits_repeat_and_do_not_depend_on_the_workspace(monkeypatch):
         assert torch.equal(x, y)
         assert torch.equal(x, z)
     assert chunks == [3, 3, 3, 3, 2, 2]
+
+
+@pytest.mark.parametrize("ranges", [2, 3, 13])
+@pytest.mark.parametrize(
+    "case",
+    [
+        batched(FP32, (1, 40, 40, 2, 1, 16), 8, 3),
+        batched(FP16, (2, 33, 50, 6, 2, 16), 13, 3),
+        batched(FP32, (1, 26, 300, 1, 1, 8), 130, 2),
+        packed(FP32, [35, 1, 0, 20, 5, 0], [35, 1, 0, 41, 5, 20], (3, 1, 16), 8, 3),
+        packed(FP16, [0, 35, 1, 13], [0, 35, 30, 13], (4, 2, 16), 16, 6),
+    ],
+)
+def test_ranges_of_queries_do_not_change_the_bits(monkeypatch, case, ranges):
+    # The interpreter's matrix product rounds by where a row stands in its tile; einsum does not.
+    monkeypatch.setattr(numpy, "matmul", lambda a, b, dtype=None: numpy.einsum("ij,jk->ik", a, b, dtype=dtype))
+    call = (case.q, case.k, case.v, case.cu_q, case.cu_k, case.block_size, case.top_k, 0.25)
+    geometry = Geometry.of(case.q, case.k, case.cu_q, case.block_size, case.top_k)
+    whole = attention.forward(*call)[:2]
+    pairs = geometry.rows * geometry.group * (case.top_k - 1)
+    bytes_of_a_range = pairs * (geometry.width * case.q.dtype.itemsize + 24) // ranges + 1
+    monkeypatch.setattr(attention, "workspace_bytes", lambda _: bytes_of_a_range)
+    tokens = attention.tokens_at_once(geometry, 1, case.q.dtype, case.q.device)
+    assert tokens == -(-geometry.rows // ranges)
+    for x, y in zip(whole, attention.forward(*call)[:2], strict=True):
+        assert torch.equal(x, y)
+
+
+def test_own_slots_are_those_of_the_tokens():
+    geometry = Geometry(False, 3, 7, 10, 1, 1, 8, 4, 2)  # queries at 3 to 9 in the blocks 0, 1, 1, 1, 1, 2, 2
+    slots = [sequence * 3 + block for sequence in range(3) for block in (0, 1, 1, 1, 1, 2, 2)]
+    for first, end in ((0, 21), (0, 1), (1, 2), (5, 9), (20, 21)):
+        assert geometry.own_slots(range(first, end)) == range(slots[first], slots[end - 1] + 1)
+    assert replace(geometry, packed=True).own_slots(range(3, 5)) == range(geometry.tokens_k // 4 + 3)
 
 
 def test_workspace_setting(monkeypatch):

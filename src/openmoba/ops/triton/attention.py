@@ -1,8 +1,9 @@
 """The three functions that `ops.library` wraps: route, plan, attend, some key/value heads at a time.
 
 The partial results of all pairs would not fit in memory at long context (64 GB at 1M tokens), so key/value heads are
-worked on in chunks under a cap: OPENMOBA_WORKSPACE_MB, by default 1/96 of the device's memory. The cap depends on the
-device alone, and heads do not interact, so it never changes a bit of the result.
+worked on in chunks under a cap: OPENMOBA_WORKSPACE_MB, by default 1/150 of the device's memory. Where one head is too
+large, the forward works on ranges of its query tokens. The cap depends on the device alone, and neither heads nor
+query tokens interact, so it never changes a bit of the result.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from torch import Tensor
 
 from openmoba.ops.triton.backward import dq_pieces, heads_gradients, row_statistics
 from openmoba.ops.triton.forward import attend_heads
-from openmoba.ops.triton.geometry import Geometry
-from openmoba.ops.triton.plan import Plan, make_plan
+from openmoba.ops.triton.geometry import Geometry, cdiv
+from openmoba.ops.triton.plan import Plan, make_plan, split_plan
 from openmoba.ops.triton.route import route, select
 
 __all__ = ["backward", "choice_shape", "forward", "select"]
 
 _INT16_KEYS = 2**15
 _CPU_WORKSPACE = 2**30  # Triton's interpreter
+_DEVICE_SHARE = 150
 
 
 def forward(
@@ -41,12 +43,14 @@ def forward(
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     choice = torch.empty(choice_shape(q, k, cu_q, block_size, top_k), dtype=torch.int32, device=q.device)
     heads = heads_at_once(geometry, q.dtype, q.device)
+    tokens = tokens_at_once(geometry, heads, q.dtype, q.device)
     keys = route(q, k, cu_q, cu_k, geometry, heads) if top_k > 1 else None
     for first, plan in _plans(choice, geometry, heads):
         if keys is not None and plan is not None:
             make_plan(keys[first : first + plan.heads], plan.pairs, plan.offsets, geometry)
         count = min(heads, geometry.kv_heads - first)
-        attend_heads(q, k, v, cu_q, cu_k, geometry, scale, first, count, plan, out, lse)
+        for part, its_plan in split_plan(plan, geometry, tokens):
+            attend_heads(q, k, v, cu_q, cu_k, geometry, scale, first, count, part, its_plan, out, lse)
     return out, lse, choice
 
 
@@ -85,16 +89,21 @@ def choice_shape(q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top
 
 
 def heads_at_once(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> int:
-    """Key/value heads whose partial results fit in the workspace, at least one."""
+    """Key/value heads whose partial results fit in the workspace, forward and backward; at least one."""
     shares = max(1, dq_pieces(geometry, dtype))
-    pair = geometry.width * dtype.itemsize * shares + 24  # partials, LSE, and the sort's keys and values
-    fitting = workspace_bytes(device) // max(1, _pairs_per_head(geometry) * pair)
+    fitting = workspace_bytes(device) // max(1, _head_bytes(geometry, dtype, shares))
     sortable = (_INT16_KEYS - 1) // geometry.block_slots
     return max(1, min(fitting, sortable, geometry.kv_heads))
 
 
+def tokens_at_once(geometry: Geometry, heads: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Query tokens of all sequences whose forward partial results fit in the workspace, at least one."""
+    ranges = cdiv(heads * _head_bytes(geometry, dtype, shares=1), workspace_bytes(device))
+    return cdiv(geometry.rows, max(1, ranges))
+
+
 def workspace_bytes(device: torch.device) -> int:
-    """The cap on partial results: OPENMOBA_WORKSPACE_MB, or 1/96 of the device's memory."""
+    """The cap on partial results: OPENMOBA_WORKSPACE_MB, or a share of the device's memory."""
     asked = os.environ.get("OPENMOBA_WORKSPACE_MB")
     if asked is not None:
         if not asked.isdigit() or int(asked) == 0:
@@ -102,11 +111,16 @@ def workspace_bytes(device: torch.device) -> int:
         return int(asked) * 2**20
     if device.type != "cuda":
         return _CPU_WORKSPACE
-    return int(torch.cuda.get_device_properties(device).total_memory) // 96
+    return int(torch.cuda.get_device_properties(device).total_memory) // _DEVICE_SHARE
 
 
 def _pairs_per_head(geometry: Geometry) -> int:
     return geometry.rows * geometry.group * (geometry.top_k - 1)
+
+
+def _head_bytes(geometry: Geometry, dtype: torch.dtype, shares: int) -> int:
+    """Partial results of one key/value head, their log-sum-exp, and the sort's keys and values."""
+    return _pairs_per_head(geometry) * (geometry.width * dtype.itemsize * shares + 24)
 
 
 def _plans(choice: Tensor, geometry: Geometry, heads: int) -> Iterator[tuple[int, Plan | None]]:
@@ -120,4 +134,5 @@ def _plans(choice: Tensor, geometry: Geometry, heads: int) -> Iterator[tuple[int
             yield first, None
             continue
         part = slice(first, min(first + heads, geometry.kv_heads))
-        yield first, Plan(pairs_HP[part].view(-1), offsets_HN[part], part.stop - part.start)
+        count = part.stop - part.start
+        yield first, Plan(pairs_HP[part].view(-1), offsets_HN[part], count, count * pairs)

@@ -34,15 +34,22 @@ def attend_heads(
     scale: float,
     first_head: int,
     heads: int,
+    tokens: range,
     plan: Plan | None,
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    """Attention of the query heads of some key/value heads, written into `out` and `lse`; no plan: own block only."""
+    """Attention of some query tokens in the query heads of some key/value heads, written into `out` and `lse`.
+
+    `tokens` are numbered over all sequences: all of them, or a range of one key/value head with its part of the plan
+    (`split_plan`). No plan: own block only.
+    """
     rows = geometry.rows * geometry.group
     past = geometry.top_k - 1
-    partial = torch.empty((heads * rows * past, geometry.width), dtype=q.dtype, device=q.device)
-    partial_lse = torch.empty(heads * rows * past, dtype=torch.float32, device=q.device)
+    pairs = heads * len(tokens) * geometry.group * past
+    first_pair = tokens.start * geometry.group * past
+    partial = torch.empty((pairs, geometry.width), dtype=q.dtype, device=q.device)
+    partial_lse = torch.empty(pairs, dtype=torch.float32, device=q.device)
     if plan is not None:
         tile = forward_past_tile(geometry, q.dtype)
         items = make_items(plan, geometry, tile.segment)
@@ -54,6 +61,7 @@ def attend_heads(
             partial_lse,
             plan.pairs,
             plan.offsets,
+            plan.skips,
             items,
             cu_q,
             cu_k,
@@ -65,6 +73,7 @@ def attend_heads(
             rows,
             first_head,
             heads * geometry.block_slots,
+            first_pair,
             scale,
             *strides(q),
             *strides(k),
@@ -79,8 +88,8 @@ def attend_heads(
             **tile.launch(),
         )
     tile = forward_own_tile(geometry, q.dtype)
-    tiles = cdiv(geometry.block_size, tile.m)
-    _attend_own[(geometry.block_slots * tiles, heads * geometry.group)](
+    slots = geometry.own_slots(tokens)
+    _attend_own[(len(slots) * cdiv(geometry.block_size, tile.m), heads * geometry.group)](
         q,
         k,
         v,
@@ -96,6 +105,9 @@ def attend_heads(
         geometry.block_size,
         rows,
         first_head,
+        slots.start,
+        tokens.start,
+        tokens.stop,
         scale,
         *strides(q),
         *strides(k),
@@ -189,7 +201,7 @@ def pair_rows(pairs_ptr, begin, end, head_rows, GROUP: tl.constexpr, PAST: tl.co
     return pair, row // GROUP, row % GROUP, at < end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_pair"], do_not_specialize_on_alignment=["offsets_ptr", "skips_ptr"])
 def _attend_past(
     q_ptr,
     k_ptr,
@@ -198,6 +210,7 @@ def _attend_past(
     partial_lse_ptr,
     pairs_ptr,
     offsets_ptr,
+    skips_ptr,
     items_ptr,
     cu_q_ptr,
     cu_k_ptr,
@@ -209,6 +222,7 @@ def _attend_past(
     rows,
     first_head,
     lists,
+    first_pair,
     scale,
     q_batch,
     q_token,
@@ -234,6 +248,12 @@ def _attend_past(
     list_id, _, begin, end = item_bounds(items_ptr, offsets_ptr, tl.program_id(0), lists, block_slots, SEGMENT)
     if begin >= end:
         return
+    if skips_ptr is not None:
+        skip = tl.load(skips_ptr + list_id)
+        begin += skip
+        end += skip
+    partial_ptr -= tl.cast(first_pair, tl.int64) * WIDTH
+    partial_lse_ptr -= first_pair
     head = list_id // block_slots
     sequence, block = locate(list_id % block_slots, cu_k_ptr, sequences, tokens_k, block_size, PACKED)
     key_begin, _ = span(sequence, cu_k_ptr, tokens_k, PACKED)
@@ -302,7 +322,7 @@ def own_rows(slot, cu_q_ptr, cu_k_ptr, sequences, tokens_q, tokens_k, block_size
     return sequence, block, key_begin + block * block_size, count, query_begin, block * block_size + queries - keys
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_slot", "first_token", "end_token"])
 def _attend_own(
     q_ptr,
     k_ptr,
@@ -319,6 +339,9 @@ def _attend_own(
     block_size,
     rows,
     first_head,
+    first_slot,
+    first_token,
+    end_token,
     scale,
     q_batch,
     q_token,
@@ -341,25 +364,29 @@ def _attend_own(
     """M queries of one head and block: merge their partials, add the own block causally, write output and LSE."""
     tl.static_assert(M % N == 0)  # the loop over earlier keys has no mask
     tiles = tl.cdiv(block_size, M)
-    slot = tl.program_id(0) // tiles
+    slot = first_slot + tl.program_id(0) // tiles
     start = (tl.program_id(0) % tiles) * M
     sequence, block, key_begin, count, query_begin, shift = own_rows(
         slot, cu_q_ptr, cu_k_ptr, sequences, tokens_q, tokens_k, block_size, PACKED
     )
-    if (start >= count) | (start + M + shift <= 0):
+    first_flat = first_row(sequence, cu_q_ptr, tokens_q, PACKED) + shift
+    # Rows of the tile: of the block, of the sequence, of the range of tokens.
+    low = tl.maximum(tl.maximum(start, -shift), first_token - first_flat)
+    high = tl.minimum(tl.minimum(start + M, count), end_token - first_flat)
+    if low >= high:
         return
     head = tl.program_id(1) // GROUP
     member = tl.program_id(1) % GROUP
     kv_head = first_head + head
     m = start + tl.arange(0, M)
-    valid = (m < count) & (m + shift >= 0)
-    flat = first_row(sequence, cu_q_ptr, tokens_q, PACKED) + m + shift
+    valid = (m >= low) & (m < high)
+    flat = first_flat + m
     q_base = q_ptr + sequence.to(tl.int64) * q_batch + (kv_head * GROUP + member).to(tl.int64) * q_head
     q_MD = load_rows(q_base, query_begin + m + shift, q_token, valid, WIDTH, D)
     o_MD, m_M, l_M = _merge_partials(
         partial_ptr,
         partial_lse_ptr,
-        (head * rows + flat * GROUP + member).to(tl.int64) * PAST,
+        (head * rows + (flat - first_token) * GROUP + member).to(tl.int64) * PAST,
         tl.minimum(block, PAST),
         valid,
         WIDTH,

@@ -79,6 +79,16 @@ class Geometry:
         """Slots for tiles of `tile` query tokens."""
         return self._slots(self.tokens_q, tile)
 
+    def own_slots(self, tokens: range) -> range:
+        """Block slots that hold these query tokens, numbered over all sequences; perhaps more in a packed batch."""
+        if self.packed:
+            return range(self.block_slots)
+        return range(self._own_slot(tokens[0]), self._own_slot(tokens[-1]) + 1)
+
+    def _own_slot(self, token: int) -> int:
+        sequence, query = divmod(token, self.tokens_q)
+        return sequence * self.longest + (query + self.tokens_k - self.tokens_q) // self.block_size
+
     def _slots(self, tokens: int, tile: int) -> int:
         if self.packed:
             return tokens // tile + self.sequences

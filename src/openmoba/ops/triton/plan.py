@@ -9,12 +9,14 @@ are launched for the most there can be and the surplus programs return at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from openmoba.ops.triton.geometry import Geometry, cdiv
 
@@ -29,11 +31,15 @@ class Plan:
         pairs: int32 `[heads * rows * group * past]`, pairs by (head, block slot), absent choices last.
         offsets: int32 `[heads, block_slots + 1]`, where each list starts in `pairs`, and the head's end.
         heads: key/value heads in this plan.
+        size: the most pairs that its lists can hold.
+        skips: int32 `[block_slots]`, what to add to a place that `offsets` names; None: nothing (`split_plan`).
     """
 
     pairs: Tensor
     offsets: Tensor
     heads: int
+    size: int
+    skips: Tensor | None = None
 
 
 def make_plan(keys: Tensor, pairs: Tensor, offsets: Tensor, geometry: Geometry) -> Plan:
@@ -43,7 +49,29 @@ def make_plan(keys: Tensor, pairs: Tensor, offsets: Tensor, geometry: Geometry) 
     pairs.copy_(order)
     grid = (cdiv(heads * (block_slots + 1), _LANES),)
     _find_offsets[grid](ordered, offsets, heads, block_slots, ordered.numel(), _LANES)
-    return Plan(pairs, offsets, heads)
+    return Plan(pairs, offsets, heads, pairs.numel())
+
+
+def split_plan(plan: Plan | None, geometry: Geometry, tokens: int) -> Iterator[tuple[range, Plan | None]]:
+    """The plan by ranges of `tokens` query tokens (flat numbers); one head, unless there is one range.
+
+    A list is in ascending order, so what it holds of a range is a stretch of it. Each range gets offsets as if these
+    stretches lay one behind the other, and `skips` to where they are.
+    """
+    if plan is None or tokens >= geometry.rows:
+        yield range(geometry.rows), plan
+        return
+    assert plan.heads == 1
+    step = tokens * geometry.group * (geometry.top_k - 1)
+    ranges, lists = cdiv(geometry.rows, tokens), geometry.block_slots
+    borders_RN = torch.empty((ranges + 1, lists), dtype=torch.int32, device=plan.pairs.device)
+    grid = (cdiv(lists, _LANES), ranges + 1)
+    _find_borders[grid](plan.pairs, plan.offsets, borders_RN, lists, plan.size, step, _LANES)
+    offsets_RN = pad(borders_RN.diff(dim=0).cumsum(1, dtype=torch.int32), (1, 0))
+    skips_RN = borders_RN[:-1] - offsets_RN[:, :-1]
+    for i, first in enumerate(range(0, geometry.rows, tokens)):
+        part = replace(plan, offsets=offsets_RN[i], size=step, skips=skips_RN[i])
+        yield range(first, min(first + tokens, geometry.rows)), part
 
 
 def make_items(plan: Plan, geometry: Geometry, segment: int) -> Tensor:
@@ -52,7 +80,7 @@ def make_items(plan: Plan, geometry: Geometry, segment: int) -> Tensor:
     List b owns the items from `start // segment + b` on, as sequences own tile slots in `geometry`.
     """
     lists = plan.heads * geometry.block_slots
-    count = plan.pairs.numel() // segment + lists
+    count = plan.size // segment + lists
     items = torch.empty(count, dtype=torch.int32, device=plan.pairs.device)
     grid = (cdiv(count, _LANES),)
     _find_items[grid](plan.offsets, items, lists, geometry.block_slots, count, segment, _LANES)
@@ -111,3 +139,21 @@ def _find_items(offsets_ptr, items_ptr, lists, block_slots, count, segment, LANE
         high = tl.where(reached, high, tl.maximum(middle - 1, 0))
         span = span // 2
     tl.store(items_ptr + item, low, mask=item < count)
+
+
+@triton.jit
+def _find_borders(pairs_ptr, offsets_ptr, borders_ptr, lists, pairs, step, LANES: tl.constexpr):
+    """borders[r, b] = where in `pairs` list b reaches pair number r * step, by binary search."""
+    list_id = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    exists = list_id < lists
+    low = tl.load(offsets_ptr + list_id, mask=exists, other=0)
+    high = tl.load(offsets_ptr + list_id + 1, mask=exists, other=0)
+    span = pairs
+    while span > 0:
+        middle = (low + high) // 2
+        open_ = low < high
+        below = (tl.load(pairs_ptr + middle, mask=open_, other=0) < tl.program_id(1) * step) & open_
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+        span = span // 2
+    tl.store(borders_ptr + tl.program_id(1) * lists + list_id, low, mask=exists)
