@@ -187,6 +187,22 @@ def test_own_slots_are_those_of_the_tokens():
     assert replace(geometry, packed=True).own_slots(range(3, 5)) == range(geometry.tokens_k // 4 + 3)
 
 
+@pytest.mark.parametrize("block_size", [100, 512, 4096, 8192])
+def test_partials_of_key_gradients_take_less_than_shares_of_query_gradients(block_size):
+    """At a million tokens they do not decide what fits in memory."""
+    geometry = Geometry(False, 1, 2**20, 2**20, 32, 8, 128, block_size, 8)
+    pairs = geometry.rows * geometry.group * 7
+    items = pairs // backward.backward_keys_tile(geometry, FP16).segment + geometry.block_slots
+    shares = max(1, backward.dq_pieces(geometry, FP16))
+    assert 2 * items * block_size * 128 * 4 < pairs * shares * 128 * 2
+
+
+def test_more_pairs_than_int32_counts_are_refused():
+    q, k = torch.empty(1, 1, 32, 8).expand(1, 2**24, 32, 8), torch.empty(1, 1, 1, 8).expand(1, 2**24, 1, 8)
+    with pytest.raises(ValueError, match="make 3758096384 pairs of query and block"):
+        attention.forward(q, k, k, None, None, 128, 8, 1.0)
+
+
 def test_workspace_setting(monkeypatch):
     device = torch.device("cpu")
     monkeypatch.setenv("OPENMOBA_WORKSPACE_MB", "3")

@@ -23,6 +23,7 @@ from openmoba.ops.triton.route import route, select
 __all__ = ["backward", "choice_shape", "forward", "select"]
 
 _INT16_KEYS = 2**15
+_MOST_PAIRS = 2**30  # numbered in int32, and searched by halving sums of two places
 _CPU_WORKSPACE = 2**30  # Triton's interpreter
 _DEVICE_SHARE = 150
 
@@ -39,6 +40,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp, and the plan (`choice_shape`) that the backward reads."""
     geometry = Geometry.of(q, k, cu_q, block_size, top_k)
+    _check_pairs(geometry)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     choice = torch.empty(choice_shape(q, k, cu_q, block_size, top_k), dtype=torch.int32, device=q.device)
@@ -112,6 +114,15 @@ def workspace_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return _CPU_WORKSPACE
     return int(torch.cuda.get_device_properties(device).total_memory) // _DEVICE_SHARE
+
+
+def _check_pairs(geometry: Geometry) -> None:
+    pairs = _pairs_per_head(geometry)
+    if pairs >= _MOST_PAIRS:
+        raise ValueError(
+            f"{geometry.rows} query tokens, {geometry.group} query heads per key/value head and top_k={geometry.top_k} "
+            f"make {pairs} pairs of query and block, 2^30 or more; attend to fewer query tokens per call"
+        )
 
 
 def _pairs_per_head(geometry: Geometry) -> int:
