@@ -228,6 +228,11 @@ def test_both_commands_read_the_same_options(
     assert main(["bench", "attention", "--grid", "cpu", "--contenders", "none"]) == 2
 
 
+def test_short_grid_has_both_paths_at_every_length_from_512_on() -> None:
+    dense = {(case.tokens, case.tokens <= case.block_size * case.top_k) for case in GRIDS["short"]}
+    assert dense == {(256, True)} | {(tokens, path) for tokens in (512, 1024, 2048, 4096) for path in (True, False)}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_grids_of_a_gpu_are_refused_without_one() -> None:
     with pytest.raises(SystemExit, match="use the grid 'cpu'"):

@@ -95,5 +95,15 @@ _CPU = tuple(
     for passes in PASSES
 )
 
-GRIDS = {name: tuple(dict.fromkeys(cases)) for name, cases in (("headline", _HEADLINE), ("full", _FULL), ("cpu", _CPU))}
+_SHORT = tuple(
+    Case(tokens, block, top_k, head_dim=width, batch=4)
+    for tokens in (4 * _K, 2 * _K, _K, 512, 256)
+    for width in (128, 64)
+    # The last covers all blocks; so do others at the shortest lengths.
+    for block, top_k in ((128, 8), (512, 3), (64, 4), (128, tokens // 128))
+)
+_PEERS = tuple(Case(tokens * _K, block, top_k) for tokens in (8, 32, 64) for block, top_k in ((128, 8), (512, 3)))
+
+_ALL = {"headline": _HEADLINE, "full": _FULL, "short": _SHORT, "peers": _PEERS, "cpu": _CPU}
+GRIDS = {name: tuple(dict.fromkeys(cases)) for name, cases in _ALL.items()}
 """Name -> cases, the most important first: a run that is cut short has them."""
