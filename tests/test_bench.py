@@ -6,6 +6,7 @@ import csv
 import subprocess
 import sys
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from openmoba.bench import attention, cases, contenders, timing
 from openmoba.bench.attention import run_benchmark
 from openmoba.bench.cases import GRIDS, Case
 from openmoba.bench.charts import speedup_chart, time_chart
-from openmoba.bench.flex import TILE, choice_mask
+from openmoba.bench.flex import TILE, choice_mask, flex_call
 from openmoba.bench.inputs import first_block_share, make_inputs
 from openmoba.bench.table import Row, append_row, markdown, read_rows
 from openmoba.cli import main
@@ -167,6 +168,16 @@ def test_mask_given_to_flex_attention_is_the_choice() -> None:
         read_tiles_BHQN = reads_BHTT.view(2, 2, 5, TILE, 5, TILE).any(5).any(3)
         assert torch.equal(mask.to_dense().bool(), read_tiles_BHQN)
     assert read_tiles_BHQN[0, 0, 4].tolist() == [True, True, False, False, True]
+
+
+def test_flex_attention_reads_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(4 * TILE, TILE, 2, head_dim=16, batch=2, heads=4, kv_heads=2, dtype="float32", passes="forward")
+    inputs = make_inputs(case, CPU)
+    settings = {"block_size": case.block_size, "top_k": case.top_k}
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    out = flex_call(case, inputs, openmoba.moba_select(inputs.q, inputs.k, **settings))()
+    expected = openmoba.moba_attention(inputs.q, inputs.k, inputs.v, **settings, impl="reference")
+    torch.testing.assert_close(out, expected)
 
 
 def test_flex_attention_needs_whole_tiles() -> None:

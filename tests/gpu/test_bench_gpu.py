@@ -15,13 +15,15 @@ from openmoba.bench.contenders import CONTENDERS
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 CASE = Case(2048, 128, 3, heads=8, kv_heads=2)
+# What the compiler warns of in its own code is not an error of the contender.
+FLEX = pytest.param("flex", marks=pytest.mark.filterwarnings("default"))
 
 
-@pytest.mark.parametrize("contender", ["sdpa_cudnn", "sdpa_flash", "moba", "flex"])
+@pytest.mark.parametrize("contender", ["sdpa_cudnn", "sdpa_flash", "moba", FLEX])
 def test_time_and_memory_of_a_contender(contender: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SECONDS", 0.01)
     (row,) = run_benchmark((CASE,), (contender,), tmp_path / "bench.csv", device=torch.device("cuda"))
-    assert row.error is None
+    assert row.error is None, row.error
     assert 0 < row.p20_ms <= row.p50_ms <= row.p80_ms
     output_mb = 2048 * 8 * 128 * 2 / 1e6
     assert output_mb <= row.forward_mb < 20 * output_mb
@@ -29,7 +31,7 @@ def test_time_and_memory_of_a_contender(contender: str, tmp_path: Path, monkeypa
     assert row.device == torch.cuda.get_device_name()
 
 
-@pytest.mark.parametrize("contender", ["moba", "sdpa_cudnn", "sdpa_flash", "flex"])
+@pytest.mark.parametrize("contender", ["moba", "sdpa_cudnn", "sdpa_flash", FLEX])
 def test_contenders_compute_the_same_function_of_their_kind(contender: str) -> None:
     import openmoba
     from openmoba.bench.inputs import make_inputs
@@ -47,8 +49,10 @@ def test_contenders_compute_the_same_function_of_their_kind(contender: str) -> N
 
 
 def test_memory_is_counted_by_pass() -> None:
-    x = torch.ones(10**6, device="cuda", requires_grad=True)
-    found = timing.measure(timing.Work(lambda: 2 * x, (x,), torch.ones_like(x)), torch.device("cuda"))
-    mebibytes = 4 * 2**20 / 1e6  # a block of the allocator
-    assert found.forward_mb == pytest.approx(mebibytes, rel=0.001)
-    assert found.backward_mb == pytest.approx(mebibytes, rel=0.001)
+    """Forward: at most two of three tensors are there at once. Backward: one gradient."""
+    x = torch.ones(10**7, device="cuda", requires_grad=True)
+    work = timing.Work(lambda: 2 * (x + torch.ones_like(x)), (x,), torch.ones_like(x))
+    found = timing.measure(work, torch.device("cuda"))
+    tensor_mb, slack_mb = 40, 1.1  # the allocator may hand out a block larger than asked for by a MiB
+    assert 2 * tensor_mb <= found.forward_mb <= 2 * (tensor_mb + slack_mb)
+    assert tensor_mb <= found.backward_mb <= tensor_mb + slack_mb

@@ -19,14 +19,20 @@ TILE = 128
 def flex_call(case: Case, inputs: Inputs, selected_BTHR: Tensor) -> Callable[[], Tensor]:
     """A compiled call `-> [B, T, H, D]`; choosing blocks and building the mask are not part of it."""
     mask = choice_mask(case, selected_BTHR)
-    torch.compiler.reset()  # every mask is another graph: recompilation would stop at a limit
-    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
-    q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
     grouped = case.heads != case.kv_heads
 
-    def call() -> Tensor:
-        out_BHTD: Tensor = compiled(q, k, v, block_mask=mask, enable_gqa=grouped)
+    # Inputs of the graph are leaves: the compiler looks at their `.grad`, and torch warns of that of a view.
+    def attend(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, mask: BlockMask) -> Tensor:
+        q_BHTD, k_BKTD, v_BKTD = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
+        out_BHTD: Tensor = flex_attention(q_BHTD, k_BKTD, v_BKTD, block_mask=mask, enable_gqa=grouped)
         return out_BHTD.transpose(1, 2)
+
+    torch.compiler.reset()  # every mask is another graph: recompilation would stop at a limit
+    compiled = torch.compile(attend, fullgraph=True, dynamic=False)
+
+    def call() -> Tensor:
+        out_BTHD: Tensor = compiled(inputs.q, inputs.k, inputs.v, mask)
+        return out_BTHD
 
     return call
 
