@@ -28,7 +28,7 @@ class Attention:
     """Time MoBA attention against dense and sparse peers; the same command goes on where a stopped one ended."""
 
     grid: str = "headline"
-    """"headline", "full", "short" (up to 4K tokens) or "peers" (three lengths, for other kernels) on a GPU, or "cpu"."""
+    """"headline", "full", "short" (up to 4K tokens) or "peers" (three lengths) on a GPU, or "cpu"."""
     contenders: tuple[str, ...] = tuple(CONTENDERS)
     """Who is timed. FlashAttention 4 and FlashMoBA are left out where they are not installed."""
     minutes: float | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -113,7 +114,12 @@ def workspace_bytes(device: torch.device) -> int:
         return int(asked) * 2**20
     if device.type != "cuda":
         return _CPU_WORKSPACE
-    return int(torch.cuda.get_device_properties(device).total_memory) // _DEVICE_SHARE
+    return _device_bytes(device) // _DEVICE_SHARE
+
+
+@cache
+def _device_bytes(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def _check_pairs(geometry: Geometry) -> None:
@@ -136,14 +142,13 @@ def _head_bytes(geometry: Geometry, dtype: torch.dtype, shares: int) -> int:
 
 def _plans(choice: Tensor, geometry: Geometry, heads: int) -> Iterator[tuple[int, Plan | None]]:
     """The chunks of key/value heads: the first head, and its plan as views of `choice` (none if top_k is 1)."""
-    pairs = _pairs_per_head(geometry)
-    if pairs:
-        pairs_HP = choice[: geometry.kv_heads * pairs].view(geometry.kv_heads, pairs)
-        offsets_HN = choice[geometry.kv_heads * pairs :].view(geometry.kv_heads, geometry.block_slots + 1)
+    pairs, lists = _pairs_per_head(geometry), geometry.block_slots + 1
+    first_offset = geometry.kv_heads * pairs
     for first in range(0, geometry.kv_heads, heads):
+        count = min(heads, geometry.kv_heads - first)
         if not pairs:
             yield first, None
             continue
-        part = slice(first, min(first + heads, geometry.kv_heads))
-        count = part.stop - part.start
-        yield first, Plan(pairs_HP[part].view(-1), offsets_HN[part], count, count * pairs)
+        its_pairs = choice.narrow(0, first * pairs, count * pairs)
+        offsets = choice.narrow(0, first_offset + first * lists, count * lists)
+        yield first, Plan(its_pairs, offsets, count, count * pairs)

@@ -102,18 +102,20 @@ def heads_gradients(
         "PACKED": geometry.packed,
         "SHARES": shares,
     }
-    partial_kv, offsets = q.new_empty(0, dtype=torch.float32), None
+    partial_dk = partial_dv = statistics  # not read without a plan
+    offsets = None
     if plan is not None:
         offsets, items = plan.offsets, make_items(plan, geometry, key_tile.segment)
-        partial_kv = q.new_empty((2, items.numel(), geometry.block_size, geometry.width), dtype=torch.float32)
+        shape = (2, items.numel(), geometry.block_size, geometry.width)
+        partial_dk, partial_dv = torch.empty(shape, dtype=torch.float32, device=q.device)
         _key_gradients[(items.numel(), cdiv(geometry.block_size, key_tile.n))](
             d_out,
             q,
             k,
             v,
             statistics,
-            partial_kv,
-            partial_kv[1],
+            partial_dk,
+            partial_dv,
             partial_dq,
             plan.pairs,
             offsets,
@@ -148,8 +150,8 @@ def heads_gradients(
         k,
         v,
         statistics,
-        partial_kv,
-        partial_kv[1] if plan is not None else partial_kv,
+        partial_dk,
+        partial_dv,
         dk,
         dv,
         offsets,

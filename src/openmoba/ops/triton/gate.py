@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openmoba.ops.triton.geometry import Geometry, first_row, first_slot, locate, span, strides
-from openmoba.ops.triton.pool import padded_width, pool
+from openmoba.ops.triton.geometry import Geometry, cdiv, first_row, first_slot, locate, power_of_two, span, strides
+from openmoba.ops.triton.pool import pool
 from openmoba.ops.triton.ranking import CENTER_BITS, largest_norms, load_rows, rank_once, rank_repeatedly
 
 _KEPT = 3
@@ -61,7 +61,7 @@ def choose(
     centroids, norms = pool(k, cu_k, geometry)
     tile = gate_tile(geometry, q.dtype)
     picks = geometry.top_k - 1
-    per_lane = triton.cdiv(geometry.longest - 1, tile.lanes)
+    per_lane = cdiv(geometry.longest - 1, tile.lanes)
     kept = max(1, min(_KEPT, picks, per_lane))
     complete = kept in (picks, per_lane) or per_lane == 0
     repeat = picks > _MOST_PICKS_OF_ONE_PASS
@@ -72,7 +72,7 @@ def choose(
         again = torch.empty((geometry.kv_heads, rows), dtype=torch.int32, device=q.device)
         count = torch.zeros(geometry.kv_heads, dtype=torch.int32, device=q.device)
     group_part = min(geometry.group, tile.m)
-    parts = triton.cdiv(geometry.group, group_part)
+    parts = cdiv(geometry.group, group_part)
     query_slots = geometry.query_slots(tile.m // group_part)
     shared = (
         q,
@@ -99,7 +99,7 @@ def choose(
         "KEEP": kept,
         "GROUP": geometry.group,
         "WIDTH": geometry.width,
-        "D": padded_width(geometry),
+        "D": geometry.padded_width,
         "LOCAL": heads_per_sort == 0,
         "PACKED": geometry.packed,
     }
@@ -116,14 +116,14 @@ def choose(
     if not listed:
         return
     tile = second_look_tile(geometry, q.dtype)
-    _second_look[(triton.cdiv(_SECOND_LOOK_PROGRAMS, geometry.kv_heads), geometry.kv_heads)](
+    _second_look[(cdiv(_SECOND_LOOK_PROGRAMS, geometry.kv_heads), geometry.kv_heads)](
         *shared, *_fixed_point(geometry, tile.lanes), **constants, **tile.launch()
     )
 
 
 def gate_tile(geometry: Geometry, dtype: torch.dtype) -> GateTile:
     """Tile shapes of the gate; any choice is correct. At 128 registers two programs share a multiprocessor."""
-    width = padded_width(geometry)
+    width = geometry.padded_width
     if dtype == torch.float32:
         return GateTile(m=64, lanes=32 if width <= 64 else 16, warps=8, stages=1)
     if width > 128:
@@ -141,8 +141,8 @@ def second_look_tile(geometry: Geometry, dtype: torch.dtype) -> GateTile:
 
 def _fixed_point(geometry: Geometry, lanes: int) -> tuple[float, int, int]:
     """Scale of the payload, range of the index, and what to subtract so that keys start at 0 (`ranking`)."""
-    tiles = 2 * triton.cdiv(geometry.longest, 2 * lanes)
-    index_range = int(triton.next_power_of_2(tiles))
+    tiles = 2 * cdiv(geometry.longest, 2 * lanes)
+    index_range = power_of_two(tiles)
     payload_bits = min(22, 31 - (index_range * lanes - 1).bit_length())
     half = 2 ** (payload_bits - 1)
     index_base = ((CENTER_BITS - half) * index_range + 2**31) % 2**32 - 2**31  # wraps, as the kernel does

@@ -10,6 +10,7 @@ A batch of equal lengths is cut evenly and has no empty slots.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import triton
 import triton.language as tl
@@ -55,22 +56,27 @@ class Geometry:
             top_k=top_k,
         )
 
-    @property
+    @cached_property
     def group(self) -> int:
         """Query heads per key/value head."""
         return self.heads // self.kv_heads
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Query tokens of all sequences."""
         return self.tokens_q if self.packed else self.sequences * self.tokens_q
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """Upper bound of the blocks in one sequence."""
         return cdiv(self.tokens_k, self.block_size)
 
-    @property
+    @cached_property
+    def padded_width(self) -> int:
+        """Head width as the kernels see it: a power of two, and enough for a matrix instruction."""
+        return power_of_two(max(16, self.width))
+
+    @cached_property
     def block_slots(self) -> int:
         """Block slots per key/value head."""
         return self._slots(self.tokens_k, self.block_size)
@@ -97,8 +103,9 @@ class Geometry:
 
 def strides(x: Tensor) -> tuple[int, int, int]:
     """Strides of batch (0 when packed), token and head; the last dimension is contiguous."""
-    assert x.stride(-1) == 1 or x.shape[-1] == 1
-    return (0 if x.dim() == 3 else x.stride(0), x.stride(-3), x.stride(-2))
+    *batch, token, head, last = x.stride()
+    assert last == 1 or x.shape[-1] == 1
+    return (batch[0] if batch else 0, token, head)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from openmoba.ops.triton.geometry import Geometry, cdiv
 
 _LANES = 128
+_COPIED = 1024
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Plan:
 
     Attributes:
         pairs: int32 `[heads * rows * group * past]`, pairs by (head, block slot), absent choices last.
-        offsets: int32 `[heads, block_slots + 1]`, where each list starts in `pairs`, and the head's end.
+        offsets: int32 `[heads * (block_slots + 1)]`, where each list starts in `pairs`, and the head's end.
         heads: key/value heads in this plan.
         size: the most pairs that its lists can hold.
         skips: int32 `[block_slots]`, what to add to a place that `offsets` names; None: nothing (`split_plan`).
@@ -45,11 +46,11 @@ class Plan:
 def make_plan(keys: Tensor, pairs: Tensor, offsets: Tensor, geometry: Geometry) -> Plan:
     """Invert the choice of some heads (`route.route`) into `pairs` and `offsets`, which it overwrites."""
     heads, block_slots = keys.shape[0], geometry.block_slots
-    ordered, order = torch.sort(keys.reshape(-1), stable=True)
-    pairs.copy_(order)
-    grid = (cdiv(heads * (block_slots + 1), _LANES),)
-    _find_offsets[grid](ordered, offsets, heads, block_slots, ordered.numel(), _LANES)
-    return Plan(pairs, offsets, heads, pairs.numel())
+    ordered, order = torch.sort(keys.view(-1), stable=True)
+    count = pairs.numel()
+    grid = (max(cdiv(count, _COPIED), cdiv(heads * (block_slots + 1), _LANES)),)
+    _write_plan[grid](ordered, order, pairs, offsets, heads, block_slots, count, _COPIED, _LANES)
+    return Plan(pairs, offsets, heads, count)
 
 
 def split_plan(plan: Plan | None, geometry: Geometry, tokens: int) -> Iterator[tuple[range, Plan | None]]:
@@ -107,8 +108,14 @@ def item_bounds(items_ptr, offsets_ptr, item, lists, block_slots, segment):
 
 
 @triton.jit
-def _find_offsets(keys_ptr, offsets_ptr, heads, block_slots, pairs, LANES: tl.constexpr):
-    """offsets[h, b] = how many keys are below `h * block_slots + b`, by binary search."""
+def _write_plan(
+    keys_ptr, order_ptr, pairs_ptr, offsets_ptr, heads, block_slots, pairs, COPIED: tl.constexpr, LANES: tl.constexpr
+):
+    """pairs = order; offsets[h, b] = how many keys are below `h * block_slots + b`, by binary search."""
+    at = tl.program_id(0) * COPIED + tl.arange(0, COPIED)
+    tl.store(pairs_ptr + at, tl.load(order_ptr + at, mask=at < pairs, other=0).to(tl.int32), mask=at < pairs)
+    if tl.program_id(0) * LANES >= heads * (block_slots + 1):
+        return
     out = tl.program_id(0) * LANES + tl.arange(0, LANES)
     wanted = out - out // (block_slots + 1)
     low = tl.zeros([LANES], tl.int32)

@@ -27,7 +27,7 @@ class Tile:
 
 def forward_past_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
     """Past blocks, forward: keys stay on chip where they fit, else one row tile streams them."""
-    d, keys = _width(geometry), _keys(geometry)
+    d, keys = geometry.padded_width, _keys(geometry)
     if dtype == torch.float32:
         return _float32_tile(geometry, segment=128)
     if d > 128:
@@ -42,7 +42,7 @@ def forward_past_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
 
 def forward_own_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
     """Own block and merge."""
-    d, keys = _width(geometry), _keys(geometry)
+    d, keys = geometry.padded_width, _keys(geometry)
     if dtype == torch.float32:
         return _float32_tile(geometry)
     if d > 128:
@@ -52,7 +52,7 @@ def forward_own_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
 
 def backward_keys_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
     """Gradients of keys and values: N keys stay on chip, their rows stream by."""
-    d, keys = _width(geometry), _keys(geometry)
+    d, keys = geometry.padded_width, _keys(geometry)
     # Each item has fp32 partials of its whole block: with 8 pairs per key they take half as much as bf16 shares of dQ.
     segment = max(4096, 8 * keys)
     if dtype == torch.float32:
@@ -64,7 +64,7 @@ def backward_keys_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
 
 def backward_own_keys_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
     """Gradients of keys and values from the own block, after the partials of the past."""
-    d, keys = _width(geometry), _keys(geometry)
+    d, keys = geometry.padded_width, _keys(geometry)
     if dtype == torch.float32:
         return _float32_tile(geometry)
     if d > 128:
@@ -74,7 +74,7 @@ def backward_own_keys_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
 
 def backward_queries_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
     """Gradients of queries from past blocks: one row tile stays on chip, the keys stream by."""
-    d, keys = _width(geometry), _keys(geometry)
+    d, keys = geometry.padded_width, _keys(geometry)
     if dtype == torch.float32:
         tile = _float32_tile(geometry)
         return replace(tile, segment=tile.m)
@@ -90,16 +90,12 @@ def backward_own_queries_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
     return replace(tile, m=min(tile.m, keys), n=min(32 if keys <= 128 else 64, tile.n))
 
 
-def _width(geometry: Geometry) -> int:
-    return power_of_two(max(16, geometry.width))
-
-
 def _keys(geometry: Geometry) -> int:
     return power_of_two(max(16, geometry.block_size))
 
 
 def _float32_tile(geometry: Geometry, segment: int = 0) -> Tile:
     """Products in fp32 take no matrix instructions and keep their operands in registers: small tiles."""
-    d = _width(geometry)
+    d = geometry.padded_width
     side = min(32 if d <= 64 else 16, _keys(geometry))
     return Tile(m=side, n=side, d=d, warps=8, stages=1, segment=segment)
