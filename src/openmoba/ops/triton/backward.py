@@ -235,7 +235,7 @@ def _load_queries(
     return q_MD, d_out_MD, lse_M, delta_M
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head"])
 def _key_gradients(
     d_out_ptr,
     q_ptr,
@@ -343,7 +343,7 @@ def _query_step(k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, reads_MN, dq_MD, sca
     return dot(ds_MN.to(k_ND.dtype), k_ND, dq_MD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head"])
 def _query_gradients(
     d_out_ptr,
     q_ptr,
@@ -430,7 +430,7 @@ def _query_gradients(
     store_rows(partial_dq_ptr, tl.where(valid, pair, nowhere), WIDTH, None, dq_MD, WIDTH, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head"])
 def _own_key_gradients(
     d_out_ptr,
     q_ptr,
@@ -532,7 +532,7 @@ def _own_key_gradients(
     store_rows(dv_ptr + kv_head * WIDTH, key_row, kv_heads * WIDTH, n < count, dv_ND, WIDTH, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head"])
 def _own_query_gradients(
     d_out_ptr,
     q_ptr,

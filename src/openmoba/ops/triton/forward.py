@@ -201,7 +201,7 @@ def pair_rows(pairs_ptr, begin, end, head_rows, GROUP: tl.constexpr, PAST: tl.co
     return pair, row // GROUP, row % GROUP, at < end
 
 
-@triton.jit(do_not_specialize=["first_pair"], do_not_specialize_on_alignment=["offsets_ptr", "skips_ptr"])
+@triton.jit(do_not_specialize=["first_head", "first_pair"], do_not_specialize_on_alignment=["offsets_ptr", "skips_ptr"])
 def _attend_past(
     q_ptr,
     k_ptr,
@@ -322,7 +322,7 @@ def own_rows(slot, cu_q_ptr, cu_k_ptr, sequences, tokens_q, tokens_k, block_size
     return sequence, block, key_begin + block * block_size, count, query_begin, block * block_size + queries - keys
 
 
-@triton.jit(do_not_specialize=["first_slot", "first_token", "end_token"])
+@triton.jit(do_not_specialize=["first_head", "first_slot", "first_token", "end_token"])
 def _attend_own(
     q_ptr,
     k_ptr,
