@@ -66,7 +66,7 @@ def split_plan(plan: Plan | None, geometry: Geometry, tokens: int) -> Iterator[t
     step = tokens * geometry.group * (geometry.top_k - 1)
     ranges, lists = cdiv(geometry.rows, tokens), geometry.block_slots
     borders_RN = torch.empty((ranges + 1, lists), dtype=torch.int32, device=plan.pairs.device)
-    grid = (cdiv(lists, _LANES), ranges + 1)
+    grid = (ranges + 1, cdiv(lists, _LANES))
     _find_borders[grid](plan.pairs, plan.offsets, borders_RN, lists, plan.size, step, _LANES)
     offsets_RN = pad(borders_RN.diff(dim=0).cumsum(1, dtype=torch.int32), (1, 0))
     skips_RN = borders_RN[:-1] - offsets_RN[:, :-1]
@@ -151,7 +151,7 @@ def _find_items(offsets_ptr, items_ptr, lists, block_slots, count, segment, LANE
 @triton.jit
 def _find_borders(pairs_ptr, offsets_ptr, borders_ptr, lists, pairs, step, LANES: tl.constexpr):
     """borders[r, b] = where in `pairs` list b reaches pair number r * step, by binary search."""
-    list_id = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    list_id = tl.program_id(1) * LANES + tl.arange(0, LANES)
     exists = list_id < lists
     low = tl.load(offsets_ptr + list_id, mask=exists, other=0)
     high = tl.load(offsets_ptr + list_id + 1, mask=exists, other=0)
@@ -159,8 +159,8 @@ def _find_borders(pairs_ptr, offsets_ptr, borders_ptr, lists, pairs, step, LANES
     while span > 0:
         middle = (low + high) // 2
         open_ = low < high
-        below = (tl.load(pairs_ptr + middle, mask=open_, other=0) < tl.program_id(1) * step) & open_
+        below = (tl.load(pairs_ptr + middle, mask=open_, other=0) < tl.program_id(0) * step) & open_
         low = tl.where(below, middle + 1, low)
         high = tl.where(below, high, middle)
         span = span // 2
-    tl.store(borders_ptr + tl.program_id(1) * lists + list_id, low, mask=exists)
+    tl.store(borders_ptr + tl.program_id(0) * lists + list_id, low, mask=exists)
