@@ -29,7 +29,7 @@ _TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 
 
 @dataclass(frozen=True)
@@ -140,14 +140,21 @@ def report(width: int, block_size: int, top_k: int, dtype: torch.dtype = torch.b
 def decode_report(
     width: int, block_size: int, top_k: int, queries: int, dtype: torch.dtype = torch.bfloat16
 ) -> list[dict[str, Any]]:
-    """What the kernels of one decoding step of 16 left-padded rows compile to, 32 / 8 heads."""
-    from openmoba.ops.triton import decode
+    """What the kernels of one decoding step over 4096 left-padded tokens compile to, 32 / 8 heads."""
+    from openmoba.ops import pages as cache_pages
+    from openmoba.ops.triton import decode, pages
 
-    q = torch.empty(16, queries, 32, width, dtype=dtype)
-    k = torch.empty(16, 8, 4096, width, dtype=dtype).transpose(1, 2)
-    sums = torch.empty(16, 8, 4096 // block_size, width).transpose(1, 2)
-    lengths = torch.empty(16, dtype=torch.int32)
-    return _codes(launches_of(lambda: decode.decode(q, k, k, sums, lengths, lengths, block_size, top_k, 1.0)))
+    q = torch.empty(1, queries, 32, width, dtype=dtype)
+    k = torch.empty(1, 8, 4096, width, dtype=dtype).transpose(1, 2)
+    centroids = cache_pages.new_centroids(k, 4096, block_size)
+    lengths = torch.empty(1, dtype=torch.int32)
+
+    def call() -> None:
+        pages.complete_pages(centroids, k, lengths, lengths, queries, block_size)
+        decode.decode(q, k, k, centroids, lengths, lengths, block_size, top_k, 1.0)
+
+    with patch.object(decode, "multiprocessors", lambda _: 132), patch.object(decode, "overlaps", lambda _: True):
+        return _codes(launches_of(call))
 
 
 def _codes(launches: list[Launch]) -> list[dict[str, Any]]:

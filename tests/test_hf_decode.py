@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from openmoba.ops.api import moba_attention
 from openmoba.ops.decode import moba_decode
-from openmoba.ops.pages import extend_pages, new_pages, refresh_pages
+from openmoba.ops.pages import ANCHOR_KEYS, complete_pages, new_centroids
 
 SLOTS, HEADS, KV_HEADS, WIDTH = 53, 6, 3, 8
 
@@ -23,14 +25,20 @@ def random_cache(batch: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor
 
 
 def pages_of(k: Tensor, starts: Tensor, ends: Tensor, block_size: int) -> Tensor:
-    """Page sums by definition; incomplete pages hold a large number, which must not matter."""
-    sums = torch.full((k.shape[0], -(-SLOTS // block_size), *k.shape[2:]), 1e3, dtype=k.dtype)
-    sums = sums if k.dtype == torch.float64 else sums.float()
-    for row in range(k.shape[0]):
-        tokens = k[row, starts[row] : ends[row]].to(sums.dtype)
-        whole = len(tokens) // block_size
-        sums[row, :whole] = tokens[: whole * block_size].unflatten(0, (whole, block_size)).sum(1)
-    return sums
+    """Centroids by definition, head by head; incomplete pages hold a large number, which must not matter."""
+    dtype = torch.float16 if k.dtype in (torch.float16, torch.bfloat16) else k.dtype
+    centroids = torch.full((k.shape[0], -(-SLOTS // block_size), *k.shape[2:]), 1e3, dtype=dtype)
+    for row, head in itertools.product(range(k.shape[0]), range(k.shape[2])):
+        keys = k[row, starts[row] : max(starts[row], ends[row]), head].double()
+        if len(keys) < block_size:
+            continue
+        first = keys[: min(block_size, ANCHOR_KEYS)]
+        anchor = first.mean(0)
+        spread = max((first - anchor).abs().max(), anchor.abs().max() / 64)
+        for page in range(len(keys) // block_size):
+            mean = keys[page * block_size : (page + 1) * block_size].mean(0)
+            centroids[row, page, head] = (mean - anchor) * 2.0 ** (4 - math.floor(math.log2(spread)))
+    return centroids
 
 
 @pytest.mark.parametrize(("block_size", "top_k"), [(4, 2), (4, 1), (5, 3), (1, 4), (16, 2), (7, 20), (64, 2)])
@@ -83,33 +91,47 @@ def test_ties_go_to_the_later_page() -> None:
     torch.testing.assert_close(out[:, 0], expected)
 
 
-@pytest.mark.parametrize("block_size", [1, 4, 7, 64])
-def test_pages_by_any_path(block_size: int) -> None:
-    """Token by token, in chunks, from scratch, and after keys were taken back: the same complete pages."""
-    _, k, _ = random_cache(4, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("block_size", [1, 4, 7, 20, 64])
+def test_pages_by_any_path(block_size: int, dtype: torch.dtype) -> None:
+    """Token by token, in chunks, from scratch, and after keys were taken back: the same bits, as they are defined."""
+    _, k, _ = random_cache(4, dtype)
     starts = torch.tensor([0, 3, 22, 40], dtype=torch.int32)
-    sums = new_pages(k, SLOTS, block_size)
+    centroids = new_centroids(k, SLOTS, block_size).fill_(torch.nan)
 
-    def check(end: int) -> None:
-        ends = torch.full_like(starts, end)
-        expected = pages_of(k, starts, ends, block_size)
-        for row, start in enumerate(starts.tolist()):
-            whole = max(0, end - start) // block_size
-            torch.testing.assert_close(sums[row, :whole], expected[row, :whole])
+    def fill(begin: int, *ends: int) -> None:
+        for end in ends:
+            complete_pages(centroids, k, (end - starts).clamp(min=0), starts, end - begin, block_size)
+            begin = end
+            once = new_centroids(k, SLOTS, block_size).fill_(torch.nan)
+            complete_pages(once, k, (end - starts).clamp(min=0), starts, SLOTS, block_size)
+            expected = pages_of(k, starts, torch.full_like(starts, end), block_size)
+            for row, start in enumerate(starts.tolist()):
+                whole = max(0, end - start) // block_size
+                assert torch.equal(centroids[row, :whole], once[row, :whole])
+                assert once[row, whole:].isnan().all()
+                torch.testing.assert_close(centroids[row, :whole], expected[row, :whole])
 
-    refresh_pages(sums, k, starts, 0, 19, 19, block_size)
-    check(19)
-    for begin, new in ((19, 1), (20, 5), (25, 1)):
-        extend_pages(sums, k[:, begin : begin + new], starts, begin, block_size)
-    check(26)
-    refresh_pages(sums, k, starts, 26, 49, 23, block_size)
-    check(49)
+    fill(0, 19, 20, 25, 26, 49)
     k[:, 17:] += 1
-    refresh_pages(sums, k, starts, 17, 18, 1, block_size)
-    check(18)
-    for begin in range(18, SLOTS):
-        extend_pages(sums, k[:, begin : begin + 1], starts, begin, block_size)
-    check(SLOTS)
+    fill(17, 18)
+    fill(18, *range(19, SLOTS + 1))
+
+
+def test_pages_far_from_the_first_do_not_overflow() -> None:
+    k = torch.ones(1, 8, 1, 8, dtype=torch.float16)
+    k[:, 4:] = -6e4
+    centroids, end = new_centroids(k, 8, 4), torch.tensor([8], dtype=torch.int32)
+    complete_pages(centroids, k, end, None, 8, 4)
+    assert centroids[0, 0].eq(0).all()
+    assert centroids[0, 1].eq(-65504).all()
+
+
+def test_centroids_of_other_keys() -> None:
+    _, k, _ = random_cache(1, torch.bfloat16)
+    end = torch.tensor([SLOTS], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"float16 \[1, pages, 3, 8\].*new_centroids"):
+        complete_pages(new_centroids(k.float(), SLOTS, 4), k, end, None, 1, 4)
 
 
 def test_bad_input() -> None:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Static
 from openmoba import MobaConfig  # noqa: E402
 from openmoba.hf import configure  # noqa: E402
 from openmoba.hf.cache import DynamicPagedLayer, StaticPagedLayer  # noqa: E402
+from openmoba.ops.pages import complete_pages  # noqa: E402
 
 BLOCK = 4
 SPARSE = MobaConfig(BLOCK, 2)
@@ -86,8 +87,10 @@ def test_padding_between_prompt_and_continuation() -> None:
         real = mask[row].bool()
         alone = logits(model, ids[row : row + 1, real], use_cache=False)[0]
         torch.testing.assert_close(out[row, real], alone)
-    with pytest.raises(RuntimeError, match="padding must be on the left"):
+    with pytest.raises(ValueError, match="padding_side to 'left'"):
         in_pieces(model, ids, [21], new_cache("static", model), mask)
+    with pytest.raises(RuntimeError, match="padding must be on the left"):  # few tokens wait for no device
+        in_pieces(model, ids, [], new_cache("static", model), mask)
 
 
 def test_crop() -> None:
@@ -101,6 +104,12 @@ def test_crop() -> None:
     done = cache.get_seq_length()
     assert done == 21 - 2 - 5
     torch.testing.assert_close(in_pieces(model, ids[:, done:], [], cache), whole[:, done:])
+
+
+def last_token_only(centroids: Tensor, keys: Tensor, lengths: Tensor, starts: Any, new: int, size: int) -> None:
+    """`complete_pages`, for a cache whose other pages are known."""
+    assert new == 1
+    complete_pages(centroids, keys, lengths, starts, new, size)
 
 
 @pytest.mark.parametrize("how", ["reorder", "static reorder", "repeat", "select"])
@@ -121,7 +130,7 @@ def test_rows_of_a_cache(padded: bool, how: str, monkeypatch: pytest.MonkeyPatch
     else:
         index = torch.tensor([2, 1])
         cache.batch_select_indices(index)
-    monkeypatch.delattr("openmoba.hf.cache.refresh_pages")
+    monkeypatch.setattr("openmoba.hf.cache.complete_pages", last_token_only)
     tail = tokens(len(index), 18, seed=5)
     picked = torch.cat([ids[index, :22], tail], 1)
     out = []
@@ -206,9 +215,32 @@ def test_memory_of_the_cache() -> None:
     states = torch.randn(1, heads, length, width, dtype=torch.bfloat16)
     layer.update(states, states)
     alignment = layer.align(None, states.transpose(1, 2))
-    layer.pages(layer.keys.transpose(1, 2), alignment, length)
-    held = sum(x.numel() * x.element_size() for x in (*layer._stores, layer._sums))
+    layer.pages(layer.keys.transpose(1, 2), alignment)
+    held = sum(x.numel() * x.element_size() for x in (*layer._stores, layer._centroids))
     assert held <= 1.01 * 2 * states.numel() * states.element_size()
+
+
+@pytest.mark.parametrize("change", ["settings", "padding"])
+def test_a_static_cache_may_miss_tokens_but_not_move(change: str) -> None:
+    """Tokens cached without MoBA get their pages later; padding that comes and goes is found out."""
+    model, ids = configure(build(), SPARSE), tokens(1, 40)
+    cache = new_cache("static", model)
+    in_pieces(model, ids[:, :20], [18], cache)
+    if change == "settings":
+        reference = DynamicCache(
+            [(layer.keys[:, :, :20].clone(), layer.values[:, :, :20].clone()) for layer in cache.layers]
+        )
+        for each in (cache, reference):
+            configure(model, None)
+            in_pieces(model, ids[:, 20:29], [], each)
+            configure(model, SPARSE)
+        known = in_pieces(model, ids[:, 29:], [], cache)
+        torch.testing.assert_close(known, in_pieces(model, ids[:, 29:], [], reference))
+    else:
+        mask = torch.ones(1, 21, dtype=torch.long)
+        mask[:, :3] = 0
+        with pytest.raises(RuntimeError, match="the padding must stay as it is"):
+            logits(model, ids[:, 20:21], attention_mask=mask, past_key_values=cache, use_cache=True)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])

@@ -67,7 +67,7 @@ def test_warp_group_instructions_and_no_spills(reports, configuration):
 def test_machine_code_of_decoding(reports, configuration):
     kernels = {kernel["kernel"]: kernel for kernel in reports[configuration]}
     top_k = int(configuration.split(",")[2])
-    assert set(kernels) == {"_attend", "_merge"} | ({"_score"} if top_k > 1 else set())
+    assert set(kernels) == {"_complete", "_attend"} | ({"_score"} if top_k > 1 else set())
     assert all(kernel["spills"] == 0 for kernel in kernels.values())
     assert kernels["_attend"]["registers"] <= 128  # four programs share a multiprocessor
     if top_k > 1:

@@ -11,8 +11,14 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from openmoba import moba_select
 from openmoba.ops.decode import moba_decode
+from openmoba.ops.pages import complete_pages, new_centroids
+from openmoba.ops.reference import attention_given_selection
 from openmoba.ops.triton import decode as kernels
+from openmoba.ops.triton import pages as page_kernels
+from openmoba.ops.triton.geometry import Geometry
+from openmoba.ops.triton.pool import pool
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 
@@ -47,15 +53,12 @@ class Cache:
                 x[row, start + length :] = torch.nan
 
     def centroids(self, dtype: torch.dtype) -> Tensor:
-        """Sums over the complete pages of keys in `dtype`; one page more than any row has."""
-        pages = int(self.lengths.max()) // self.block_size + 1
-        batch, _, heads, width = self.k.shape
-        sums = torch.full((batch, heads, pages, width), torch.nan, dtype=FP32).transpose(1, 2)
-        for row, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
-            whole = int(length) // self.block_size
-            keys = self.k[row, start : start + whole * self.block_size].to(dtype).to(FP32)
-            sums[row, :whole] = keys.unflatten(0, (whole, self.block_size)).sum(1)
-        return sums
+        """Of the complete pages of keys in `dtype`; one page more than any row has."""
+        k = self.k.to(dtype)
+        slots = (int(self.lengths.max()) // self.block_size + 1) * self.block_size
+        centroids = new_centroids(k, slots, self.block_size)
+        complete_pages(centroids, k, self.lengths, self.starts, slots, self.block_size)
+        return centroids
 
     def decode(self, q: Tensor, top_k: int, **options: Any) -> Tensor:
         """The kernels' result for keys and values in q's dtype."""
@@ -66,9 +69,9 @@ class Cache:
     def expected(self, q: Tensor, top_k: int) -> Tensor:
         """The same in fp64, by torch operations, on the same values."""
         k, v = (x.to(q.dtype).double().nan_to_num() for x in (self.k, self.v))
-        sums = self.centroids(q.dtype).double().nan_to_num()
+        centroids = self.centroids(q.dtype).double().nan_to_num()
         settings: dict[str, Any] = {"block_size": self.block_size, "top_k": top_k}
-        return moba_decode(q.double(), k, v, sums, self.lengths, self.starts, **settings)
+        return moba_decode(q.double(), k, v, centroids, self.lengths, self.starts, **settings)
 
 
 def assert_rounded(out: Tensor, expected: Tensor) -> None:
@@ -86,6 +89,7 @@ def assert_rounded(out: Tensor, expected: Tensor) -> None:
         (FP16, 3, 3, 1, 16, 8, 4),
         (FP32, 2, 2, 2, 8, 48, 2),
         (FP32, 1, 2, 1, 16, 16, 1),
+        (FP16, 1, 2, 1, 16, 72, 1),
         (FP16, 1, 2, 1, 16, 16, 50),
         (FP32, 1, 2, 1, 16, 1, 5),
         (FP32, 16, 1, 1, 16, 16, 2),
@@ -113,11 +117,83 @@ def test_wide_heads_are_scored_in_steps(randn):
     assert_rounded(cache.decode(q, 3), cache.expected(q, 3))
 
 
-def test_more_pages_than_are_looked_at_at_once(randn, monkeypatch):
-    monkeypatch.setattr(kernels, "_LANES", 16)
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize("lanes", [(16,), (16, 64)])
+def test_pages_in_registers_and_more_than_that(randn, monkeypatch, lanes):
+    monkeypatch.setattr(kernels, "_LANES", lanes)
     cache = Cache(randn, [200, 63, 64], [0, 1, 0], 2, 16, 4)
+    cache.k[:, 60:100] = cache.k[:, 20:60]  # equal pages
     q = randn(3, 1, 4, 16, dtype=FP32)
-    assert_rounded(cache.decode(q, 6), cache.expected(q, 6))
+    for top_k in (2, 6, 51):
+        assert_rounded(cache.decode(q, top_k), cache.expected(q, top_k))
+
+
+@pytest.mark.usefixtures("programs")
+def test_equal_bits_again(randn):
+    cache = Cache(randn, [200, 63], [0, 1], 2, 16, 16)
+    q = randn(2, 1, 4, 16, dtype=FP16)
+    assert torch.equal(cache.decode(q, 4), cache.decode(q, 4))
+
+
+@pytest.mark.parametrize("offset", [0.0, 4.0])
+def test_the_choice_of_prefill(randn, offset):
+    """The last query of a prefill and a decoding step read the same blocks, on the same 16-bit keys."""
+    tokens, block_size, top_k = 400, 8, 5
+    q, k, v = (randn(2, tokens, heads, 16, dtype=FP16) for heads in (4, 2, 2))
+    k += offset * randn(16, dtype=FP16)
+    selected = moba_select(q, k, block_size=block_size, top_k=top_k, impl="triton")
+    given = attention_given_selection(*(x.double() for x in (q, k, v)), selected, block_size, 0.25)
+    lengths = torch.full((2,), tokens, dtype=torch.int32)
+    centroids = new_centroids(k, tokens, block_size)
+    page_kernels.complete_pages(centroids, k, lengths, None, tokens, block_size)
+    out = moba_decode(q[:, -16:], k, v, centroids, lengths, block_size=block_size, top_k=top_k, impl="triton")
+    assert_rounded(out, given[:, -16:])
+
+
+@pytest.mark.parametrize("dtype", [FP16, FP32])
+@pytest.mark.parametrize(("block_size", "width"), [(1, 16), (16, 40), (100, 24)])
+def test_bits_of_pages_are_those_of_prefill(randn, block_size, width, dtype):
+    """In one go, in chunks, or token by token, in rows that begin and end anywhere."""
+    lengths, starts = [203, 100, 0, 99], [0, 7, 5, 104]
+    cache = Cache(randn, lengths, starts, 2, width, block_size)
+    k, ends = cache.k.to(dtype), cache.starts + cache.lengths
+    slots = k.shape[1]
+    once, in_steps = (new_centroids(k, slots, block_size) for _ in range(2))
+    page_kernels.complete_pages(once, k, cache.lengths, cache.starts, 2 * slots, block_size)
+    begin = 0
+    for end in (99, 100, 101, 102, 180, 203):
+        seen = torch.minimum(ends, torch.full_like(ends, end)) - cache.starts
+        page_kernels.complete_pages(in_steps, k, seen.clamp(min=0), cache.starts, end - begin, block_size)
+        begin = end
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        whole = length // block_size
+        keys = k[row : row + 1, start : start + length]
+        if length:
+            geometry = Geometry.of(keys, keys, None, block_size, 2)
+            expected = pool(keys, None, geometry)[0][:, :whole, :width].transpose(0, 1)
+            assert torch.equal(once[row, :whole], expected)
+            assert torch.equal(in_steps[row, :whole], expected)
+            if dtype == FP32:
+                torch.testing.assert_close(cache.centroids(dtype)[row, :whole], expected)
+        assert once[row, whole:].isnan().all()
+
+
+def test_pages_without_padding(randn):
+    k = randn(2, 33, 1, 16, dtype=FP16)
+    centroids, like = (new_centroids(k, 33, 16) for _ in range(2))
+    lengths = torch.tensor([33, 16], dtype=torch.int32)
+    page_kernels.complete_pages(centroids, k, lengths, None, 33, 16)
+    page_kernels.complete_pages(like, k, lengths, torch.zeros_like(lengths), 33, 16)
+    assert torch.equal(centroids.nan_to_num(-1), like.nan_to_num(-1))
+    assert centroids[1, 1].isnan().all()
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1.0, 1e6])
+def test_the_scale_of_queries_changes_no_choice(randn, factor):
+    cache = Cache(randn, [100], [0], 1, 16, 4)
+    q = randn(1, 1, 2, 16, dtype=FP32)
+    scaled = cache.decode(factor * q, 3, scale=0.25 / factor)
+    torch.testing.assert_close(scaled, cache.decode(q, 3, scale=0.25))
 
 
 def test_queries_before_the_first_token_are_zero(randn):
@@ -176,7 +252,7 @@ def test_in_a_compiled_graph(randn, starts):
 @pytest.mark.parametrize("rows", [1, 3, 32, 512, 4096])
 @pytest.mark.parametrize(("block_size", "top_k"), [(128, 8), (512, 3), (4096, 12), (1, 64), (100, 1)])
 def test_shares_cover_the_pages_once(rows, block_size, top_k):
-    tile = kernels.keys_per_tile(block_size, 128, torch.bfloat16)
+    tile = kernels.keys_per_tile(block_size, 128, itemsize=2)
     ranks, piece = kernels.share_of(rows, block_size, top_k, tile, 132)
     shares = -(-top_k // ranks) * -(-block_size // piece)
     assert ranks == 1 or piece == block_size

@@ -26,6 +26,7 @@ from openmoba.bench.table import Row, append_row, markdown, read_rows
 from openmoba.bench.timing import Work, measure
 from openmoba.ops.api import moba_attention
 from openmoba.ops.decode import moba_decode
+from openmoba.ops.pages import complete_pages, new_centroids
 
 # B batch, T query tokens, S cache slots, H query heads, K key/value heads, D head width, P pages
 
@@ -106,13 +107,11 @@ class Cache:
         self.lengths = torch.full((shape.batch,), shape.tokens, dtype=torch.int32, device=device)
 
     def moba(self, block_size: int, top_k: int) -> Callable[[], Tensor]:
-        """A step of MoBA; the pages are summed here, once."""
-        batch, slots, kv_heads, width = self.k.shape
-        pages = slots // block_size
-        keys_BKSD = self.k[:, : pages * block_size].transpose(1, 2)
-        sums_BKPD = keys_BKSD.view(batch, kv_heads, pages, block_size, width).sum(3, dtype=torch.float32)
-        sums_BPKD = sums_BKPD.transpose(1, 2)
-        caches = (self.k, self.v, sums_BPKD, self.lengths)
+        """A step of MoBA; the pages are completed here, once."""
+        slots = self.k.shape[1]
+        centroids = new_centroids(self.k, slots, block_size)
+        complete_pages(centroids, self.k, self.lengths, None, slots, block_size)
+        caches = (self.k, self.v, centroids, self.lengths)
         return lambda: moba_decode(self.q, *caches, block_size=block_size, top_k=top_k)
 
     def dense(self, backend: SDPBackend, grouped: bool) -> Callable[[], Tensor]:

@@ -1,8 +1,7 @@
-"""Where the rows of a batch begin in the cache, which is where their blocks are counted from."""
+"""Where the rows of a batch lie in the cache: their blocks are counted from where they begin."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,33 +14,36 @@ from openmoba.hf.masks import PADDING, has_holes
 
 
 class Alignment(NamedTuple):
-    """Where each row's tokens begin in the cache.
+    """Where each row's tokens lie in the cache.
 
     Attributes:
-        starts: first slot of each row, int32 `[B]`.
+        lengths: tokens of each row, int32 `[B]`.
+        starts: first slot of each row, int32 `[B]`; None for rows without padding.
         first: the same on the host; None with a static cache, which the host does not look into.
     """
 
-    starts: Tensor
+    lengths: Tensor
+    starts: Tensor | None
     first: tuple[int, ...] | None
 
-    def pick(self, pick: Callable[[Tensor], Tensor]) -> Alignment:
-        """The rows that `pick` selects; the host looks at them only if they differ."""
-        starts = pick(self.starts)
-        if self.first is None:
-            return Alignment(starts, None)
-        same = len(set(self.first)) == 1
-        return Alignment(starts, self.first[:1] * len(starts) if same else tuple(starts.tolist()))
 
-
-def aligned(batch: int, device: torch.device) -> Alignment:
-    """Rows without padding."""
-    return Alignment(torch.zeros(batch, dtype=torch.int32, device=device), (0,) * batch)
+def aligned(batch: int, tokens: int, device: torch.device) -> Alignment:
+    """Rows of `tokens` without padding."""
+    return Alignment(torch.full((batch,), tokens, dtype=torch.int32, device=device), None, (0,) * batch)
 
 
 def static_alignment(segment_map: Tensor) -> Alignment:
     """The alignment under a static cache, where padding is on the left."""
-    return Alignment((segment_map == PADDING).sum((1, 2, 3), dtype=torch.int32), None)
+    # What layers share is remembered outside of graphs; a graph's compiler finds it itself.
+    return _counted(segment_map) if torch.compiler.is_compiling() else _counted_once(segment_map)
+
+
+def _counted(segment_map: Tensor) -> Alignment:
+    lengths, starts = (x.sum((1, 2, 3), dtype=torch.int32) for x in (segment_map > PADDING, segment_map == PADDING))
+    return Alignment(lengths, starts, None)
+
+
+_counted_once = per_tensor(_counted)
 
 
 @eager("whether padding is on the left decides which kernels run")
@@ -51,5 +53,6 @@ def alignment_of(segment_map: Tensor) -> Alignment | None:
     map_BS = segment_map[:, 0, 0]
     if bool(has_holes(map_BS) | (map_BS > 1).any()):
         return None
-    starts = (map_BS == PADDING).sum(1, dtype=torch.int32)
-    return Alignment(starts, tuple(starts.tolist()))
+    alignment = _counted(segment_map)
+    assert alignment.starts is not None
+    return alignment._replace(first=tuple(alignment.starts.tolist()))

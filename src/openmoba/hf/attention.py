@@ -123,7 +123,7 @@ class _Attention:
         if alignment is None:
             return self.masked(q_BTHD, k_BSHD, v_BSHD, mask)
         queries = q_BTHD.shape[1]
-        centroids = layer.pages(k_BSHD, alignment, queries)
+        centroids = layer.pages(k_BSHD, alignment)
         if queries > MAX_QUERIES or queries == k_BSHD.shape[1]:
             return self.masked(q_BTHD, k_BSHD, v_BSHD, mask)
         return moba_decode(
@@ -131,7 +131,7 @@ class _Attention:
             k_BSHD,
             v_BSHD,
             centroids,
-            (layer.get_seq_length() - alignment.starts).int(),
+            alignment.lengths,
             alignment.starts,
             block_size=self.block_size,
             top_k=self.top_k,

@@ -3,7 +3,7 @@
 A transformers cache is a list of layers. `paged_layer` puts a paged layer in the place of the ordinary one for the
 layers that run MoBA, dynamic or static, so that every cache that `generate` or a user makes works as it is; layers
 with full attention keep the ordinary layer. Pages are brought up to date when the attention function asks for them,
-since only then is it known where each row's first real token lies.
+since only then is it known where each row's first real token lies. A centroid is computed once, from the cached keys.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from openmoba.hf.alignment import Alignment, aligned, alignment_of, static_alignment
 from openmoba.hf.eager import eager
-from openmoba.ops.decode import MAX_QUERIES
-from openmoba.ops.pages import extend_pages, new_pages, refresh_pages
+from openmoba.ops.pages import complete_pages, new_centroids
 
 # B batch, H key/value heads, S cache slots, P pages, D head width
 
@@ -36,13 +35,12 @@ class PagedLayer(Protocol):
         """Where the rows begin under this mask; None if padding lies elsewhere than before them."""
         ...
 
-    def pages(self, keys_BSHD: Tensor, alignment: Alignment, new: int) -> Tensor:
+    def pages(self, keys_BSHD: Tensor, alignment: Alignment) -> Tensor:
         """Centroids `[B, P, H, D]` of the cached keys, for `openmoba.ops.decode.moba_decode`.
 
         Args:
             keys_BSHD: what `update` returned, heads and slots exchanged.
-            alignment: where the rows begin.
-            new: tokens written by the last `update`.
+            alignment: where the rows lie.
         """
         ...
 
@@ -63,10 +61,9 @@ class DynamicPagedLayer(DynamicLayer):  # type: ignore[misc]
         super().__init__()
         self.block_size = block_size
         self._stores: list[Tensor] = []
-        self._sums: Tensor | None = None
-        self._alignment: Alignment | None = None
-        self._pooled = 0  # tokens that the pages hold
-        self._continues = False  # whether the open page's sum can be added to
+        self._centroids: Tensor | None = None
+        self._first: tuple[int, ...] | None = None  # where the rows' pages begin
+        self._pooled = 0  # slots whose pages have their centroids
         self._offloaded: torch.cuda.Event | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -90,30 +87,26 @@ class DynamicPagedLayer(DynamicLayer):  # type: ignore[misc]
     def align(self, segment_map: Tensor | None, keys_BSHD: Tensor) -> Alignment | None:
         """See `PagedLayer.align`."""
         if segment_map is None:
-            return aligned(keys_BSHD.shape[0], keys_BSHD.device)
+            return aligned(keys_BSHD.shape[0], keys_BSHD.shape[1], keys_BSHD.device)
         return alignment_of(segment_map)
 
-    def pages(self, keys_BSHD: Tensor, alignment: Alignment, new: int) -> Tensor:
+    def pages(self, keys_BSHD: Tensor, alignment: Alignment) -> Tensor:
         """See `PagedLayer.pages`."""
-        tokens = keys_BSHD.shape[1]
-        if self._alignment is None or self._alignment.first != alignment.first:
-            self._pooled, self._continues = 0, False
-        self._alignment = alignment
-        keys_BSHD, size = keys_BSHD.detach(), self.block_size
-        sums = self._sums = self._fitting_sums(keys_BSHD)
-        lag = tokens - self._pooled
-        if self._continues and lag <= MAX_QUERIES:
-            extend_pages(sums, keys_BSHD[:, self._pooled :], alignment.starts, self._pooled, size)
-        else:
-            refresh_pages(sums, keys_BSHD, alignment.starts, self._pooled, tokens, lag, size)
-        self._pooled, self._continues = tokens, True
-        return sums[:, :-1]
+        assert alignment.first is not None
+        if self._first != alignment.first:
+            self._first, self._pooled = alignment.first, 0
+        before, now, size = self._pooled, keys_BSHD.shape[1], self.block_size
+        centroids = self._centroids = self._fitting_centroids(keys_BSHD)
+        if any((now - first) // size > max(0, before - first) // size for first in set(self._first)):
+            complete_pages(centroids, keys_BSHD.detach(), alignment.lengths, alignment.starts, now - before, size)
+        self._pooled = now
+        return centroids
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last tokens; pages that held them are recomputed when they are next needed."""
+        """Drop the last tokens; pages that held them are completed anew."""
         super().crop(tokens_to_remove)
         if self.is_initialized:
-            self._pooled, self._continues = min(self._pooled, self.get_seq_length()), False
+            self._pooled = min(self._pooled, self.get_seq_length())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows by index, repeated or left out."""
@@ -148,8 +141,8 @@ class DynamicPagedLayer(DynamicLayer):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget all tokens."""
         self.keys = self.values = None
-        self._sums, self._alignment = None, None
-        self.is_initialized, self._stores, self._pooled, self._continues = False, [], 0, False
+        self._centroids, self._first = None, None
+        self.is_initialized, self._stores, self._pooled = False, [], 0
 
     def _reserve(self, tokens: int, like: tuple[Tensor, Tensor]) -> None:
         """Make the stores hold `tokens`; the reserve keeps both their size and the copying down."""
@@ -163,14 +156,15 @@ class DynamicPagedLayer(DynamicLayer):  # type: ignore[misc]
                 store[:, :, :used] = old
         self._stores = stores
 
-    def _fitting_sums(self, keys_BSHD: Tensor) -> Tensor:
-        slots = self._stores[0].shape[2]
-        if self._sums is not None and (self._sums.shape[1] - 1) * self.block_size >= slots:
-            return self._sums
-        sums = new_pages(keys_BSHD, slots, self.block_size)
-        if self._sums is not None:
-            sums[:, : self._sums.shape[1] - 1] = self._sums[:, :-1]
-        return sums
+    def _fitting_centroids(self, keys_BSHD: Tensor) -> Tensor:
+        """Centroids for all slots of the stores, with what is known of them."""
+        slots, known = self._stores[0].shape[2], self._centroids
+        if known is not None and known.shape[1] >= slots // self.block_size:
+            return known
+        centroids = new_centroids(keys_BSHD, slots, self.block_size)
+        if known is not None:
+            centroids[:, : known.shape[1]] = known
+        return centroids
 
     def _show(self, tokens: int) -> None:
         self.keys, self.values = (store[:, :, :tokens] for store in self._stores)
@@ -187,9 +181,10 @@ class DynamicPagedLayer(DynamicLayer):  # type: ignore[misc]
             return
         self._stores = [pick(store) for store in self._stores]
         self._show(tokens)
-        if self._sums is not None and self._alignment is not None:
-            self._sums = pick(self._sums)
-            self._alignment = self._alignment.pick(pick)
+        if self._centroids is not None and self._first is not None:
+            self._centroids = _head_major(pick, self._centroids)
+            batch, same = self._centroids.shape[0], len(set(self._first)) == 1
+            self._first = self._first[:1] * batch if same else tuple(pick(torch.tensor(self._first)).tolist())
 
 
 class StaticPagedLayer(StaticLayer):  # type: ignore[misc]
@@ -198,15 +193,15 @@ class StaticPagedLayer(StaticLayer):  # type: ignore[misc]
     def __init__(self, max_cache_len: int, block_size: int) -> None:
         super().__init__(max_cache_len)
         self.block_size = block_size
-        self._sums: Tensor | None = None
-        self._starts: Tensor | None = None
-        self._held: Tensor | None = None  # tokens that the pages hold
-        self._pooled = False  # whether they hold any
+        self._centroids: Tensor | None = None
+        self._lengths: Tensor | None = None  # tokens of each row whose pages have their centroids, int32 [B]
+        self._unpooled = 0  # at most so many tokens were written since
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write `[B, H, T, D]` keys and values into the next slots; returns all slots."""
-        if self._sums is None:
+        if self._centroids is None:
             self._allocate(key_states)
+        self._unpooled += key_states.shape[2]
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         return keys, values
 
@@ -215,49 +210,43 @@ class StaticPagedLayer(StaticLayer):  # type: ignore[misc]
         assert segment_map is not None
         return static_alignment(segment_map)
 
-    def pages(self, keys_BSHD: Tensor, alignment: Alignment, new: int) -> Tensor:
+    def pages(self, keys_BSHD: Tensor, alignment: Alignment) -> Tensor:
         """See `PagedLayer.pages`."""
-        assert self._sums is not None
-        assert self._starts is not None
-        assert self._held is not None
-        end, size = self.cumulative_length, self.block_size
-        if not self._pooled:
-            self._starts.copy_(alignment.starts)
-            refresh_pages(self._sums, keys_BSHD, alignment.starts, 0, end, self.max_cache_len, size)
-            self._held.copy_(end)
-            self._pooled = True
-            return self._sums[:, :-1]
-        empty_B = self._starts == self._held  # a row of padding so far begins later
-        goes_on = ((self._starts == alignment.starts) | empty_B).all() & (self._held == end - new)
-        torch._assert_async(goes_on, "while a static cache is filled, padding and attention must stay as they are")
-        self._starts.copy_(alignment.starts)
-        self._held.copy_(end)
-        if new <= MAX_QUERIES:
-            slot_T = end - new + torch.arange(new, device=keys_BSHD.device)
-            new_BTHD = keys_BSHD.index_select(1, slot_T)
-            extend_pages(self._sums, new_BTHD, alignment.starts, end - new, size)
-        else:
-            refresh_pages(self._sums, keys_BSHD, alignment.starts, end - new, end, new, size)
-        return self._sums[:, :-1]
+        assert self._centroids is not None
+        assert self._lengths is not None
+        goes_on_B = (alignment.lengths - self._unpooled).clamp_(min=0) == self._lengths
+        torch._assert_async(goes_on_B.all(), "while a static cache is filled, the padding must stay as it is")
+        self._lengths.copy_(alignment.lengths)
+        new, self._unpooled = self._unpooled, 0
+        complete_pages(self._centroids, keys_BSHD, alignment.lengths, alignment.starts, new, self.block_size)
+        return self._centroids
 
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
-        self._pooled = False
+        self._unpooled = 0
+        if self._lengths is not None:
+            self._lengths.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows by index, repeated or left out."""
         super().reorder_cache(beam_idx)
-        if self._sums is not None and self._starts is not None:
-            self._sums, self._starts = (x.index_select(0, beam_idx.to(x.device)) for x in (self._sums, self._starts))
+        if self._centroids is not None and self._lengths is not None:
+            rows = beam_idx.to(self.device)
+            self._centroids = _head_major(lambda x: x.index_select(0, rows), self._centroids)
+            self._lengths = self._lengths.index_select(0, rows)
 
     def _allocate(self, key_states: Tensor) -> None:
-        self._sums = new_pages(key_states.transpose(1, 2), self.max_cache_len, self.block_size)
-        self._starts = key_states.new_zeros(key_states.shape[0], dtype=torch.int32)
-        self._held = key_states.new_zeros((), dtype=torch.long)
+        self._centroids = new_centroids(key_states.transpose(1, 2), self.max_cache_len, self.block_size)
+        self._lengths = key_states.new_zeros(key_states.shape[0], dtype=torch.int32)
         if not torch.compiler.is_compiling():
-            for tensor in (self._sums, self._starts, self._held):
+            for tensor in (self._centroids, self._lengths):
                 torch._dynamo.mark_static_address(tensor)
+
+
+def _head_major(pick: Callable[[Tensor], Tensor], x_BPHD: Tensor) -> Tensor:
+    """`pick`'s rows, with a head's pages side by side in memory as they were."""
+    return pick(x_BPHD.transpose(1, 2)).transpose(1, 2)
 
 
 def paged_layer(cache: Cache, layer_idx: int, block_size: int) -> PagedLayer | None:
@@ -286,8 +275,7 @@ def _convert(cache: Cache, layer_idx: int, block_size: int) -> PagedLayer | None
     if type(old) in (StaticLayer, StaticPagedLayer):
         static = StaticPagedLayer(old.max_cache_len, block_size)
         if old.is_initialized:
-            paged = {"block_size": block_size, "_sums": None, "_starts": None, "_held": None, "_pooled": False}
-            static.__dict__.update(old.__dict__ | paged)
+            static.__dict__.update(old.__dict__ | {"block_size": block_size, "_unpooled": old.max_cache_len})
             static._allocate(old.keys)
         cache.layers[layer_idx] = static
         return static

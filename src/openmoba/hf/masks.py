@@ -29,6 +29,7 @@ from openmoba.hf.eager import eager
 from openmoba.ops.decode import MAX_QUERIES
 
 UNWRITTEN, PADDING = -1, 0
+_HOLES = "with a static cache, padding must be on the left"
 _ANOTHER_MASK = "a mask that is not causal over whole sequences; use attn_implementation='sdpa'"
 
 # B batch, S key slots, T queries
@@ -75,7 +76,9 @@ def segment_map(
     map_BS = _padded(torch.ones(batch_size, kv_length, dtype=torch.int32, device=device), attention_mask)
     map_BS = map_BS.masked_fill(torch.arange(kv_length, device=device) >= q_offset + q_length, UNWRITTEN)
     if q_length <= MAX_QUERIES:
-        torch._assert_async(~has_holes(map_BS), "with a static cache, padding must be on the left")
+        torch._assert_async(~has_holes(map_BS), _HOLES)
+    elif not torch.compiler.is_compiling() and bool(has_holes(map_BS)):
+        raise ValueError(f"{_HOLES}: set the tokenizer's padding_side to 'left', or use a dynamic cache")
     return map_BS[:, None, None]
 
 

@@ -3,7 +3,7 @@
     s_p = <q, c_p>   for the pages before the query's own; the top_k - 1 best are read, ties to the later page
     o   = softmax(scale * q K[I]^T) V[I]   over these pages and the query's own, causally
 
-Source: MoBA technical report, arXiv 2502.13189, equations 2 to 6, with the block means kept in the
+Source: MoBA technical report, arXiv 2502.13189, equations 2 to 6, with the block centroids kept in the
 cache (`openmoba.ops.pages`) instead of computed anew. The cost is `top_k * block_size` keys and one centroid per page.
 
 `impl` picks speed, never meaning:
@@ -23,6 +23,7 @@ from torch import Tensor
 from openmoba.config import check_blocks
 from openmoba.ops.checks import check_scale, check_triton
 from openmoba.ops.library import device_of
+from openmoba.ops.pages import centroid_dtype
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 MAX_QUERIES = 16
@@ -55,8 +56,8 @@ def moba_decode(
         q: `[B, T, H, D]` with 1 <= T <= 16.
         k_cache: `[B, S, Hkv, D]`, any strides; the new tokens' keys already written.
         v_cache: the values, like k_cache.
-        centroids: fp32 `[B, P, Hkv, D]`, any strides: for every complete page the mean of its keys, or any fixed
-            multiple of it such as the sum. Page p of row b begins at slot `starts[b] + p * block_size`.
+        centroids: `[B, P, Hkv, D]`, any strides, kept by `openmoba.ops.pages.complete_pages`: fp16 for 16-bit caches,
+            else in their dtype. Page p of row b begins at slot `starts[b] + p * block_size`.
         lengths: int32 `[B]`, tokens in the cache, the new ones included.
         starts: int32 `[B]`, first slot of each row; zeros by default.
         block_size, top_k, scale: as in `openmoba.moba_attention`.
@@ -159,7 +160,7 @@ def _decode_one(
     position_BHN = (page_BHK[..., None] * block_size + _range(q_BHD, block_size)).flatten(2)
     read_BHN = (position_BHN >= 0) & (position_BHN <= position_B[:, None, None])
     k_BHND, v_BHND = (_gather(x, starts_B, position_BHN, q_BHD.shape[1]) for x in (k_BSHD, v_BSHD))
-    wide = centroid_BPHD.dtype
+    wide = _wide(q_BHD)
     logit_BHN = scale * (k_BHND.to(wide) @ q_BHD.to(wide)[..., None])[..., 0]
     weight_BHN = logit_BHN.masked_fill(~read_BHN, -math.inf).softmax(-1)
     weight_BHN = weight_BHN.masked_fill((position_B < 0)[:, None, None], 0)
@@ -170,8 +171,8 @@ def _choose_pages(q_BHD: Tensor, centroid_BPHD: Tensor, own_B: Tensor, top_k: in
     """The own page and the `top_k - 1` best before it, `[B, H, K]`; negative for none."""
     batch, heads, width = q_BHD.shape
     pages, kv_heads = centroid_BPHD.shape[1:3]
-    q_BHGD = q_BHD.to(centroid_BPHD.dtype).view(batch, kv_heads, heads // kv_heads, width)
-    score_BHP = torch.einsum("bhgd,bphd->bhgp", q_BHGD, centroid_BPHD).flatten(1, 2)
+    q_BHGD = q_BHD.to(_wide(q_BHD)).view(batch, kv_heads, heads // kv_heads, width)
+    score_BHP = torch.einsum("bhgd,bphd->bhgp", q_BHGD, centroid_BPHD.to(q_BHGD.dtype)).flatten(1, 2)
     past_BP = _range(q_BHD, pages) < own_B[:, None]
     score_BHP = score_BHP.masked_fill(~past_BP[:, None], -math.inf)
     # A stable sort of the reversed pages sends ties to the later page.
@@ -188,6 +189,11 @@ def _gather(x_BSHD: Tensor, starts_B: Tensor, position_BHN: Tensor, heads: int) 
     row_B11 = _range(x_BSHD, batch)[:, None, None]
     kv_head_H1 = (_range(x_BSHD, heads) // (heads // kv_heads))[:, None]
     return x_BSHD[row_B11, slot_BHN, kv_head_H1]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """What sums are in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _range(like: Tensor, end: int) -> Tensor:
@@ -220,12 +226,11 @@ def _check(
         raise ValueError(f"q's {heads} heads must be a multiple of the cache's {kv_heads} heads")
     if not q.dtype == k_cache.dtype == v_cache.dtype:
         raise ValueError(f"q, k_cache and v_cache must share a dtype, got {q.dtype}, {k_cache.dtype}, {v_cache.dtype}")
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     shape = (centroids.shape[0], *centroids.shape[2:])
-    if centroids.dtype != wide or shape != (batch, kv_heads, width):
+    if centroids.dtype != centroid_dtype(q.dtype) or shape != (batch, kv_heads, width):
         raise ValueError(
-            f"centroids must be {wide} [{batch}, pages, {kv_heads}, {width}], "
-            f"got {centroids.dtype} {tuple(centroids.shape)}"
+            f"centroids must be {centroid_dtype(q.dtype)} [{batch}, pages, {kv_heads}, {width}], "
+            f"got {centroids.dtype} {tuple(centroids.shape)}; openmoba.ops.pages.new_centroids makes them"
         )
     for name, x in (("k_cache", k_cache), ("centroids", centroids), ("lengths", lengths), ("starts", starts)):
         if x is not None and x.device != q.device:

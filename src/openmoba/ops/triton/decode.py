@@ -1,16 +1,20 @@
-"""Decode: a few queries per row over a paged cache, in three launches that wait for nothing.
+"""Decode: a few queries per row over a paged cache, in two launches that wait for nothing.
 
     score    s[r, p] = <q_r, c_p> for the pages p before the last query's own, a tile of pages per program
-    attend   a program finds its share of the pages that a query reads, and attends to them
-    merge    o = sum_i o_i exp(lse_i - lse), lse = log sum_i exp lse_i, over a query's shares
+    attend   a program finds its share of the pages that a query reads, and attends to them; the last program of a
+             query to finish adds up the shares:  o = sum_i o_i exp(lse_i - lse), lse = log sum_i exp lse_i
 
 Source: MoBA technical report, arXiv 2502.13189, equations 2 to 6. Shares are as small as it takes to keep all
 multiprocessors busy: some of the `top_k` pages, or a piece of one page. Every share repeats the choice up to its own
-last page, which costs less than a launch of its own. All sizes that change while decoding are read on the device.
+last page, which costs less than a launch of its own. Shares are added in a fixed order, whichever program does it, so
+equal inputs give equal bits. All sizes that change while decoding are read on the device.
 
 A *query row* r is (query token, query head of one key/value head's group). M query rows, N pages or keys per tile,
 L pages looked at at once, C shares merged at once, D head width padded to a power of two (WIDTH is the real one), of
 which the scores take W at a time.
+
+One allocation holds, in this order: for each query row the number of programs that have finished (int32), its scores,
+its shares' outputs, and their log-sum-exps. `score` zeroes the numbers.
 """
 
 from __future__ import annotations
@@ -21,22 +25,25 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from openmoba.ops.triton.forward import LOG2E, load_rows
-from openmoba.ops.triton.geometry import strides
+from openmoba.ops.triton.geometry import cdiv, power_of_two, strides
+from openmoba.ops.triton.pool import power_of_two as scale_of
 
 _PAGES_PER_TILE = 64
-_WIDTH_PER_STEP = 64
 _MOST_ROWS = 64  # query rows per tile of the scores
-_LANES = 1024
+_LANES = (1024, 4096)  # pages whose scores a program keeps in registers; of more pages it looks at 1024 at once
 _MERGED_AT_ONCE = 16
 _TILE_BYTES = 2**13  # keys of one tile: small enough for four programs per multiprocessor
+_TILES_IN_FLIGHT = 2
 _PROGRAMS_PER_MULTIPROCESSOR = 4
 
 _LOWEST = tl.constexpr(-1e38)
 _NO_KEY = tl.constexpr(-(2**63))
 _ABOVE_ALL = tl.constexpr(2**63 - 1)
-_OWN = tl.constexpr(2**31 - 1)
+_TAKEN = tl.constexpr(-(2**31))
+_ROW_EXPONENT = tl.constexpr(14)  # query rows are scaled to [2^14, 2^15), so that bf16 fits fp16
 
 
 def decode(
@@ -53,81 +60,92 @@ def decode(
     """`openmoba.ops.decode.moba_decode`, checked; the last dimension of all tensors is contiguous."""
     batch, tokens, heads, width = q.shape
     pages, kv_heads = centroids.shape[1:3]
-    group = heads // kv_heads
-    rows = tokens * group
     top_k = min(top_k, pages + 1)
-    d = max(16, triton.next_power_of_2(width))
-    padded = triton.cdiv(pages + 1, _LANES) * _LANES
-    sizes = {"TOKENS": tokens, "GROUP": group, "WIDTH": width, "D": d}
+    chooses = top_k > 1
+    rows, d = batch * heads * tokens, max(16, power_of_two(width))
+    n = keys_per_tile(block_size, d, k_cache.dtype.itemsize)
+    ranks, piece = share_of(rows, block_size, top_k, n, multiprocessors(q.device))
+    pieces = cdiv(block_size, piece)
+    shares = cdiv(top_k, ranks) * pieces
 
-    scores = q.new_empty((batch * heads * tokens, padded if top_k > 1 else 0), dtype=torch.float32)
-    if top_k > 1:
-        m = min(_MOST_ROWS, max(16, triton.next_power_of_2(rows)))
-        _score[(triton.cdiv(pages, _PAGES_PER_TILE), kv_heads * triton.cdiv(rows, m), batch)](
+    # Multiples of 16 keep addresses aligned.
+    counters, padded = cdiv(rows, 16) * 16, cdiv(pages, 16) * 16 if chooses else 0
+    partials = rows * shares * (width + 1) if shares > 1 else 0
+    workspace = torch.empty(counters + rows * padded + partials, dtype=torch.float32, device=q.device)
+    q_strides = strides(q)
+    sizes = {"TOKENS": tokens, "GROUP": heads // kv_heads, "WIDTH": width, "D": d}
+    overlap = chooses and overlaps(q.device)
+    if chooses:
+        group_rows = tokens * heads // kv_heads
+        m = min(_MOST_ROWS, max(16, power_of_two(group_rows)))
+        _score[(cdiv(pages, _PAGES_PER_TILE), kv_heads * cdiv(group_rows, m), batch)](
             q,
             centroids,
-            scores,
+            workspace,
             lengths,
             pages,
             block_size,
+            counters,
             padded,
-            *strides(q),
+            *q_strides,
             *strides(centroids),
             **sizes,
             M=m,
             N=_PAGES_PER_TILE,
-            W=min(d, _WIDTH_PER_STEP),
+            W=d if centroids.dtype == torch.float16 else min(d, 64),
+            OVERLAPS=overlap,
             num_warps=4,
         )
-    n = keys_per_tile(block_size, d, k_cache.dtype)
-    ranks, piece = share_of(batch * heads * tokens, block_size, top_k, n, multiprocessors(q.device))
-    pieces = triton.cdiv(block_size, piece)
-    shares = triton.cdiv(top_k, ranks) * pieces
-    partial = q.new_empty((batch * heads * tokens, shares, width), dtype=torch.float32)
-    partial_lse = q.new_empty((batch * heads * tokens, shares), dtype=torch.float32)
+    elif shares > 1:
+        workspace[:counters].zero_()
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _attend[(shares, heads * tokens, batch)](
         q,
         k_cache,
         v_cache,
-        scores,
-        partial,
-        partial_lse,
+        workspace,
+        out,
         lengths,
         starts,
         pages,
         block_size,
+        counters,
         padded,
         top_k,
         ranks,
         pieces,
         piece,
         scale,
-        *strides(q),
+        *q_strides,
         *strides(k_cache),
         *strides(v_cache),
         **sizes,
-        CHOOSES=top_k > 1,
-        L=_LANES,
+        CHOOSES=chooses,
+        SHARED=shares > 1,
+        L=next((lanes for lanes in _LANES if lanes >= pages), _LANES[0]),
+        IN_REGISTERS=pages <= _LANES[-1],
         N=n,
+        C=_MERGED_AT_ONCE,
+        STAGES=_TILES_IN_FLIGHT + 1,
+        OVERLAPS=overlap,
         num_warps=4,
         maxnreg=128,
+        **({"launch_pdl": True} if overlap else {}),
     )
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _merge[(heads * tokens, batch)](partial, partial_lse, out, shares, **sizes, C=_MERGED_AT_ONCE, num_warps=4)
     return out
 
 
-def keys_per_tile(block_size: int, d: int, dtype: torch.dtype) -> int:
-    """Keys that a program of the attention loads at once."""
-    return min(64, _TILE_BYTES // (d * dtype.itemsize), max(16, int(triton.next_power_of_2(block_size))))
+def keys_per_tile(block_size: int, d: int, itemsize: int) -> int:
+    """Keys that a program of the attention works on at once."""
+    return min(64, _TILE_BYTES // (d * itemsize), max(16, power_of_two(block_size)))
 
 
 def share_of(rows: int, block_size: int, top_k: int, tile: int, multiprocessors: int) -> tuple[int, int]:
     """What one program attends to, for `rows` query rows in all: a number of pages, and keys of each of them."""
-    wanted = triton.cdiv(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, rows)
+    wanted = cdiv(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, rows)
     if wanted <= top_k:
         return top_k // wanted, block_size
-    return 1, triton.cdiv(triton.cdiv(block_size, triton.cdiv(wanted, top_k)), tile) * tile
+    return 1, cdiv(cdiv(block_size, cdiv(wanted, top_k)), tile) * tile
 
 
 @cache
@@ -136,14 +154,21 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel can be started before the one it waits for has ended: programmatic dependent launch."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 @triton.jit(do_not_specialize=["pages"])
 def _score(
     q_ptr,
     centroid_ptr,
-    score_ptr,
+    workspace_ptr,
     length_ptr,
     pages,
     block_size,
+    counters,
     padded,
     q_batch,
     q_token,
@@ -158,44 +183,70 @@ def _score(
     M: tl.constexpr,
     N: tl.constexpr,
     W: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
-    """Scores of N pages for up to M query rows; those of the last query's past, which are all that are read."""
+    """Scores of N pages for up to M query rows, times a power of two per row.
+
+    Those of the last query's past, which are all that are read.
+    """
+    if OVERLAPS:
+        gdc_launch_dependents()
     ROWS: tl.constexpr = TOKENS * GROUP
     TILES: tl.constexpr = (ROWS + M - 1) // M
     batch = tl.program_id(2)
     head = tl.program_id(1) // TILES
+    row_M = tl.program_id(1) % TILES * M + tl.arange(0, M)
+    flat_M = (batch * tl.num_programs(1) // TILES + head) * ROWS + row_M
+    if tl.program_id(0) == 0:
+        tl.store(workspace_ptr + flat_M, 0.0, mask=row_M < ROWS)
     page_N = tl.program_id(0) * N + tl.arange(0, N)
     past = tl.minimum((tl.load(length_ptr + batch) - 1) // block_size, pages)
     if tl.program_id(0) * N >= past:
         return
-    row_M = tl.program_id(1) % TILES * M + tl.arange(0, M)
     q_ptr += batch.to(tl.int64) * q_batch + (head * GROUP).to(tl.int64) * q_head
     q_at_M = (row_M // GROUP).to(tl.int64) * q_token + (row_M % GROUP) * q_head
     centroid_ptr += batch.to(tl.int64) * centroid_batch + head.to(tl.int64) * centroid_head
+    largest_M = tl.zeros([M], tl.float32)
+    for d in tl.static_range(0, D, W):
+        q_MW = load_rows(q_ptr + d, q_at_M, 1, row_M < ROWS, WIDTH - d, W).to(tl.float32)
+        largest_M = tl.maximum(largest_M, tl.max(tl.abs(q_MW), 1))
+    scale_M = scale_of(largest_M, _ROW_EXPONENT)
     score_NM = tl.zeros([N, M], tl.float32)
     for d in tl.static_range(0, D, W):
         centroid_NW = load_rows(centroid_ptr + d, page_N, centroid_page, page_N < past, WIDTH - d, W)
-        q_MW = load_rows(q_ptr + d, q_at_M, 1, row_M < ROWS, WIDTH - d, W).to(tl.float32)
-        score_NM = tl.dot(centroid_NW, tl.trans(q_MW), score_NM, input_precision="tf32x3")
-    flat_M = (batch * tl.num_programs(1) // TILES + head) * ROWS + row_M
-    at_NM = flat_M[None, :].to(tl.int64) * padded + page_N[:, None]
-    tl.store(score_ptr + at_NM, score_NM, mask=(row_M < ROWS)[None, :] & (page_N < past)[:, None])
+        q_MW = load_rows(q_ptr + d, q_at_M, 1, row_M < ROWS, WIDTH - d, W).to(tl.float32) * scale_M[:, None]
+        score_NM = tl.dot(centroid_NW, tl.trans(q_MW.to(centroid_NW.dtype)), score_NM, input_precision="tf32x3")
+    at_NM = counters + flat_M[None, :].to(tl.int64) * padded + page_N[:, None]
+    tl.store(workspace_ptr + at_NM, score_NM, mask=(row_M < ROWS)[None, :] & (page_N < past)[:, None])
 
 
 @triton.jit
-def _next_page(score_ptr, past, below, L: tl.constexpr):
-    """The largest sort key under `below` of a query with `past` scored pages: its order above, its page in 31 bits.
+def _orders(score_ptr, page_L, past):
+    """The scores of `past` pages as integers that sort like them; the least integer for other pages."""
+    bits_L = tl.load(score_ptr + page_L, mask=page_L < past, other=0.0).to(tl.int32, bitcast=True)
+    return tl.where(page_L < past, bits_L ^ ((bits_L >> 31) & 0x7FFFFFFF), _TAKEN)
 
-    Later pages win ties. Number `past` stands for the own page, which comes before all others.
+
+@triton.jit
+def _next_page(score_ptr, past, order_L, below, IN_REGISTERS: tl.constexpr):
+    """The best of `past` pages that has not been chosen yet, the later one on a tie; and what is left.
+
+    What is left is `order_L` without that page, or, of more pages than L, the pages whose sort key is less than
+    `below`: the score's order above, the page in 31 bits.
     """
-    best_L = tl.full([L], _NO_KEY, tl.int64)
-    for first in range(0, past + 1, L):
-        page_L = first + tl.arange(0, L)
-        bits_L = tl.load(score_ptr + page_L).to(tl.int32, bitcast=True)
-        order_L = tl.where(page_L == past, _OWN, bits_L ^ ((bits_L >> 31) & 0x7FFFFFFF))
-        key_L = (order_L.to(tl.int64) << 32) | page_L.to(tl.int64)
-        best_L = tl.maximum(best_L, tl.where((page_L <= past) & (key_L < below), key_L, _NO_KEY))
-    return tl.max(best_L, 0)
+    L: tl.constexpr = order_L.shape[0]
+    page_L = tl.arange(0, L)
+    if IN_REGISTERS:
+        page = tl.max(tl.where(order_L == tl.max(order_L, 0), page_L, 0), 0)
+        order_L = tl.where(page_L == page, _TAKEN, order_L)
+    else:
+        best_L = tl.full([L], _NO_KEY, tl.int64)
+        for first in range(0, past, L):
+            key_L = (_orders(score_ptr, first + page_L, past).to(tl.int64) << 32) | (first + page_L).to(tl.int64)
+            best_L = tl.maximum(best_L, tl.where(key_L < below, key_L, _NO_KEY))
+        below = tl.max(best_L, 0)
+        page = (below & 0x7FFFFFFF).to(tl.int32)
+    return tl.minimum(page, past), order_L, below  # scores that are not numbers must not lead out of the cache
 
 
 @triton.jit(do_not_specialize=["pages", "ranks", "pieces"])
@@ -203,13 +254,13 @@ def _attend(
     q_ptr,
     k_ptr,
     v_ptr,
-    score_ptr,
-    partial_ptr,
-    partial_lse_ptr,
+    workspace_ptr,
+    out_ptr,
     length_ptr,
     start_ptr,
     pages,
     block_size,
+    counters,
     padded,
     top_k,
     ranks,
@@ -230,14 +281,22 @@ def _attend(
     WIDTH: tl.constexpr,
     D: tl.constexpr,
     CHOOSES: tl.constexpr,
+    SHARED: tl.constexpr,
     L: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
     N: tl.constexpr,
+    C: tl.constexpr,
+    STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
-    """One query row's attention to one share: `ranks` of its pages, best first, and `piece` keys of each."""
+    """One query row's attention to one share: `ranks` of its pages, best first, and `piece` keys of each.
+
+    The own page comes first.
+    """
     # Shares of low rank choose longest: they start first.
     share = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = tl.program_id(2)
-    flat = batch * tl.num_programs(1) + tl.program_id(1)
+    flat = (batch * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
     head = tl.program_id(1) // (TOKENS * GROUP)
     token = tl.program_id(1) // GROUP % TOKENS
     member = tl.program_id(1) % GROUP
@@ -253,23 +312,30 @@ def _attend(
     slot = 0 if start_ptr is None else tl.load(start_ptr + batch)
     k_ptr += batch.to(tl.int64) * k_batch + head.to(tl.int64) * k_head + tl.cast(slot, tl.int64) * k_token
     v_ptr += batch.to(tl.int64) * v_batch + head.to(tl.int64) * v_head + tl.cast(slot, tl.int64) * v_token
-    score_ptr += flat.to(tl.int64) * padded
+
+    if OVERLAPS:
+        gdc_wait()
+    score_ptr = workspace_ptr + counters + flat * padded
+    order_L = tl.full([L], _TAKEN, tl.int32)
+    below = tl.full([], _ABOVE_ALL, tl.int64)
+    if CHOOSES:
+        if IN_REGISTERS:
+            order_L = _orders(score_ptr, tl.arange(0, L), tl.where(last > 1, past, 0))
+        for _ in range(1, tl.minimum(first, last)):
+            _page, order_L, below = _next_page(score_ptr, past, order_L, below, IN_REGISTERS)
 
     # Every place in the tile keeps a softmax of its own until the end: no sums across threads in the loop.
     m_N = tl.full([N], _LOWEST, tl.float32)
     l_N = tl.zeros([N], tl.float32)
     o_ND = tl.zeros([N, D], tl.float32)
-    below = tl.full([], _ABOVE_ALL, tl.int64)
-    for rank in range(0, last):
+    for rank in range(first, last):
         page = own
-        if CHOOSES:
-            below = _next_page(score_ptr, past, below, L)
-            index = (below & 0x7FFFFFFF).to(tl.int32)
-            page = tl.where(index == past, own, index)
+        if CHOOSES:  # noqa: SIM102
+            if rank > 0:  # not part of the condition above, which is the compiler's
+                page, order_L, below = _next_page(score_ptr, past, order_L, below, IN_REGISTERS)
         begin = share % pieces * piece
         end = tl.minimum(tl.minimum(begin + piece, block_size), position + 1 - page * block_size)
-        end = tl.where(rank < first, begin, end)
-        for start in range(begin, end, N):
+        for start in tl.range(begin, end, N, num_stages=STAGES):
             n_N = start + tl.arange(0, N)
             k_ND = load_rows(k_ptr, page * block_size + n_N, k_token, n_N < end, WIDTH, D)
             v_ND = load_rows(v_ptr, page * block_size + n_N, v_token, n_N < end, WIDTH, D)
@@ -280,52 +346,57 @@ def _attend(
             l_N = l_N * alpha_N + p_N
             o_ND = o_ND * alpha_N[:, None] + p_N[:, None] * v_ND.to(tl.float32)
             m_N = m_new_N
+    o_D, lse = _normalised(m_N, l_N, o_ND)
+
+    HEADS = tl.num_programs(1) // TOKENS
+    out_ptr += ((batch * TOKENS + token).to(tl.int64) * HEADS + head * GROUP + member) * WIDTH
+    if SHARED:
+        shares = tl.num_programs(0)
+        rows = (tl.num_programs(2) * tl.num_programs(1)).to(tl.int64)
+        partial_ptr = workspace_ptr + counters + rows * padded + flat * shares * WIDTH
+        lse_ptr = workspace_ptr + counters + rows * (padded + shares * WIDTH) + flat * shares
+        tl.store(partial_ptr + share * WIDTH + d_D, o_D, mask=d_D < WIDTH)
+        tl.store(lse_ptr + share, lse)
+        tl.debug_barrier()  # all threads have written their part before one of them says so
+        finished_ptr = workspace_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + flat
+        if tl.atomic_add(finished_ptr, 1, sem="acq_rel", scope="gpu") == shares - 1:
+            o_D = _merged(partial_ptr, lse_ptr, shares, WIDTH, D, C)
+            tl.store(out_ptr + d_D, o_D.to(out_ptr.dtype.element_ty), mask=d_D < WIDTH)
+    else:
+        tl.store(out_ptr + d_D, o_D.to(out_ptr.dtype.element_ty), mask=d_D < WIDTH)
+
+
+@triton.jit
+def _normalised(m_N, l_N, o_ND):
+    """One softmax out of N that have maximum m, sum l and weighted values o: the mean value, and the log-sum-exp.
+
+    In base 2; zero and minus infinity where nothing was read.
+    """
     m = tl.max(m_N, 0)
     weight_N = tl.exp2(m_N - m)
     total = tl.sum(l_N * weight_N, 0)
     divisor = tl.where(total > 0, total, 1.0)
-    o_D = tl.sum(o_ND * weight_N[:, None], 0) / divisor
-    at = flat.to(tl.int64) * tl.num_programs(0) + share
-    tl.store(partial_ptr + at * WIDTH + d_D, o_D, mask=d_D < WIDTH)
-    tl.store(partial_lse_ptr + at, tl.where(total > 0, m + tl.log2(divisor), -float("inf")))
+    return tl.sum(o_ND * weight_N[:, None], 0) / divisor, tl.where(total > 0, m + tl.log2(divisor), -float("inf"))
 
 
-@triton.jit(do_not_specialize=["shares"])
-def _merge(
-    partial_ptr,
-    partial_lse_ptr,
-    out_ptr,
-    shares,
-    TOKENS: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    D: tl.constexpr,
-    C: tl.constexpr,
-):
-    """One query row's output; zero for a row that reads nothing."""
-    batch = tl.program_id(1)
-    flat = (batch * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
-    partial_lse_ptr += flat * shares
-    c_C = tl.arange(0, C)
+@triton.jit
+def _merged(partial_ptr, lse_ptr, shares, WIDTH: tl.constexpr, D: tl.constexpr, C: tl.constexpr):
+    """The output of a query row, out of its shares'. Other programs wrote these: nothing is read from the L1 cache."""
+    d_D = tl.arange(0, D)
     m_C = tl.full([C], _LOWEST, tl.float32)
-    for first in range(0, shares, C):
-        lse_C = tl.load(partial_lse_ptr + first + c_C, mask=first + c_C < shares, other=-float("inf"))
-        m_C = tl.maximum(m_C, lse_C)
-    m = tl.max(m_C, 0)
     l_C = tl.zeros([C], tl.float32)
     o_CD = tl.zeros([C, D], tl.float32)
     for first in range(0, shares, C):
-        exists_C = first + c_C < shares
-        lse_C = tl.load(partial_lse_ptr + first + c_C, mask=exists_C, other=-float("inf"))
-        part_CD = load_rows(partial_ptr, flat * shares + first + c_C, WIDTH, exists_C, WIDTH, D)
-        weight_C = tl.exp2(lse_C - m)
-        l_C += weight_C
-        o_CD += part_CD * weight_C[:, None]
-    total = tl.sum(l_C, 0)
-    o_D = tl.sum(o_CD, 0) / tl.where(total > 0, total, 1.0)
-    token = tl.program_id(0) // GROUP % TOKENS
-    head = tl.program_id(0) // (TOKENS * GROUP) * GROUP + tl.program_id(0) % GROUP
-    HEADS = tl.num_programs(0) // TOKENS
-    d_D = tl.arange(0, D)
-    out_ptr += ((batch * TOKENS + token).to(tl.int64) * HEADS + head) * WIDTH
-    tl.store(out_ptr + d_D, o_D.to(out_ptr.dtype.element_ty), mask=d_D < WIDTH)
+        c_C = first + tl.arange(0, C)
+        part_at_CD = c_C[:, None] * WIDTH + d_D[None, :]
+        exists_CD = (c_C < shares)[:, None] & (d_D < WIDTH)[None, :]
+        lse_C = tl.load(lse_ptr + c_C, mask=c_C < shares, other=-float("inf"), cache_modifier=".cg")
+        part_CD = tl.load(partial_ptr + part_at_CD, mask=exists_CD, other=0.0, cache_modifier=".cg")
+        m_new_C = tl.maximum(m_C, lse_C)
+        alpha_C = tl.exp2(m_C - m_new_C)
+        weight_C = tl.exp2(lse_C - m_new_C)
+        l_C = l_C * alpha_C + weight_C
+        o_CD = o_CD * alpha_C[:, None] + weight_C[:, None] * part_CD
+        m_C = m_new_C
+    o_D, _lse = _normalised(m_C, l_C, o_CD)
+    return o_D

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from openmoba.ops.triton.geometry import Geometry, locate, span, strides
+from openmoba.ops.triton.geometry import power_of_two as next_power_of_two
 
 ANCHOR_KEYS = 64
 _LARGEST_FP16 = tl.constexpr(65504.0)
@@ -33,7 +34,6 @@ def pool(k: Tensor, cu_k: Tensor | None, geometry: Geometry) -> tuple[Tensor, Te
     dtype = torch.float32 if k.dtype == torch.float32 else torch.float16
     centroids = torch.empty((*slots, width), dtype=dtype, device=k.device)
     norms = torch.empty(slots, dtype=torch.float32, device=k.device)
-    chunk = triton.next_power_of_2(min(geometry.block_size, 16384 // width))
     _pool[(geometry.block_slots, geometry.kv_heads)](
         k,
         centroids,
@@ -44,20 +44,32 @@ def pool(k: Tensor, cu_k: Tensor | None, geometry: Geometry) -> tuple[Tensor, Te
         geometry.block_size,
         geometry.block_slots,
         *strides(k),
-        ANCHOR=min(ANCHOR_KEYS, geometry.block_size),
-        ANCHOR_TILE=triton.next_power_of_2(min(ANCHOR_KEYS, geometry.block_size)),
-        CHUNK=chunk,
-        WIDTH=geometry.width,
-        D=width,
+        **centroid_sizes(geometry.block_size, geometry.width),
         PACKED=geometry.packed,
         num_warps=4,
     )
     return centroids, norms
 
 
+def centroid_sizes(block_size: int, width: int) -> dict[str, int]:
+    """The sizes that `block_centroid` is compiled for, of blocks of `block_size` keys of `width` numbers."""
+    anchor, d = min(ANCHOR_KEYS, block_size), _padded(width)
+    return {
+        "ANCHOR": anchor,
+        "ANCHOR_TILE": next_power_of_two(anchor),
+        "CHUNK": next_power_of_two(min(block_size, 16384 // d)),
+        "WIDTH": width,
+        "D": d,
+    }
+
+
 def padded_width(geometry: Geometry) -> int:
     """Head width as the kernels see it: a power of two, and enough for a matrix instruction."""
-    return max(16, int(triton.next_power_of_2(geometry.width)))
+    return _padded(geometry.width)
+
+
+def _padded(width: int) -> int:
+    return max(16, next_power_of_two(width))
 
 
 @triton.jit
@@ -66,6 +78,41 @@ def power_of_two(x, TARGET: tl.constexpr):
     exponent = (x.to(tl.int32, bitcast=True) >> 23) & 255
     scale_bits = tl.minimum(tl.maximum(254 - exponent + TARGET, 1), 254) << 23
     return tl.where(x > 0, scale_bits.to(tl.float32, bitcast=True), 1.0)
+
+
+@triton.jit
+def block_centroid(
+    k_ptr,
+    block,
+    block_size,
+    stride_t,
+    dtype: tl.constexpr,
+    ANCHOR: tl.constexpr,
+    ANCHOR_TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+):
+    """The centroid `[D]` of a complete block; `k_ptr` is where the sequence's keys of one head begin."""
+    d_D = tl.arange(0, D)
+    real_D = d_D < WIDTH
+    key_A = tl.arange(0, ANCHOR_TILE)
+    anchor_mask = (key_A < ANCHOR)[:, None] & real_D
+    first_AD = tl.load(k_ptr + key_A.to(tl.int64)[:, None] * stride_t + d_D, mask=anchor_mask, other=0.0).to(tl.float32)
+    anchor_D = tl.sum(first_AD, 0) / ANCHOR
+    spread = tl.max(tl.max(tl.where(anchor_mask, tl.abs(first_AD - anchor_D), 0.0), 1), 0)
+    scale = power_of_two(tl.maximum(spread, tl.max(tl.abs(anchor_D), 0) / 64), _ROOM)
+
+    key_C = tl.arange(0, CHUNK)
+    sum_D = tl.zeros([D], tl.float32)
+    for start in range(0, block_size, CHUNK):
+        at_C = (start + key_C)[:, None]
+        rows = k_ptr + (block * block_size + at_C).to(tl.int64) * stride_t
+        sum_D += tl.sum(tl.load(rows + d_D, mask=(at_C < block_size) & real_D, other=0.0).to(tl.float32), 0)
+    centroid_D = (sum_D / block_size - anchor_D) * scale
+    if dtype == tl.float16:
+        centroid_D = tl.minimum(tl.maximum(centroid_D, -_LARGEST_FP16), _LARGEST_FP16)
+    return centroid_D.to(dtype)
 
 
 @triton.jit
@@ -94,29 +141,12 @@ def _pool(
     begin, length = span(sequence, cu_k_ptr, tokens_k, PACKED)
     if (block + 1) * block_size > length:
         return
-    d_D = tl.arange(0, D)
-    real_D = d_D < WIDTH
     k_ptr += tl.cast(sequence, tl.int64) * stride_b + tl.cast(begin, tl.int64) * stride_t
     k_ptr += tl.cast(head, tl.int64) * stride_h
-
-    key_A = tl.arange(0, ANCHOR_TILE)
-    anchor_mask = (key_A < ANCHOR)[:, None] & real_D
-    first_AD = tl.load(k_ptr + key_A.to(tl.int64)[:, None] * stride_t + d_D, mask=anchor_mask, other=0.0).to(tl.float32)
-    anchor_D = tl.sum(first_AD, 0) / ANCHOR
-    spread = tl.max(tl.max(tl.where(anchor_mask, tl.abs(first_AD - anchor_D), 0.0), 1), 0)
-    scale = power_of_two(tl.maximum(spread, tl.max(tl.abs(anchor_D), 0) / 64), _ROOM)
-
-    key_C = tl.arange(0, CHUNK)
-    sum_D = tl.zeros([D], tl.float32)
-    for start in range(0, block_size, CHUNK):
-        at_C = (start + key_C)[:, None]
-        rows = k_ptr + (block * block_size + at_C).to(tl.int64) * stride_t
-        sum_D += tl.sum(tl.load(rows + d_D, mask=(at_C < block_size) & real_D, other=0.0).to(tl.float32), 0)
-    centroid_D = (sum_D / block_size - anchor_D) * scale
-    if centroid_ptr.dtype.element_ty == tl.float16:
-        centroid_D = tl.minimum(tl.maximum(centroid_D, -_LARGEST_FP16), _LARGEST_FP16)
-    centroid_D = centroid_D.to(centroid_ptr.dtype.element_ty)
+    centroid_D = block_centroid(
+        k_ptr, block, block_size, stride_t, centroid_ptr.dtype.element_ty, ANCHOR, ANCHOR_TILE, CHUNK, WIDTH, D
+    )
     out = head * block_slots + slot
-    tl.store(centroid_ptr + out.to(tl.int64) * D + d_D, centroid_D)
+    tl.store(centroid_ptr + out.to(tl.int64) * D + tl.arange(0, D), centroid_D)
     wide_D = centroid_D.to(tl.float32)
     tl.store(norm_ptr + out, tl.sqrt(tl.sum(wide_D * wide_D, 0)))

@@ -1,0 +1,74 @@
+"""Centroids of the pages that new tokens completed, in one launch that waits for nothing.
+
+A program per page that may be complete: it returns at once if the page is not, and otherwise runs the device code of
+the prefill's pooling (`openmoba.ops.triton.pool`) over the page's cached keys.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from openmoba.ops.triton.geometry import cdiv, strides
+from openmoba.ops.triton.pool import block_centroid, centroid_sizes
+
+
+def complete_pages(
+    centroids: Tensor, keys: Tensor, lengths: Tensor, starts: Tensor | None, new: int, block_size: int
+) -> None:
+    """`openmoba.ops.pages.complete_pages`, checked; the last dimension of both caches is contiguous."""
+    batch, pages, kv_heads, width = centroids.shape
+    possible = min(pages, cdiv(new, block_size))
+    if possible == 0:
+        return
+    _complete[(possible, kv_heads, batch)](
+        keys,
+        centroids,
+        lengths,
+        starts,
+        new,
+        pages,
+        block_size,
+        *strides(keys),
+        *strides(centroids),
+        **centroid_sizes(block_size, width),
+        num_warps=4,
+    )
+
+
+@triton.jit(do_not_specialize=["new", "pages"])
+def _complete(
+    k_ptr,
+    centroid_ptr,
+    length_ptr,
+    start_ptr,
+    new,
+    pages,
+    block_size,
+    k_batch,
+    k_token,
+    k_head,
+    centroid_batch,
+    centroid_page,
+    centroid_head,
+    ANCHOR: tl.constexpr,
+    ANCHOR_TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+):
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    length = tl.load(length_ptr + batch)
+    page = tl.maximum(length - new, 0) // block_size + tl.program_id(0)
+    if page >= tl.minimum(length // block_size, pages):
+        return
+    start = 0 if start_ptr is None else tl.load(start_ptr + batch)
+    k_ptr += batch * k_batch + head * k_head + tl.cast(start, tl.int64) * k_token
+    centroid_D = block_centroid(
+        k_ptr, page, block_size, k_token, centroid_ptr.dtype.element_ty, ANCHOR, ANCHOR_TILE, CHUNK, WIDTH, D
+    )
+    centroid_ptr += batch * centroid_batch + head * centroid_head + page.to(tl.int64) * centroid_page
+    d_D = tl.arange(0, D)
+    tl.store(centroid_ptr + d_D, centroid_D, mask=d_D < WIDTH)
