@@ -18,6 +18,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -95,7 +96,8 @@ def compile_launch(launch: Launch) -> MachineCode:
         signature[parameter.name] = kind
         if kind.startswith("*") or (kind == "i32" and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    source_class = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = source_class(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=HOPPER, options=options)
     sass = _disassemble(compiled.asm["cubin"])
     return MachineCode(launch.kernel.__name__, sass, compiled.metadata.shared, _registers(compiled.asm["cubin"]))
@@ -123,9 +125,15 @@ def _registers(cubin: bytes) -> int:
     return int(re.findall(r"REG:(\d+)", _cuobjdump(cubin, "-res-usage"))[-1])
 
 
-def report(width: int, block_size: int, top_k: int, dtype: torch.dtype = torch.bfloat16) -> list[dict[str, Any]]:
-    """What the kernels of one forward and backward with matrix products compile to, 32 / 8 heads."""
-    from openmoba.ops.triton import attention
+def report(
+    width: int, block_size: int, top_k: int, dtype: torch.dtype = torch.bfloat16, hoppers_own: bool = False
+) -> list[dict[str, Any]]:
+    """What the kernels of one forward and backward with matrix products compile to, 32 / 8 heads.
+
+    Args:
+        hoppers_own: the kernels in `ops.triton.hopper` where they serve, as on a Hopper GPU.
+    """
+    from openmoba.ops.triton import attention, hopper
 
     q, k = (torch.empty(1, 4096, heads, width, dtype=dtype) for heads in (32, 8))
 
@@ -133,7 +141,8 @@ def report(width: int, block_size: int, top_k: int, dtype: torch.dtype = torch.b
         out, lse, choice = attention.forward(q, k, k, None, None, block_size, top_k, 1.0)
         attention.backward(out, q, k, k, out, lse, choice, None, None, block_size, top_k, 1.0)
 
-    launches = launches_of(call)
+    with patch.object(hopper, "is_available", lambda _: hoppers_own):
+        launches = launches_of(call)
     return _codes([launch for launch in launches if "D" in launch.kwargs and launch.kernel.__name__ != "_pool"])
 
 
@@ -162,6 +171,7 @@ def _codes(launches: list[Launch]) -> list[dict[str, Any]]:
         {
             "kernel": code.name,
             "hgmma": code.count("HGMMA"),
+            "waits": code.count("WARPGROUP.DEPBAR"),
             "matrix": code.count("HGMMA") + code.count("HMMA"),
             "spills": code.spills,
             "shared": code.shared,
@@ -172,10 +182,15 @@ def _codes(launches: list[Launch]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    # Each argument is "width,block_size,top_k", or with ",queries" a decoding step, then ":dtype" unless bf16; one line
-    # of JSON each. A process of its own, since Triton decides at import whether kernels are interpreted.
+    # Each argument is "width,block_size,top_k", or with ",queries" a decoding step, then ":dtype" unless bf16, or
+    # ":hopper" for Hopper's own kernels; one line of JSON each. A process of its own, since Triton decides at import
+    # whether kernels are interpreted.
     for argument in sys.argv[1:]:
-        numbers, _, dtype = argument.partition(":")
+        numbers, _, variant = argument.partition(":")
         sizes = [int(size) for size in numbers.split(",")]
-        make_report = report if len(sizes) == 3 else decode_report
-        print(json.dumps(make_report(*sizes, dtype=getattr(torch, dtype or "bfloat16"))), flush=True)
+        if variant == "hopper":
+            lines = report(*sizes, hoppers_own=True)
+        else:
+            make_report = report if len(sizes) == 3 else decode_report
+            lines = make_report(*sizes, dtype=getattr(torch, variant or "bfloat16"))
+        print(json.dumps(lines), flush=True)

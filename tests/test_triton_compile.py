@@ -15,17 +15,20 @@ pytest.importorskip("triton")
 
 TUNED = ["64,128,8", "64,512,3", "128,128,8", "128,512,3", "256,128,8"]  # head width, block size, top_k
 CONFIGURATIONS = [*TUNED, "96,16,8"]
+HOPPER_CONFIGURATIONS = ["64,128,8:hopper", "64,512,3:hopper", "128,128,8:hopper", "128,512,3:hopper"]
 WIDEST_FLOAT32 = "256,80,8:float32"  # launches every kernel
 DECODE_CONFIGURATIONS = ["64,128,8,1", "128,128,8,1", "128,512,3,16", "256,128,8,16", "80,16,1,2"]
 SHARED_MEMORY = 227 * 1024  # of one thread block
 # Held to 128 registers, so that two programs share a multiprocessor.
 GATE_SPILLS = 8
+# Values that wait in memory for the end of the kernel, while its loop has all registers.
+HOPPER_SPILLS = 16
 
 
 @pytest.fixture(scope="module")
 def reports() -> dict[str, list[dict[str, Any]]]:
     """`sm90.report` of every configuration."""
-    arguments = [*CONFIGURATIONS, WIDEST_FLOAT32, *DECODE_CONFIGURATIONS]
+    arguments = [*CONFIGURATIONS, *HOPPER_CONFIGURATIONS, WIDEST_FLOAT32, *DECODE_CONFIGURATIONS]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     runner = Path(__file__).parent / "sm90.py"
     done = subprocess.run(
@@ -61,6 +64,19 @@ def test_warp_group_instructions_and_no_spills(reports, configuration):
     for kernel in reports[configuration]:
         assert kernel["hgmma"] > 0, kernel
         assert kernel["spills"] <= (GATE_SPILLS if kernel["kernel"] == "_gate" else 0), kernel
+
+
+@pytest.mark.parametrize("configuration", HOPPER_CONFIGURATIONS)
+def test_hoppers_own_kernels(reports, configuration):
+    """Their products stay in flight: a kernel that the assembler serialises waits after every instruction."""
+    kernels = {kernel["kernel"]: kernel for kernel in reports[configuration]}
+    past = "attend_past_resident" if ",128," in configuration else "attend_past_streaming"
+    for name in (past, "key_gradients", "own_key_gradients"):
+        kernel = kernels[name]
+        assert kernel["shared"] <= SHARED_MEMORY, kernel
+        assert kernel["spills"] <= HOPPER_SPILLS, kernel
+        assert kernel["hgmma"] >= 16, kernel
+        assert kernel["waits"] <= 4, kernel
 
 
 @pytest.mark.parametrize("configuration", DECODE_CONFIGURATIONS)

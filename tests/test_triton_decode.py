@@ -26,6 +26,11 @@ FP16, FP32 = torch.float16, torch.float32
 
 
 @pytest.fixture(autouse=True)
+def _no_plans_of_other_tests() -> None:
+    kernels._plan.cache_clear()
+
+
+@pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """`torch.empty` returns NaN and the largest integer, so that reading it shows."""
     torch.use_deterministic_algorithms(True)
@@ -247,6 +252,17 @@ def test_in_a_compiled_graph(randn, starts):
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, cache.lengths), step(q, cache.lengths))
     torch.library.opcheck(torch.ops.openmoba.triton_decode, (q, *caches, cache.lengths, starts, 8, 3, 0.25))
+
+
+@pytest.mark.parametrize("starts", [None, torch.tensor([0, 3], dtype=torch.int32)])
+def test_the_registered_operation_completes_pages(randn, starts):
+    k = randn(2, 2, 43, 16, dtype=FP32).transpose(1, 2)
+    lengths, centroids = torch.tensor([40, 30], dtype=torch.int32), new_centroids(k, 43, 8).zero_()
+    expected = centroids.clone()
+    page_kernels.complete_pages(expected, k, lengths, starts, 17, 8)
+    torch.ops.openmoba.triton_complete_pages(centroids, k, lengths, starts, 17, 8)
+    assert torch.equal(centroids, expected)
+    torch.library.opcheck(torch.ops.openmoba.triton_complete_pages, (centroids, k, lengths, starts, 17, 8))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 32, 512, 4096])

@@ -110,11 +110,12 @@ def _decode_triton(
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache), ("centroids", centroids)):
         if x.stride(-1) != 1:
             raise ValueError(f"{name}'s last dimension must be contiguous, got strides {x.stride()}")
-    # The registered operation is there for compilers; its dispatch takes as long as the kernels.
-    run = torch.ops.openmoba.triton_decode if torch.compiler.is_compiling() else _triton_decode
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    arguments = (q, k_cache, v_cache, centroids, lengths, starts, block_size, top_k, scale)
+    if not torch.compiler.is_compiling():  # dispatch would take as long as the kernels
+        return _triton_decode(*arguments)
     with torch.no_grad():
-        q = q if q.stride(-1) == 1 else q.contiguous()
-        out: Tensor = run(q, k_cache, v_cache, centroids, lengths, starts, block_size, top_k, scale)
+        out: Tensor = torch.ops.openmoba.triton_decode(*arguments)
     return out
 
 

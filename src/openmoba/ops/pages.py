@@ -63,13 +63,12 @@ def complete_pages(
             f"got {centroids.dtype} {tuple(centroids.shape)}; openmoba.ops.pages.new_centroids makes them"
         )
     arguments = (centroids, keys, lengths, starts, new, block_size)
+    on_device = keys.is_cuda and keys.dtype != torch.float64
+    if on_device and not torch.compiler.is_compiling():  # dispatch would take as long as the kernel
+        _complete_on_device(*arguments)
+        return
     with torch.no_grad():
-        if not keys.is_cuda or keys.dtype == torch.float64:
-            _complete_in_torch(*arguments)
-        elif torch.compiler.is_compiling():
-            torch.ops.openmoba.triton_complete_pages(*arguments)
-        else:  # dispatch would take as long as the kernel
-            _complete_on_device(*arguments)
+        (torch.ops.openmoba.triton_complete_pages if on_device else _complete_in_torch)(*arguments)
 
 
 def _complete_on_device(

@@ -19,7 +19,8 @@ its shares' outputs, and their log-sum-exps. `score` zeroes the numbers.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -58,48 +59,27 @@ def decode(
     scale: float,
 ) -> Tensor:
     """`openmoba.ops.decode.moba_decode`, checked; the last dimension of all tensors is contiguous."""
-    batch, tokens, heads, width = q.shape
-    pages, kv_heads = centroids.shape[1:3]
-    top_k = min(top_k, pages + 1)
-    chooses = top_k > 1
-    rows, d = batch * heads * tokens, max(16, power_of_two(width))
-    n = keys_per_tile(block_size, d, k_cache.dtype.itemsize)
-    ranks, piece = share_of(rows, block_size, top_k, n, multiprocessors(q.device))
-    pieces = cdiv(block_size, piece)
-    shares = cdiv(top_k, ranks) * pieces
-
-    # Multiples of 16 keep addresses aligned.
-    counters, padded = cdiv(rows, 16) * 16, cdiv(pages, 16) * 16 if chooses else 0
-    partials = rows * shares * (width + 1) if shares > 1 else 0
-    workspace = torch.empty(counters + rows * padded + partials, dtype=torch.float32, device=q.device)
-    q_strides = strides(q)
-    sizes = {"TOKENS": tokens, "GROUP": heads // kv_heads, "WIDTH": width, "D": d}
-    overlap = chooses and overlaps(q.device)
-    if chooses:
-        group_rows = tokens * heads // kv_heads
-        m = min(_MOST_ROWS, max(16, power_of_two(group_rows)))
-        _score[(cdiv(pages, _PAGES_PER_TILE), kv_heads * cdiv(group_rows, m), batch)](
+    plan = _plan(*q.shape, *centroids.shape[1:3], block_size, top_k, q.dtype, q.device)
+    workspace = torch.empty(plan.numbers, dtype=torch.float32, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    pages, q_strides = centroids.shape[1], strides(q)
+    if plan.score_grid is not None:
+        _score[plan.score_grid](
             q,
             centroids,
             workspace,
             lengths,
             pages,
             block_size,
-            counters,
-            padded,
+            plan.counters,
+            plan.padded,
             *q_strides,
             *strides(centroids),
-            **sizes,
-            M=m,
-            N=_PAGES_PER_TILE,
-            W=d if centroids.dtype == torch.float16 else min(d, 64),
-            OVERLAPS=overlap,
-            num_warps=4,
+            **plan.score_options,
         )
-    elif shares > 1:
-        workspace[:counters].zero_()
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _attend[(shares, heads * tokens, batch)](
+    elif plan.attend_grid[0] > 1:
+        workspace[: plan.counters].zero_()
+    _attend[plan.attend_grid](
         q,
         k_cache,
         v_cache,
@@ -109,30 +89,90 @@ def decode(
         starts,
         pages,
         block_size,
-        counters,
-        padded,
-        top_k,
-        ranks,
-        pieces,
-        piece,
+        plan.counters,
+        plan.padded,
+        plan.top_k,
+        *plan.share,
         scale,
         *q_strides,
         *strides(k_cache),
         *strides(v_cache),
-        **sizes,
-        CHOOSES=chooses,
-        SHARED=shares > 1,
-        L=next((lanes for lanes in _LANES if lanes >= pages), _LANES[0]),
-        IN_REGISTERS=pages <= _LANES[-1],
-        N=n,
-        C=_MERGED_AT_ONCE,
-        STAGES=_TILES_IN_FLIGHT + 1,
-        OVERLAPS=overlap,
-        num_warps=4,
-        maxnreg=128,
-        **({"launch_pdl": True} if overlap else {}),
+        **plan.attend_options,
     )
     return out
+
+
+class _Plan(NamedTuple):
+    """What depends on shapes alone.
+
+    Attributes:
+        top_k: not more than there can be pages.
+        share: pages per share, shares per page (if a share is less than a page), keys of a page per share.
+        counters, padded: room for the counters, and for the scores of one query row.
+        numbers: size of the workspace.
+        score_grid: None where there is nothing to choose.
+    """
+
+    top_k: int
+    share: tuple[int, int, int]
+    counters: int
+    padded: int
+    numbers: int
+    score_grid: tuple[int, int, int] | None
+    score_options: dict[str, Any]
+    attend_grid: tuple[int, int, int]
+    attend_options: dict[str, Any]
+
+
+@lru_cache(maxsize=64)
+def _plan(
+    batch: int,
+    tokens: int,
+    heads: int,
+    width: int,
+    pages: int,
+    kv_heads: int,
+    block_size: int,
+    top_k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _Plan:
+    top_k = min(top_k, pages + 1)
+    chooses = top_k > 1
+    group = heads // kv_heads
+    rows, d = batch * heads * tokens, max(16, power_of_two(width))
+    n = keys_per_tile(block_size, d, dtype.itemsize)
+    ranks, piece = share_of(rows, block_size, top_k, n, multiprocessors(device))
+    pieces = cdiv(block_size, piece)
+    shares = cdiv(top_k, ranks) * pieces
+    # Multiples of 16 keep addresses aligned.
+    counters, padded = cdiv(rows, 16) * 16, cdiv(pages, 16) * 16 if chooses else 0
+    partials = shares * (width + 1) if shares > 1 else 0
+    m = min(_MOST_ROWS, max(16, power_of_two(tokens * group)))
+    overlap = chooses and overlaps(device)
+    sizes = {"TOKENS": tokens, "GROUP": group, "WIDTH": width, "D": d, "OVERLAPS": overlap, "num_warps": 4}
+    return _Plan(
+        top_k=top_k,
+        share=(ranks, pieces, piece),
+        counters=counters,
+        padded=padded,
+        numbers=counters + rows * (padded + partials),
+        score_grid=(cdiv(pages, _PAGES_PER_TILE), kv_heads * cdiv(tokens * group, m), batch) if chooses else None,
+        score_options=sizes | {"M": m, "N": _PAGES_PER_TILE, "W": min(d, 64) if dtype == torch.float32 else d},
+        attend_grid=(shares, heads * tokens, batch),
+        attend_options=sizes
+        | {
+            "CHOOSES": chooses,
+            "SHARED": shares > 1,
+            "L": next((lanes for lanes in _LANES if lanes >= pages), _LANES[0]),
+            "IN_REGISTERS": pages <= _LANES[-1],
+            "N": n,
+            "C": _MERGED_AT_ONCE,
+            "STAGES": _TILES_IN_FLIGHT + 1,
+            "maxnreg": 128,
+        }
+        | ({"launch_pdl": True} if overlap else {}),
+    )
 
 
 def keys_per_tile(block_size: int, d: int, itemsize: int) -> int:
