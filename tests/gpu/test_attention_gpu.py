@@ -19,6 +19,8 @@ from attending import (
 from torch import Tensor
 
 from openmoba import explain, moba_attention
+from openmoba.ops.triton import hopper
+from openmoba.ops.triton.geometry import Geometry
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -71,6 +73,34 @@ def test_batched(dtype, shape, block_size, top_k):
 )
 def test_packed(dtype, lengths_q, lengths_k, heads, block_size, top_k):
     case = packed(dtype, lengths_q, lengths_k, heads, block_size, top_k, "cuda")
+    assert_as_accurate_as_plain_pytorch(case)
+    assert_same_bits(run(case), run(case))
+
+
+HOPPER_SHAPES = [
+    (BF16, (2, 1000, 1000, 8, 2, 128), 128, 3),
+    (FP16, (1, 777, 1700, 3, 1, 128), 256, 3),
+    (BF16, (1, 3000, 3000, 8, 2, 64), 512, 3),
+    (FP16, (1, 2100, 2100, 4, 4, 64), 128, 5),
+    (BF16, (1, 3333, 5000, 2, 1, 128), 1024, 2),
+]
+
+
+@pytest.mark.parametrize("path", ["hopper", "triton"])
+@pytest.mark.parametrize(("dtype", "shape", "block_size", "top_k"), HOPPER_SHAPES)
+def test_both_paths_on_hopper(dtype, shape, block_size, top_k, path, monkeypatch):
+    """Where Hopper's own kernels serve, so do the ones of all other GPUs."""
+    case = batched(dtype, shape, block_size, top_k, "cuda")
+    if path == "triton":
+        monkeypatch.setattr(hopper, "is_available", lambda _: False)
+    elif not hopper.serves(Geometry.of(case.q, case.k, None, block_size, top_k), case.q, case.k, case.v):
+        pytest.skip("not a Hopper GPU, or a Triton without these kernels")
+    assert_as_accurate_as_plain_pytorch(case)
+    assert_same_bits(run(case), run(case))
+
+
+def test_packed_batch_on_hopper():
+    case = packed(BF16, [700, 1, 0, 1300], [700, 1, 0, 1411], (8, 2, 128), 128, 3, "cuda")
     assert_as_accurate_as_plain_pytorch(case)
     assert_same_bits(run(case), run(case))
 

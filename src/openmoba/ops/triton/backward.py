@@ -17,10 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from openmoba.ops.triton import hopper
 from openmoba.ops.triton.forward import LOG2E, dot, load_rows, own_rows, pair_rows, store_rows
 from openmoba.ops.triton.geometry import Geometry, cdiv, first_row, locate, power_of_two, span, strides
 from openmoba.ops.triton.plan import Plan, item_bounds, list_bounds, make_items
 from openmoba.ops.triton.tuning import (
+    Kernel,
     backward_keys_tile,
     backward_own_keys_tile,
     backward_own_queries_tile,
@@ -70,13 +72,13 @@ def heads_gradients(
 ) -> None:
     """Gradients of some key/value heads and of their query heads, written into `dq`, `dk`, `dv` (contiguous)."""
     rows, past = geometry.rows * geometry.group, geometry.top_k - 1
-    key_tile = backward_keys_tile(geometry, q.dtype)
-    own_tile = backward_own_keys_tile(geometry, q.dtype)
+    key_kernel, own_kernel = _key_kernels(geometry, d_out, q, k, v)
+    key_tile, own_tile = key_kernel.tile, own_kernel.tile
     query_tile = backward_queries_tile(geometry, q.dtype)
     pieces = dq_pieces(geometry, q.dtype)
     fused = pieces > 0
     shares = max(1, pieces)
-    partial_dq = torch.empty((heads * rows * past * shares + 1, geometry.width), dtype=q.dtype, device=q.device)
+    partial_dq = torch.empty((heads * rows * past * shares + shares, geometry.width), dtype=q.dtype, device=q.device)
     sizes = (
         cu_q,
         cu_k,
@@ -108,7 +110,7 @@ def heads_gradients(
         offsets, items = plan.offsets, make_items(plan, geometry, key_tile.segment)
         shape = (2, items.numel(), geometry.block_size, geometry.width)
         partial_dk, partial_dv = torch.empty(shape, dtype=torch.float32, device=q.device)
-        _key_gradients[(items.numel(), cdiv(geometry.block_size, key_tile.n))](
+        key_kernel.function[(items.numel() * cdiv(geometry.block_size, key_tile.n),)](
             d_out,
             q,
             k,
@@ -124,7 +126,7 @@ def heads_gradients(
             **meta,
             SEGMENT=key_tile.segment,
             FUSED=fused,
-            **key_tile.launch(),
+            **key_kernel.constants,
         )
         if not fused:
             items = make_items(plan, geometry, query_tile.segment)
@@ -144,7 +146,7 @@ def heads_gradients(
                 EVEN=geometry.block_size % query_tile.n == 0,
                 **query_tile.launch(),
             )
-    _own_key_gradients[(geometry.block_slots * cdiv(geometry.block_size, own_tile.n), heads)](
+    own_kernel.function[(geometry.block_slots * cdiv(geometry.block_size, own_tile.n), heads)](
         d_out,
         q,
         k,
@@ -158,13 +160,21 @@ def heads_gradients(
         *sizes,
         **meta,
         SEGMENT=key_tile.segment,
-        **own_tile.launch(),
+        **own_kernel.constants,
     )
     own_tile = backward_own_queries_tile(geometry, q.dtype)
     tiles = cdiv(geometry.block_size, own_tile.m)
     _own_query_gradients[(geometry.block_slots * tiles, heads * geometry.group)](
         d_out, q, k, v, statistics, partial_dq, dq, *sizes, **meta, **own_tile.launch()
     )
+
+
+def _key_kernels(geometry: Geometry, *tensors: Tensor) -> tuple[Kernel, Kernel]:
+    dtype = tensors[0].dtype
+    if hopper.serves(geometry, *tensors):
+        return hopper.key_gradients(geometry, dtype), hopper.own_key_gradients(geometry)
+    tile, own_tile = backward_keys_tile(geometry, dtype), backward_own_keys_tile(geometry, dtype)
+    return Kernel(_key_gradients, tile, tile.launch()), Kernel(_own_key_gradients, own_tile, own_tile.launch())
 
 
 @triton.jit
@@ -284,14 +294,18 @@ def _key_gradients(
     D: tl.constexpr,
 ):
     """N keys of a block against the rows of one item: partial dK / scale and dV, and dQ of the pairs if FUSED."""
-    item = tl.program_id(0)
+    # The tiles of a block run side by side: they read the same rows.
+    pieces = tl.cdiv(block_size, N)
+    item = tl.program_id(0) // pieces
+    piece = tl.program_id(0) % pieces
+    partial_dq_ptr += piece * WIDTH
     list_id, _, begin, end = item_bounds(items_ptr, offsets_ptr, item, lists, block_slots, SEGMENT)
     if begin >= end:
         return
     head = list_id // block_slots
     sequence, block = locate(list_id % block_slots, cu_k_ptr, sequences, tokens_k, block_size, PACKED)
     key_begin, _ = span(sequence, cu_k_ptr, tokens_k, PACKED)
-    n = tl.program_id(1) * N + tl.arange(0, N)
+    n = piece * N + tl.arange(0, N)
     key = key_begin + block * block_size + n
     kv_head = first_head + head
     k_base = k_ptr + sequence.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
@@ -326,8 +340,8 @@ def _key_gradients(
         if FUSED:
             # Absent keys of the tile are zero, so they add nothing to dQ; absent pairs go to a row nobody reads.
             dq_MD = dot(tl.trans(ds_NM), k_ND)
-            share = pair.to(tl.int64) * SHARES + tl.program_id(1)
-            store_rows(partial_dq_ptr, tl.where(valid, share, nowhere), WIDTH, None, dq_MD, WIDTH, D)
+            share = tl.where(valid, pair.to(tl.int64) * SHARES, nowhere)
+            store_rows(partial_dq_ptr, share, WIDTH, None, dq_MD, WIDTH, D)
     at = item.to(tl.int64) * block_size + n
     store_rows(partial_dk_ptr, at, WIDTH, n < block_size, dk_ND, WIDTH, D)
     store_rows(partial_dv_ptr, at, WIDTH, n < block_size, dv_ND, WIDTH, D)

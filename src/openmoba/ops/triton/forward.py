@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from openmoba.ops.triton import hopper
 from openmoba.ops.triton.geometry import Geometry, cdiv, first_row, locate, span, strides
 from openmoba.ops.triton.plan import Plan, item_bounds, make_items
-from openmoba.ops.triton.tuning import forward_own_tile, forward_past_tile
+from openmoba.ops.triton.tuning import Kernel, forward_own_tile, forward_past_tile
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -51,9 +52,9 @@ def attend_heads(
     partial = torch.empty((pairs, geometry.width), dtype=q.dtype, device=q.device)
     partial_lse = torch.empty(pairs, dtype=torch.float32, device=q.device)
     if plan is not None:
-        tile = forward_past_tile(geometry, q.dtype)
-        items = make_items(plan, geometry, tile.segment)
-        _attend_past[(items.numel(),)](
+        kernel = _past_kernel(geometry, q, k, v)
+        items = make_items(plan, geometry, kernel.tile.segment)
+        kernel.function[(items.numel(),)](
             q,
             k,
             v,
@@ -81,11 +82,9 @@ def attend_heads(
             GROUP=geometry.group,
             PAST=past,
             WIDTH=geometry.width,
-            SEGMENT=tile.segment,
-            RESIDENT=tile.n >= geometry.block_size,
-            EVEN=geometry.block_size % tile.n == 0,
+            SEGMENT=kernel.tile.segment,
             PACKED=geometry.packed,
-            **tile.launch(),
+            **kernel.constants,
         )
     tile = forward_own_tile(geometry, q.dtype)
     slots = geometry.own_slots(tokens)
@@ -119,6 +118,14 @@ def attend_heads(
         PACKED=geometry.packed,
         **tile.launch(),
     )
+
+
+def _past_kernel(geometry: Geometry, q: Tensor, k: Tensor, v: Tensor) -> Kernel:
+    if hopper.serves(geometry, q, k, v):
+        return hopper.attend_past(geometry)
+    tile = forward_past_tile(geometry, q.dtype)
+    keys = {"RESIDENT": tile.n >= geometry.block_size, "EVEN": geometry.block_size % tile.n == 0}
+    return Kernel(_attend_past, tile, tile.launch() | keys)
 
 
 @triton.jit
@@ -369,9 +376,11 @@ def _attend_own(
     sequence, block, key_begin, count, query_begin, shift = own_rows(
         slot, cu_q_ptr, cu_k_ptr, sequences, tokens_q, tokens_k, block_size, PACKED
     )
-    first_flat = first_row(sequence, cu_q_ptr, tokens_q, PACKED) + shift
-    # Rows of the tile: of the block, of the sequence, of the range of tokens.
-    low = tl.maximum(tl.maximum(start, -shift), first_token - first_flat)
+    first_query = first_row(sequence, cu_q_ptr, tokens_q, PACKED)
+    first_flat = first_query + shift
+    # Rows of the tile: of the block, of the sequence, of the range of tokens. No maximum of three with a negated term:
+    # the ptxas of CUDA 12.8 loses the sign.
+    low = tl.maximum(start, tl.maximum(first_token, first_query) - first_flat)
     high = tl.minimum(tl.minimum(start + M, count), end_token - first_flat)
     if low >= high:
         return

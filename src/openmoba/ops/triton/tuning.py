@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +24,14 @@ class Tile:
     def launch(self) -> dict[str, int]:
         """The kernel's keyword arguments."""
         return {"M": self.m, "N": self.n, "D": self.d, "num_warps": self.warps, "num_stages": self.stages}
+
+
+class Kernel(NamedTuple):
+    """What to launch: a compiled function, the tile that its grid is made of, and its keyword arguments."""
+
+    function: Any
+    tile: Tile
+    constants: dict[str, Any]
 
 
 def forward_past_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:

@@ -1,0 +1,75 @@
+"""Hopper's own path: kernels in Gluon, Triton's lower-level language, for the shapes where they are faster.
+
+They do what Triton's kernels in `forward` and `backward` do, from the same arguments; Triton's are complete without
+them. Gluon changes between versions of Triton: the kernels are used with the versions they were compiled with.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from openmoba.ops.triton.geometry import Geometry
+from openmoba.ops.triton.tuning import Kernel, Tile, backward_keys_tile
+
+_FIRST_TRITON, _FIRST_TRITON_BEYOND = (3, 6), (3, 8)
+_KEYS = 128
+_ALIGNED = 16  # bytes of an address, elements of a stride: what makes a copy of 16 bytes provable
+
+
+def serves(geometry: Geometry, *tensors: Tensor) -> bool:
+    """Whether these kernels can be used: a Hopper GPU, 16 bits, head width 64 or 128, blocks of whole key tiles."""
+    return (
+        geometry.width in (64, 128)
+        and geometry.block_size % _KEYS == 0
+        and tensors[0].dtype in (torch.float16, torch.bfloat16)
+        and is_available(tensors[0].device)
+        and all(map(_is_aligned, tensors))
+    )
+
+
+@cache
+def is_available(device: torch.device) -> bool:
+    """Whether this device and this Triton run the kernels."""
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return hopper and _FIRST_TRITON <= version < _FIRST_TRITON_BEYOND
+
+
+def attend_past(geometry: Geometry) -> Kernel:
+    """In the place of `forward._attend_past`."""
+    from openmoba.ops.triton.hopper.forward import attend_past_resident, attend_past_streaming
+
+    if geometry.block_size == _KEYS:
+        tile = Tile(m=64, n=_KEYS, d=geometry.width, warps=4, stages=3, segment=1024)
+        return Kernel(attend_past_resident, tile, _constants(tile) | {"STAGES": tile.stages})
+    tile = Tile(m=128, n=_KEYS, d=geometry.width, warps=8, stages=2, segment=1024)
+    return Kernel(attend_past_streaming, tile, _constants(tile))
+
+
+def key_gradients(geometry: Geometry, dtype: torch.dtype) -> Kernel:
+    """In the place of `backward._key_gradients`."""
+    from openmoba.ops.triton.hopper.backward import key_gradients
+
+    segment = backward_keys_tile(geometry, dtype).segment
+    tile = Tile(m=64, n=_KEYS, d=geometry.width, warps=8, stages=3, segment=segment)
+    return Kernel(key_gradients, tile, _constants(tile) | {"STAGES": tile.stages})
+
+
+def own_key_gradients(geometry: Geometry) -> Kernel:
+    """In the place of `backward._own_key_gradients`."""
+    from openmoba.ops.triton.hopper.backward import own_key_gradients
+
+    tile = Tile(m=64, n=_KEYS, d=geometry.width, warps=8, stages=3)
+    return Kernel(own_key_gradients, tile, _constants(tile) | {"STAGES": tile.stages})
+
+
+def _constants(tile: Tile) -> dict[str, int]:
+    return {"M": tile.m, "N": tile.n, "D": tile.d, "num_warps": tile.warps}
+
+
+def _is_aligned(x: Tensor) -> bool:
+    return x.data_ptr() % _ALIGNED == 0 and all(stride % _ALIGNED == 0 for stride in x.stride()[:-1])

@@ -1,0 +1,400 @@
+"""Gradients of keys and values on Hopper: namesakes of `backward`'s kernels, with matrix products in flight.
+
+While one product runs, the warps do the elementwise work of the one before:
+
+    in flight     meanwhile
+    S, dP         dQ of the rows before goes to memory
+    dP            P = exp2(scale * S - lse)
+    dV += P dO    dS = P (dP - delta)
+    dK += dS q    dS to shared memory
+    dQ = dS^T K   copies of later rows begin
+
+Rows arrive through STAGES buffers of asynchronous copies. M rows and N keys per tile, D head width.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from openmoba.ops.triton.forward import own_rows
+from openmoba.ops.triton.geometry import first_row, locate, span
+from openmoba.ops.triton.hopper.tiles import (
+    LOG2E,
+    copy_rows,
+    pairs_of,
+    product_layout,
+    query_base,
+    row_layout,
+    row_of,
+)
+from openmoba.ops.triton.plan import item_bounds, list_bounds
+
+_STATISTICS = gl.constexpr(4)  # `backward.row_statistics`
+
+
+@gluon.jit
+def _allocate_rows(DTYPE: gl.constexpr, STAGES: gl.constexpr, M: gl.constexpr, D: gl.constexpr):
+    """Buffers for queries, output gradients, log-sum-exp and delta."""
+    rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, D], DTYPE)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_smem = gl.allocate_shared_memory(DTYPE, [STAGES, M, D], rows)
+    d_out_smem = gl.allocate_shared_memory(DTYPE, [STAGES, M, D], rows)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, M], flat)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, M], flat)
+    return q_smem, d_out_smem, lse_smem, delta_smem
+
+
+@gluon.jit
+def _copy_queries(rows_smem, stage, q_base, q_at_M, d_out_base, d_out_at_M, statistics_ptr, statistic_at_M,
+                  D: gl.constexpr, ROW: gl.constexpr):  # fmt: skip
+    """Begin the copies of M queries, their output gradients and statistics into buffer `stage`."""
+    q_smem, d_out_smem, lse_smem, delta_smem = rows_smem
+    copy_rows(q_smem.index(stage), q_base, q_at_M, D, ROW)
+    copy_rows(d_out_smem.index(stage), d_out_base, d_out_at_M, D, ROW)
+    statistic = statistics_ptr + statistic_at_M * _STATISTICS
+    async_copy.async_copy_global_to_shared(lse_smem.index(stage), statistic)
+    async_copy.async_copy_global_to_shared(delta_smem.index(stage), statistic + 1)
+
+
+@gluon.jit
+def _copy_pairs_rows(rows_smem, stage, pair_M, q_base, d_out_base, statistics_ptr, head_rows, first_query_head,
+                     q_token, q_head, d_out_token, d_out_head, HEADS: gl.constexpr, GROUP: gl.constexpr,
+                     PAST: gl.constexpr, D: gl.constexpr, ROW: gl.constexpr):  # fmt: skip
+    """The same for the rows of M pairs."""
+    token_M, member_M = row_of(pair_M, head_rows, GROUP, PAST)
+    _copy_queries(
+        rows_smem, stage, q_base, token_M * q_token + member_M * q_head,
+        d_out_base, token_M * d_out_token + member_M * d_out_head,
+        statistics_ptr, token_M * HEADS + first_query_head + member_M, D, ROW,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _copy_own_rows(rows_smem, stage, tile, tiles, first, count, shift, query_begin, flat, first_query_head, q_base,
+                   d_out_base, statistics_ptr, q_token, q_head, d_out_token, d_out_head, HEADS: gl.constexpr,
+                   M: gl.constexpr, D: gl.constexpr, ROW: gl.constexpr):  # fmt: skip
+    """The same for a tile of the block's own queries: `tiles` tiles per head, head after head."""
+    member = gl.cast(tile // tiles, gl.int64)
+    m = first + tile % tiles * M + gl.arange(0, M, gl.SliceLayout(1, ROW))
+    m = gl.minimum(gl.maximum(m, -shift), count - 1)  # absent rows are readable, and masked later
+    token_M = (query_begin + m + shift).to(gl.int64)
+    _copy_queries(
+        rows_smem, stage, q_base, token_M * q_token + member * q_head,
+        d_out_base, token_M * d_out_token + member * d_out_head,
+        statistics_ptr, (flat + m + shift).to(gl.int64) * HEADS + first_query_head + member, D, ROW,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _begin_products(k_smem, v_smem, q, d_out, S_NM: gl.constexpr):
+    """Begin S = K q and dP = V dO, `[N, M]`."""
+    N: gl.constexpr = k_smem.shape[0]
+    M: gl.constexpr = q.shape[0]
+    zero_NM = gl.zeros([N, M], gl.float32, S_NM)
+    s_NM = warpgroup_mma(k_smem, q.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
+    dp_NM = warpgroup_mma(v_smem, d_out.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
+    return s_NM, dp_NM
+
+
+@gluon.jit
+def _add_gradients(s_NM, dp_NM, lse_M, delta_smem, q, d_out, dk_ND, dv_ND, scale_log2, S_NM: gl.constexpr,
+                   DK_ND: gl.constexpr):  # fmt: skip
+    """With S there and dP under way: begin dV += P dO and dK += dS q; returns dS too."""
+    DTYPE: gl.constexpr = q.dtype
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, DK_ND, 2)
+    p_NM = gl.exp2(s_NM * scale_log2 - lse_M[None, :])
+    dv_ND = warpgroup_mma(gl.convert_layout(p_NM.to(DTYPE), OPERAND), d_out, dv_ND, is_async=True)
+    delta_M = delta_smem.load(gl.SliceLayout(0, S_NM))
+    dp_NM = warpgroup_mma_wait(1, [dp_NM])
+    ds_NM = (p_NM * (dp_NM - delta_M[None, :])).to(DTYPE)
+    dk_ND = warpgroup_mma(gl.convert_layout(ds_NM, OPERAND), q, dk_ND, is_async=True)
+    return ds_NM, dk_ND, dv_ND
+
+
+@gluon.jit
+def _store_shares(partial_dq_ptr, dq_smem, at_M, WIDTH: gl.constexpr, D: gl.constexpr, ROW: gl.constexpr):
+    d = gl.arange(0, D, gl.SliceLayout(0, ROW))
+    at_MD = at_M[:, None] * WIDTH + d[None, :]
+    gl.store(partial_dq_ptr + at_MD, dq_smem.load(ROW), cache_modifier=".cs")  # the queries should stay in the cache
+
+
+@gluon.jit
+def key_gradients(
+    d_out_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    statistics_ptr,
+    partial_dk_ptr,
+    partial_dv_ptr,
+    partial_dq_ptr,
+    pairs_ptr,
+    offsets_ptr,
+    items_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    sequences,
+    tokens_q,
+    tokens_k,
+    block_size,
+    block_slots,
+    rows,
+    first_head,
+    lists,
+    scale,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    d_out_batch,
+    d_out_token,
+    d_out_head,
+    HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    PAST: gl.constexpr,
+    WIDTH: gl.constexpr,
+    PACKED: gl.constexpr,
+    SHARES: gl.constexpr,
+    SEGMENT: gl.constexpr,
+    FUSED: gl.constexpr,
+    M: gl.constexpr,
+    N: gl.constexpr,
+    D: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """N keys of a block against the rows of one item: partial dK / scale and dV, and dQ of the pairs if FUSED."""
+    WARPS: gl.constexpr = gl.num_warps()
+    DTYPE: gl.constexpr = q_ptr.dtype.element_ty
+    ROW: gl.constexpr = row_layout(D, WARPS)
+    S_NM: gl.constexpr = product_layout(M, WARPS, 1)
+    DK_ND: gl.constexpr = product_layout(D, WARPS, 1)
+    DQ_MD: gl.constexpr = product_layout(D * M // (16 * WARPS), M // 16, WARPS * 16 // M)
+    pieces = block_size // N
+    item = gl.program_id(0) // pieces
+    piece = gl.program_id(0) % pieces
+    list_id, _, begin, end = item_bounds(items_ptr, offsets_ptr, item, lists, block_slots, SEGMENT)
+    if begin >= end:
+        return
+    head = list_id // block_slots
+    sequence, block = locate(list_id % block_slots, cu_k_ptr, sequences, tokens_k, block_size, PACKED)
+    key_begin, _ = span(sequence, cu_k_ptr, tokens_k, PACKED)
+    kv_head = first_head + head
+    wide_head = kv_head.to(gl.int64)
+    q_base = query_base(q_ptr, kv_head, sequence, tokens_q, q_batch, q_token, q_head, GROUP, PACKED)
+    d_out_base = query_base(d_out_ptr, kv_head, sequence, tokens_q, d_out_batch, d_out_token, d_out_head, GROUP, PACKED)
+    head_rows = head * rows
+
+    keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
+    k_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
+    v_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
+    rows_smem = _allocate_rows(DTYPE, STAGES, M, D)
+    ds_smem = gl.allocate_shared_memory(DTYPE, [N, M], gl.NVMMASharedLayout.get_default_for([N, M], DTYPE))
+    dq_smem = gl.allocate_shared_memory(DTYPE, [M, D], gl.NVMMASharedLayout.get_default_for([M, D], DTYPE))
+    m = gl.arange(0, M, gl.SliceLayout(1, ROW))
+    key = (key_begin + block * block_size + piece * N + gl.arange(0, N, gl.SliceLayout(1, ROW))).to(gl.int64)
+    copy_rows(k_smem, k_ptr + sequence.to(gl.int64) * k_batch + wide_head * k_head, key * k_token, D, ROW)
+    copy_rows(v_smem, v_ptr + sequence.to(gl.int64) * v_batch + wide_head * v_head, key * v_token, D, ROW)
+    for early in gl.static_range(STAGES - 1):
+        pair = pairs_of(pairs_ptr, early, begin, end, M, ROW)
+        _copy_pairs_rows(
+            rows_smem, early, pair, q_base, d_out_base, statistics_ptr, head_rows, wide_head * GROUP,
+            q_token, q_head, d_out_token, d_out_head, HEADS, GROUP, PAST, D, ROW,
+        )  # fmt: skip
+        async_copy.commit_group()
+    dk = gl.zeros([N, D], gl.float32, DK_ND)
+    dv = gl.zeros([N, D], gl.float32, DK_ND)
+    column = gl.arange(0, M, gl.SliceLayout(0, S_NM))
+    tiles = gl.cdiv(end - begin, M)
+    pair = pairs_of(pairs_ptr, 0, begin, end, M, ROW)
+    async_copy.wait_group(STAGES - 2)
+    for tile in range(0, tiles):
+        stage = tile % STAGES
+        at = end - (tile + 1) * M
+        q = rows_smem[0].index(stage)
+        d_out = rows_smem[1].index(stage)
+        s, dp = _begin_products(k_smem, v_smem, q, d_out, S_NM)
+        if FUSED and tile > 0:
+            _store_shares(partial_dq_ptr, dq_smem, pair.to(gl.int64) * SHARES + piece, WIDTH, D, ROW)
+        # Rows before the list repeat its first pair and must not count: P = 0.
+        lse = rows_smem[2].index(stage).load(gl.SliceLayout(0, S_NM))
+        lse = gl.where(at + column >= begin, lse, float("inf"))
+        s = warpgroup_mma_wait(1, [s])
+        ds, dk, dv = _add_gradients(s, dp, lse, rows_smem[3].index(stage), q, d_out, dk, dv, scale * LOG2E, S_NM, DK_ND)
+        later = pairs_of(pairs_ptr, tile + STAGES - 1, begin, end, M, ROW)
+        if FUSED:
+            ds_smem.store(ds)
+            # The fence waits for the copies under way, too: later ones begin after it.
+            fence_async_shared()
+            zero_MD = gl.zeros([M, D], gl.float32, DQ_MD)
+            dq = warpgroup_mma(ds_smem.permute((1, 0)), k_smem, zero_MD, use_acc=False, is_async=True)
+        if tile + STAGES - 1 < tiles:
+            _copy_pairs_rows(
+                rows_smem, (tile + STAGES - 1) % STAGES, later, q_base, d_out_base, statistics_ptr, head_rows,
+                wide_head * GROUP, q_token, q_head, d_out_token, d_out_head, HEADS, GROUP, PAST, D, ROW,
+            )  # fmt: skip
+        async_copy.commit_group()
+        if FUSED:
+            pair = pairs_of(pairs_ptr, tile, begin, end, M, ROW)
+            dq, dk, dv = warpgroup_mma_wait(0, [dq, dk, dv])
+            dq_smem.store(dq.to(DTYPE))
+        else:
+            dk, dv = warpgroup_mma_wait(0, [dk, dv])
+        async_copy.wait_group(STAGES - 2)
+    if FUSED:
+        nowhere = (lists // block_slots).to(gl.int64) * rows * PAST * SHARES
+        share = gl.where(end - tiles * M + m >= begin, pair.to(gl.int64) * SHARES + piece, nowhere)
+        _store_shares(partial_dq_ptr, dq_smem, share, WIDTH, D, ROW)
+    n = piece * N + gl.arange(0, N, gl.SliceLayout(1, DK_ND))
+    d = gl.arange(0, D, gl.SliceLayout(0, DK_ND))
+    at_ND = (item.to(gl.int64) * block_size + n)[:, None] * WIDTH + d[None, :]
+    gl.store(partial_dk_ptr + at_ND, dk)
+    gl.store(partial_dv_ptr + at_ND, dv)
+
+
+@gluon.jit
+def own_key_gradients(
+    d_out_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    statistics_ptr,
+    partial_dk_ptr,
+    partial_dv_ptr,
+    dk_ptr,
+    dv_ptr,
+    offsets_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    sequences,
+    tokens_q,
+    tokens_k,
+    block_size,
+    block_slots,
+    rows,
+    first_head,
+    lists,
+    scale,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    d_out_batch,
+    d_out_token,
+    d_out_head,
+    HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    PAST: gl.constexpr,
+    WIDTH: gl.constexpr,
+    PACKED: gl.constexpr,
+    SHARES: gl.constexpr,
+    SEGMENT: gl.constexpr,
+    M: gl.constexpr,
+    N: gl.constexpr,
+    D: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """N keys of a block: go through the block's own queries, add the partials of its items, write dK and dV."""
+    WARPS: gl.constexpr = gl.num_warps()
+    DTYPE: gl.constexpr = q_ptr.dtype.element_ty
+    ROW: gl.constexpr = row_layout(D, WARPS)
+    S_NM: gl.constexpr = product_layout(M, WARPS, 1)
+    DK_ND: gl.constexpr = product_layout(D, WARPS, 1)
+    pieces = block_size // N
+    slot = gl.program_id(0) // pieces
+    start = (gl.program_id(0) % pieces) * N
+    head = gl.program_id(1)
+    sequence, _, key_begin, count, query_begin, shift = own_rows(
+        slot, cu_q_ptr, cu_k_ptr, sequences, tokens_q, tokens_k, block_size, PACKED
+    )
+    if start >= count:
+        return
+    kv_head = first_head + head
+    wide_head = kv_head.to(gl.int64)
+    wide_sequence = sequence.to(gl.int64)
+    q_base = q_ptr + wide_sequence * q_batch + wide_head * GROUP * q_head
+    d_out_base = d_out_ptr + wide_sequence * d_out_batch + wide_head * GROUP * d_out_head
+    flat = first_row(sequence, cu_q_ptr, tokens_q, PACKED)
+    first = gl.maximum(start, -shift) // M * M
+    tiles_per_head = gl.cdiv(gl.maximum(count - first, 0), M)
+    tiles = tiles_per_head * GROUP
+
+    keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
+    k_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
+    v_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
+    rows_smem = _allocate_rows(DTYPE, STAGES, M, D)
+    # Absent keys repeat the last one; nothing is stored for them.
+    key = key_begin + gl.minimum(start + gl.arange(0, N, gl.SliceLayout(1, ROW)), count - 1)
+    key = key.to(gl.int64)
+    copy_rows(k_smem, k_ptr + wide_sequence * k_batch + wide_head * k_head, key * k_token, D, ROW)
+    copy_rows(v_smem, v_ptr + wide_sequence * v_batch + wide_head * v_head, key * v_token, D, ROW)
+    for early in gl.static_range(STAGES - 1):
+        if early < tiles:
+            _copy_own_rows(
+                rows_smem, early, early, tiles_per_head, first, count, shift, query_begin, flat, wide_head * GROUP,
+                q_base, d_out_base, statistics_ptr, q_token, q_head, d_out_token, d_out_head, HEADS, M, D, ROW,
+            )  # fmt: skip
+        async_copy.commit_group()
+    dk = gl.zeros([N, D], gl.float32, DK_ND)
+    dv = gl.zeros([N, D], gl.float32, DK_ND)
+    column = gl.arange(0, M, gl.SliceLayout(0, S_NM))
+    row = start + gl.arange(0, N, gl.SliceLayout(1, S_NM))
+    async_copy.wait_group(STAGES - 2)
+    for tile in range(0, tiles):
+        stage = tile % STAGES
+        q = rows_smem[0].index(stage)
+        d_out = rows_smem[1].index(stage)
+        s, dp = _begin_products(k_smem, v_smem, q, d_out, S_NM)
+        if tile + STAGES - 1 < tiles:
+            _copy_own_rows(
+                rows_smem, (tile + STAGES - 1) % STAGES, tile + STAGES - 1, tiles_per_head, first, count, shift,
+                query_begin, flat, wide_head * GROUP, q_base, d_out_base, statistics_ptr, q_token, q_head,
+                d_out_token, d_out_head, HEADS, M, D, ROW,
+            )  # fmt: skip
+        async_copy.commit_group()
+        begin = first + tile % tiles_per_head * M
+        m = begin + column
+        lse = rows_smem[2].index(stage).load(gl.SliceLayout(0, S_NM))
+        lse = gl.where((m < count) & (m + shift >= 0), lse, float("inf"))
+        s = warpgroup_mma_wait(1, [s])
+        if begin < start + N:  # on the diagonal
+            s = gl.where(row[:, None] <= m[None, :], s, -float("inf"))
+        _ds, dk, dv = _add_gradients(
+            s, dp, lse, rows_smem[3].index(stage), q, d_out, dk, dv, scale * LOG2E, S_NM, DK_ND
+        )
+        dk, dv = warpgroup_mma_wait(0, [dk, dv])
+        async_copy.wait_group(STAGES - 2)
+    list_begin, list_end, item = 0, 0, 0
+    if offsets_ptr is not None:
+        list_id = head * block_slots + slot
+        list_begin, list_end = list_bounds(offsets_ptr, list_id, block_slots)
+        item = list_begin // SEGMENT + list_id
+    n = start + gl.arange(0, N, gl.SliceLayout(1, DK_ND))
+    d = gl.arange(0, D, gl.SliceLayout(0, DK_ND))
+    exists = (n < count)[:, None]
+    for part in range(gl.cdiv(list_end - list_begin, SEGMENT)):
+        at_ND = (gl.cast(item + part, gl.int64) * block_size + n)[:, None] * WIDTH + d[None, :]
+        dk += gl.load(partial_dk_ptr + at_ND, mask=exists, other=0.0)
+        dv += gl.load(partial_dv_ptr + at_ND, mask=exists, other=0.0)
+    key_row = key_begin + n
+    if not PACKED:
+        key_row += sequence * tokens_k
+    at_ND = (key_row.to(gl.int64)[:, None] * (HEADS // GROUP) + kv_head) * WIDTH + d[None, :]
+    gl.store(dk_ptr + at_ND, (dk * scale).to(DTYPE), mask=exists)
+    gl.store(dv_ptr + at_ND, dv.to(DTYPE), mask=exists)

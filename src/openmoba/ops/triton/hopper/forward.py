@@ -1,0 +1,271 @@
+"""Past blocks, forward, on Hopper: `forward._attend_past` with matrix products in flight.
+
+While S of the next tile is computed, the warps exponentiate S of this one. M rows and N keys per tile, D head width.
+
+`attend_past_resident` keeps a block's N keys and values in shared memory and lets its rows stream by, STAGES tiles of
+them in flight. `attend_past_streaming` keeps M rows and lets the keys stream by, two tiles of them, without a break
+between one tile of rows and the next.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma, warpgroup_mma_wait
+
+from openmoba.ops.triton.geometry import locate, span
+from openmoba.ops.triton.hopper.tiles import (
+    LOG2E,
+    copy_rows,
+    pairs_of,
+    product_layout,
+    query_base,
+    row_layout,
+    row_of,
+)
+from openmoba.ops.triton.plan import item_bounds
+
+
+@gluon.jit
+def _copy_queries(smem, pair_M, q_base, head_rows, q_token, q_head, GROUP: gl.constexpr, PAST: gl.constexpr,
+                  D: gl.constexpr, ROW: gl.constexpr):  # fmt: skip
+    token_M, member_M = row_of(pair_M, head_rows, GROUP, PAST)
+    copy_rows(smem, q_base, token_M * q_token + member_M * q_head, D, ROW)
+
+
+@gluon.jit
+def _store_partials(partial_ptr, partial_lse_ptr, stage, pair_M, pair_of_lse_M, o_MD, m_M, l_M, WIDTH: gl.constexpr,
+                    D: gl.constexpr, ROW: gl.constexpr, O_MD: gl.constexpr):  # fmt: skip
+    """Output and log-sum-exp of a tile's pairs; the output goes through `stage`, the buffer of its queries."""
+    stage.store((o_MD * gl.convert_layout(1.0 / l_M, gl.SliceLayout(1, O_MD))[:, None]).to(stage.dtype))
+    gl.store(partial_lse_ptr + pair_of_lse_M, m_M + gl.log2(l_M))
+    d = gl.arange(0, D, gl.SliceLayout(0, ROW))
+    at_MD = pair_M.to(gl.int64)[:, None] * WIDTH + d[None, :]
+    gl.store(partial_ptr + at_MD, stage.load(ROW), cache_modifier=".cs")  # the queries should stay in the cache
+
+
+@gluon.jit(do_not_specialize=["first_pair"])
+def attend_past_resident(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    partial_ptr,
+    partial_lse_ptr,
+    pairs_ptr,
+    offsets_ptr,
+    skips_ptr,
+    items_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    sequences,
+    tokens_q,
+    tokens_k,
+    block_size,
+    block_slots,
+    rows,
+    first_head,
+    lists,
+    first_pair,
+    scale,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    GROUP: gl.constexpr,
+    PAST: gl.constexpr,
+    WIDTH: gl.constexpr,
+    SEGMENT: gl.constexpr,
+    PACKED: gl.constexpr,
+    M: gl.constexpr,
+    N: gl.constexpr,
+    D: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """One item: rows that chose a block, against that block of N keys."""
+    DTYPE: gl.constexpr = q_ptr.dtype.element_ty
+    ROW: gl.constexpr = row_layout(D, gl.num_warps())
+    S_MN: gl.constexpr = product_layout(N, gl.num_warps(), 1)
+    O_MD: gl.constexpr = product_layout(D, gl.num_warps(), 1)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, O_MD, 2)
+    list_id, _, begin, end = item_bounds(items_ptr, offsets_ptr, gl.program_id(0), lists, block_slots, SEGMENT)
+    if begin >= end:
+        return
+    if skips_ptr is not None:
+        skip = gl.load(skips_ptr + list_id)
+        begin += skip
+        end += skip
+    partial_ptr -= gl.cast(first_pair, gl.int64) * WIDTH
+    partial_lse_ptr -= first_pair
+    head = list_id // block_slots
+    sequence, block = locate(list_id % block_slots, cu_k_ptr, sequences, tokens_k, block_size, PACKED)
+    key_begin, _ = span(sequence, cu_k_ptr, tokens_k, PACKED)
+    wide_head = (first_head + head).to(gl.int64)
+    q_base = query_base(q_ptr, first_head + head, sequence, tokens_q, q_batch, q_token, q_head, GROUP, PACKED)
+    head_rows = head * rows
+
+    keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
+    k_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
+    v_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
+    q_smem = gl.allocate_shared_memory(DTYPE, [STAGES, M, D], gl.NVMMASharedLayout.get_default_for([M, D], DTYPE))
+    key = (key_begin + block * block_size + gl.arange(0, N, gl.SliceLayout(1, ROW))).to(gl.int64)
+    copy_rows(k_smem, k_ptr + sequence.to(gl.int64) * k_batch + wide_head * k_head, key * k_token, D, ROW)
+    copy_rows(v_smem, v_ptr + sequence.to(gl.int64) * v_batch + wide_head * v_head, key * v_token, D, ROW)
+    for early in gl.static_range(STAGES):
+        pair = pairs_of(pairs_ptr, early, begin, end, M, ROW)
+        _copy_queries(q_smem.index(early), pair, q_base, head_rows, q_token, q_head, GROUP, PAST, D, ROW)
+        async_copy.commit_group()
+    zero_MN = gl.zeros([M, N], gl.float32, S_MN)
+    zero_MD = gl.zeros([M, D], gl.float32, O_MD)
+    tiles = gl.cdiv(end - begin, M)
+    later = pairs_of(pairs_ptr, STAGES, begin, end, M, ROW)
+    async_copy.wait_group(STAGES - 1)
+    s = warpgroup_mma(q_smem.index(0), k_smem.permute((1, 0)), zero_MN, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, [s])
+    async_copy.wait_group(STAGES - 2)
+    for tile in range(0, tiles):
+        stage = q_smem.index(tile % STAGES)
+        following = q_smem.index((tile + 1) % STAGES)
+        pair = pairs_of(pairs_ptr, tile, begin, end, M, ROW)
+        pair_of_lse = pairs_of(pairs_ptr, tile, begin, end, M, S_MN)
+        s_next = warpgroup_mma(following, k_smem.permute((1, 0)), zero_MN, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(1, [s])  # waits for nothing, but keeps what follows behind the product's start
+        m_M = gl.max(s, 1) * (scale * LOG2E)
+        p = gl.exp2(s * (scale * LOG2E) - m_M[:, None])
+        l_M = gl.sum(p, 1)
+        o = warpgroup_mma(gl.convert_layout(p.to(DTYPE), OPERAND), v_smem, zero_MD, use_acc=False, is_async=True)
+        o, s = warpgroup_mma_wait(0, [o, s_next])
+        _store_partials(partial_ptr, partial_lse_ptr, stage, pair, pair_of_lse, o, m_M, l_M, WIDTH, D, ROW, O_MD)
+        if tile + STAGES < tiles:
+            _copy_queries(stage, later, q_base, head_rows, q_token, q_head, GROUP, PAST, D, ROW)
+        async_copy.commit_group()
+        later = pairs_of(pairs_ptr, tile + 1 + STAGES, begin, end, M, ROW)
+        async_copy.wait_group(STAGES - 2)
+
+
+@gluon.jit(do_not_specialize=["first_pair"])
+def attend_past_streaming(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    partial_ptr,
+    partial_lse_ptr,
+    pairs_ptr,
+    offsets_ptr,
+    skips_ptr,
+    items_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    sequences,
+    tokens_q,
+    tokens_k,
+    block_size,
+    block_slots,
+    rows,
+    first_head,
+    lists,
+    first_pair,
+    scale,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    GROUP: gl.constexpr,
+    PAST: gl.constexpr,
+    WIDTH: gl.constexpr,
+    SEGMENT: gl.constexpr,
+    PACKED: gl.constexpr,
+    M: gl.constexpr,
+    N: gl.constexpr,
+    D: gl.constexpr,
+):
+    """One item: rows that chose a block, against that block of a multiple of N keys, at least 2 N."""
+    DTYPE: gl.constexpr = q_ptr.dtype.element_ty
+    ROW: gl.constexpr = row_layout(D, gl.num_warps())
+    S_MN: gl.constexpr = product_layout(N, gl.num_warps(), 1)
+    O_MD: gl.constexpr = product_layout(D, gl.num_warps(), 1)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, O_MD, 2)
+    list_id, _, begin, end = item_bounds(items_ptr, offsets_ptr, gl.program_id(0), lists, block_slots, SEGMENT)
+    if begin >= end:
+        return
+    if skips_ptr is not None:
+        skip = gl.load(skips_ptr + list_id)
+        begin += skip
+        end += skip
+    partial_ptr -= gl.cast(first_pair, gl.int64) * WIDTH
+    partial_lse_ptr -= first_pair
+    head = list_id // block_slots
+    sequence, block = locate(list_id % block_slots, cu_k_ptr, sequences, tokens_k, block_size, PACKED)
+    key_begin, _ = span(sequence, cu_k_ptr, tokens_k, PACKED)
+    wide_head = (first_head + head).to(gl.int64)
+    q_base = query_base(q_ptr, first_head + head, sequence, tokens_q, q_batch, q_token, q_head, GROUP, PACKED)
+    head_rows = head * rows
+    first_key = (key_begin + block * block_size).to(gl.int64)
+    k_base = k_ptr + sequence.to(gl.int64) * k_batch + wide_head * k_head + first_key * k_token
+    v_base = v_ptr + sequence.to(gl.int64) * v_batch + wide_head * v_head + first_key * v_token
+
+    keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
+    k_smem = gl.allocate_shared_memory(DTYPE, [2, N, D], keys)
+    v_smem = gl.allocate_shared_memory(DTYPE, [2, N, D], keys)
+    q_smem = gl.allocate_shared_memory(DTYPE, [2, M, D], gl.NVMMASharedLayout.get_default_for([M, D], DTYPE))
+    n = gl.arange(0, N, gl.SliceLayout(1, ROW))
+    pair = pairs_of(pairs_ptr, 0, begin, end, M, ROW)
+    _copy_queries(q_smem.index(0), pair, q_base, head_rows, q_token, q_head, GROUP, PAST, D, ROW)
+    copy_rows(k_smem.index(0), k_base, n.to(gl.int64) * k_token, D, ROW)
+    async_copy.commit_group()
+    copy_rows(v_smem.index(0), v_base, n.to(gl.int64) * v_token, D, ROW)
+    copy_rows(k_smem.index(1), k_base, (N + n).to(gl.int64) * k_token, D, ROW)
+    async_copy.commit_group()
+    later = pairs_of(pairs_ptr, 1, begin, end, M, ROW)
+    zero_MN = gl.zeros([M, N], gl.float32, S_MN)
+    pieces = block_size // N
+    steps = gl.cdiv(end - begin, M) * pieces
+    async_copy.wait_group(1)
+    s = warpgroup_mma(q_smem.index(0), k_smem.index(0).permute((1, 0)), zero_MN, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, [s])
+    m_M = gl.full([M], -float("inf"), gl.float32, gl.SliceLayout(1, S_MN))
+    l_M = gl.zeros([M], gl.float32, gl.SliceLayout(1, S_MN))
+    o = gl.zeros([M, D], gl.float32, O_MD)
+    for step in range(0, steps):
+        tile = step // pieces
+        async_copy.wait_group(0)
+        if step + 1 < steps:
+            if step % pieces == 0:
+                _copy_queries(
+                    q_smem.index((tile + 1) % 2), later, q_base, head_rows, q_token, q_head, GROUP, PAST, D, ROW
+                )
+                later = pairs_of(pairs_ptr, tile + 2, begin, end, M, ROW)
+            k_at = ((step + 2) % pieces * N + n).to(gl.int64) * k_token
+            v_at = ((step + 1) % pieces * N + n).to(gl.int64) * v_token
+            copy_rows(k_smem.index(step % 2), k_base, k_at, D, ROW)
+            copy_rows(v_smem.index((step + 1) % 2), v_base, v_at, D, ROW)
+        async_copy.commit_group()
+        q = q_smem.index((step + 1) // pieces % 2)
+        k = k_smem.index((step + 1) % 2)
+        s_next = warpgroup_mma(q, k.permute((1, 0)), zero_MN, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(1, [s])  # waits for nothing, but keeps what follows behind the product's start
+        m_new_M = gl.maximum(m_M, gl.max(s, 1) * (scale * LOG2E))
+        alpha_M = gl.exp2(m_M - m_new_M)
+        p = gl.exp2(s * (scale * LOG2E) - m_new_M[:, None])
+        l_M = l_M * alpha_M + gl.sum(p, 1)
+        m_M = m_new_M
+        o = o * gl.convert_layout(alpha_M, gl.SliceLayout(1, O_MD))[:, None]
+        o = warpgroup_mma(gl.convert_layout(p.to(DTYPE), OPERAND), v_smem.index(step % 2), o, is_async=True)
+        o, s = warpgroup_mma_wait(0, [o, s_next])
+        if (step + 1) % pieces == 0:
+            pair = pairs_of(pairs_ptr, tile, begin, end, M, ROW)
+            pair_of_lse = pairs_of(pairs_ptr, tile, begin, end, M, S_MN)
+            stage = q_smem.index(tile % 2)
+            _store_partials(partial_ptr, partial_lse_ptr, stage, pair, pair_of_lse, o, m_M, l_M, WIDTH, D, ROW, O_MD)
+            m_M = gl.full([M], -float("inf"), gl.float32, gl.SliceLayout(1, S_MN))
+            l_M = gl.zeros([M], gl.float32, gl.SliceLayout(1, S_MN))
+            o = gl.zeros([M, D], gl.float32, O_MD)

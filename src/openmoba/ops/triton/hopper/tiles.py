@@ -1,0 +1,60 @@
+"""What the Hopper kernels share: layouts, and asynchronous copies of rows and of lists of pairs.
+
+A kernel walks its list of pairs from the end to the beginning, M pairs per tile. The list of a block holds the rows
+that chose it, in ascending order. Late rows choose among more blocks, so lists grow thin towards their ends, all alike:
+walking backwards, the lists of a head are at about the same rows at the same time, and these stay in the L2 cache.
+
+Data that asynchronous copies bring to shared memory need no proxy fence before a matrix product reads them; data that
+threads store do.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy
+
+LOG2E = gl.constexpr(1.4426950408889634)
+
+
+@gluon.constexpr_function
+def row_layout(width, warps):
+    """Rows of `width` 16-bit elements in pieces of 16 bytes, neighbouring lanes beside each other."""
+    lanes = width // 8
+    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def product_layout(columns, rows_of_warps, columns_of_warps):
+    """Accumulator of a matrix product, `columns` per instruction."""
+    return gl.NVMMADistributedLayout([3, 0], [rows_of_warps, columns_of_warps], [16, columns, 16])
+
+
+@gluon.jit
+def copy_rows(smem, base, offset_M, D: gl.constexpr, ROW: gl.constexpr):
+    """Begin to copy the rows at `base + offset_M` to shared memory `[M, D]`."""
+    d = gl.arange(0, D, gl.SliceLayout(0, ROW))
+    async_copy.async_copy_global_to_shared(smem, base + offset_M[:, None] + d[None, :])
+
+
+@gluon.jit
+def pairs_of(pairs_ptr, tile, begin, end, M: gl.constexpr, ROWS: gl.constexpr):
+    """The pairs of a tile, one per row of the layout ROWS; places before the list repeat its first pair."""
+    m = gl.arange(0, M, gl.SliceLayout(1, ROWS))
+    return gl.load(pairs_ptr + gl.maximum(end - (tile + 1) * M + m, begin))
+
+
+@gluon.jit
+def row_of(pair_M, head_rows, GROUP: gl.constexpr, PAST: gl.constexpr):
+    """Flat query token and head within the group of each pair, both int64."""
+    row_M = pair_M // PAST - head_rows
+    return (row_M // GROUP).to(gl.int64), (row_M % GROUP).to(gl.int64)
+
+
+@gluon.jit
+def query_base(q_ptr, kv_head, sequence, tokens_q, batch, token, head, GROUP: gl.constexpr, PACKED: gl.constexpr):
+    """Where flat query token 0 of a group's first head would lie; in a batch tokens are counted from sequence 0."""
+    base = q_ptr + kv_head.to(gl.int64) * GROUP * head
+    if not PACKED:
+        base += sequence.to(gl.int64) * (batch - gl.cast(tokens_q, gl.int64) * token)
+    return base
