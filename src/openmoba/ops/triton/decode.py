@@ -182,10 +182,12 @@ def keys_per_tile(block_size: int, d: int, itemsize: int) -> int:
 
 def share_of(rows: int, block_size: int, top_k: int, tile: int, multiprocessors: int) -> tuple[int, int]:
     """What one program attends to, for `rows` query rows in all: a number of pages, and keys of each of them."""
-    wanted = cdiv(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, rows)
+    programs = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
+    wanted = cdiv(programs, rows)
     if wanted <= top_k:
         return top_k // wanted, block_size
-    return 1, cdiv(cdiv(block_size, cdiv(wanted, top_k)), tile) * tile
+    pieces = max(1, programs // rows // top_k)  # no more than run at once: a few more would take a second turn
+    return 1, cdiv(cdiv(block_size, pieces), tile) * tile
 
 
 @cache

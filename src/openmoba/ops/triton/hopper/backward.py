@@ -27,7 +27,11 @@ from openmoba.ops.triton.forward import own_rows
 from openmoba.ops.triton.geometry import first_row, locate, span
 from openmoba.ops.triton.hopper.tiles import (
     LOG2E,
+    allocate_ring,
+    copy_pairs,
     copy_rows,
+    flat_layout,
+    pairs_in,
     pairs_of,
     product_layout,
     query_base,
@@ -64,16 +68,24 @@ def _copy_queries(rows_smem, stage, q_base, q_at_M, d_out_base, d_out_at_M, stat
 
 
 @gluon.jit
-def _copy_pairs_rows(rows_smem, stage, pair_M, q_base, d_out_base, statistics_ptr, head_rows, first_query_head,
-                     q_token, q_head, d_out_token, d_out_head, HEADS: gl.constexpr, GROUP: gl.constexpr,
-                     PAST: gl.constexpr, D: gl.constexpr, ROW: gl.constexpr):  # fmt: skip
-    """The same for the rows of M pairs."""
+def _copy_pairs_rows(rows_smem, stage, pair_M, flat_pair_M, q_base, d_out_base, statistics_ptr, head_rows,
+                     first_query_head, q_token, q_head, d_out_token, d_out_head, HEADS: gl.constexpr,
+                     GROUP: gl.constexpr, PAST: gl.constexpr, D: gl.constexpr, ROW: gl.constexpr):  # fmt: skip
+    """The same for the rows of M pairs, given in the layouts of rows and of statistics."""
     token_M, member_M = row_of(pair_M, head_rows, GROUP, PAST)
+    flat_token_M, flat_member_M = row_of(flat_pair_M, head_rows, GROUP, PAST)
     _copy_queries(
         rows_smem, stage, q_base, token_M * q_token + member_M * q_head,
         d_out_base, token_M * d_out_token + member_M * d_out_head,
-        statistics_ptr, token_M * HEADS + first_query_head + member_M, D, ROW,
+        statistics_ptr, flat_token_M * HEADS + first_query_head + flat_member_M, D, ROW,
     )  # fmt: skip
+
+
+@gluon.jit
+def _own_row(tile, tiles, first, count, shift, M: gl.constexpr, LAYOUT: gl.constexpr):
+    """Numbers within the block of a tile's queries; absent ones repeat a readable one, and are masked later."""
+    m = first + tile % tiles * M + gl.arange(0, M, LAYOUT)
+    return (gl.minimum(gl.maximum(m, -shift), count - 1) + shift).to(gl.int64)
 
 
 @gluon.jit
@@ -82,13 +94,12 @@ def _copy_own_rows(rows_smem, stage, tile, tiles, first, count, shift, query_beg
                    M: gl.constexpr, D: gl.constexpr, ROW: gl.constexpr):  # fmt: skip
     """The same for a tile of the block's own queries: `tiles` tiles per head, head after head."""
     member = gl.cast(tile // tiles, gl.int64)
-    m = first + tile % tiles * M + gl.arange(0, M, gl.SliceLayout(1, ROW))
-    m = gl.minimum(gl.maximum(m, -shift), count - 1)  # absent rows are readable, and masked later
-    token_M = (query_begin + m + shift).to(gl.int64)
+    token_M = query_begin + _own_row(tile, tiles, first, count, shift, M, gl.SliceLayout(1, ROW))
+    flat_M = flat + _own_row(tile, tiles, first, count, shift, M, flat_layout(gl.num_warps()))
     _copy_queries(
         rows_smem, stage, q_base, token_M * q_token + member * q_head,
         d_out_base, token_M * d_out_token + member * d_out_head,
-        statistics_ptr, (flat + m + shift).to(gl.int64) * HEADS + first_query_head + member, D, ROW,
+        statistics_ptr, flat_M * HEADS + first_query_head + member, D, ROW,
     )  # fmt: skip
 
 
@@ -202,14 +213,18 @@ def key_gradients(
     rows_smem = _allocate_rows(DTYPE, STAGES, M, D)
     ds_smem = gl.allocate_shared_memory(DTYPE, [N, M], gl.NVMMASharedLayout.get_default_for([N, M], DTYPE))
     dq_smem = gl.allocate_shared_memory(DTYPE, [M, D], gl.NVMMASharedLayout.get_default_for([M, D], DTYPE))
+    ring = allocate_ring(8, M)
     m = gl.arange(0, M, gl.SliceLayout(1, ROW))
     key = (key_begin + block * block_size + piece * N + gl.arange(0, N, gl.SliceLayout(1, ROW))).to(gl.int64)
     copy_rows(k_smem, k_ptr + sequence.to(gl.int64) * k_batch + wide_head * k_head, key * k_token, D, ROW)
     copy_rows(v_smem, v_ptr + sequence.to(gl.int64) * v_batch + wide_head * v_head, key * v_token, D, ROW)
+    for early in gl.static_range(2 * STAGES - 2):
+        copy_pairs(ring, early, pairs_ptr, begin, end)
     for early in gl.static_range(STAGES - 1):
-        pair = pairs_of(pairs_ptr, early, begin, end, M, ROW)
+        pair = pairs_of(pairs_ptr, early, begin, end, M, gl.SliceLayout(1, ROW))
+        flat_pair = pairs_of(pairs_ptr, early, begin, end, M, flat_layout(WARPS))
         _copy_pairs_rows(
-            rows_smem, early, pair, q_base, d_out_base, statistics_ptr, head_rows, wide_head * GROUP,
+            rows_smem, early, pair, flat_pair, q_base, d_out_base, statistics_ptr, head_rows, wide_head * GROUP,
             q_token, q_head, d_out_token, d_out_head, HEADS, GROUP, PAST, D, ROW,
         )  # fmt: skip
         async_copy.commit_group()
@@ -217,7 +232,6 @@ def key_gradients(
     dv = gl.zeros([N, D], gl.float32, DK_ND)
     column = gl.arange(0, M, gl.SliceLayout(0, S_NM))
     tiles = gl.cdiv(end - begin, M)
-    pair = pairs_of(pairs_ptr, 0, begin, end, M, ROW)
     async_copy.wait_group(STAGES - 2)
     for tile in range(0, tiles):
         stage = tile % STAGES
@@ -226,13 +240,13 @@ def key_gradients(
         d_out = rows_smem[1].index(stage)
         s, dp = _begin_products(k_smem, v_smem, q, d_out, S_NM)
         if FUSED and tile > 0:
-            _store_shares(partial_dq_ptr, dq_smem, pair.to(gl.int64) * SHARES + piece, WIDTH, D, ROW)
+            share = pairs_in(ring, tile - 1, gl.SliceLayout(1, ROW)).to(gl.int64) * SHARES + piece
+            _store_shares(partial_dq_ptr, dq_smem, share, WIDTH, D, ROW)
         # Rows before the list repeat its first pair and must not count: P = 0.
         lse = rows_smem[2].index(stage).load(gl.SliceLayout(0, S_NM))
         lse = gl.where(at + column >= begin, lse, float("inf"))
         s = warpgroup_mma_wait(1, [s])
         ds, dk, dv = _add_gradients(s, dp, lse, rows_smem[3].index(stage), q, d_out, dk, dv, scale * LOG2E, S_NM, DK_ND)
-        later = pairs_of(pairs_ptr, tile + STAGES - 1, begin, end, M, ROW)
         if FUSED:
             ds_smem.store(ds)
             # The fence waits for the copies under way, too: later ones begin after it.
@@ -240,13 +254,15 @@ def key_gradients(
             zero_MD = gl.zeros([M, D], gl.float32, DQ_MD)
             dq = warpgroup_mma(ds_smem.permute((1, 0)), k_smem, zero_MD, use_acc=False, is_async=True)
         if tile + STAGES - 1 < tiles:
+            pair = pairs_in(ring, tile + STAGES - 1, gl.SliceLayout(1, ROW))
+            flat_pair = pairs_in(ring, tile + STAGES - 1, flat_layout(WARPS))
             _copy_pairs_rows(
-                rows_smem, (tile + STAGES - 1) % STAGES, later, q_base, d_out_base, statistics_ptr, head_rows,
+                rows_smem, (tile + STAGES - 1) % STAGES, pair, flat_pair, q_base, d_out_base, statistics_ptr, head_rows,
                 wide_head * GROUP, q_token, q_head, d_out_token, d_out_head, HEADS, GROUP, PAST, D, ROW,
             )  # fmt: skip
+            copy_pairs(ring, tile + 2 * STAGES - 2, pairs_ptr, begin, end)
         async_copy.commit_group()
         if FUSED:
-            pair = pairs_of(pairs_ptr, tile, begin, end, M, ROW)
             dq, dk, dv = warpgroup_mma_wait(0, [dq, dk, dv])
             dq_smem.store(dq.to(DTYPE))
         else:
@@ -254,7 +270,8 @@ def key_gradients(
         async_copy.wait_group(STAGES - 2)
     if FUSED:
         nowhere = (lists // block_slots).to(gl.int64) * rows * PAST * SHARES
-        share = gl.where(end - tiles * M + m >= begin, pair.to(gl.int64) * SHARES + piece, nowhere)
+        share = pairs_in(ring, tiles - 1, gl.SliceLayout(1, ROW)).to(gl.int64) * SHARES + piece
+        share = gl.where(end - tiles * M + m >= begin, share, nowhere)
         _store_shares(partial_dq_ptr, dq_smem, share, WIDTH, D, ROW)
     n = piece * N + gl.arange(0, N, gl.SliceLayout(1, DK_ND))
     d = gl.arange(0, D, gl.SliceLayout(0, DK_ND))

@@ -116,13 +116,13 @@ def attend_past_resident(
     copy_rows(k_smem, k_ptr + sequence.to(gl.int64) * k_batch + wide_head * k_head, key * k_token, D, ROW)
     copy_rows(v_smem, v_ptr + sequence.to(gl.int64) * v_batch + wide_head * v_head, key * v_token, D, ROW)
     for early in gl.static_range(STAGES):
-        pair = pairs_of(pairs_ptr, early, begin, end, M, ROW)
+        pair = pairs_of(pairs_ptr, early, begin, end, M, gl.SliceLayout(1, ROW))
         _copy_queries(q_smem.index(early), pair, q_base, head_rows, q_token, q_head, GROUP, PAST, D, ROW)
         async_copy.commit_group()
     zero_MN = gl.zeros([M, N], gl.float32, S_MN)
     zero_MD = gl.zeros([M, D], gl.float32, O_MD)
     tiles = gl.cdiv(end - begin, M)
-    later = pairs_of(pairs_ptr, STAGES, begin, end, M, ROW)
+    later = pairs_of(pairs_ptr, STAGES, begin, end, M, gl.SliceLayout(1, ROW))
     async_copy.wait_group(STAGES - 1)
     s = warpgroup_mma(q_smem.index(0), k_smem.permute((1, 0)), zero_MN, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, [s])
@@ -130,8 +130,8 @@ def attend_past_resident(
     for tile in range(0, tiles):
         stage = q_smem.index(tile % STAGES)
         following = q_smem.index((tile + 1) % STAGES)
-        pair = pairs_of(pairs_ptr, tile, begin, end, M, ROW)
-        pair_of_lse = pairs_of(pairs_ptr, tile, begin, end, M, S_MN)
+        pair = pairs_of(pairs_ptr, tile, begin, end, M, gl.SliceLayout(1, ROW))
+        pair_of_lse = pairs_of(pairs_ptr, tile, begin, end, M, gl.SliceLayout(1, S_MN))
         s_next = warpgroup_mma(following, k_smem.permute((1, 0)), zero_MN, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, [s])  # waits for nothing, but keeps what follows behind the product's start
         m_M = gl.max(s, 1) * (scale * LOG2E)
@@ -143,7 +143,7 @@ def attend_past_resident(
         if tile + STAGES < tiles:
             _copy_queries(stage, later, q_base, head_rows, q_token, q_head, GROUP, PAST, D, ROW)
         async_copy.commit_group()
-        later = pairs_of(pairs_ptr, tile + 1 + STAGES, begin, end, M, ROW)
+        later = pairs_of(pairs_ptr, tile + 1 + STAGES, begin, end, M, gl.SliceLayout(1, ROW))
         async_copy.wait_group(STAGES - 2)
 
 
@@ -218,14 +218,14 @@ def attend_past_streaming(
     v_smem = gl.allocate_shared_memory(DTYPE, [2, N, D], keys)
     q_smem = gl.allocate_shared_memory(DTYPE, [2, M, D], gl.NVMMASharedLayout.get_default_for([M, D], DTYPE))
     n = gl.arange(0, N, gl.SliceLayout(1, ROW))
-    pair = pairs_of(pairs_ptr, 0, begin, end, M, ROW)
+    pair = pairs_of(pairs_ptr, 0, begin, end, M, gl.SliceLayout(1, ROW))
     _copy_queries(q_smem.index(0), pair, q_base, head_rows, q_token, q_head, GROUP, PAST, D, ROW)
     copy_rows(k_smem.index(0), k_base, n.to(gl.int64) * k_token, D, ROW)
     async_copy.commit_group()
     copy_rows(v_smem.index(0), v_base, n.to(gl.int64) * v_token, D, ROW)
     copy_rows(k_smem.index(1), k_base, (N + n).to(gl.int64) * k_token, D, ROW)
     async_copy.commit_group()
-    later = pairs_of(pairs_ptr, 1, begin, end, M, ROW)
+    later = pairs_of(pairs_ptr, 1, begin, end, M, gl.SliceLayout(1, ROW))
     zero_MN = gl.zeros([M, N], gl.float32, S_MN)
     pieces = block_size // N
     steps = gl.cdiv(end - begin, M) * pieces
@@ -243,7 +243,7 @@ def attend_past_streaming(
                 _copy_queries(
                     q_smem.index((tile + 1) % 2), later, q_base, head_rows, q_token, q_head, GROUP, PAST, D, ROW
                 )
-                later = pairs_of(pairs_ptr, tile + 2, begin, end, M, ROW)
+                later = pairs_of(pairs_ptr, tile + 2, begin, end, M, gl.SliceLayout(1, ROW))
             k_at = ((step + 2) % pieces * N + n).to(gl.int64) * k_token
             v_at = ((step + 1) % pieces * N + n).to(gl.int64) * v_token
             copy_rows(k_smem.index(step % 2), k_base, k_at, D, ROW)
@@ -262,8 +262,8 @@ def attend_past_streaming(
         o = warpgroup_mma(gl.convert_layout(p.to(DTYPE), OPERAND), v_smem.index(step % 2), o, is_async=True)
         o, s = warpgroup_mma_wait(0, [o, s_next])
         if (step + 1) % pieces == 0:
-            pair = pairs_of(pairs_ptr, tile, begin, end, M, ROW)
-            pair_of_lse = pairs_of(pairs_ptr, tile, begin, end, M, S_MN)
+            pair = pairs_of(pairs_ptr, tile, begin, end, M, gl.SliceLayout(1, ROW))
+            pair_of_lse = pairs_of(pairs_ptr, tile, begin, end, M, gl.SliceLayout(1, S_MN))
             stage = q_smem.index(tile % 2)
             _store_partials(partial_ptr, partial_lse_ptr, stage, pair, pair_of_lse, o, m_M, l_M, WIDTH, D, ROW, O_MD)
             m_M = gl.full([M], -float("inf"), gl.float32, gl.SliceLayout(1, S_MN))

@@ -30,6 +30,12 @@ def product_layout(columns, rows_of_warps, columns_of_warps):
     return gl.NVMMADistributedLayout([3, 0], [rows_of_warps, columns_of_warps], [16, columns, 16])
 
 
+@gluon.constexpr_function
+def flat_layout(warps):
+    """One element per thread."""
+    return gl.BlockedLayout([1], [32], [warps], [0])
+
+
 @gluon.jit
 def copy_rows(smem, base, offset_M, D: gl.constexpr, ROW: gl.constexpr):
     """Begin to copy the rows at `base + offset_M` to shared memory `[M, D]`."""
@@ -38,10 +44,33 @@ def copy_rows(smem, base, offset_M, D: gl.constexpr, ROW: gl.constexpr):
 
 
 @gluon.jit
-def pairs_of(pairs_ptr, tile, begin, end, M: gl.constexpr, ROWS: gl.constexpr):
-    """The pairs of a tile, one per row of the layout ROWS; places before the list repeat its first pair."""
-    m = gl.arange(0, M, gl.SliceLayout(1, ROWS))
+def pairs_of(pairs_ptr, tile, begin, end, M: gl.constexpr, LAYOUT: gl.constexpr):
+    """The pairs of a tile; places before the list repeat its first pair."""
+    m = gl.arange(0, M, LAYOUT)
     return gl.load(pairs_ptr + gl.maximum(end - (tile + 1) * M + m, begin))
+
+
+@gluon.jit
+def allocate_ring(RING: gl.constexpr, M: gl.constexpr):
+    """Room for the pairs of RING tiles, a power of two."""
+    return gl.allocate_shared_memory(gl.int32, [RING, M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def copy_pairs(ring, tile, pairs_ptr, begin, end):
+    """Begin to copy the pairs of a tile to its place in the ring; places before the list repeat its first pair."""
+    RING: gl.constexpr = ring.shape[0]
+    M: gl.constexpr = ring.shape[1]
+    m = gl.arange(0, M, flat_layout(gl.num_warps()))
+    at_M = gl.maximum(end - (tile + 1) * M + m, begin)
+    async_copy.async_copy_global_to_shared(ring.index(tile & (RING - 1)), pairs_ptr + at_M)
+
+
+@gluon.jit
+def pairs_in(ring, tile, LAYOUT: gl.constexpr):
+    """The pairs of a tile in the ring."""
+    RING: gl.constexpr = ring.shape[0]
+    return ring.index(tile & (RING - 1)).load(LAYOUT)
 
 
 @gluon.jit
