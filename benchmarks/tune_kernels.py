@@ -2,23 +2,28 @@
 
     python benchmarks/tune_kernels.py --tokens 32768 --head-dim 128 --block-size 128 --top-k 8
     python benchmarks/tune_kernels.py --tile forward_past_tile --try 64,128,4,3,1024 128,128,8,5,1024
+    python benchmarks/tune_kernels.py --tile key_gradients --try 64,128,8,2,4096
 
-The first form prints the milliseconds of each kernel in the forward and the backward, from torch's profiler. The second
-replaces one function of `openmoba.ops.triton.tuning` by each of the given tiles (M, N, warps, stages, segment) in turn.
+The first form prints the milliseconds of each kernel in the forward and the backward, from torch's profiler; with
+`--triton` of Triton's kernels also where Hopper's own would serve. The others replace one function of
+`openmoba.ops.triton.tuning`, or the tile of one kernel of `openmoba.ops.triton.hopper`, by each of the given tiles
+(M, N, warps, stages, segment) in turn.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from openmoba.ops.triton import attention, backward, forward
-from openmoba.ops.triton.tuning import Tile
+from openmoba.ops.triton import attention, backward, forward, hopper
+from openmoba.ops.triton.tuning import Kernel, Tile
 
 REPEATS = 5
 
@@ -31,19 +36,35 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--tile", help="function of openmoba.ops.triton.tuning to replace")
+    parser.add_argument("--triton", action="store_true", help="do without Hopper's own kernels")
+    parser.add_argument("--tile", help="function of openmoba.ops.triton.tuning or .hopper to replace")
     parser.add_argument("--try", dest="tiles", nargs="+", default=[], help="M,N,warps,stages,segment")
     options = parser.parse_args()
     call = prepare(options)
-    show("as tuned", call)
-    user = next((module for module in (forward, backward) if hasattr(module, options.tile or "")), None)
-    if options.tile and user is None:
-        raise SystemExit(f"error: --tile must be a function of openmoba.ops.triton.tuning, got {options.tile!r}")
-    for text in options.tiles:
-        m, n, warps, stages, segment = map(int, text.split(","))
-        tile = Tile(m=m, n=n, d=options.head_dim, warps=warps, stages=stages, segment=segment)
-        with patch.object(user, options.tile, lambda *_, tile=tile: tile):
-            show(text, call)
+    users = [module for module in (hopper, forward, backward) if hasattr(module, options.tile or "")]
+    if options.tile and not users:
+        raise SystemExit(f"error: --tile must be a function of tuning or hopper, got {options.tile!r}")
+    with patch.object(hopper, "is_available", lambda _: False) if options.triton else nullcontext():
+        show("as tuned", call)
+        for text in options.tiles:
+            m, n, warps, stages, segment = map(int, text.split(","))
+            tile = Tile(m=m, n=n, d=options.head_dim, warps=warps, stages=stages, segment=segment)
+            with replaced(users[0], options.tile, tile):
+                show(text, call)
+
+
+@contextmanager
+def replaced(module: Any, name: str, tile: Tile) -> Iterator[None]:
+    """Let one function choose `tile`."""
+    original = getattr(module, name)
+
+    def kernel(*arguments: Any) -> Kernel:
+        function, _, constants = original(*arguments)
+        sizes = {"M": tile.m, "N": tile.n, "num_warps": tile.warps, "STAGES": tile.stages}
+        return Kernel(function, tile, constants | {name: size for name, size in sizes.items() if name in constants})
+
+    with patch.object(module, name, kernel if module is hopper else lambda *_: tile):
+        yield
 
 
 def prepare(options: argparse.Namespace) -> Callable[[], None]:

@@ -12,6 +12,7 @@ import csv
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +21,6 @@ from openmoba.bench.contenders import CONTENDERS
 from openmoba.bench.table import Row, length_name, newest, read_rows
 
 ROOT = Path(__file__).parent.parent
-H200 = "results/h200/attention.csv"
-DECODE = "results/h200/decode.csv"
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -46,35 +45,34 @@ def figure() -> str:
     return found[0] if found else ""
 
 
-def attention_h200() -> str:
+def attention(machine: str) -> str:
     """Attention on one GPU, with where the numbers come from."""
-    pairs = _headline(H200)
+    file = f"results/{machine}/attention.csv"
+    pairs = _headline(file)
     if not pairs:
         return ""
     last = pairs[0].shown
     return "\n".join(
         (
-            "## Attention on a GPU",
-            "",
             f"One {last.device}, {last.power_limit_w:.0f} W, bf16, batch 1, 32 query and 8 key/value heads, causal, "
             "normal random inputs. Medians in ms of the whole public call, choice of blocks included. The columns from "
             "dense on compare both passes, at 1M tokens the forward. Dense attention, timed up to 256K tokens: "
-            f"{_dense_contenders(H200)}.",
+            f"{_dense_contenders(file)}.",
             "",
             *_markdown(HEADLINE, [pair.cells for pair in pairs]),
             "",
             f"Written by `openmoba bench attention` at commit {_commits(pairs)}, torch {last.torch}, Triton "
-            f"{last.triton}. All rows are in [{H200}]({H200}), the commands in "
-            "[results/h200/README.md](results/h200/README.md), the method in "
+            f"{last.triton}. All rows are in [{file}]({file}), the commands in "
+            f"[results/{machine}/README.md](results/{machine}/README.md), the method in "
             "[benchmarks/README.md](benchmarks/README.md).",
             "",
         )
     )
 
 
-def kernels_h200() -> str:
+def kernels(machine: str) -> str:
     """The same with the share of the roofline and the extra memory."""
-    pairs = _headline(H200)
+    pairs = _headline(f"results/{machine}/attention.csv")
     if not pairs:
         return ""
     last = pairs[0].shown
@@ -83,47 +81,54 @@ def kernels_h200() -> str:
         (
             *_markdown(head, [(*pair.cells, *pair.costs) for pair in pairs]),
             "",
-            "Medians in ms. The columns from dense on are of both passes, at 1M tokens of the forward alone; MB are "
-            f"extra memory, 10^6 bytes. Commit {_commits(pairs)}, torch {last.torch}, Triton {last.triton}.",
+            f"{last.device}, {last.power_limit_w:.0f} W. Medians in ms. The columns from dense on are of both passes, "
+            "at 1M tokens of the forward alone; MB are extra memory, 10^6 bytes. Commit "
+            f"{_commits(pairs)}, torch {last.torch}, Triton {last.triton}.",
             "",
         )
     )
 
 
-def decode_h200() -> str:
-    """A decoding step over a cache, and the first and last chunk of a long prompt."""
-    rows = [row for row in _newest_rows(DECODE) if row.contender == "moba" and row.error is None]
+def decode(machine: str) -> str:
+    """A decoding step over a cache."""
+    file = f"results/{machine}/decode.csv"
+    rows = [row for row in _newest_rows(file) if row.contender == "moba" and row.error is None]
     steps = [row for row in rows if row.passes == "decode" and row.tokens in DECODE_TOKENS]
     if not steps:
         return ""
     first = steps[0]
     head = ("batch", "block / top-k", "cached tokens", "MoBA", "fastest dense", "speed-up")
-    lines = []
-    for chunks in _by_setting(row for row in rows if row.passes == "prefill chunk"):
-        begin, end = chunks[0], chunks[-1]
-        lines.append(
-            f"A prompt of {length_name(end.tokens)} tokens in chunks of {length_name(begin.tokens)}, block / top-k "
-            f"{_blocks(begin)}: {_ms(begin)} ms for the first chunk, {_ms(end)} ms for the last."
-        )
+    cells = [
+        (r.batch, _blocks(r), length_name(r.tokens), _ms(r), _dense_ms(r), _speedup(r))
+        for r in sorted(steps, key=lambda row: (row.batch, row.tokens))
+    ]
     return "\n".join(
         (
-            "## Decoding on a GPU",
-            "",
             f"One attention layer, one token per sequence: one {first.device}, bf16, {first.heads} query and "
             f"{first.kv_heads} key/value heads, D {first.head_dim}. Medians in ms, replayed from a CUDA graph; dense "
             "attention is the fastest of SDPA's backends.",
             "",
-            *_markdown(
-                head, [(r.batch, _blocks(r), length_name(r.tokens), _ms(r), _dense_ms(r), _speedup(r)) for r in steps]
-            ),
+            *_markdown(head, cells),
             "",
-            *lines,
-            *([""] if lines else []),
             f"Written by `openmoba bench decode` at commit {_short(first.commit)}, torch {first.torch}, Triton "
-            f"{first.triton}. All rows are in [{DECODE}]({DECODE}).",
+            f"{first.triton}. All rows are in [{file}]({file}).",
             "",
         )
     )
+
+
+def prefill(machine: str) -> str:
+    """The first and last chunk of a long prompt."""
+    rows = [row for row in _newest_rows(f"results/{machine}/decode.csv") if row.error is None]
+    lines = []
+    for chunks in _by_setting(row for row in rows if row.passes == "prefill chunk"):
+        begin, end = chunks[0], chunks[-1]
+        lines.append(
+            f"{end.device}: a prompt of {length_name(end.tokens)} tokens in chunks of {length_name(begin.tokens)}, "
+            f"block / top-k {_blocks(begin)}, takes {_ms(begin)} ms for the first chunk and {_ms(end)} ms for the "
+            f"last. Commit {_short(end.commit)}.\n"
+        )
+    return "".join(lines)
 
 
 def attention_cpu() -> str:
@@ -199,9 +204,12 @@ FIGURES = {
 
 TABLES: dict[str, Callable[[], str]] = {
     "figure": figure,
-    "attention_h200": attention_h200,
-    "kernels_h200": kernels_h200,
-    "decode_h200": decode_h200,
+    "attention_h200": partial(attention, "h200"),
+    "attention_h100": partial(attention, "h100"),
+    "kernels_h200": partial(kernels, "h200"),
+    "kernels_h100": partial(kernels, "h100"),
+    "decode_h100": partial(decode, "h100"),
+    "prefill_h200": partial(prefill, "h200"),
     "attention_cpu": attention_cpu,
     "study": study,
 }

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from openmoba.bench.decode import CHUNK, EAGER, GRAPH
 from openmoba.bench.table import Row, length_name, newest
@@ -35,6 +35,8 @@ def step_chart(rows: Sequence[Row]) -> Figure:
             if dense:
                 axes.plot(*zip(*sorted(dense.items()), strict=True), **_DENSE)
             axes.set(xscale="log", yscale="log", title=f"batch {batch}", xlabel="Cached tokens")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_minor_formatter(NullFormatter())
             _finish(axes, panel)
         figure.supylabel("Time per decoding step (ms)", fontsize=11)
         figure.suptitle(_title(rows[0]), fontsize=11)
