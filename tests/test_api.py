@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.profiler import ProfilerActivity, profile
 
 from openmoba import explain, moba_attention, moba_select
 
@@ -207,6 +209,24 @@ def test_registration(boundaries):
         (out, q, k, v, out, lse, selected, boundaries, boundaries, 4, 2, 0.3),
     )
     torch.library.opcheck(torch.ops.openmoba.cpu_select.default, (q, k, boundaries, boundaries, 4, 2))
+
+
+def test_plain_tensors_go_around_the_dispatcher():
+    """With the bits of the registered operation, which tracers see."""
+    inputs = [x.requires_grad_() for x in tensors()]
+    results = []
+    for attend in (
+        lambda *x: moba_attention(*x, **SETTINGS),
+        lambda *x: torch.ops.openmoba.cpu_forward(*x, None, None, 4, 2, 8**-0.5)[0],
+    ):
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            out = attend(*inputs)
+            results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+        dispatched = {event.name for event in recorded.events() if event.name.startswith("openmoba::")}
+        assert dispatched == (set() if len(results) == 1 else {"openmoba::cpu_forward", "openmoba::cpu_backward"})
+    assert all(map(torch.equal, *results))
+    graph = make_fx(lambda *x: moba_attention(*x, **SETTINGS), tracing_mode="fake")(*tensors())
+    assert "openmoba.cpu_forward" in graph.code
 
 
 @pytest.mark.parametrize("make", [changed, packed])

@@ -161,7 +161,18 @@ def explain(
         reason += f"; top_k={top_k} covers all {blocks} blocks, where MoBA is causal attention"
     elif path == "blocks":
         reason += f"; each query reads at most {top_k} blocks of {block_size} keys"
+        if run == "triton":
+            reason += f"; {_kernels(q, k, v, cu_seqlens_q, block_size, top_k)}"
     return Explanation(run, path, reason)
+
+
+def _kernels(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> str:
+    """Which kernels attend to past blocks."""
+    from openmoba.ops.triton import hopper  # importing openmoba needs torch alone
+    from openmoba.ops.triton.geometry import Geometry
+
+    obstacle = hopper.why_not(Geometry.of(q, k, cu_q, block_size, top_k), q, k, v)
+    return "Hopper's own kernels" if obstacle is None else f"portable kernels, not Hopper's own: {obstacle}"
 
 
 def _path(run: str, k: Tensor, cu_k: Tensor | None, block_size: int, top_k: int) -> str:

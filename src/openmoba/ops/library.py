@@ -15,12 +15,16 @@ Modules are imported when an operation first runs, so that importing openmoba ne
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as are_transforms_active
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _IMPLEMENTATIONS = {"cpu": "openmoba.ops.cpu", "triton": "openmoba.ops.triton.attention"}
 
@@ -36,9 +40,17 @@ def attention(
     top_k: int,
     scale: float,
 ) -> Tensor:
-    """Run the registered forward operation of `impl`; differentiable once in q, k and v."""
-    op = getattr(torch.ops.openmoba, f"{impl}_forward")
-    out: Tensor = op(q, k, v, cu_q, cu_k, block_size, top_k, scale)[0]
+    """Run the forward of `impl`; differentiable once in q, k and v.
+
+    The registered operation is there for compilers and other tracers. Its dispatch takes as long as several kernels, so
+    plain tensors go around it.
+    """
+    arguments = (q, k, v, cu_q, cu_k, block_size, top_k, scale)
+    plain = type(q) in (Tensor, Parameter) and not q.is_meta
+    if plain and not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or are_transforms_active()):
+        out: Tensor = _Attention.apply(impl, *arguments)[0]  # type: ignore[no-untyped-call]
+    else:
+        out = getattr(torch.ops.openmoba, f"{impl}_forward")(*arguments)[0]
     return out
 
 
@@ -56,9 +68,36 @@ def device_of(x: Tensor) -> AbstractContextManager[None]:
     return context
 
 
-def _register(impl: str, module_name: str) -> None:
+class _Attention(torch.autograd.Function):
+    """What the registered operation of an implementation does, without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, impl: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with device_of(arguments[0]):
+            outputs: tuple[Tensor, Tensor, Tensor] = _module(impl).forward(*arguments)
+        ctx.impl = impl
+        _save_for_backward(ctx, arguments, outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph: the registered operation refuses to be differentiated again
+            run = getattr(torch.ops.openmoba, f"{ctx.impl}_backward")
+        else:
+            run = _module(ctx.impl).backward
+        with device_of(d_out):
+            dq, dk, dv = run(d_out, *ctx.saved_tensors, *ctx.settings)
+        return None, dq, dk, dv, None, None, None, None, None
+
+
+@cache
+def _module(impl: str) -> ModuleType:
+    return import_module(_IMPLEMENTATIONS[impl])
+
+
+def _register(impl: str) -> None:
     def module() -> ModuleType:
-        return import_module(module_name)
+        return _module(impl)
 
     @torch.library.custom_op(f"openmoba::{impl}_forward", mutates_args=())
     def forward(
@@ -154,5 +193,5 @@ def _refuse_double_backward(ctx: Any, *_: Any) -> None:
     )
 
 
-for _impl, _module in _IMPLEMENTATIONS.items():
-    _register(_impl, _module)
+for _impl in _IMPLEMENTATIONS:
+    _register(_impl)

@@ -6,7 +6,7 @@ them. Gluon changes between versions of Triton: the kernels are used with the ve
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -17,18 +17,29 @@ from openmoba.ops.triton.tuning import Kernel, Tile, backward_keys_tile
 
 _FIRST_TRITON, _FIRST_TRITON_BEYOND = (3, 6), (3, 8)
 _KEYS = 128
+_WIDTHS = (64, 128)
 _ALIGNED = 16  # bytes of an address, elements of a stride: what makes a copy of 16 bytes provable
 
 
 def serves(geometry: Geometry, *tensors: Tensor) -> bool:
-    """Whether these kernels can be used: a Hopper GPU, 16 bits, head width 64 or 128, blocks of whole key tiles."""
-    return (
-        geometry.width in (64, 128)
-        and geometry.block_size % _KEYS == 0
-        and tensors[0].dtype in (torch.float16, torch.bfloat16)
-        and is_available(tensors[0].device)
-        and all(map(_is_aligned, tensors))
-    )
+    """Whether these kernels can be used."""
+    return why_not(geometry, *tensors) is None
+
+
+def why_not(geometry: Geometry, *tensors: Tensor) -> str | None:
+    """Why these kernels cannot be used for such tensors, or None."""
+    device, dtype = tensors[0].device, tensors[0].dtype
+    if not is_available(device):
+        return "they need a Hopper GPU and Triton 3.6 or 3.7"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"they compute in 16 bits, not {dtype}"
+    if geometry.width not in _WIDTHS:
+        return f"head width {geometry.width} is not {' or '.join(map(str, _WIDTHS))}"
+    if geometry.block_size % _KEYS:
+        return f"block_size {geometry.block_size} is no multiple of {_KEYS}"
+    if not all(map(_is_aligned, tensors)):
+        return f"strides are no multiples of {_ALIGNED} elements, or a tensor does not begin at a multiple of 16 bytes"
+    return None
 
 
 @cache
@@ -39,6 +50,7 @@ def is_available(device: torch.device) -> bool:
     return hopper and _FIRST_TRITON <= version < _FIRST_TRITON_BEYOND
 
 
+@lru_cache(maxsize=256)
 def attend_past(geometry: Geometry) -> Kernel:
     """In the place of `forward._attend_past`."""
     from openmoba.ops.triton.hopper.forward import attend_past_resident, attend_past_streaming
@@ -50,6 +62,7 @@ def attend_past(geometry: Geometry) -> Kernel:
     return Kernel(attend_past_streaming, tile, _constants(tile))
 
 
+@lru_cache(maxsize=256)
 def key_gradients(geometry: Geometry, dtype: torch.dtype) -> Kernel:
     """In the place of `backward._key_gradients`."""
     from openmoba.ops.triton.hopper.backward import key_gradients
@@ -59,6 +72,7 @@ def key_gradients(geometry: Geometry, dtype: torch.dtype) -> Kernel:
     return Kernel(key_gradients, tile, _constants(tile) | {"STAGES": tile.stages})
 
 
+@lru_cache(maxsize=256)
 def own_key_gradients(geometry: Geometry) -> Kernel:
     """In the place of `backward._own_key_gradients`."""
     from openmoba.ops.triton.hopper.backward import own_key_gradients

@@ -136,7 +136,7 @@ def _store_shares(partial_dq_ptr, dq_smem, at_M, WIDTH: gl.constexpr, D: gl.cons
     gl.store(partial_dq_ptr + at_MD, dq_smem.load(ROW), cache_modifier=".cs")  # the queries should stay in the cache
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["first_head"])
 def key_gradients(
     d_out_ptr,
     q_ptr,
@@ -269,7 +269,7 @@ def key_gradients(
             dk, dv = warpgroup_mma_wait(0, [dk, dv])
         async_copy.wait_group(STAGES - 2)
     if FUSED:
-        nowhere = (lists // block_slots).to(gl.int64) * rows * PAST * SHARES
+        nowhere = gl.cast(lists // block_slots, gl.int64) * rows * PAST * SHARES
         share = pairs_in(ring, tiles - 1, gl.SliceLayout(1, ROW)).to(gl.int64) * SHARES + piece
         share = gl.where(end - tiles * M + m >= begin, share, nowhere)
         _store_shares(partial_dq_ptr, dq_smem, share, WIDTH, D, ROW)
@@ -280,7 +280,7 @@ def key_gradients(
     gl.store(partial_dv_ptr + at_ND, dv)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["first_head"])
 def own_key_gradients(
     d_out_ptr,
     q_ptr,

@@ -44,7 +44,7 @@ def _store_partials(partial_ptr, partial_lse_ptr, stage, pair_M, pair_of_lse_M, 
     gl.store(partial_ptr + at_MD, stage.load(ROW), cache_modifier=".cs")  # the queries should stay in the cache
 
 
-@gluon.jit(do_not_specialize=["first_pair"])
+@gluon.jit(do_not_specialize=["first_head", "first_pair"], do_not_specialize_on_alignment=["offsets_ptr", "skips_ptr"])
 def attend_past_resident(
     q_ptr,
     k_ptr,
@@ -147,7 +147,7 @@ def attend_past_resident(
         async_copy.wait_group(STAGES - 2)
 
 
-@gluon.jit(do_not_specialize=["first_pair"])
+@gluon.jit(do_not_specialize=["first_head", "first_pair"], do_not_specialize_on_alignment=["offsets_ptr", "skips_ptr"])
 def attend_past_streaming(
     q_ptr,
     k_ptr,

@@ -1,0 +1,49 @@
+"""Where Hopper's own kernels serve. They run on such a GPU only (tests/gpu); here they are compiled and chosen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from openmoba import explain
+from openmoba.ops.triton import hopper
+from openmoba.ops.triton.geometry import Geometry
+
+FP16 = torch.float16
+
+
+def obstacle(q: Tensor, k: Tensor, block_size: int = 128) -> str | None:
+    return hopper.why_not(Geometry.of(q, k, None, block_size, 3), q, k, k)
+
+
+def heads(number: int, width: int = 64, dtype: torch.dtype = FP16) -> Tensor:
+    return torch.zeros(1, 1000, number, width, dtype=dtype)
+
+
+def test_every_obstacle_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert obstacle(heads(4), heads(2)) == "they need a Hopper GPU and Triton 3.6 or 3.7"
+    monkeypatch.setattr(hopper, "is_available", lambda _: True)
+    assert obstacle(heads(4), heads(2)) is None
+    assert obstacle(heads(4, 128, torch.bfloat16), heads(2, 128, torch.bfloat16), 384) is None
+    assert obstacle(heads(4, dtype=torch.float32), heads(2, dtype=torch.float32)) == (
+        "they compute in 16 bits, not torch.float32"
+    )
+    assert obstacle(heads(4, 96), heads(2, 96)) == "head width 96 is not 64 or 128"
+    assert obstacle(heads(4), heads(2), 192) == "block_size 192 is no multiple of 128"
+    rows = torch.zeros(1, 1000, 4 * 64 + 8, dtype=FP16)
+    for unaligned in (rows[..., :-8], torch.zeros(1, 1000, 4 * 64 + 16, dtype=FP16)[..., 1:-15]):
+        reason = obstacle(unaligned.unflatten(-1, (4, 64)), heads(2))
+        assert reason is not None
+        assert reason.startswith("strides are no multiples of 16 elements")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what runs without a GPU")
+def test_explain_says_which_kernels() -> None:
+    q, k = heads(4), heads(2)
+    assert explain(q, k, k, block_size=128, top_k=3, impl="triton").reason == (
+        "asked for; each query reads at most 3 blocks of 128 keys; portable kernels, not Hopper's own: "
+        "they need a Hopper GPU and Triton 3.6 or 3.7"
+    )
