@@ -20,7 +20,8 @@ from openmoba.bench.table import Row, append_row
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("docs/*.md")]
 NAME = re.compile(r"`(openmoba(?:\.\w+)+)`")
-KERNEL = re.compile(r"`(pool|gate|ranking|route|plan|forward|backward|decode|geometry|tuning)\.(?!py)(\w+)`")
+MODULES = "|".join(path.stem for path in (ROOT / "src/openmoba/ops/triton").glob("[!_]*.py"))
+KERNEL = re.compile(rf"`({MODULES})\.(?!py)(\w+)`")
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 SETTING = re.compile(r"\bOPENMOBA_\w+")
 

@@ -15,11 +15,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from openmoba.ops.triton.backward import dq_pieces, heads_gradients, row_statistics
+from openmoba.ops.triton.backward import dq_pieces, heads_gradients
 from openmoba.ops.triton.forward import attend_heads
 from openmoba.ops.triton.geometry import Geometry, cdiv
 from openmoba.ops.triton.plan import Plan, make_plan, split_plan
 from openmoba.ops.triton.route import route, select
+from openmoba.ops.triton.statistics import row_statistics
 
 __all__ = ["backward", "choice_shape", "forward", "select"]
 

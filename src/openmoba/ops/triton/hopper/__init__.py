@@ -64,7 +64,7 @@ def attend_past(geometry: Geometry) -> Kernel:
 
 @lru_cache(maxsize=256)
 def key_gradients(geometry: Geometry, dtype: torch.dtype) -> Kernel:
-    """In the place of `backward._key_gradients`."""
+    """In the place of `backward_keys.key_gradients`."""
     from openmoba.ops.triton.hopper.backward import key_gradients
 
     segment = backward_keys_tile(geometry, dtype).segment
@@ -74,7 +74,7 @@ def key_gradients(geometry: Geometry, dtype: torch.dtype) -> Kernel:
 
 @lru_cache(maxsize=256)
 def own_key_gradients(geometry: Geometry) -> Kernel:
-    """In the place of `backward._own_key_gradients`."""
+    """In the place of `backward_keys.own_key_gradients`."""
     from openmoba.ops.triton.hopper.backward import own_key_gradients
 
     tile = Tile(m=64, n=_KEYS, d=geometry.width, warps=8, stages=3)

@@ -39,8 +39,7 @@ from openmoba.ops.triton.hopper.tiles import (
     row_of,
 )
 from openmoba.ops.triton.plan import item_bounds, list_bounds
-
-_STATISTICS = gl.constexpr(4)  # `backward.row_statistics`
+from openmoba.ops.triton.statistics import STATISTICS
 
 
 @gluon.jit
@@ -62,7 +61,7 @@ def _copy_queries(rows_smem, stage, q_base, q_at_M, d_out_base, d_out_at_M, stat
     q_smem, d_out_smem, lse_smem, delta_smem = rows_smem
     copy_rows(q_smem.index(stage), q_base, q_at_M, D, ROW)
     copy_rows(d_out_smem.index(stage), d_out_base, d_out_at_M, D, ROW)
-    statistic = statistics_ptr + statistic_at_M * _STATISTICS
+    statistic = statistics_ptr + statistic_at_M * STATISTICS
     async_copy.async_copy_global_to_shared(lse_smem.index(stage), statistic)
     async_copy.async_copy_global_to_shared(delta_smem.index(stage), statistic + 1)
 

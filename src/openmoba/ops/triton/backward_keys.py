@@ -1,0 +1,231 @@
+"""Gradients of keys and values: dV = sum_r P dO, dK = scale * sum_r dS q (`backward`), and the pairs' shares of dQ.
+
+M query rows, N keys per tile, D head width padded to a power of two (WIDTH is the real one).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from openmoba.ops.triton.forward import LOG2E, dot, load_rows, own_rows, pair_rows, store_rows
+from openmoba.ops.triton.geometry import first_row, locate, span
+from openmoba.ops.triton.plan import item_bounds, list_bounds
+from openmoba.ops.triton.statistics import load_queries
+
+
+@triton.jit
+def _key_step(k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, reads_NM, dk_ND, dv_ND, scale_log2, MASKED: tl.constexpr):
+    """Add the contribution of M rows to dK / scale and dV; also returns dS transposed, `[N, M]`."""
+    p_NM = tl.exp2(dot(k_ND, tl.trans(q_MD)) * scale_log2 - lse_M[None, :])
+    if MASKED:
+        p_NM = tl.where(reads_NM, p_NM, 0.0)
+    dv_ND = dot(p_NM.to(d_out_MD.dtype), d_out_MD, dv_ND)
+    ds_NM = p_NM * (dot(v_ND, tl.trans(d_out_MD)) - delta_M[None, :])
+    ds_NM = ds_NM.to(q_MD.dtype)
+    dk_ND = dot(ds_NM, q_MD, dk_ND)
+    return dk_ND, dv_ND, ds_NM
+
+
+@triton.jit(do_not_specialize=["first_head"])
+def key_gradients(
+    d_out_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    statistics_ptr,
+    partial_dk_ptr,
+    partial_dv_ptr,
+    partial_dq_ptr,
+    pairs_ptr,
+    offsets_ptr,
+    items_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    sequences,
+    tokens_q,
+    tokens_k,
+    block_size,
+    block_slots,
+    rows,
+    first_head,
+    lists,
+    scale,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    d_out_batch,
+    d_out_token,
+    d_out_head,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PAST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PACKED: tl.constexpr,
+    SHARES: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    FUSED: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+):
+    """N keys of a block against the rows of one item: partial dK / scale and dV, and dQ of the pairs if FUSED."""
+    # The tiles of a block run side by side: they read the same rows.
+    pieces = tl.cdiv(block_size, N)
+    item = tl.program_id(0) // pieces
+    piece = tl.program_id(0) % pieces
+    partial_dq_ptr += piece * WIDTH
+    list_id, _, begin, end = item_bounds(items_ptr, offsets_ptr, item, lists, block_slots, SEGMENT)
+    if begin >= end:
+        return
+    head = list_id // block_slots
+    sequence, block = locate(list_id % block_slots, cu_k_ptr, sequences, tokens_k, block_size, PACKED)
+    key_begin, _ = span(sequence, cu_k_ptr, tokens_k, PACKED)
+    n = piece * N + tl.arange(0, N)
+    key = key_begin + block * block_size + n
+    kv_head = first_head + head
+    k_base = k_ptr + sequence.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
+    v_base = v_ptr + sequence.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
+    q_base = q_ptr + kv_head.to(tl.int64) * GROUP * q_head
+    d_out_base = d_out_ptr + kv_head.to(tl.int64) * GROUP * d_out_head
+    if not PACKED:
+        q_base += sequence.to(tl.int64) * (q_batch - tl.cast(tokens_q, tl.int64) * q_token)
+        d_out_base += sequence.to(tl.int64) * (d_out_batch - tl.cast(tokens_q, tl.int64) * d_out_token)
+    k_ND = load_rows(k_base, key, k_token, n < block_size, WIDTH, D)
+    v_ND = load_rows(v_base, key, v_token, n < block_size, WIDTH, D)
+    dk_ND = tl.zeros([N, D], tl.float32)
+    dv_ND = tl.zeros([N, D], tl.float32)
+    nowhere = (lists // block_slots).to(tl.int64) * rows * PAST * SHARES
+    for at in range(begin, end, M):
+        pair, token, member, valid = pair_rows(pairs_ptr, at, end, head * rows, GROUP, PAST, M)
+        wide = token.to(tl.int64)
+        q_MD, d_out_MD, lse_M, delta_M = load_queries(
+            d_out_base,
+            q_base,
+            statistics_ptr,
+            wide * d_out_token + member * d_out_head,
+            wide * q_token + member * q_head,
+            wide * HEADS + kv_head * GROUP + member,
+            valid,
+            WIDTH,
+            D,
+        )
+        dk_ND, dv_ND, ds_NM = _key_step(
+            k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, valid[None, :], dk_ND, dv_ND, scale * LOG2E, False
+        )
+        if FUSED:
+            # Absent keys of the tile are zero, so they add nothing to dQ; absent pairs go to a row nobody reads.
+            dq_MD = dot(tl.trans(ds_NM), k_ND)
+            share = tl.where(valid, pair.to(tl.int64) * SHARES, nowhere)
+            store_rows(partial_dq_ptr, share, WIDTH, None, dq_MD, WIDTH, D)
+    at = item.to(tl.int64) * block_size + n
+    store_rows(partial_dk_ptr, at, WIDTH, n < block_size, dk_ND, WIDTH, D)
+    store_rows(partial_dv_ptr, at, WIDTH, n < block_size, dv_ND, WIDTH, D)
+
+
+@triton.jit(do_not_specialize=["first_head"])
+def own_key_gradients(
+    d_out_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    statistics_ptr,
+    partial_dk_ptr,
+    partial_dv_ptr,
+    dk_ptr,
+    dv_ptr,
+    offsets_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    sequences,
+    tokens_q,
+    tokens_k,
+    block_size,
+    block_slots,
+    rows,
+    first_head,
+    lists,
+    scale,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    d_out_batch,
+    d_out_token,
+    d_out_head,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PAST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PACKED: tl.constexpr,
+    SHARES: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+):
+    """N keys of a block: go through the block's own queries, add the partials of its items, write dK and dV."""
+    pieces = tl.cdiv(block_size, N)
+    slot = tl.program_id(0) // pieces
+    start = (tl.program_id(0) % pieces) * N
+    head = tl.program_id(1)
+    sequence, _, key_begin, count, query_begin, shift = own_rows(
+        slot, cu_q_ptr, cu_k_ptr, sequences, tokens_q, tokens_k, block_size, PACKED
+    )
+    if start >= count:
+        return
+    kv_head = first_head + head
+    n = start + tl.arange(0, N)
+    dk_ND = tl.zeros([N, D], tl.float32)
+    dv_ND = tl.zeros([N, D], tl.float32)
+    k_base = k_ptr + sequence.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
+    v_base = v_ptr + sequence.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
+    k_ND = load_rows(k_base, key_begin + n, k_token, n < count, WIDTH, D)
+    v_ND = load_rows(v_base, key_begin + n, v_token, n < count, WIDTH, D)
+    flat = first_row(sequence, cu_q_ptr, tokens_q, PACKED)
+    first = tl.maximum(start, -shift) // M * M
+    for member in range(GROUP):
+        q_head_index = (kv_head * GROUP + member).to(tl.int64)
+        q_base = q_ptr + sequence.to(tl.int64) * q_batch + q_head_index * q_head
+        d_out_base = d_out_ptr + sequence.to(tl.int64) * d_out_batch + q_head_index * d_out_head
+        for at in range(first, count, M):
+            m = at + tl.arange(0, M)
+            valid = (m < count) & (m + shift >= 0)
+            token = tl.where(valid, query_begin + m + shift, 0).to(tl.int64)
+            statistic = tl.where(valid, flat + m + shift, 0).to(tl.int64) * HEADS + q_head_index
+            q_MD, d_out_MD, lse_M, delta_M = load_queries(
+                d_out_base, q_base, statistics_ptr, token * d_out_token, token * q_token, statistic, valid, WIDTH, D
+            )
+            reads_NM = n[:, None] <= m[None, :]
+            dk_ND, dv_ND, _ds_NM = _key_step(
+                k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, reads_NM, dk_ND, dv_ND, scale * LOG2E, True
+            )
+    kv_heads = HEADS // GROUP
+    key_row = key_begin + n
+    if not PACKED:
+        key_row += sequence * tokens_k
+    list_begin, list_end, item = 0, 0, 0
+    if offsets_ptr is not None:
+        list_id = head * block_slots + slot
+        list_begin, list_end = list_bounds(offsets_ptr, list_id, block_slots)
+        item = list_begin // SEGMENT + list_id
+    # One sum after the other, and after the loop: both at once would not fit in the registers.
+    for part in range(tl.cdiv(list_end - list_begin, SEGMENT)):
+        at = tl.cast(item + part, tl.int64) * block_size + n
+        dk_ND += load_rows(partial_dk_ptr, at, WIDTH, n < count, WIDTH, D)
+    store_rows(dk_ptr + kv_head * WIDTH, key_row, kv_heads * WIDTH, n < count, dk_ND * scale, WIDTH, D)
+    for part in range(tl.cdiv(list_end - list_begin, SEGMENT)):
+        at = tl.cast(item + part, tl.int64) * block_size + n
+        dv_ND += load_rows(partial_dv_ptr, at, WIDTH, n < count, WIDTH, D)
+    store_rows(dv_ptr + kv_head * WIDTH, key_row, kv_heads * WIDTH, n < count, dv_ND, WIDTH, D)

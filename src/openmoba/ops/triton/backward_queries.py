@@ -1,0 +1,196 @@
+"""Gradients of queries: dQ = scale * sum_j dS k (`backward`), as shares of pairs and summed.
+
+M query rows, N keys per tile, D head width padded to a power of two (WIDTH is the real one).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from openmoba.ops.triton.forward import LOG2E, dot, load_rows, own_rows, pair_rows, store_rows
+from openmoba.ops.triton.geometry import first_row, locate, span
+from openmoba.ops.triton.plan import item_bounds
+from openmoba.ops.triton.statistics import load_queries
+
+
+@triton.jit
+def _query_step(k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, reads_MN, dq_MD, scale_log2, MASKED: tl.constexpr):
+    """Add the contribution of N keys to dQ / scale."""
+    p_MN = tl.exp2(dot(q_MD, tl.trans(k_ND)) * scale_log2 - lse_M[:, None])
+    if MASKED:
+        p_MN = tl.where(reads_MN, p_MN, 0.0)
+    ds_MN = p_MN * (dot(d_out_MD, tl.trans(v_ND)) - delta_M[:, None])
+    return dot(ds_MN.to(k_ND.dtype), k_ND, dq_MD)
+
+
+@triton.jit(do_not_specialize=["first_head"])
+def query_gradients(
+    d_out_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    statistics_ptr,
+    partial_dq_ptr,
+    pairs_ptr,
+    offsets_ptr,
+    items_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    sequences,
+    tokens_q,
+    tokens_k,
+    block_size,
+    block_slots,
+    rows,
+    first_head,
+    lists,
+    scale,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    d_out_batch,
+    d_out_token,
+    d_out_head,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PAST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PACKED: tl.constexpr,
+    SHARES: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    EVEN: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+):
+    """M pairs of one list against all keys of its block: the pairs' share of dQ."""
+    list_id, _, begin, end = item_bounds(items_ptr, offsets_ptr, tl.program_id(0), lists, block_slots, SEGMENT)
+    if begin >= end:
+        return
+    head = list_id // block_slots
+    sequence, block = locate(list_id % block_slots, cu_k_ptr, sequences, tokens_k, block_size, PACKED)
+    key_begin, _ = span(sequence, cu_k_ptr, tokens_k, PACKED)
+    key_begin += block * block_size
+    kv_head = first_head + head
+    k_base = k_ptr + sequence.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
+    v_base = v_ptr + sequence.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
+    q_base = q_ptr + kv_head.to(tl.int64) * GROUP * q_head
+    d_out_base = d_out_ptr + kv_head.to(tl.int64) * GROUP * d_out_head
+    if not PACKED:
+        q_base += sequence.to(tl.int64) * (q_batch - tl.cast(tokens_q, tl.int64) * q_token)
+        d_out_base += sequence.to(tl.int64) * (d_out_batch - tl.cast(tokens_q, tl.int64) * d_out_token)
+    pair, token, member, valid = pair_rows(pairs_ptr, begin, end, head * rows, GROUP, PAST, M)
+    wide = token.to(tl.int64)
+    q_MD, d_out_MD, lse_M, delta_M = load_queries(
+        d_out_base,
+        q_base,
+        statistics_ptr,
+        wide * d_out_token + member * d_out_head,
+        wide * q_token + member * q_head,
+        wide * HEADS + kv_head * GROUP + member,
+        valid,
+        WIDTH,
+        D,
+    )
+    dq_MD = tl.zeros([M, D], tl.float32)
+    for at in range(0, block_size, N):
+        n = at + tl.arange(0, N)
+        k_ND = load_rows(k_base, key_begin + n, k_token, n < block_size, WIDTH, D)
+        v_ND = load_rows(v_base, key_begin + n, v_token, n < block_size, WIDTH, D)
+        dq_MD = _query_step(
+            k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, (n < block_size)[None, :], dq_MD, scale * LOG2E, not EVEN
+        )
+    nowhere = (lists // block_slots).to(tl.int64) * rows * PAST * SHARES
+    store_rows(partial_dq_ptr, tl.where(valid, pair, nowhere), WIDTH, None, dq_MD, WIDTH, D)
+
+
+@triton.jit(do_not_specialize=["first_head"])
+def own_query_gradients(
+    d_out_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    statistics_ptr,
+    partial_dq_ptr,
+    dq_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    sequences,
+    tokens_q,
+    tokens_k,
+    block_size,
+    block_slots,
+    rows,
+    first_head,
+    lists,
+    scale,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    d_out_batch,
+    d_out_token,
+    d_out_head,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PAST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PACKED: tl.constexpr,
+    SHARES: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+):
+    """M queries of one head and block: sum the pairs' shares of dQ, add the own block's, write dQ."""
+    tiles = tl.cdiv(block_size, M)
+    slot = tl.program_id(0) // tiles
+    start = (tl.program_id(0) % tiles) * M
+    sequence, block, key_begin, count, query_begin, shift = own_rows(
+        slot, cu_q_ptr, cu_k_ptr, sequences, tokens_q, tokens_k, block_size, PACKED
+    )
+    if (start >= count) | (start + M + shift <= 0):
+        return
+    head = tl.program_id(1) // GROUP
+    member = tl.program_id(1) % GROUP
+    kv_head = first_head + head
+    q_head_index = (kv_head * GROUP + member).to(tl.int64)
+    m = start + tl.arange(0, M)
+    valid = (m < count) & (m + shift >= 0)
+    flat = first_row(sequence, cu_q_ptr, tokens_q, PACKED) + m + shift
+    first_M = (head * rows + flat * GROUP + member).to(tl.int64) * (PAST * SHARES)
+    dq_MD = tl.zeros([M, D], tl.float32)
+    for share in tl.range(0, tl.minimum(block, PAST) * SHARES, num_stages=3):
+        dq_MD += load_rows(partial_dq_ptr, first_M + share, WIDTH, valid, WIDTH, D).to(tl.float32)
+    k_base = k_ptr + sequence.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
+    v_base = v_ptr + sequence.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
+    token = tl.where(valid, query_begin + m + shift, 0).to(tl.int64)
+    q_MD, d_out_MD, lse_M, delta_M = load_queries(
+        d_out_ptr + sequence.to(tl.int64) * d_out_batch + q_head_index * d_out_head,
+        q_ptr + sequence.to(tl.int64) * q_batch + q_head_index * q_head,
+        statistics_ptr,
+        token * d_out_token,
+        token * q_token,
+        tl.where(valid, flat, 0).to(tl.int64) * HEADS + q_head_index,
+        valid,
+        WIDTH,
+        D,
+    )
+    for at in range(0, tl.minimum(start + M, count), N):
+        n = at + tl.arange(0, N)
+        k_ND = load_rows(k_base, key_begin + n, k_token, n < count, WIDTH, D)
+        v_ND = load_rows(v_base, key_begin + n, v_token, n < count, WIDTH, D)
+        reads_MN = n[None, :] <= m[:, None]
+        dq_MD = _query_step(k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, reads_MN, dq_MD, scale * LOG2E, True)
+    store_rows(dq_ptr + q_head_index * WIDTH, flat, HEADS * WIDTH, valid, dq_MD * scale, WIDTH, D)

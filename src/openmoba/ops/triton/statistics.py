@@ -1,0 +1,80 @@
+"""Statistics of query rows for the backward: base-2 log-sum-exp and delta = <d_out, out>."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from openmoba.ops.triton.forward import LOG2E, load_rows
+from openmoba.ops.triton.geometry import Geometry, cdiv, power_of_two, strides
+
+# A row's statistics take 16 bytes: with fewer elements than a warp group has threads, Triton 3.6 would load them once
+# per thread of the matrix layout instead of once per row, which more than doubles the inner loop's instructions.
+STATISTICS = tl.constexpr(4)
+
+
+def row_statistics(d_out: Tensor, out: Tensor, lse: Tensor, geometry: Geometry) -> Tensor:
+    """fp32 `[rows, H, 4]`: base-2 log-sum-exp, delta = <d_out, out>, and two unused."""
+    statistics = torch.empty((*lse.shape, STATISTICS.value), dtype=torch.float32, device=out.device)
+    rows, m, d = lse.numel(), 64, power_of_two(geometry.width)
+    _row_statistics[(cdiv(rows, m),)](
+        d_out, out, lse, statistics, geometry.tokens_q, rows, *strides(d_out), geometry.heads, geometry.width, m, d
+    )
+    return statistics
+
+
+@triton.jit
+def _row_statistics(
+    d_out_ptr,
+    out_ptr,
+    lse_ptr,
+    statistics_ptr,
+    tokens_q,
+    rows,
+    d_out_batch,
+    d_out_token,
+    d_out_head,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+):
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    valid = row < rows
+    token = (row // HEADS).to(tl.int64)
+    at = token // tokens_q * d_out_batch + token % tokens_q * d_out_token + row % HEADS * d_out_head
+    d_out_MD = load_rows(d_out_ptr, at, 1, valid, WIDTH, D).to(tl.float32)
+    out_MD = load_rows(out_ptr, row, WIDTH, valid, WIDTH, D).to(tl.float32)
+    delta_M = tl.sum(d_out_MD * out_MD, 1)
+    lse_M = tl.load(lse_ptr + row, mask=valid, other=0.0) * LOG2E
+    c = tl.arange(0, STATISTICS)
+    both_MC = tl.where((c == 0)[None, :], lse_M[:, None], tl.where((c == 1)[None, :], delta_M[:, None], 0.0))
+    tl.store(statistics_ptr + row[:, None].to(tl.int64) * STATISTICS + c[None, :], both_MC, mask=valid[:, None])
+
+
+@triton.jit
+def load_queries(
+    d_out_base,
+    q_base,
+    statistics_ptr,
+    d_out_at,
+    q_at,
+    statistic_at,
+    valid,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Tiles of queries and output gradients with their base-2 LSE and delta; rows not `valid` get P = 0.
+
+    Their addresses must be readable all the same.
+    """
+    q_MD = load_rows(q_base, q_at, 1, None, WIDTH, D)
+    d_out_MD = load_rows(d_out_base, d_out_at, 1, None, WIDTH, D)
+    c = tl.arange(0, STATISTICS)
+    both_MC = tl.load(statistics_ptr + statistic_at[:, None] * STATISTICS + c[None, :])
+    both_MC = tl.where((c == 0)[None, :] & ~valid[:, None], float("inf"), both_MC)
+    lse_M = tl.sum(tl.where((c == 0)[None, :], both_MC, 0.0), 1)
+    delta_M = tl.sum(tl.where((c == 1)[None, :], both_MC, 0.0), 1)
+    return q_MD, d_out_MD, lse_M, delta_M
