@@ -71,7 +71,6 @@ def test_rows_of_the_same_commit_are_not_measured_again(tmp_path: Path, monkeypa
     first = run(out)
     monkeypatch.setattr(attention, "measure_row", refuse)
     assert run(out) == first
-    monkeypatch.setattr(attention, "provenance", lambda: {"versions": {}, "hardware": {"cpu": "x"}, "commit": None})
     with pytest.raises(AssertionError, match="measured again"):
         run(out, commit="another")
 

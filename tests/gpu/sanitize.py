@@ -1,7 +1,7 @@
 """Forward and backward on tiny shapes that reach every kernel, to run under compute-sanitizer:
 
-    PYTHONPATH=tests PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
-    PYTHONPATH=tests compute-sanitizer --tool racecheck python tests/gpu/sanitize.py
+    PYTHONPATH=src:tests PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
+    PYTHONPATH=src:tests compute-sanitizer --tool racecheck python tests/gpu/sanitize.py
 
 Without torch's memory cache every tensor is an allocation of its own, whose bounds memcheck knows.
 """
@@ -17,6 +17,8 @@ CASES = {
     "key tiles": batched(torch.float16, (1, 333, 700, 3, 1, 128), 300, 2, "cuda"),
     "wide heads": batched(torch.bfloat16, (1, 130, 130, 2, 1, 256), 30, 3, "cuda"),
     "packed": packed(torch.float16, [90, 1, 0, 60], [90, 1, 20, 77], (3, 1, 80), 16, 3, "cuda"),
+    "Hopper, resident keys": batched(torch.bfloat16, (1, 300, 310, 4, 2, 64), 128, 2, "cuda"),
+    "Hopper, streamed keys": batched(torch.float16, (1, 530, 600, 2, 1, 128), 256, 2, "cuda"),
     "own block": batched(torch.bfloat16, (1, 70, 90, 2, 1, 64), 50, 1, "cuda"),
     "many picks": batched(torch.bfloat16, (1, 40, 600, 2, 1, 64), 4, 30, "cuda"),
     "second look": batched(torch.bfloat16, (1, 300, 3000, 2, 1, 64), 8, 9, "cuda"),

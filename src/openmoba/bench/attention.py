@@ -36,7 +36,7 @@ class Attention:
     out: Path = Path("attention.csv")
     """CSV file that rows are added to; what it holds for this commit and device is not measured again."""
     commit: str | None = None
-    """Recorded where the package does not run from a git checkout."""
+    """Recorded instead of the checkout's, for a copy of its files; by default what git says."""
 
     def run(self) -> None:
         """Measure, and print a table."""
@@ -96,7 +96,7 @@ def run_benchmark(
 
     Args:
         minutes: begin no measurement after this time; None for no limit.
-        commit: recorded where the package does not run from a checkout.
+        commit: recorded instead of the checkout's.
 
     Returns:
         The rows of these cases and contenders, also those that were there.
@@ -195,7 +195,7 @@ def _machine(device: torch.device, commit: str | None) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": source["versions"].get("triton"),
         "openmoba": openmoba.__version__,
-        "commit": source["commit"] or commit,
+        "commit": commit or source["commit"],
     }
 
 

@@ -59,7 +59,7 @@ class Decode:
     out: Path = Path("decode.csv")
     """CSV file that rows are added to; what it holds for this commit and device is not measured again."""
     commit: str | None = None
-    """Recorded where the package does not run from a git checkout."""
+    """Recorded instead of the checkout's, for a copy of its files; by default what git says."""
 
     def run(self) -> None:
         """Measure, and print a table."""
