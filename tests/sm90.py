@@ -172,6 +172,7 @@ def _codes(launches: list[Launch]) -> list[dict[str, Any]]:
             "kernel": code.name,
             "hgmma": code.count("HGMMA"),
             "waits": code.count("WARPGROUP.DEPBAR"),
+            "three_way": code.count("VIMNMX3"),
             "matrix": code.count("HGMMA") + code.count("HMMA"),
             "spills": code.spills,
             "shared": code.shared,
