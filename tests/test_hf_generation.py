@@ -87,9 +87,10 @@ def test_padding_between_prompt_and_continuation() -> None:
         real = mask[row].bool()
         alone = logits(model, ids[row : row + 1, real], use_cache=False)[0]
         torch.testing.assert_close(out[row, real], alone)
-    with pytest.raises(ValueError, match="padding_side to 'left'"):
-        in_pieces(model, ids, [21], new_cache("static", model), mask)
-    with pytest.raises(RuntimeError, match="padding must be on the left"):  # few tokens wait for no device
+    for prompt in (21, 14):
+        with pytest.raises(ValueError, match="padding_side to 'left'"):
+            in_pieces(model, ids, [prompt], new_cache("static", model), mask)
+    with pytest.raises(RuntimeError, match="padding must be on the left"):  # steps wait for no device
         in_pieces(model, ids, [], new_cache("static", model), mask)
 
 

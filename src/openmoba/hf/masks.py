@@ -75,9 +75,10 @@ def segment_map(
         return _growing_map(None if causal else mask_function, attention_mask, batch_size, kv_length, device)
     map_BS = _padded(torch.ones(batch_size, kv_length, dtype=torch.int32, device=device), attention_mask)
     map_BS = map_BS.masked_fill(torch.arange(kv_length, device=device) >= q_offset + q_length, UNWRITTEN)
-    if q_length <= MAX_QUERIES:
+    first = attention_mask is not None and attention_mask.shape[-1] == q_length  # the cache was empty
+    if torch.compiler.is_compiling() or (q_length <= MAX_QUERIES and not first):  # a step, which waits for nothing
         torch._assert_async(~has_holes(map_BS), _HOLES)
-    elif not torch.compiler.is_compiling() and bool(has_holes(map_BS)):
+    elif bool(has_holes(map_BS)):
         raise ValueError(f"{_HOLES}: set the tokenizer's padding_side to 'left', or use a dynamic cache")
     return map_BS[:, None, None]
 
