@@ -23,7 +23,7 @@ from torch import Tensor
 from openmoba.config import check_blocks
 from openmoba.ops.checks import check_scale, check_triton
 from openmoba.ops.library import device_of
-from openmoba.ops.pages import centroid_dtype
+from openmoba.ops.pages import accumulation_dtype, centroid_dtype
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 MAX_QUERIES = 16
@@ -161,7 +161,7 @@ def _decode_one(
     position_BHN = (page_BHK[..., None] * block_size + _range(q_BHD, block_size)).flatten(2)
     read_BHN = (position_BHN >= 0) & (position_BHN <= position_B[:, None, None])
     k_BHND, v_BHND = (_gather(x, starts_B, position_BHN, q_BHD.shape[1]) for x in (k_BSHD, v_BSHD))
-    wide = _wide(q_BHD)
+    wide = accumulation_dtype(q_BHD.dtype)
     logit_BHN = scale * (k_BHND.to(wide) @ q_BHD.to(wide)[..., None])[..., 0]
     weight_BHN = logit_BHN.masked_fill(~read_BHN, -math.inf).softmax(-1)
     weight_BHN = weight_BHN.masked_fill((position_B < 0)[:, None, None], 0)
@@ -172,7 +172,7 @@ def _choose_pages(q_BHD: Tensor, centroid_BPHD: Tensor, own_B: Tensor, top_k: in
     """The own page and the `top_k - 1` best before it, `[B, H, K]`; negative for none."""
     batch, heads, width = q_BHD.shape
     pages, kv_heads = centroid_BPHD.shape[1:3]
-    q_BHGD = q_BHD.to(_wide(q_BHD)).view(batch, kv_heads, heads // kv_heads, width)
+    q_BHGD = q_BHD.to(accumulation_dtype(q_BHD.dtype)).view(batch, kv_heads, heads // kv_heads, width)
     score_BHP = torch.einsum("bhgd,bphd->bhgp", q_BHGD, centroid_BPHD.to(q_BHGD.dtype)).flatten(1, 2)
     past_BP = _range(q_BHD, pages) < own_B[:, None]
     score_BHP = score_BHP.masked_fill(~past_BP[:, None], -math.inf)
@@ -190,11 +190,6 @@ def _gather(x_BSHD: Tensor, starts_B: Tensor, position_BHN: Tensor, heads: int) 
     row_B11 = _range(x_BSHD, batch)[:, None, None]
     kv_head_H1 = (_range(x_BSHD, heads) // (heads // kv_heads))[:, None]
     return x_BSHD[row_B11, slot_BHN, kv_head_H1]
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    """What sums are in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _range(like: Tensor, end: int) -> Tensor:

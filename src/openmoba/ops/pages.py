@@ -19,7 +19,8 @@ from torch import Tensor
 from openmoba.ops.library import device_of
 
 ANCHOR_KEYS = 64
-_ROOM = 4  # deviations from the anchor are scaled to 2^4, leaving 2^12 to the largest fp16
+ROOM = 4  # deviations from the anchor are scaled to 2^4, leaving 2^12 to the largest fp16
+LARGEST_FP16 = 65504.0
 
 # B batch rows, S cache slots, P pages, N pages that may be complete, K slots of a page, A keys of the anchor,
 # H key/value heads, D head width
@@ -28,6 +29,11 @@ _ROOM = 4  # deviations from the anchor are scaled to 2^4, leaving 2^12 to the l
 def centroid_dtype(dtype: torch.dtype) -> torch.dtype:
     """What the centroids of keys in `dtype` are kept in."""
     return dtype if dtype in (torch.float32, torch.float64) else torch.float16
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over numbers of `dtype` are in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def new_centroids(keys_BSHD: Tensor, slots: int, block_size: int) -> Tensor:
@@ -104,7 +110,7 @@ def _complete_in_torch(
     end_BN = (page_BN + 1) * block_size
     done_BN = (end_BN > before_B1) & (end_BN <= length_B[:, None])
 
-    wide = torch.float64 if key_BSHD.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(key_BSHD.dtype)
     anchor_keys = torch.arange(min(ANCHOR_KEYS, block_size), device=key_BSHD.device)
     first_BAHD = _at(key_BSHD, start_B, anchor_keys.expand(batch, -1)).to(wide)
     anchor_B1HD = first_BAHD.mean(1, keepdim=True)
@@ -115,7 +121,7 @@ def _complete_in_torch(
     key_BNKHD = _at(key_BSHD, start_B, position_BNK.flatten(1)).view(batch, possible, block_size, heads, width)
     centroid_BNHD = (key_BNKHD.to(wide).mean(2) - anchor_B1HD) * scale_BH[:, None, :, None]
     if centroid_BPHD.dtype == torch.float16:
-        centroid_BNHD = centroid_BNHD.clamp(-65504, 65504)
+        centroid_BNHD = centroid_BNHD.clamp(-LARGEST_FP16, LARGEST_FP16)
     index = page_BN.long()[..., None, None].expand(-1, -1, heads, width)
     known_BNHD = centroid_BPHD.gather(1, index)
     chosen_BNHD = torch.where(done_BN[..., None, None], centroid_BNHD.to(centroid_BPHD.dtype), known_BNHD)
@@ -130,5 +136,5 @@ def _at(key_BSHD: Tensor, start_B: Tensor, position_BN: Tensor) -> Tensor:
 
 def _power_of_two(x: Tensor) -> Tensor:
     """The powers of two that take x > 0 into [2^4, 2^5); 1 for 0."""
-    exponent = (_ROOM + 1 - torch.frexp(x).exponent).clamp(-126, 127)
+    exponent = (ROOM + 1 - torch.frexp(x).exponent).clamp(-126, 127)
     return torch.where(x > 0, torch.ldexp(torch.ones_like(x), exponent), 1.0)

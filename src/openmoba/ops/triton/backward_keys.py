@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from openmoba.ops.triton.forward import LOG2E, dot, load_rows, own_rows, pair_rows, store_rows
-from openmoba.ops.triton.geometry import first_row, locate, span
-from openmoba.ops.triton.plan import item_bounds, list_bounds
+from openmoba.ops.triton.geometry import first_row, query_base
+from openmoba.ops.triton.plan import block_of_list, item_bounds, list_bounds
 from openmoba.ops.triton.statistics import load_queries
 
 
@@ -84,19 +84,14 @@ def key_gradients(
     list_id, _, begin, end = item_bounds(items_ptr, offsets_ptr, item, lists, block_slots, SEGMENT)
     if begin >= end:
         return
-    head = list_id // block_slots
-    sequence, block = locate(list_id % block_slots, cu_k_ptr, sequences, tokens_k, block_size, PACKED)
-    key_begin, _ = span(sequence, cu_k_ptr, tokens_k, PACKED)
+    head, sequence, key_begin = block_of_list(list_id, cu_k_ptr, sequences, tokens_k, block_size, block_slots, PACKED)
     n = piece * N + tl.arange(0, N)
-    key = key_begin + block * block_size + n
+    key = key_begin + n
     kv_head = first_head + head
     k_base = k_ptr + sequence.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
     v_base = v_ptr + sequence.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
-    q_base = q_ptr + kv_head.to(tl.int64) * GROUP * q_head
-    d_out_base = d_out_ptr + kv_head.to(tl.int64) * GROUP * d_out_head
-    if not PACKED:
-        q_base += sequence.to(tl.int64) * (q_batch - tl.cast(tokens_q, tl.int64) * q_token)
-        d_out_base += sequence.to(tl.int64) * (d_out_batch - tl.cast(tokens_q, tl.int64) * d_out_token)
+    q_base = query_base(q_ptr, kv_head, sequence, tokens_q, q_batch, q_token, q_head, GROUP, PACKED)
+    d_out_base = query_base(d_out_ptr, kv_head, sequence, tokens_q, d_out_batch, d_out_token, d_out_head, GROUP, PACKED)
     k_ND = load_rows(k_base, key, k_token, n < block_size, WIDTH, D)
     v_ND = load_rows(v_base, key, v_token, n < block_size, WIDTH, D)
     dk_ND = tl.zeros([N, D], tl.float32)

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from openmoba.ops.triton.forward import LOG2E, dot, load_rows, own_rows, pair_rows, store_rows
-from openmoba.ops.triton.geometry import first_row, locate, span
-from openmoba.ops.triton.plan import item_bounds
+from openmoba.ops.triton.geometry import first_row, query_base
+from openmoba.ops.triton.plan import block_of_list, item_bounds
 from openmoba.ops.triton.statistics import load_queries
 
 
@@ -74,18 +74,12 @@ def query_gradients(
     list_id, _, begin, end = item_bounds(items_ptr, offsets_ptr, tl.program_id(0), lists, block_slots, SEGMENT)
     if begin >= end:
         return
-    head = list_id // block_slots
-    sequence, block = locate(list_id % block_slots, cu_k_ptr, sequences, tokens_k, block_size, PACKED)
-    key_begin, _ = span(sequence, cu_k_ptr, tokens_k, PACKED)
-    key_begin += block * block_size
+    head, sequence, key_begin = block_of_list(list_id, cu_k_ptr, sequences, tokens_k, block_size, block_slots, PACKED)
     kv_head = first_head + head
     k_base = k_ptr + sequence.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
     v_base = v_ptr + sequence.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
-    q_base = q_ptr + kv_head.to(tl.int64) * GROUP * q_head
-    d_out_base = d_out_ptr + kv_head.to(tl.int64) * GROUP * d_out_head
-    if not PACKED:
-        q_base += sequence.to(tl.int64) * (q_batch - tl.cast(tokens_q, tl.int64) * q_token)
-        d_out_base += sequence.to(tl.int64) * (d_out_batch - tl.cast(tokens_q, tl.int64) * d_out_token)
+    q_base = query_base(q_ptr, kv_head, sequence, tokens_q, q_batch, q_token, q_head, GROUP, PACKED)
+    d_out_base = query_base(d_out_ptr, kv_head, sequence, tokens_q, d_out_batch, d_out_token, d_out_head, GROUP, PACKED)
     pair, token, member, valid = pair_rows(pairs_ptr, begin, end, head * rows, GROUP, PAST, M)
     wide = token.to(tl.int64)
     q_MD, d_out_MD, lse_M, delta_M = load_queries(

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from openmoba.ops.triton import hopper
-from openmoba.ops.triton.geometry import Geometry, cdiv, first_row, locate, span, strides
-from openmoba.ops.triton.plan import Plan, item_bounds, make_items
+from openmoba.ops.triton.geometry import Geometry, cdiv, first_row, locate, query_base, span, strides
+from openmoba.ops.triton.plan import Plan, block_of_list, item_bounds, make_items, skipped
 from openmoba.ops.triton.tuning import Kernel, forward_own_tile, forward_past_tile
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -255,23 +255,14 @@ def _attend_past(
     list_id, _, begin, end = item_bounds(items_ptr, offsets_ptr, tl.program_id(0), lists, block_slots, SEGMENT)
     if begin >= end:
         return
-    if skips_ptr is not None:
-        skip = tl.load(skips_ptr + list_id)
-        begin += skip
-        end += skip
+    begin, end = skipped(begin, end, list_id, skips_ptr)
     partial_ptr -= tl.cast(first_pair, tl.int64) * WIDTH
     partial_lse_ptr -= first_pair
-    head = list_id // block_slots
-    sequence, block = locate(list_id % block_slots, cu_k_ptr, sequences, tokens_k, block_size, PACKED)
-    key_begin, _ = span(sequence, cu_k_ptr, tokens_k, PACKED)
-    key_begin += block * block_size
+    head, sequence, key_begin = block_of_list(list_id, cu_k_ptr, sequences, tokens_k, block_size, block_slots, PACKED)
     kv_head = first_head + head
     k_base = k_ptr + sequence.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
     v_base = v_ptr + sequence.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
-    # Flat token numbers run over all sequences; in a batch they are counted back into their batch row.
-    q_base = q_ptr + kv_head.to(tl.int64) * GROUP * q_head
-    if not PACKED:
-        q_base += sequence.to(tl.int64) * (q_batch - tl.cast(tokens_q, tl.int64) * q_token)
+    q_base = query_base(q_ptr, kv_head, sequence, tokens_q, q_batch, q_token, q_head, GROUP, PACKED)
     n = tl.arange(0, N)
     scale_log2 = scale * LOG2E
     if RESIDENT:

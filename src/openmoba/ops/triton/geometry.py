@@ -27,6 +27,11 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def kernel_width(width: int) -> int:
+    """A head width as the kernels see it: a power of two, and enough for a matrix instruction."""
+    return max(16, power_of_two(width))
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Sizes of one call. `tokens_q` and `tokens_k` are per sequence in a batch, totals in a packed batch."""
@@ -73,8 +78,8 @@ class Geometry:
 
     @cached_property
     def padded_width(self) -> int:
-        """Head width as the kernels see it: a power of two, and enough for a matrix instruction."""
-        return power_of_two(max(16, self.width))
+        """Head width as the kernels see it."""
+        return kernel_width(self.width)
 
     @cached_property
     def block_slots(self) -> int:
@@ -153,3 +158,15 @@ def first_row(sequence, cu_q_ptr, tokens_q, PACKED: tl.constexpr):
         return tl.load(cu_q_ptr + sequence)
     else:
         return sequence * tokens_q
+
+
+@triton.jit
+def query_base(q_ptr, kv_head, sequence, tokens_q, batch, token, head, GROUP: tl.constexpr, PACKED: tl.constexpr):
+    """Where flat query token 0 would lie, in the first head of a group; `batch`, `token` and `head` are q's strides.
+
+    Flat token numbers run over all sequences; in a batch they are counted back into their batch row.
+    """
+    base = q_ptr + kv_head.to(tl.int64) * GROUP * head
+    if not PACKED:
+        base += sequence.to(tl.int64) * (batch - tl.cast(tokens_q, tl.int64) * token)
+    return base

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from openmoba.ops.triton.geometry import Geometry, cdiv
+from openmoba.ops.triton.geometry import Geometry, cdiv, locate, span
 
 _LANES = 128
 _COPIED = 1024
@@ -105,6 +105,24 @@ def item_bounds(items_ptr, offsets_ptr, item, lists, block_slots, segment):
     part = item - (start // segment + list_id)
     begin = tl.where(surplus, end, start + part * segment)
     return list_id, part, begin, tl.minimum(begin + segment, end)
+
+
+@triton.jit
+def skipped(begin, end, list_id, skips_ptr):
+    """An item's bounds where they are in `pairs` (`Plan.skips`)."""
+    if skips_ptr is not None:
+        skip = tl.load(skips_ptr + list_id)
+        begin += skip
+        end += skip
+    return begin, end
+
+
+@triton.jit
+def block_of_list(list_id, cu_k_ptr, sequences, tokens_k, block_size, block_slots, PACKED: tl.constexpr):
+    """Of the block that a list is of: its head within the plan, its sequence, and its first key in the batch row."""
+    sequence, block = locate(list_id % block_slots, cu_k_ptr, sequences, tokens_k, block_size, PACKED)
+    key_begin, _ = span(sequence, cu_k_ptr, tokens_k, PACKED)
+    return list_id // block_slots, sequence, key_begin + block * block_size
 
 
 @triton.jit

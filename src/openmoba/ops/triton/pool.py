@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openmoba.ops.triton.geometry import Geometry, locate, span, strides
+from openmoba.ops.pages import ANCHOR_KEYS, LARGEST_FP16, ROOM, centroid_dtype
+from openmoba.ops.triton.geometry import Geometry, kernel_width, locate, span, strides
 from openmoba.ops.triton.geometry import power_of_two as next_power_of_two
 
-ANCHOR_KEYS = 64
-_LARGEST_FP16 = tl.constexpr(65504.0)
-_ROOM = tl.constexpr(4)  # deviations from the anchor are scaled to 2^4, leaving 2^12 to the largest fp16
+_LARGEST_FP16 = tl.constexpr(LARGEST_FP16)
+_ROOM = tl.constexpr(ROOM)
 
 
 def pool(k: Tensor, cu_k: Tensor | None, geometry: Geometry) -> tuple[Tensor, Tensor]:
@@ -29,10 +29,8 @@ def pool(k: Tensor, cu_k: Tensor | None, geometry: Geometry) -> tuple[Tensor, Te
     D is the width padded with zeros to a power of two. Centroids are fp16, fp32 for fp32 keys. Slots without a
     complete block stay undefined.
     """
-    width = padded_width(geometry)
     slots = (geometry.kv_heads, geometry.block_slots)
-    dtype = torch.float32 if k.dtype == torch.float32 else torch.float16
-    centroids = torch.empty((*slots, width), dtype=dtype, device=k.device)
+    centroids = torch.empty((*slots, geometry.padded_width), dtype=centroid_dtype(k.dtype), device=k.device)
     norms = torch.empty(slots, dtype=torch.float32, device=k.device)
     _pool[(geometry.block_slots, geometry.kv_heads)](
         k,
@@ -53,7 +51,7 @@ def pool(k: Tensor, cu_k: Tensor | None, geometry: Geometry) -> tuple[Tensor, Te
 
 def centroid_sizes(block_size: int, width: int) -> dict[str, int]:
     """The sizes that `block_centroid` is compiled for, of blocks of `block_size` keys of `width` numbers."""
-    anchor, d = min(ANCHOR_KEYS, block_size), _padded(width)
+    anchor, d = min(ANCHOR_KEYS, block_size), kernel_width(width)
     return {
         "ANCHOR": anchor,
         "ANCHOR_TILE": next_power_of_two(anchor),
@@ -61,15 +59,6 @@ def centroid_sizes(block_size: int, width: int) -> dict[str, int]:
         "WIDTH": width,
         "D": d,
     }
-
-
-def padded_width(geometry: Geometry) -> int:
-    """Head width as the kernels see it: a power of two, and enough for a matrix instruction."""
-    return _padded(geometry.width)
-
-
-def _padded(width: int) -> int:
-    return max(16, next_power_of_two(width))
 
 
 @triton.jit

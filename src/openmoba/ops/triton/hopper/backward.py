@@ -23,10 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from openmoba.ops.triton.forward import own_rows
-from openmoba.ops.triton.geometry import first_row, locate, span
+from openmoba.ops.triton.forward import LOG2E, own_rows
+from openmoba.ops.triton.geometry import first_row, query_base
 from openmoba.ops.triton.hopper.tiles import (
-    LOG2E,
     allocate_ring,
     copy_pairs,
     copy_rows,
@@ -34,11 +33,10 @@ from openmoba.ops.triton.hopper.tiles import (
     pairs_in,
     pairs_of,
     product_layout,
-    query_base,
     row_layout,
     row_of,
 )
-from openmoba.ops.triton.plan import item_bounds, list_bounds
+from openmoba.ops.triton.plan import block_of_list, item_bounds, list_bounds
 from openmoba.ops.triton.statistics import STATISTICS
 
 
@@ -197,9 +195,7 @@ def key_gradients(
     list_id, _, begin, end = item_bounds(items_ptr, offsets_ptr, item, lists, block_slots, SEGMENT)
     if begin >= end:
         return
-    head = list_id // block_slots
-    sequence, block = locate(list_id % block_slots, cu_k_ptr, sequences, tokens_k, block_size, PACKED)
-    key_begin, _ = span(sequence, cu_k_ptr, tokens_k, PACKED)
+    head, sequence, key_begin = block_of_list(list_id, cu_k_ptr, sequences, tokens_k, block_size, block_slots, PACKED)
     kv_head = first_head + head
     wide_head = kv_head.to(gl.int64)
     q_base = query_base(q_ptr, kv_head, sequence, tokens_q, q_batch, q_token, q_head, GROUP, PACKED)
@@ -213,8 +209,9 @@ def key_gradients(
     ds_smem = gl.allocate_shared_memory(DTYPE, [N, M], gl.NVMMASharedLayout.get_default_for([N, M], DTYPE))
     dq_smem = gl.allocate_shared_memory(DTYPE, [M, D], gl.NVMMASharedLayout.get_default_for([M, D], DTYPE))
     ring = allocate_ring(8, M)
+    gl.static_assert(2 * STAGES <= 8)  # from the tile whose dQ is stored to the one whose pairs are copied
     m = gl.arange(0, M, gl.SliceLayout(1, ROW))
-    key = (key_begin + block * block_size + piece * N + gl.arange(0, N, gl.SliceLayout(1, ROW))).to(gl.int64)
+    key = (key_begin + piece * N + gl.arange(0, N, gl.SliceLayout(1, ROW))).to(gl.int64)
     copy_rows(k_smem, k_ptr + sequence.to(gl.int64) * k_batch + wide_head * k_head, key * k_token, D, ROW)
     copy_rows(v_smem, v_ptr + sequence.to(gl.int64) * v_batch + wide_head * v_head, key * v_token, D, ROW)
     for early in gl.static_range(2 * STAGES - 2):

@@ -13,17 +13,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma, warpgroup_mma_wait
 
-from openmoba.ops.triton.geometry import locate, span
-from openmoba.ops.triton.hopper.tiles import (
-    LOG2E,
-    copy_rows,
-    pairs_of,
-    product_layout,
-    query_base,
-    row_layout,
-    row_of,
-)
-from openmoba.ops.triton.plan import item_bounds
+from openmoba.ops.triton.forward import LOG2E
+from openmoba.ops.triton.geometry import query_base
+from openmoba.ops.triton.hopper.tiles import copy_rows, pairs_of, product_layout, row_layout, row_of
+from openmoba.ops.triton.plan import block_of_list, item_bounds, skipped
 
 
 @gluon.jit
@@ -95,15 +88,10 @@ def attend_past_resident(
     list_id, _, begin, end = item_bounds(items_ptr, offsets_ptr, gl.program_id(0), lists, block_slots, SEGMENT)
     if begin >= end:
         return
-    if skips_ptr is not None:
-        skip = gl.load(skips_ptr + list_id)
-        begin += skip
-        end += skip
+    begin, end = skipped(begin, end, list_id, skips_ptr)
     partial_ptr -= gl.cast(first_pair, gl.int64) * WIDTH
     partial_lse_ptr -= first_pair
-    head = list_id // block_slots
-    sequence, block = locate(list_id % block_slots, cu_k_ptr, sequences, tokens_k, block_size, PACKED)
-    key_begin, _ = span(sequence, cu_k_ptr, tokens_k, PACKED)
+    head, sequence, key_begin = block_of_list(list_id, cu_k_ptr, sequences, tokens_k, block_size, block_slots, PACKED)
     wide_head = (first_head + head).to(gl.int64)
     q_base = query_base(q_ptr, first_head + head, sequence, tokens_q, q_batch, q_token, q_head, GROUP, PACKED)
     head_rows = head * rows
@@ -112,7 +100,7 @@ def attend_past_resident(
     k_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
     v_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
     q_smem = gl.allocate_shared_memory(DTYPE, [STAGES, M, D], gl.NVMMASharedLayout.get_default_for([M, D], DTYPE))
-    key = (key_begin + block * block_size + gl.arange(0, N, gl.SliceLayout(1, ROW))).to(gl.int64)
+    key = (key_begin + gl.arange(0, N, gl.SliceLayout(1, ROW))).to(gl.int64)
     copy_rows(k_smem, k_ptr + sequence.to(gl.int64) * k_batch + wide_head * k_head, key * k_token, D, ROW)
     copy_rows(v_smem, v_ptr + sequence.to(gl.int64) * v_batch + wide_head * v_head, key * v_token, D, ROW)
     for early in gl.static_range(STAGES):
@@ -197,19 +185,14 @@ def attend_past_streaming(
     list_id, _, begin, end = item_bounds(items_ptr, offsets_ptr, gl.program_id(0), lists, block_slots, SEGMENT)
     if begin >= end:
         return
-    if skips_ptr is not None:
-        skip = gl.load(skips_ptr + list_id)
-        begin += skip
-        end += skip
+    begin, end = skipped(begin, end, list_id, skips_ptr)
     partial_ptr -= gl.cast(first_pair, gl.int64) * WIDTH
     partial_lse_ptr -= first_pair
-    head = list_id // block_slots
-    sequence, block = locate(list_id % block_slots, cu_k_ptr, sequences, tokens_k, block_size, PACKED)
-    key_begin, _ = span(sequence, cu_k_ptr, tokens_k, PACKED)
+    head, sequence, key_begin = block_of_list(list_id, cu_k_ptr, sequences, tokens_k, block_size, block_slots, PACKED)
     wide_head = (first_head + head).to(gl.int64)
     q_base = query_base(q_ptr, first_head + head, sequence, tokens_q, q_batch, q_token, q_head, GROUP, PACKED)
     head_rows = head * rows
-    first_key = (key_begin + block * block_size).to(gl.int64)
+    first_key = key_begin.to(gl.int64)
     k_base = k_ptr + sequence.to(gl.int64) * k_batch + wide_head * k_head + first_key * k_token
     v_base = v_ptr + sequence.to(gl.int64) * v_batch + wide_head * v_head + first_key * v_token
 

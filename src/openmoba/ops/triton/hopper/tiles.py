@@ -14,8 +14,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
-LOG2E = gl.constexpr(1.4426950408889634)
-
 
 @gluon.constexpr_function
 def row_layout(width, warps):
@@ -44,10 +42,15 @@ def copy_rows(smem, base, offset_M, D: gl.constexpr, ROW: gl.constexpr):
 
 
 @gluon.jit
+def _places(tile, begin, end, M: gl.constexpr, LAYOUT: gl.constexpr):
+    """Where the pairs of a tile are; places before the list repeat its first one."""
+    return gl.maximum(end - (tile + 1) * M + gl.arange(0, M, LAYOUT), begin)
+
+
+@gluon.jit
 def pairs_of(pairs_ptr, tile, begin, end, M: gl.constexpr, LAYOUT: gl.constexpr):
-    """The pairs of a tile; places before the list repeat its first pair."""
-    m = gl.arange(0, M, LAYOUT)
-    return gl.load(pairs_ptr + gl.maximum(end - (tile + 1) * M + m, begin))
+    """The pairs of a tile."""
+    return gl.load(pairs_ptr + _places(tile, begin, end, M, LAYOUT))
 
 
 @gluon.jit
@@ -58,11 +61,10 @@ def allocate_ring(RING: gl.constexpr, M: gl.constexpr):
 
 @gluon.jit
 def copy_pairs(ring, tile, pairs_ptr, begin, end):
-    """Begin to copy the pairs of a tile to its place in the ring; places before the list repeat its first pair."""
+    """Begin to copy the pairs of a tile to its place in the ring."""
     RING: gl.constexpr = ring.shape[0]
     M: gl.constexpr = ring.shape[1]
-    m = gl.arange(0, M, flat_layout(gl.num_warps()))
-    at_M = gl.maximum(end - (tile + 1) * M + m, begin)
+    at_M = _places(tile, begin, end, M, flat_layout(gl.num_warps()))
     async_copy.async_copy_global_to_shared(ring.index(tile & (RING - 1)), pairs_ptr + at_M)
 
 
@@ -78,12 +80,3 @@ def row_of(pair_M, head_rows, GROUP: gl.constexpr, PAST: gl.constexpr):
     """Flat query token and head within the group of each pair, both int64."""
     row_M = pair_M // PAST - head_rows
     return (row_M // GROUP).to(gl.int64), (row_M % GROUP).to(gl.int64)
-
-
-@gluon.jit
-def query_base(q_ptr, kv_head, sequence, tokens_q, batch, token, head, GROUP: gl.constexpr, PACKED: gl.constexpr):
-    """Where flat query token 0 of a group's first head would lie; in a batch tokens are counted from sequence 0."""
-    base = q_ptr + kv_head.to(gl.int64) * GROUP * head
-    if not PACKED:
-        base += sequence.to(gl.int64) * (batch - gl.cast(tokens_q, gl.int64) * token)
-    return base
