@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from openmoba import explain
 from openmoba.ops.triton import hopper
+from openmoba.ops.triton.device import nvidia_capability
 from openmoba.ops.triton.geometry import Geometry
 
 FP16 = torch.float16
@@ -38,6 +39,19 @@ def test_every_obstacle_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         reason = obstacle(unaligned.unflatten(-1, (4, 64)), heads(2))
         assert reason is not None
         assert reason.startswith("strides are no multiples of 16 elements")
+
+
+@pytest.mark.parametrize(
+    ("hip", "capability", "found"), [(None, (9, 0), (9, 0)), (None, (8, 9), (8, 9)), ("6.4", (9, 0), (0, 0))]
+)
+def test_capability_is_that_of_nvidia_gpus(
+    hip: str | None, capability: tuple[int, int], found: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An AMD Instinct MI200 calls itself 9.0, too."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert nvidia_capability.__wrapped__(torch.device("cuda:0")) == found
+    assert nvidia_capability.__wrapped__(torch.device("cpu")) == (0, 0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what runs without a GPU")

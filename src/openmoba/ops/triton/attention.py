@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from openmoba.ops.triton.backward import dq_pieces, heads_gradients
+from openmoba.ops.triton.device import memory_bytes
 from openmoba.ops.triton.forward import attend_heads
 from openmoba.ops.triton.geometry import Geometry, cdiv
 from openmoba.ops.triton.plan import Plan, make_plan, split_plan
@@ -115,12 +115,7 @@ def workspace_bytes(device: torch.device) -> int:
         return int(asked) * 2**20
     if device.type != "cuda":
         return _CPU_WORKSPACE
-    return _device_bytes(device) // _DEVICE_SHARE
-
-
-@cache
-def _device_bytes(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).total_memory)
+    return memory_bytes(device) // _DEVICE_SHARE
 
 
 def _check_pairs(geometry: Geometry) -> None:

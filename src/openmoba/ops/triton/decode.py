@@ -19,7 +19,7 @@ its shares' outputs, and their log-sum-exps. `score` zeroes the numbers.
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +28,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from openmoba.ops.triton.device import multiprocessors, nvidia_capability
 from openmoba.ops.triton.forward import LOG2E, load_rows
-from openmoba.ops.triton.geometry import cdiv, power_of_two, strides
+from openmoba.ops.triton.geometry import cdiv, kernel_width, power_of_two, strides
 from openmoba.ops.triton.pool import power_of_two as scale_of
 
 _PAGES_PER_TILE = 64
@@ -140,7 +141,7 @@ def _plan(
     top_k = min(top_k, pages + 1)
     chooses = top_k > 1
     group = heads // kv_heads
-    rows, d = batch * heads * tokens, max(16, power_of_two(width))
+    rows, d = batch * heads * tokens, kernel_width(width)
     n = keys_per_tile(block_size, d, dtype.itemsize)
     ranks, piece = share_of(rows, block_size, top_k, n, multiprocessors(device))
     pieces = cdiv(block_size, piece)
@@ -190,16 +191,9 @@ def share_of(rows: int, block_size: int, top_k: int, tile: int, multiprocessors:
     return 1, cdiv(cdiv(block_size, pieces), tile) * tile
 
 
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """Of this GPU; 1 for Triton's interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@cache
 def overlaps(device: torch.device) -> bool:
     """Whether a kernel can be started before the one it waits for has ended: programmatic dependent launch."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return nvidia_capability(device) >= (9, 0)
 
 
 @triton.jit(do_not_specialize=["pages"])

@@ -6,15 +6,17 @@ them. Gluon changes between versions of Triton: the kernels are used with the ve
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 import triton
 from torch import Tensor
 
+from openmoba.ops.triton.device import nvidia_capability
 from openmoba.ops.triton.geometry import Geometry
 from openmoba.ops.triton.tuning import Kernel, Tile, backward_keys_tile
 
+_TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 _FIRST_TRITON, _FIRST_TRITON_BEYOND = (3, 6), (3, 8)
 _KEYS = 128
 _WIDTHS = (64, 128)
@@ -42,12 +44,9 @@ def why_not(geometry: Geometry, *tensors: Tensor) -> str | None:
     return None
 
 
-@cache
 def is_available(device: torch.device) -> bool:
     """Whether this device and this Triton run the kernels."""
-    version = tuple(map(int, triton.__version__.split(".")[:2]))
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    return hopper and _FIRST_TRITON <= version < _FIRST_TRITON_BEYOND
+    return nvidia_capability(device) == (9, 0) and _FIRST_TRITON <= _TRITON < _FIRST_TRITON_BEYOND
 
 
 @lru_cache(maxsize=256)
