@@ -46,7 +46,7 @@ def attention(
     plain tensors go around it.
     """
     arguments = (q, k, v, cu_q, cu_k, block_size, top_k, scale)
-    plain = type(q) in (Tensor, Parameter) and not q.is_meta
+    plain = all(type(x) in (Tensor, Parameter) for x in (q, k, v)) and not q.is_meta
     if plain and not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or are_transforms_active()):
         out: Tensor = _Attention.apply(impl, *arguments)[0]  # type: ignore[no-untyped-call]
     else:
@@ -96,9 +96,6 @@ def _module(impl: str) -> ModuleType:
 
 
 def _register(impl: str) -> None:
-    def module() -> ModuleType:
-        return _module(impl)
-
     @torch.library.custom_op(f"openmoba::{impl}_forward", mutates_args=())
     def forward(
         q: Tensor,
@@ -111,7 +108,9 @@ def _register(impl: str) -> None:
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with device_of(q):
-            outputs: tuple[Tensor, Tensor, Tensor] = module().forward(q, k, v, cu_q, cu_k, block_size, top_k, scale)
+            outputs: tuple[Tensor, Tensor, Tensor] = _module(impl).forward(
+                q, k, v, cu_q, cu_k, block_size, top_k, scale
+            )
         return outputs
 
     @torch.library.custom_op(f"openmoba::{impl}_backward", mutates_args=())
@@ -130,7 +129,7 @@ def _register(impl: str) -> None:
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with device_of(q):
-            gradients: tuple[Tensor, Tensor, Tensor] = module().backward(
+            gradients: tuple[Tensor, Tensor, Tensor] = _module(impl).backward(
                 d_out, q, k, v, out, lse, choice, cu_q, cu_k, block_size, top_k, scale
             )
         return gradients
@@ -138,7 +137,7 @@ def _register(impl: str) -> None:
     @torch.library.custom_op(f"openmoba::{impl}_select", mutates_args=())
     def select(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int, top_k: int) -> Tensor:
         with device_of(q):
-            selected: Tensor = module().select(q, k, cu_q, cu_k, block_size, top_k)
+            selected: Tensor = _module(impl).select(q, k, cu_q, cu_k, block_size, top_k)
         return selected
 
     @forward.register_fake
@@ -152,7 +151,7 @@ def _register(impl: str) -> None:
         top_k: int,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        choice = module().choice_shape(q, k, cu_q, block_size, top_k)
+        choice = _module(impl).choice_shape(q, k, cu_q, block_size, top_k)
         lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
         return q.new_empty(q.shape), lse, q.new_empty(choice, dtype=torch.int32)
 
