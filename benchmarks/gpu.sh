@@ -4,7 +4,7 @@
 #     benchmarks/gpu.sh results/h200 [minutes per grid] [commit]
 #
 # Needs torch, Triton and pytest, not the package. The same command goes on where it was stopped; with pytest-xdist the
-# tests compile in parallel. `sanitize` as a fourth argument adds compute-sanitizer, which is slow.
+# tests compile in parallel. It fails if a test does. `sanitize` as a fourth argument adds compute-sanitizer, which is slow.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: benchmarks/gpu.sh OUT [MINUTES] [COMMIT] [sanitize]}
@@ -17,6 +17,7 @@ workers=$(python3 -c 'import os, xdist; print("-n", min(10, os.cpu_count()))' 2>
 # shellcheck disable=SC2086
 python3 -m pytest tests/gpu $workers -o addopts= -q -rfE --tb=short -p no:cacheprovider -p no:benchmark \
     >"$out/tests.txt" 2>&1
+failed=$?
 tail -n 25 "$out/tests.txt"
 
 grid() {
@@ -33,3 +34,4 @@ if [ "${4:-}" = sanitize ]; then
     compute-sanitizer --tool racecheck python3 tests/gpu/sanitize.py >"$out/racecheck.txt"
     tail -n 1 "$out/memcheck.txt" "$out/racecheck.txt"
 fi
+exit "$failed"
