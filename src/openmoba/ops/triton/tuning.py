@@ -96,7 +96,7 @@ def backward_own_queries_tile(geometry: Geometry, dtype: torch.dtype) -> Tile:
     """Gradients of queries from the own block, after the shares of the past."""
     tile = backward_queries_tile(geometry, dtype)
     keys = _keys(geometry)
-    return replace(tile, m=min(tile.m, keys), n=min(32 if keys <= 128 else 64, tile.n))
+    return replace(tile, m=min(tile.m, keys), n=min(32, tile.n))
 
 
 def _keys(geometry: Geometry) -> int:

@@ -2,12 +2,12 @@
 
 While one product runs, the warps do the elementwise work of the one before:
 
-    in flight     meanwhile
-    S, dP         dQ of the rows before goes to memory
-    dP            P = exp2(scale * S - lse)
-    dV += P dO    dS = P (dP - delta)
-    dK += dS q    dS to shared memory
-    dQ = dS^T K   copies of later rows begin
+    in flight      meanwhile
+    S, dP          dQ of the rows before goes to memory; where later rows are
+    dP             P = exp2(scale * S - lse)
+    dV += P dO     dS = P (dP - delta), to shared memory
+    dQ = dS^T K    copies of later rows begin
+    dK += dS q     dQ to shared memory
 
 Rows arrive through STAGES buffers of asynchronous copies. M rows and N keys per tile, D head width.
 """
@@ -26,15 +26,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from openmoba.ops.triton.forward import LOG2E, own_rows
 from openmoba.ops.triton.geometry import first_row, query_base
 from openmoba.ops.triton.hopper.tiles import (
+    PIECE,
     allocate_ring,
     copy_pairs,
     copy_rows,
+    copy_rows_that,
     flat_layout,
+    lane_layout,
     pairs_in,
     pairs_of,
     product_layout,
     row_layout,
     row_of,
+    stages_around,
+    thread_barrier,
 )
 from openmoba.ops.triton.plan import block_of_list, item_bounds, list_bounds
 from openmoba.ops.triton.statistics import STATISTICS
@@ -65,34 +70,59 @@ def _copy_queries(rows_smem, stage, q_base, q_at_M, d_out_base, d_out_at_M, stat
 
 
 @gluon.jit
-def _copy_pairs_rows(rows_smem, stage, pair_M, flat_pair_M, q_base, d_out_base, statistics_ptr, head_rows,
-                     first_query_head, q_token, q_head, d_out_token, d_out_head, HEADS: gl.constexpr,
-                     GROUP: gl.constexpr, PAST: gl.constexpr, D: gl.constexpr, ROW: gl.constexpr):  # fmt: skip
-    """The same for the rows of M pairs, given in the layouts of rows and of statistics."""
-    token_M, member_M = row_of(pair_M, head_rows, GROUP, PAST)
-    flat_token_M, flat_member_M = row_of(flat_pair_M, head_rows, GROUP, PAST)
-    _copy_queries(
-        rows_smem, stage, q_base, token_M * q_token + member_M * q_head,
-        d_out_base, token_M * d_out_token + member_M * d_out_head,
-        statistics_ptr, flat_token_M * HEADS + first_query_head + flat_member_M, D, ROW,
-    )  # fmt: skip
+def _allocate_addresses(M: gl.constexpr):
+    """Room for what `_find_rows` finds."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_at = gl.allocate_shared_memory(gl.int64, [M], flat)
+    d_out_at = gl.allocate_shared_memory(gl.int64, [M], flat)
+    statistic_at = gl.allocate_shared_memory(gl.int64, [M], flat)
+    return q_at, d_out_at, statistic_at
 
 
 @gluon.jit
-def _own_row(tile, tiles, first, count, shift, M: gl.constexpr, LAYOUT: gl.constexpr):
+def _find_rows(addresses, pair_M, head_rows, first_query_head, q_token, q_head, d_out_token, d_out_head,
+               HEADS: gl.constexpr, GROUP: gl.constexpr, PAST: gl.constexpr):  # fmt: skip
+    """Work out where the queries, output gradients and statistics of M pairs are, once for all who will copy them."""
+    token_M, member_M = row_of(pair_M, head_rows, GROUP, PAST)
+    addresses[0].store((token_M * q_token + member_M * q_head) // PIECE)
+    addresses[1].store((token_M * d_out_token + member_M * d_out_head) // PIECE)
+    addresses[2].store((token_M * HEADS + first_query_head + member_M) * STATISTICS)
+
+
+@gluon.jit
+def _copy_found_rows(rows_smem, stage, addresses, first, q_base, d_out_base, statistics_ptr, M: gl.constexpr,
+                     D: gl.constexpr, ROW: gl.constexpr):  # fmt: skip
+    """Begin the copies of these rows into buffer `stage`.
+
+    Rows before `first` are before the list and repeat its first pair. Their dO and delta are zeros, and so is what
+    they add to dV and dK.
+    """
+    FLAT: gl.constexpr = flat_layout(gl.num_warps())
+    q_smem, d_out_smem, lse_smem, delta_smem = rows_smem
+    q_at, d_out_at, statistic_at = addresses
+    exist = gl.arange(0, M, gl.SliceLayout(1, ROW)) >= first
+    copy_rows(q_smem.index(stage), q_base, q_at.load(gl.SliceLayout(1, ROW)) * PIECE, D, ROW)
+    copy_rows_that(exist, d_out_smem.index(stage), d_out_base, d_out_at.load(gl.SliceLayout(1, ROW)) * PIECE, D, ROW)
+    statistic = statistics_ptr + statistic_at.load(FLAT)
+    async_copy.async_copy_global_to_shared(lse_smem.index(stage), statistic)
+    async_copy.async_copy_global_to_shared(delta_smem.index(stage), statistic + 1, gl.arange(0, M, FLAT) >= first)
+
+
+@gluon.jit
+def _own_row(begin, count, shift, M: gl.constexpr, LAYOUT: gl.constexpr):
     """Numbers within the block of a tile's queries; absent ones repeat a readable one, and are masked later."""
-    m = first + tile % tiles * M + gl.arange(0, M, LAYOUT)
+    m = begin + gl.arange(0, M, LAYOUT)
     return (gl.minimum(gl.maximum(m, -shift), count - 1) + shift).to(gl.int64)
 
 
 @gluon.jit
-def _copy_own_rows(rows_smem, stage, tile, tiles, first, count, shift, query_begin, flat, first_query_head, q_base,
+def _copy_own_rows(rows_smem, stage, head, begin, count, shift, query_begin, flat, first_query_head, q_base,
                    d_out_base, statistics_ptr, q_token, q_head, d_out_token, d_out_head, HEADS: gl.constexpr,
                    M: gl.constexpr, D: gl.constexpr, ROW: gl.constexpr):  # fmt: skip
-    """The same for a tile of the block's own queries: `tiles` tiles per head, head after head."""
-    member = gl.cast(tile // tiles, gl.int64)
-    token_M = query_begin + _own_row(tile, tiles, first, count, shift, M, gl.SliceLayout(1, ROW))
-    flat_M = flat + _own_row(tile, tiles, first, count, shift, M, flat_layout(gl.num_warps()))
+    """The same for the block's own queries from number `begin` on, in a head of the group."""
+    member = gl.cast(head, gl.int64)
+    token_M = query_begin + _own_row(begin, count, shift, M, gl.SliceLayout(1, ROW))
+    flat_M = flat + _own_row(begin, count, shift, M, flat_layout(gl.num_warps()))
     _copy_queries(
         rows_smem, stage, q_base, token_M * q_token + member * q_head,
         d_out_base, token_M * d_out_token + member * d_out_head,
@@ -101,29 +131,43 @@ def _copy_own_rows(rows_smem, stage, tile, tiles, first, count, shift, query_beg
 
 
 @gluon.jit
-def _begin_products(k_smem, v_smem, q, d_out, S_NM: gl.constexpr):
-    """Begin S = K q and dP = V dO, `[N, M]`."""
-    N: gl.constexpr = k_smem.shape[0]
-    M: gl.constexpr = q.shape[0]
-    zero_NM = gl.zeros([N, M], gl.float32, S_NM)
-    s_NM = warpgroup_mma(k_smem, q.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
-    dp_NM = warpgroup_mma(v_smem, d_out.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
-    return s_NM, dp_NM
+def _next_tile(head, begin, first, count, M: gl.constexpr):
+    """Head and first query of the next tile: the tiles of a head from `first` to `count`, head after head."""
+    at_end = begin + M >= count
+    return gl.where(at_end, head + 1, head), gl.where(at_end, first, begin + M)
 
 
 @gluon.jit
-def _add_gradients(s_NM, dp_NM, lse_M, delta_smem, q, d_out, dk_ND, dv_ND, scale_log2, S_NM: gl.constexpr,
-                   DK_ND: gl.constexpr):  # fmt: skip
-    """With S there and dP under way: begin dV += P dO and dK += dS q; returns dS too."""
-    DTYPE: gl.constexpr = q.dtype
+def _begin_product(a_smem, b, S_NM: gl.constexpr):
+    """Begin S = K q or dP = V dO, `[N, M]`."""
+    N: gl.constexpr = a_smem.shape[0]
+    M: gl.constexpr = b.shape[0]
+    zero_NM = gl.zeros([N, M], gl.float32, S_NM)
+    return warpgroup_mma(a_smem, b.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _begin_products(k_smem, v_smem, q, d_out, S_NM: gl.constexpr):
+    """Begin S = K q and dP = V dO, `[N, M]`."""
+    return _begin_product(k_smem, q, S_NM), _begin_product(v_smem, d_out, S_NM)
+
+
+@gluon.jit
+def _begin_values(s_NM, dp_NM, lse_M, delta_smem, d_out, dv_ND, scale_log2, S_NM: gl.constexpr, DK_ND: gl.constexpr):
+    """With S there and dP under way: begin dV += P dO; returns dS in 16 bits meanwhile."""
+    DTYPE: gl.constexpr = d_out.dtype
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, DK_ND, 2)
     p_NM = gl.exp2(s_NM * scale_log2 - lse_M[None, :])
     dv_ND = warpgroup_mma(gl.convert_layout(p_NM.to(DTYPE), OPERAND), d_out, dv_ND, is_async=True)
     delta_M = delta_smem.load(gl.SliceLayout(0, S_NM))
     dp_NM = warpgroup_mma_wait(1, [dp_NM])
-    ds_NM = (p_NM * (dp_NM - delta_M[None, :])).to(DTYPE)
-    dk_ND = warpgroup_mma(gl.convert_layout(ds_NM, OPERAND), q, dk_ND, is_async=True)
-    return ds_NM, dk_ND, dv_ND
+    return (p_NM * (dp_NM - delta_M[None, :])).to(DTYPE), dv_ND
+
+
+@gluon.jit
+def _begin_keys(ds_NM, q, dk_ND, DK_ND: gl.constexpr):
+    """Begin dK += dS q."""
+    return warpgroup_mma(gl.convert_layout(ds_NM, gl.DotOperandLayout(0, DK_ND, 2)), q, dk_ND, is_async=True)
 
 
 @gluon.jit
@@ -189,6 +233,7 @@ def key_gradients(
     S_NM: gl.constexpr = product_layout(M, WARPS, 1)
     DK_ND: gl.constexpr = product_layout(D, WARPS, 1)
     DQ_MD: gl.constexpr = product_layout(D * M // (16 * WARPS), M // 16, WARPS * 16 // M)
+    LANE: gl.constexpr = lane_layout(M, WARPS)
     pieces = block_size // N
     item = gl.program_id(0) // pieces
     piece = gl.program_id(0) % pieces
@@ -209,6 +254,7 @@ def key_gradients(
     ds_smem = gl.allocate_shared_memory(DTYPE, [N, M], gl.NVMMASharedLayout.get_default_for([N, M], DTYPE))
     dq_smem = gl.allocate_shared_memory(DTYPE, [M, D], gl.NVMMASharedLayout.get_default_for([M, D], DTYPE))
     ring = allocate_ring(8, M)
+    addresses = _allocate_addresses(M)
     gl.static_assert(2 * STAGES <= 8)  # from the tile whose dQ is stored to the one whose pairs are copied
     m = gl.arange(0, M, gl.SliceLayout(1, ROW))
     key = (key_begin + piece * N + gl.arange(0, N, gl.SliceLayout(1, ROW))).to(gl.int64)
@@ -217,53 +263,54 @@ def key_gradients(
     for early in gl.static_range(2 * STAGES - 2):
         copy_pairs(ring, early, pairs_ptr, begin, end)
     for early in gl.static_range(STAGES - 1):
-        pair = pairs_of(pairs_ptr, early, begin, end, M, gl.SliceLayout(1, ROW))
-        flat_pair = pairs_of(pairs_ptr, early, begin, end, M, flat_layout(WARPS))
-        _copy_pairs_rows(
-            rows_smem, early, pair, flat_pair, q_base, d_out_base, statistics_ptr, head_rows, wide_head * GROUP,
-            q_token, q_head, d_out_token, d_out_head, HEADS, GROUP, PAST, D, ROW,
-        )  # fmt: skip
+        pair = pairs_of(pairs_ptr, early, begin, end, M, LANE)
+        _find_rows(
+            addresses, pair, head_rows, wide_head * GROUP, q_token, q_head, d_out_token, d_out_head, HEADS, GROUP, PAST
+        )
+        first = begin - end + (early + 1) * M
+        _copy_found_rows(rows_smem, early, addresses, first, q_base, d_out_base, statistics_ptr, M, D, ROW)
         async_copy.commit_group()
     dk = gl.zeros([N, D], gl.float32, DK_ND)
     dv = gl.zeros([N, D], gl.float32, DK_ND)
-    column = gl.arange(0, M, gl.SliceLayout(0, S_NM))
     tiles = gl.cdiv(end - begin, M)
     async_copy.wait_group(STAGES - 2)
+    stage = 0
     for tile in range(0, tiles):
-        stage = tile % STAGES
-        at = end - (tile + 1) * M
+        next_stage, late_stage = stages_around(stage, STAGES)
         q = rows_smem[0].index(stage)
         d_out = rows_smem[1].index(stage)
         s, dp = _begin_products(k_smem, v_smem, q, d_out, S_NM)
+        # For the copies of this iteration, after the barrier.
+        pair = pairs_in(ring, tile + STAGES - 1, LANE)
+        _find_rows(
+            addresses, pair, head_rows, wide_head * GROUP, q_token, q_head, d_out_token, d_out_head, HEADS, GROUP, PAST
+        )
         if FUSED and tile > 0:
             share = pairs_in(ring, tile - 1, gl.SliceLayout(1, ROW)).to(gl.int64) * SHARES + piece
             _store_shares(partial_dq_ptr, dq_smem, share, WIDTH, D, ROW)
-        # Rows before the list repeat its first pair and must not count: P = 0.
         lse = rows_smem[2].index(stage).load(gl.SliceLayout(0, S_NM))
-        lse = gl.where(at + column >= begin, lse, float("inf"))
         s = warpgroup_mma_wait(1, [s])
-        ds, dk, dv = _add_gradients(s, dp, lse, rows_smem[3].index(stage), q, d_out, dk, dv, scale * LOG2E, S_NM, DK_ND)
+        ds, dv = _begin_values(s, dp, lse, rows_smem[3].index(stage), d_out, dv, scale * LOG2E, S_NM, DK_ND)
         if FUSED:
             ds_smem.store(ds)
             # The fence waits for the copies under way, too: later ones begin after it.
             fence_async_shared()
+        thread_barrier()
+        if FUSED:
             zero_MD = gl.zeros([M, D], gl.float32, DQ_MD)
             dq = warpgroup_mma(ds_smem.permute((1, 0)), k_smem, zero_MD, use_acc=False, is_async=True)
+        dk = _begin_keys(ds, q, dk, DK_ND)
         if tile + STAGES - 1 < tiles:
-            pair = pairs_in(ring, tile + STAGES - 1, gl.SliceLayout(1, ROW))
-            flat_pair = pairs_in(ring, tile + STAGES - 1, flat_layout(WARPS))
-            _copy_pairs_rows(
-                rows_smem, (tile + STAGES - 1) % STAGES, pair, flat_pair, q_base, d_out_base, statistics_ptr, head_rows,
-                wide_head * GROUP, q_token, q_head, d_out_token, d_out_head, HEADS, GROUP, PAST, D, ROW,
-            )  # fmt: skip
+            first = begin - end + (tile + STAGES) * M
+            _copy_found_rows(rows_smem, late_stage, addresses, first, q_base, d_out_base, statistics_ptr, M, D, ROW)
             copy_pairs(ring, tile + 2 * STAGES - 2, pairs_ptr, begin, end)
         async_copy.commit_group()
         if FUSED:
-            dq, dk, dv = warpgroup_mma_wait(0, [dq, dk, dv])
+            dq = warpgroup_mma_wait(1, [dq])
             dq_smem.store(dq.to(DTYPE))
-        else:
-            dk, dv = warpgroup_mma_wait(0, [dk, dv])
+        dk, dv = warpgroup_mma_wait(0, [dk, dv])
         async_copy.wait_group(STAGES - 2)
+        stage = next_stage
     if FUSED:
         nowhere = gl.cast(lists // block_slots, gl.int64) * rows * PAST * SHARES
         share = pairs_in(ring, tiles - 1, gl.SliceLayout(1, ROW)).to(gl.int64) * SHARES + piece
@@ -357,42 +404,46 @@ def own_key_gradients(
     key = key.to(gl.int64)
     copy_rows(k_smem, k_ptr + wide_sequence * k_batch + wide_head * k_head, key * k_token, D, ROW)
     copy_rows(v_smem, v_ptr + wide_sequence * v_batch + wide_head * v_head, key * v_token, D, ROW)
+    late_head, late_begin = 0, first
     for early in gl.static_range(STAGES - 1):
         if early < tiles:
             _copy_own_rows(
-                rows_smem, early, early, tiles_per_head, first, count, shift, query_begin, flat, wide_head * GROUP,
-                q_base, d_out_base, statistics_ptr, q_token, q_head, d_out_token, d_out_head, HEADS, M, D, ROW,
+                rows_smem, early, late_head, late_begin, count, shift, query_begin, flat, wide_head * GROUP, q_base,
+                d_out_base, statistics_ptr, q_token, q_head, d_out_token, d_out_head, HEADS, M, D, ROW,
             )  # fmt: skip
+        late_head, late_begin = _next_tile(late_head, late_begin, first, count, M)
         async_copy.commit_group()
     dk = gl.zeros([N, D], gl.float32, DK_ND)
     dv = gl.zeros([N, D], gl.float32, DK_ND)
     column = gl.arange(0, M, gl.SliceLayout(0, S_NM))
     row = start + gl.arange(0, N, gl.SliceLayout(1, S_NM))
     async_copy.wait_group(STAGES - 2)
+    stage = 0
+    begin = first
     for tile in range(0, tiles):
-        stage = tile % STAGES
+        next_stage, late_stage = stages_around(stage, STAGES)
         q = rows_smem[0].index(stage)
         d_out = rows_smem[1].index(stage)
         s, dp = _begin_products(k_smem, v_smem, q, d_out, S_NM)
         if tile + STAGES - 1 < tiles:
             _copy_own_rows(
-                rows_smem, (tile + STAGES - 1) % STAGES, tile + STAGES - 1, tiles_per_head, first, count, shift,
-                query_begin, flat, wide_head * GROUP, q_base, d_out_base, statistics_ptr, q_token, q_head,
-                d_out_token, d_out_head, HEADS, M, D, ROW,
+                rows_smem, late_stage, late_head, late_begin, count, shift, query_begin, flat, wide_head * GROUP,
+                q_base, d_out_base, statistics_ptr, q_token, q_head, d_out_token, d_out_head, HEADS, M, D, ROW,
             )  # fmt: skip
+        late_head, late_begin = _next_tile(late_head, late_begin, first, count, M)
         async_copy.commit_group()
-        begin = first + tile % tiles_per_head * M
         m = begin + column
         lse = rows_smem[2].index(stage).load(gl.SliceLayout(0, S_NM))
         lse = gl.where((m < count) & (m + shift >= 0), lse, float("inf"))
         s = warpgroup_mma_wait(1, [s])
         if begin < start + N:  # on the diagonal
             s = gl.where(row[:, None] <= m[None, :], s, -float("inf"))
-        _ds, dk, dv = _add_gradients(
-            s, dp, lse, rows_smem[3].index(stage), q, d_out, dk, dv, scale * LOG2E, S_NM, DK_ND
-        )
+        ds, dv = _begin_values(s, dp, lse, rows_smem[3].index(stage), d_out, dv, scale * LOG2E, S_NM, DK_ND)
+        dk = _begin_keys(ds, q, dk, DK_ND)
         dk, dv = warpgroup_mma_wait(0, [dk, dv])
         async_copy.wait_group(STAGES - 2)
+        _, begin = _next_tile(0, begin, first, count, M)
+        stage = next_stage
     list_begin, list_end, item = 0, 0, 0
     if offsets_ptr is not None:
         list_id = head * block_slots + slot

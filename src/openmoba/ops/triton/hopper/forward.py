@@ -3,8 +3,9 @@
 While S of the next tile is computed, the warps exponentiate S of this one. M rows and N keys per tile, D head width.
 
 `attend_past_resident` keeps a block's N keys and values in shared memory and lets its rows stream by, STAGES tiles of
-them in flight. `attend_past_streaming` keeps M rows and lets the keys stream by, two tiles of them, without a break
-between one tile of rows and the next.
+them in flight. `attend_past_streaming` keeps M rows and lets keys and values stream by, without a break between one
+tile of rows and the next. Its copies have a whole iteration to arrive, and begin while a product runs: values beside
+S, keys beside P V.
 """
 
 from __future__ import annotations
@@ -15,7 +16,19 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgro
 
 from openmoba.ops.triton.forward import LOG2E
 from openmoba.ops.triton.geometry import query_base
-from openmoba.ops.triton.hopper.tiles import copy_rows, pairs_of, product_layout, row_layout, row_of
+from openmoba.ops.triton.hopper.tiles import (
+    PIECE,
+    allocate_ring,
+    copy_pairs,
+    copy_rows,
+    lane_layout,
+    pairs_in,
+    pairs_of,
+    product_layout,
+    row_layout,
+    row_of,
+    stages_around,
+)
 from openmoba.ops.triton.plan import block_of_list, item_bounds, skipped
 
 
@@ -27,14 +40,14 @@ def _copy_queries(smem, pair_M, q_base, head_rows, q_token, q_head, GROUP: gl.co
 
 
 @gluon.jit
-def _store_partials(partial_ptr, partial_lse_ptr, stage, pair_M, pair_of_lse_M, o_MD, m_M, l_M, WIDTH: gl.constexpr,
-                    D: gl.constexpr, ROW: gl.constexpr, O_MD: gl.constexpr):  # fmt: skip
-    """Output and log-sum-exp of a tile's pairs; the output goes through `stage`, the buffer of its queries."""
-    stage.store((o_MD * gl.convert_layout(1.0 / l_M, gl.SliceLayout(1, O_MD))[:, None]).to(stage.dtype))
-    gl.store(partial_lse_ptr + pair_of_lse_M, m_M + gl.log2(l_M))
+def _store_partials(partial_ptr, partial_lse_ptr, smem, ring, tile, o_MD, m_M, l_M, WIDTH: gl.constexpr,
+                    D: gl.constexpr, ROW: gl.constexpr, S_MN: gl.constexpr, O_MD: gl.constexpr):  # fmt: skip
+    """Output and log-sum-exp of a tile's pairs; the output goes through `smem`, the buffer of its queries."""
+    smem.store((o_MD * gl.convert_layout(1.0 / l_M, gl.SliceLayout(1, O_MD))[:, None]).to(smem.dtype))
+    gl.store(partial_lse_ptr + pairs_in(ring, tile, gl.SliceLayout(1, S_MN)), m_M + gl.log2(l_M))
     d = gl.arange(0, D, gl.SliceLayout(0, ROW))
-    at_MD = pair_M.to(gl.int64)[:, None] * WIDTH + d[None, :]
-    gl.store(partial_ptr + at_MD, stage.load(ROW), cache_modifier=".cs")  # the queries should stay in the cache
+    at_MD = pairs_in(ring, tile, gl.SliceLayout(1, ROW)).to(gl.int64)[:, None] * WIDTH + d[None, :]
+    gl.store(partial_ptr + at_MD, smem.load(ROW), cache_modifier=".cs")  # the queries should stay in the cache
 
 
 @gluon.jit(do_not_specialize=["first_head", "first_pair"], do_not_specialize_on_alignment=["offsets_ptr", "skips_ptr"])
@@ -82,6 +95,7 @@ def attend_past_resident(
     """One item: rows that chose a block, against that block of N keys."""
     DTYPE: gl.constexpr = q_ptr.dtype.element_ty
     ROW: gl.constexpr = row_layout(D, gl.num_warps())
+    LANE: gl.constexpr = lane_layout(M, gl.num_warps())
     S_MN: gl.constexpr = product_layout(N, gl.num_warps(), 1)
     O_MD: gl.constexpr = product_layout(D, gl.num_warps(), 1)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, O_MD, 2)
@@ -100,39 +114,47 @@ def attend_past_resident(
     k_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
     v_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
     q_smem = gl.allocate_shared_memory(DTYPE, [STAGES, M, D], gl.NVMMASharedLayout.get_default_for([M, D], DTYPE))
+    address_smem = gl.allocate_shared_memory(gl.int64, [M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ring = allocate_ring(1, M)
     key = (key_begin + gl.arange(0, N, gl.SliceLayout(1, ROW))).to(gl.int64)
     copy_rows(k_smem, k_ptr + sequence.to(gl.int64) * k_batch + wide_head * k_head, key * k_token, D, ROW)
     copy_rows(v_smem, v_ptr + sequence.to(gl.int64) * v_batch + wide_head * v_head, key * v_token, D, ROW)
     for early in gl.static_range(STAGES):
-        pair = pairs_of(pairs_ptr, early, begin, end, M, gl.SliceLayout(1, ROW))
-        _copy_queries(q_smem.index(early), pair, q_base, head_rows, q_token, q_head, GROUP, PAST, D, ROW)
+        early_pair = pairs_of(pairs_ptr, early, begin, end, M, gl.SliceLayout(1, ROW))
+        _copy_queries(q_smem.index(early), early_pair, q_base, head_rows, q_token, q_head, GROUP, PAST, D, ROW)
         async_copy.commit_group()
     zero_MN = gl.zeros([M, N], gl.float32, S_MN)
     zero_MD = gl.zeros([M, D], gl.float32, O_MD)
     tiles = gl.cdiv(end - begin, M)
-    later = pairs_of(pairs_ptr, STAGES, begin, end, M, gl.SliceLayout(1, ROW))
     async_copy.wait_group(STAGES - 1)
     s = warpgroup_mma(q_smem.index(0), k_smem.permute((1, 0)), zero_MN, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, [s])
     async_copy.wait_group(STAGES - 2)
+    stage = 0
+    late = pairs_of(pairs_ptr, STAGES, begin, end, M, LANE)
     for tile in range(0, tiles):
-        stage = q_smem.index(tile % STAGES)
-        following = q_smem.index((tile + 1) % STAGES)
-        pair = pairs_of(pairs_ptr, tile, begin, end, M, gl.SliceLayout(1, ROW))
-        pair_of_lse = pairs_of(pairs_ptr, tile, begin, end, M, gl.SliceLayout(1, S_MN))
-        s_next = warpgroup_mma(following, k_smem.permute((1, 0)), zero_MN, use_acc=False, is_async=True)
+        next_stage, _ = stages_around(stage, STAGES)
+        s_next = warpgroup_mma(q_smem.index(next_stage), k_smem.permute((1, 0)), zero_MN, use_acc=False, is_async=True)
+        # A pair is loaded by one lane, which works out for all where its query is.
+        pair = pairs_of(pairs_ptr, tile, begin, end, M, LANE)
+        next_late = pairs_of(pairs_ptr, tile + STAGES + 1, begin, end, M, LANE)
         s = warpgroup_mma_wait(1, [s])  # waits for nothing, but keeps what follows behind the product's start
         m_M = gl.max(s, 1) * (scale * LOG2E)
         p = gl.exp2(s * (scale * LOG2E) - m_M[:, None])
         l_M = gl.sum(p, 1)
         o = warpgroup_mma(gl.convert_layout(p.to(DTYPE), OPERAND), v_smem, zero_MD, use_acc=False, is_async=True)
+        token, member = row_of(late, head_rows, GROUP, PAST)
+        address_smem.store((token * q_token + member * q_head) // PIECE)
+        ring.index(0).store(pair)
         o, s = warpgroup_mma_wait(0, [o, s_next])
-        _store_partials(partial_ptr, partial_lse_ptr, stage, pair, pair_of_lse, o, m_M, l_M, WIDTH, D, ROW, O_MD)
+        _store_partials(
+            partial_ptr, partial_lse_ptr, q_smem.index(stage), ring, tile, o, m_M, l_M, WIDTH, D, ROW, S_MN, O_MD
+        )
         if tile + STAGES < tiles:
-            _copy_queries(stage, later, q_base, head_rows, q_token, q_head, GROUP, PAST, D, ROW)
+            copy_rows(q_smem.index(stage), q_base, address_smem.load(gl.SliceLayout(1, ROW)) * PIECE, D, ROW)
         async_copy.commit_group()
-        later = pairs_of(pairs_ptr, tile + 1 + STAGES, begin, end, M, gl.SliceLayout(1, ROW))
         async_copy.wait_group(STAGES - 2)
+        stage, late = next_stage, next_late
 
 
 @gluon.jit(do_not_specialize=["first_head", "first_pair"], do_not_specialize_on_alignment=["offsets_ptr", "skips_ptr"])
@@ -197,22 +219,30 @@ def attend_past_streaming(
     v_base = v_ptr + sequence.to(gl.int64) * v_batch + wide_head * v_head + first_key * v_token
 
     keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
-    k_smem = gl.allocate_shared_memory(DTYPE, [2, N, D], keys)
+    k_smem = gl.allocate_shared_memory(DTYPE, [3, N, D], keys)
     v_smem = gl.allocate_shared_memory(DTYPE, [2, N, D], keys)
     q_smem = gl.allocate_shared_memory(DTYPE, [2, M, D], gl.NVMMASharedLayout.get_default_for([M, D], DTYPE))
+    ring = allocate_ring(4, M)  # from the tile whose partials are stored to the one whose pairs are copied
     n = gl.arange(0, N, gl.SliceLayout(1, ROW))
+    k_at = n.to(gl.int64) * k_token
+    v_at = n.to(gl.int64) * v_token
+    k_step = gl.cast(k_token, gl.int64) * N
+    v_step = gl.cast(v_token, gl.int64) * N
+    pieces = block_size // N
     pair = pairs_of(pairs_ptr, 0, begin, end, M, gl.SliceLayout(1, ROW))
     _copy_queries(q_smem.index(0), pair, q_base, head_rows, q_token, q_head, GROUP, PAST, D, ROW)
-    copy_rows(k_smem.index(0), k_base, n.to(gl.int64) * k_token, D, ROW)
+    copy_rows(k_smem.index(0), k_base, k_at, D, ROW)
+    copy_pairs(ring, 0, pairs_ptr, begin, end)
+    copy_pairs(ring, 1, pairs_ptr, begin, end)
     async_copy.commit_group()
-    copy_rows(v_smem.index(0), v_base, n.to(gl.int64) * v_token, D, ROW)
-    copy_rows(k_smem.index(1), k_base, (N + n).to(gl.int64) * k_token, D, ROW)
+    copy_rows(k_smem.index(1), k_base + k_step, k_at, D, ROW)
+    copy_rows(v_smem.index(0), v_base, v_at, D, ROW)
     async_copy.commit_group()
-    later = pairs_of(pairs_ptr, 1, begin, end, M, gl.SliceLayout(1, ROW))
+    copy_rows(k_smem.index(2), k_base + 2 % pieces * k_step, k_at, D, ROW)
+    async_copy.commit_group()
     zero_MN = gl.zeros([M, N], gl.float32, S_MN)
-    pieces = block_size // N
     steps = gl.cdiv(end - begin, M) * pieces
-    async_copy.wait_group(1)
+    async_copy.wait_group(2)
     s = warpgroup_mma(q_smem.index(0), k_smem.index(0).permute((1, 0)), zero_MN, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, [s])
     m_M = gl.full([M], -float("inf"), gl.float32, gl.SliceLayout(1, S_MN))
@@ -220,21 +250,19 @@ def attend_past_streaming(
     o = gl.zeros([M, D], gl.float32, O_MD)
     for step in range(0, steps):
         tile = step // pieces
-        async_copy.wait_group(0)
+        async_copy.wait_group(1)
+        q = q_smem.index((step + 1) // pieces % 2)
+        k = k_smem.index((step + 1) % 3)
+        s_next = warpgroup_mma(q, k.permute((1, 0)), zero_MN, use_acc=False, is_async=True)
         if step + 1 < steps:
             if step % pieces == 0:
+                pair = pairs_in(ring, tile + 1, gl.SliceLayout(1, ROW))
                 _copy_queries(
-                    q_smem.index((tile + 1) % 2), later, q_base, head_rows, q_token, q_head, GROUP, PAST, D, ROW
+                    q_smem.index((tile + 1) % 2), pair, q_base, head_rows, q_token, q_head, GROUP, PAST, D, ROW
                 )
-                later = pairs_of(pairs_ptr, tile + 2, begin, end, M, gl.SliceLayout(1, ROW))
-            k_at = ((step + 2) % pieces * N + n).to(gl.int64) * k_token
-            v_at = ((step + 1) % pieces * N + n).to(gl.int64) * v_token
-            copy_rows(k_smem.index(step % 2), k_base, k_at, D, ROW)
-            copy_rows(v_smem.index((step + 1) % 2), v_base, v_at, D, ROW)
+                copy_pairs(ring, tile + 2, pairs_ptr, begin, end)
+            copy_rows(v_smem.index((step + 1) % 2), v_base + (step + 1) % pieces * v_step, v_at, D, ROW)
         async_copy.commit_group()
-        q = q_smem.index((step + 1) // pieces % 2)
-        k = k_smem.index((step + 1) % 2)
-        s_next = warpgroup_mma(q, k.permute((1, 0)), zero_MN, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, [s])  # waits for nothing, but keeps what follows behind the product's start
         m_new_M = gl.maximum(m_M, gl.max(s, 1) * (scale * LOG2E))
         alpha_M = gl.exp2(m_M - m_new_M)
@@ -243,12 +271,14 @@ def attend_past_streaming(
         m_M = m_new_M
         o = o * gl.convert_layout(alpha_M, gl.SliceLayout(1, O_MD))[:, None]
         o = warpgroup_mma(gl.convert_layout(p.to(DTYPE), OPERAND), v_smem.index(step % 2), o, is_async=True)
+        if step + 1 < steps:
+            copy_rows(k_smem.index(step % 3), k_base + (step + 3) % pieces * k_step, k_at, D, ROW)
+        async_copy.commit_group()
         o, s = warpgroup_mma_wait(0, [o, s_next])
         if (step + 1) % pieces == 0:
-            pair = pairs_of(pairs_ptr, tile, begin, end, M, gl.SliceLayout(1, ROW))
-            pair_of_lse = pairs_of(pairs_ptr, tile, begin, end, M, gl.SliceLayout(1, S_MN))
-            stage = q_smem.index(tile % 2)
-            _store_partials(partial_ptr, partial_lse_ptr, stage, pair, pair_of_lse, o, m_M, l_M, WIDTH, D, ROW, O_MD)
+            _store_partials(
+                partial_ptr, partial_lse_ptr, q_smem.index(tile % 2), ring, tile, o, m_M, l_M, WIDTH, D, ROW, S_MN, O_MD
+            )
             m_M = gl.full([M], -float("inf"), gl.float32, gl.SliceLayout(1, S_MN))
             l_M = gl.zeros([M], gl.float32, gl.SliceLayout(1, S_MN))
             o = gl.zeros([M, D], gl.float32, O_MD)

@@ -4,6 +4,8 @@ A kernel walks its list of pairs from the end to the beginning, M pairs per tile
 that chose it, in ascending order. Late rows choose among more blocks, so lists grow thin towards their ends, all alike:
 walking backwards, the lists of a head are at about the same rows at the same time, and these stay in the L2 cache.
 
+Where a row is takes two divisions: one lane works it out and passes it on through shared memory (`lane_layout`).
+
 Data that asynchronous copies bring to shared memory need no proxy fence before a matrix product reads them; data that
 threads store do.
 """
@@ -13,6 +15,12 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
+
+# Elements of 16 bytes, which all strides are multiples of. Addresses in shared memory are counted in them, so that the
+# compiler sees aligned addresses.
+PIECE = gl.constexpr(8)
+
+thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
 
 
 @gluon.constexpr_function
@@ -29,9 +37,23 @@ def product_layout(columns, rows_of_warps, columns_of_warps):
 
 
 @gluon.constexpr_function
+def lane_layout(rows, warps):
+    """One of `rows` rows per lane, each warp its own; lanes beyond them the same again."""
+    each = rows // warps
+    lanes = [[1 << i] if 1 << i < each else [0] for i in range(5)]
+    return gl.DistributedLinearLayout([], lanes, [[each << i] for i in range(warps.bit_length() - 1)], [], [rows])
+
+
+@gluon.constexpr_function
 def flat_layout(warps):
     """One element per thread."""
     return gl.BlockedLayout([1], [32], [warps], [0])
+
+
+@gluon.jit
+def stages_around(stage, STAGES: gl.constexpr):
+    """The buffers after and before `stage` in a circle of STAGES; remainders would take registers in a loop."""
+    return gl.where(stage == STAGES - 1, 0, stage + 1), gl.where(stage == 0, STAGES - 1, stage - 1)
 
 
 @gluon.jit
@@ -39,6 +61,14 @@ def copy_rows(smem, base, offset_M, D: gl.constexpr, ROW: gl.constexpr):
     """Begin to copy the rows at `base + offset_M` to shared memory `[M, D]`."""
     d = gl.arange(0, D, gl.SliceLayout(0, ROW))
     async_copy.async_copy_global_to_shared(smem, base + offset_M[:, None] + d[None, :])
+
+
+@gluon.jit
+def copy_rows_that(exist_M, smem, base, offset_M, D: gl.constexpr, ROW: gl.constexpr):
+    """The same; zeros where no row exists."""
+    d = gl.arange(0, D, gl.SliceLayout(0, ROW))
+    mask = exist_M[:, None] & (d >= 0)[None, :]
+    async_copy.async_copy_global_to_shared(smem, base + offset_M[:, None] + d[None, :], mask)
 
 
 @gluon.jit
