@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
 from openmoba import explain, moba_attention, moba_select
+from openmoba.ops import cpu, library
 
 SETTINGS = {"block_size": 4, "top_k": 2}
 CU = torch.tensor([0, 5, 17], dtype=torch.int32)
@@ -262,3 +263,43 @@ def test_import_needs_torch_alone():
     foreign = set(eval(lines[0])) - {"openmoba"} - set(sys.stdlib_module_names)
     assert foreign == set()
     assert lines[1] == "[]"
+
+
+class _Cut(torch.autograd.Function):
+    """Passes its input on and no gradient back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        return None
+
+
+def forward_on_cpu(registered, q, k, v):
+    """The output of the registered operation, or of the way around the dispatcher."""
+    settings = (None, None, *SETTINGS.values(), 0.25)
+    if registered:
+        return torch.ops.openmoba.cpu_forward(q, k, v, *settings)[0]
+    return library.attention("cpu", q, k, v, *settings)
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_no_gradient_of_the_output_gives_none(registered):
+    q, k, v = (x.requires_grad_() for x in tensors())
+    _Cut.apply(forward_on_cpu(registered, q, k, v)).sum().backward()
+    assert q.grad is k.grad is v.grad is None
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_backward_fills_no_gradients_of_what_has_none(monkeypatch, registered):
+    """Zeros for the log-sum-exp and the choice would take memory and launches."""
+    q, k, v = (x.requires_grad_() for x in tensors())
+    out = forward_on_cpu(registered, q, k, v)
+    monkeypatch.setattr(cpu, "backward", lambda _, q, k, v, *rest: tuple(torch.empty_like(x) for x in (q, k, v)))
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
+    names = {event.name for event in recorded.events()}
+    assert "aten::empty_like" in names
+    assert not {"aten::zeros", "aten::zero_", "aten::new_zeros"} & names

@@ -80,7 +80,9 @@ class _Attention(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if d_out is None:
+            return (None,) * 9
         if torch.is_grad_enabled():  # create_graph: the registered operation refuses to be differentiated again
             run = getattr(torch.ops.openmoba, f"{ctx.impl}_backward")
         else:
@@ -173,6 +175,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     q, k, v, cu_q, cu_k, *settings = inputs
     out, lse, choice = output
     ctx.mark_non_differentiable(lse, choice)
+    ctx.set_materialize_grads(False)  # else every backward would fill gradients of lse and choice with zeros
     ctx.save_for_backward(q, k, v, out, lse, choice, cu_q, cu_k)
     ctx.settings = settings
 
@@ -181,7 +184,9 @@ class _Backward:
     def __init__(self, op: Any) -> None:
         self.op = op
 
-    def __call__(self, ctx: Any, d_out: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def __call__(self, ctx: Any, d_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if d_out is None:
+            return (None,) * 8
         dq, dk, dv = self.op(d_out, *ctx.saved_tensors, *ctx.settings)
         return dq, dk, dv, None, None, None, None, None
 
