@@ -63,8 +63,13 @@ def replaced(module: Any, name: str, tile: Tile) -> Iterator[None]:
         sizes = {"M": tile.m, "N": tile.n, "num_warps": tile.warps, "STAGES": tile.stages}
         return Kernel(function, tile, constants | {name: size for name, size in sizes.items() if name in constants})
 
+    caches = (forward._launches, backward._launches)
     with patch.object(module, name, kernel if module is hopper else lambda *_: tile):
+        for cache in caches:
+            cache.cache_clear()
         yield
+    for cache in caches:
+        cache.cache_clear()
 
 
 def prepare(options: argparse.Namespace) -> Callable[[], None]:

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from openmoba import moba_attention
 from openmoba.ops.triton import attention, backward, forward
+from openmoba.ops.triton import plan as plans
 from openmoba.ops.triton.geometry import Geometry
 from openmoba.ops.triton.plan import item_bounds, make_items, make_plan
 
@@ -243,8 +244,10 @@ def _bounds_of_items(items_ptr, offsets_ptr, out_ptr, lists, block_slots, segmen
 @pytest.mark.parametrize("absent", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize(("heads", "block_slots", "rows"), [(1, 1, 5), (3, 7, 40), (2, 40, 33)])
 @pytest.mark.parametrize("segment", [1, 8, 1024])
-def test_plan(absent, heads, block_slots, rows, segment):
+@pytest.mark.parametrize("most_looks", [0, 2**22], ids=["sorted", "placed"])
+def test_plan(monkeypatch, most_looks, absent, heads, block_slots, rows, segment):
     """Every present pair lies in exactly one item, of the list that its key names, in ascending order."""
+    monkeypatch.setattr(plans, "_MOST_LOOKS", most_looks)
     generator = torch.Generator().manual_seed(0)
     none = heads * block_slots
     keys = torch.randint(block_slots, (heads, rows, 2), generator=generator)
@@ -255,18 +258,19 @@ def test_plan(absent, heads, block_slots, rows, segment):
     plan = make_plan(keys.short(), pairs, offsets.view(heads, -1), geometry)
 
     expected = [(keys.flatten() == list_id).nonzero().flatten() for list_id in range(none)]
-    assert torch.equal(plan.pairs[: sum(map(len, expected))].long(), torch.cat(expected))
     lengths = [len(x) for x in expected]
-    starts = torch.tensor([0, *lengths]).cumsum(0)
-    heads_first = torch.arange(heads)[:, None] * block_slots
-    assert torch.equal(plan.offsets.long(), starts[heads_first + torch.arange(block_slots + 1)])
+    offsets = plan.offsets.view(heads, -1).long()
+    assert torch.equal(offsets.diff().flatten(), torch.tensor(lengths))
+    starts = offsets[:, :-1].flatten().tolist()
+    for list_id, start in enumerate(starts):
+        assert torch.equal(plan.pairs[start : start + lengths[list_id]].long(), expected[list_id])
 
     items = make_items(plan, geometry, segment)
     bounds = torch.empty((len(items), 4), dtype=torch.int32)
     _bounds_of_items[(len(items),)](items, plan.offsets, bounds, none, block_slots, segment)
     found = [bound for bound in bounds.tolist() if bound[2] < bound[3]]
     wanted = [
-        [list_id, part, int(starts[list_id]) + begin, int(starts[list_id]) + min(begin + segment, length)]
+        [list_id, part, starts[list_id] + begin, starts[list_id] + min(begin + segment, length)]
         for list_id, length in enumerate(lengths)
         for part, begin in enumerate(range(0, length, segment))
     ]

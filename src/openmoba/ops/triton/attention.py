@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp, and the plan (`choice_shape`) that the backward reads."""
-    geometry = Geometry.of(q, k, cu_q, block_size, top_k)
+    geometry = Geometry.shared(q, k, cu_q, block_size, top_k)
     _check_pairs(geometry)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
@@ -73,7 +74,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous."""
-    geometry = Geometry.of(q, k, cu_q, block_size, top_k)
+    geometry = Geometry.shared(q, k, cu_q, block_size, top_k)
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     statistics = row_statistics(d_out, out, lse, geometry)
@@ -94,8 +95,13 @@ def choice_shape(q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top
 
 def heads_at_once(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> int:
     """Key/value heads whose partial results fit in the workspace, forward and backward; at least one."""
+    return _fitting_heads(geometry, dtype, workspace_bytes(device))
+
+
+@lru_cache(maxsize=256)
+def _fitting_heads(geometry: Geometry, dtype: torch.dtype, workspace: int) -> int:
     shares = max(1, dq_pieces(geometry, dtype))
-    fitting = workspace_bytes(device) // max(1, _head_bytes(geometry, dtype, shares))
+    fitting = workspace // max(1, _head_bytes(geometry, dtype, shares))
     sortable = (_INT16_KEYS - 1) // geometry.block_slots
     return max(1, min(fitting, sortable, geometry.kv_heads))
 

@@ -12,6 +12,9 @@ partials in list order; `own_query_gradients` does the same for dQ.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -19,7 +22,8 @@ from openmoba.ops.triton import hopper
 from openmoba.ops.triton.backward_keys import key_gradients, own_key_gradients
 from openmoba.ops.triton.backward_queries import own_query_gradients, query_gradients
 from openmoba.ops.triton.geometry import Geometry, cdiv, strides
-from openmoba.ops.triton.plan import Plan, make_items
+from openmoba.ops.triton.launch import Launch
+from openmoba.ops.triton.plan import Plan, make_items, most_items
 from openmoba.ops.triton.tuning import (
     Kernel,
     backward_keys_tile,
@@ -56,107 +60,93 @@ def heads_gradients(
     dv: Tensor,
 ) -> None:
     """Gradients of some key/value heads and of their query heads, written into `dq`, `dk`, `dv` (contiguous)."""
-    rows, past = geometry.rows * geometry.group, geometry.top_k - 1
-    key_kernel, own_kernel = _key_kernels(geometry, d_out, q, k, v)
-    key_tile, own_tile = key_kernel.tile, own_kernel.tile
-    query_tile = backward_queries_tile(geometry, q.dtype)
-    pieces = dq_pieces(geometry, q.dtype)
-    fused = pieces > 0
-    shares = max(1, pieces)
-    partial_dq = torch.empty((heads * rows * past * shares + shares, geometry.width), dtype=q.dtype, device=q.device)
-    sizes = (
-        cu_q,
-        cu_k,
-        geometry.sequences,
-        geometry.tokens_q,
-        geometry.tokens_k,
-        geometry.block_size,
-        geometry.block_slots,
-        rows,
-        first_head,
-        heads * geometry.block_slots,
-        scale,
-        *strides(q),
-        *strides(k),
-        *strides(v),
-        *strides(d_out),
-    )
-    meta = {
+    launches = _launches(
+        geometry, q.dtype, hopper.serves(geometry, d_out, q, k, v), scale, first_head, heads,
+        (*strides(q), *strides(k), *strides(v), *strides(d_out)),
+    )  # fmt: skip
+    pairs = heads * geometry.rows * geometry.group * (geometry.top_k - 1)
+    shares = (pairs + 1) * max(1, dq_pieces(geometry, q.dtype))  # the last pair's are for places beyond a list's end
+    partial_dq = torch.empty((shares, geometry.width), dtype=q.dtype, device=q.device)
+    partial_dk = partial_dv = statistics  # not read without a plan
+    offsets = None
+    if plan is not None:
+        offsets, items = plan.offsets, make_items(plan, geometry, launches.keys_segment)
+        shape = (2, items.numel(), geometry.block_size, geometry.width)
+        partial_dk, partial_dv = torch.empty(shape, dtype=torch.float32, device=q.device)
+        lists = (partial_dq, plan.pairs, offsets)
+        launches.keys(d_out, q, k, v, statistics, partial_dk, partial_dv, *lists, items, cu_q, cu_k)
+        if launches.queries is not None:
+            items = make_items(plan, geometry, launches.queries_segment)
+            launches.queries(d_out, q, k, v, statistics, *lists, items, cu_q, cu_k)
+    launches.own_keys(d_out, q, k, v, statistics, partial_dk, partial_dv, dk, dv, offsets, cu_q, cu_k)
+    launches.own_queries(d_out, q, k, v, statistics, partial_dq, dq, cu_q, cu_k)
+
+
+class _Launches(NamedTuple):
+    """`queries`: None where `keys` also gives the shares of dQ. The segments are the most pairs per item."""
+
+    keys: Launch
+    keys_segment: int
+    queries: Launch | None
+    queries_segment: int
+    own_keys: Launch
+    own_queries: Launch
+
+
+@lru_cache(maxsize=1024)
+def _launches(
+    geometry: Geometry,
+    dtype: torch.dtype,
+    hoppers_own: bool,
+    scale: float,
+    first_head: int,
+    heads: int,
+    all_strides: tuple[int, ...],
+) -> _Launches:
+    rows, past, slots = geometry.rows * geometry.group, geometry.top_k - 1, geometry.block_slots
+    pairs, lists = heads * rows * past, heads * slots
+    sizes = (geometry.sequences, geometry.tokens_q, geometry.tokens_k, geometry.block_size, slots)
+    numbers = (*sizes, rows, first_head, lists, scale, *all_strides)
+    pieces = dq_pieces(geometry, dtype)
+    constants = {
         "HEADS": geometry.heads,
         "GROUP": geometry.group,
         "PAST": past,
         "WIDTH": geometry.width,
         "PACKED": geometry.packed,
-        "SHARES": shares,
+        "SHARES": max(1, pieces),
     }
-    partial_dk = partial_dv = statistics  # not read without a plan
-    offsets = None
-    if plan is not None:
-        offsets, items = plan.offsets, make_items(plan, geometry, key_tile.segment)
-        shape = (2, items.numel(), geometry.block_size, geometry.width)
-        partial_dk, partial_dv = torch.empty(shape, dtype=torch.float32, device=q.device)
-        key_kernel.function[(items.numel() * cdiv(geometry.block_size, key_tile.n),)](
-            d_out,
-            q,
-            k,
-            v,
-            statistics,
-            partial_dk,
-            partial_dv,
-            partial_dq,
-            plan.pairs,
-            offsets,
-            items,
-            *sizes,
-            **meta,
-            SEGMENT=key_tile.segment,
-            FUSED=fused,
-            **key_kernel.constants,
-        )
-        if not fused:
-            items = make_items(plan, geometry, query_tile.segment)
-            query_gradients[(items.numel(),)](
-                d_out,
-                q,
-                k,
-                v,
-                statistics,
-                partial_dq,
-                plan.pairs,
-                offsets,
-                items,
-                *sizes,
-                **meta,
-                SEGMENT=query_tile.segment,
-                EVEN=geometry.block_size % query_tile.n == 0,
-                **query_tile.launch(),
-            )
-    own_kernel.function[(geometry.block_slots * cdiv(geometry.block_size, own_tile.n), heads)](
-        d_out,
-        q,
-        k,
-        v,
-        statistics,
-        partial_dk,
-        partial_dv,
-        dk,
-        dv,
-        offsets,
-        *sizes,
-        **meta,
-        SEGMENT=key_tile.segment,
-        **own_kernel.constants,
-    )
-    own_tile = backward_own_queries_tile(geometry, q.dtype)
-    tiles = cdiv(geometry.block_size, own_tile.m)
-    own_query_gradients[(geometry.block_slots * tiles, heads * geometry.group)](
-        d_out, q, k, v, statistics, partial_dq, dq, *sizes, **meta, **own_tile.launch()
+
+    def launch(kernel: Kernel, *grid: int, **more: int) -> Launch:
+        return Launch(kernel.function, grid, numbers, constants | kernel.constants | more)
+
+    def tiles(size: int) -> int:
+        return cdiv(geometry.block_size, size)
+
+    keys, own_keys = _key_kernels(geometry, dtype, hoppers_own)
+    queries, own_queries = _query_kernels(geometry, dtype)
+    segment, queries_segment = keys.tile.segment, queries.tile.segment
+    items, queries_items = (most_items(pairs, lists, most) for most in (segment, queries_segment))
+    return _Launches(
+        keys=launch(keys, items * tiles(keys.tile.n), SEGMENT=segment, FUSED=pieces > 0),
+        keys_segment=segment,
+        queries=None if pieces else launch(queries, queries_items, SEGMENT=queries_segment),
+        queries_segment=queries_segment,
+        own_keys=launch(own_keys, slots * tiles(own_keys.tile.n), heads, SEGMENT=segment),
+        own_queries=launch(own_queries, slots * tiles(own_queries.tile.m), heads * geometry.group),
     )
 
 
-def _key_kernels(geometry: Geometry, *tensors: Tensor) -> tuple[Kernel, Kernel]:
-    dtype = tensors[0].dtype
-    if hopper.serves(geometry, *tensors):
+def _key_kernels(geometry: Geometry, dtype: torch.dtype, hoppers_own: bool) -> tuple[Kernel, Kernel]:
+    """Of past blocks, and of the own block."""
+    if hoppers_own:
         return hopper.key_gradients(geometry, dtype), hopper.own_key_gradients(geometry)
     tile, own_tile = backward_keys_tile(geometry, dtype), backward_own_keys_tile(geometry, dtype)
     return Kernel(key_gradients, tile, tile.launch()), Kernel(own_key_gradients, own_tile, own_tile.launch())
+
+
+def _query_kernels(geometry: Geometry, dtype: torch.dtype) -> tuple[Kernel, Kernel]:
+    """The same."""
+    tile, own_tile = backward_queries_tile(geometry, dtype), backward_own_queries_tile(geometry, dtype)
+    constants = tile.launch() | {"EVEN": geometry.block_size % tile.n == 0}
+    return Kernel(query_gradients, tile, constants), Kernel(own_query_gradients, own_tile, own_tile.launch())

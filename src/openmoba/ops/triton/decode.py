@@ -20,7 +20,7 @@ its shares' outputs, and their log-sum-exps. `score` zeroes the numbers.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,6 +31,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from openmoba.ops.triton.device import multiprocessors, nvidia_capability
 from openmoba.ops.triton.forward import LOG2E, load_rows
 from openmoba.ops.triton.geometry import cdiv, kernel_width, power_of_two, strides
+from openmoba.ops.triton.launch import Launch
 from openmoba.ops.triton.pool import power_of_two as scale_of
 
 _PAGES_PER_TILE = 64
@@ -60,69 +61,35 @@ def decode(
     scale: float,
 ) -> Tensor:
     """`openmoba.ops.decode.moba_decode`, checked; the last dimension of all tensors is contiguous."""
-    plan = _plan(*q.shape, *centroids.shape[1:3], block_size, top_k, q.dtype, q.device)
+    plan = _plan(
+        *q.shape, *centroids.shape[1:3], block_size, top_k, scale, q.dtype, q.device,
+        strides(q), strides(k_cache), strides(v_cache), strides(centroids),
+    )  # fmt: skip
     workspace = torch.empty(plan.numbers, dtype=torch.float32, device=q.device)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    pages, q_strides = centroids.shape[1], strides(q)
-    if plan.score_grid is not None:
-        _score[plan.score_grid](
-            q,
-            centroids,
-            workspace,
-            lengths,
-            pages,
-            block_size,
-            plan.counters,
-            plan.padded,
-            *q_strides,
-            *strides(centroids),
-            **plan.score_options,
-        )
-    elif plan.attend_grid[0] > 1:
+    if plan.score is not None:
+        plan.score(q, centroids, workspace, lengths)
+    elif plan.shared:
         workspace[: plan.counters].zero_()
-    _attend[plan.attend_grid](
-        q,
-        k_cache,
-        v_cache,
-        workspace,
-        out,
-        lengths,
-        starts,
-        pages,
-        block_size,
-        plan.counters,
-        plan.padded,
-        plan.top_k,
-        *plan.share,
-        scale,
-        *q_strides,
-        *strides(k_cache),
-        *strides(v_cache),
-        **plan.attend_options,
-    )
+    plan.attend(q, k_cache, v_cache, workspace, out, lengths, starts)
     return out
 
 
 class _Plan(NamedTuple):
-    """What depends on shapes alone.
+    """What does not depend on the tensors' contents.
 
     Attributes:
-        top_k: not more than there can be pages.
-        share: pages per share, shares per page (if a share is less than a page), keys of a page per share.
-        counters, padded: room for the counters, and for the scores of one query row.
         numbers: size of the workspace.
-        score_grid: None where there is nothing to choose.
+        counters: how many of them are counters.
+        score: None where there is nothing to choose.
+        shared: whether several programs attend for one query row.
     """
 
-    top_k: int
-    share: tuple[int, int, int]
-    counters: int
-    padded: int
     numbers: int
-    score_grid: tuple[int, int, int] | None
-    score_options: dict[str, Any]
-    attend_grid: tuple[int, int, int]
-    attend_options: dict[str, Any]
+    counters: int
+    score: Launch | None
+    shared: bool
+    attend: Launch
 
 
 @lru_cache(maxsize=64)
@@ -135,8 +102,13 @@ def _plan(
     kv_heads: int,
     block_size: int,
     top_k: int,
+    scale: float,
     dtype: torch.dtype,
     device: torch.device,
+    q_strides: tuple[int, ...],
+    k_strides: tuple[int, ...],
+    v_strides: tuple[int, ...],
+    centroid_strides: tuple[int, ...],
 ) -> _Plan:
     top_k = min(top_k, pages + 1)
     chooses = top_k > 1
@@ -151,17 +123,19 @@ def _plan(
     partials = shares * (width + 1) if shares > 1 else 0
     m = min(_MOST_ROWS, max(16, power_of_two(tokens * group)))
     overlap = chooses and overlaps(device)
-    sizes = {"TOKENS": tokens, "GROUP": group, "WIDTH": width, "D": d, "OVERLAPS": overlap, "num_warps": 4}
-    return _Plan(
-        top_k=top_k,
-        share=(ranks, pieces, piece),
-        counters=counters,
-        padded=padded,
-        numbers=counters + rows * (padded + partials),
-        score_grid=(cdiv(pages, _PAGES_PER_TILE), kv_heads * cdiv(tokens * group, m), batch) if chooses else None,
-        score_options=sizes | {"M": m, "N": _PAGES_PER_TILE, "W": min(d, 64) if dtype == torch.float32 else d},
-        attend_grid=(shares, heads * tokens, batch),
-        attend_options=sizes
+    sizes = (pages, block_size, counters, padded)
+    options = {"TOKENS": tokens, "GROUP": group, "WIDTH": width, "D": d, "OVERLAPS": overlap, "num_warps": 4}
+    score = Launch(
+        _score,
+        (cdiv(pages, _PAGES_PER_TILE), kv_heads * cdiv(tokens * group, m), batch),
+        (*sizes, *q_strides, *centroid_strides),
+        options | {"M": m, "N": _PAGES_PER_TILE, "W": min(d, 64) if dtype == torch.float32 else d},
+    )
+    attend = Launch(
+        _attend,
+        (shares, heads * tokens, batch),
+        (*sizes, top_k, ranks, pieces, piece, scale, *q_strides, *k_strides, *v_strides),
+        options
         | {
             "CHOOSES": chooses,
             "SHARED": shares > 1,
@@ -173,6 +147,13 @@ def _plan(
             "maxnreg": 128,
         }
         | ({"launch_pdl": True} if overlap else {}),
+    )
+    return _Plan(
+        numbers=counters + rows * (padded + partials),
+        counters=counters,
+        score=score if chooses else None,
+        shared=shares > 1,
+        attend=attend,
     )
 
 

@@ -12,6 +12,9 @@ Tiles: M rows, N keys, D head width padded to a power of two (WIDTH is the real 
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +22,8 @@ from torch import Tensor
 
 from openmoba.ops.triton import hopper
 from openmoba.ops.triton.geometry import Geometry, cdiv, first_row, locate, query_base, span, strides
-from openmoba.ops.triton.plan import Plan, block_of_list, item_bounds, make_items, skipped
+from openmoba.ops.triton.launch import Launch
+from openmoba.ops.triton.plan import Plan, block_of_list, item_bounds, make_items, most_items, skipped
 from openmoba.ops.triton.tuning import Kernel, forward_own_tile, forward_past_tile
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -45,85 +49,65 @@ def attend_heads(
     `tokens` are numbered over all sequences: all of them, or a range of one key/value head with its part of the plan
     (`split_plan`). No plan: own block only.
     """
-    rows = geometry.rows * geometry.group
-    past = geometry.top_k - 1
-    pairs = heads * len(tokens) * geometry.group * past
-    first_pair = tokens.start * geometry.group * past
+    launches = _launches(
+        geometry, q.dtype, hopper.serves(geometry, q, k, v), scale, first_head, heads, tokens.start, tokens.stop,
+        (*strides(q), *strides(k), *strides(v)),
+    )  # fmt: skip
+    pairs = heads * len(tokens) * geometry.group * (geometry.top_k - 1)
     partial = torch.empty((pairs, geometry.width), dtype=q.dtype, device=q.device)
     partial_lse = torch.empty(pairs, dtype=torch.float32, device=q.device)
     if plan is not None:
-        kernel = _past_kernel(geometry, q, k, v)
-        items = make_items(plan, geometry, kernel.tile.segment)
-        kernel.function[(items.numel(),)](
-            q,
-            k,
-            v,
-            partial,
-            partial_lse,
-            plan.pairs,
-            plan.offsets,
-            plan.skips,
-            items,
-            cu_q,
-            cu_k,
-            geometry.sequences,
-            geometry.tokens_q,
-            geometry.tokens_k,
-            geometry.block_size,
-            geometry.block_slots,
-            rows,
-            first_head,
-            heads * geometry.block_slots,
-            first_pair,
-            scale,
-            *strides(q),
-            *strides(k),
-            *strides(v),
-            GROUP=geometry.group,
-            PAST=past,
-            WIDTH=geometry.width,
-            SEGMENT=kernel.tile.segment,
-            PACKED=geometry.packed,
-            **kernel.constants,
-        )
-    tile = forward_own_tile(geometry, q.dtype)
-    slots = geometry.own_slots(tokens)
-    _attend_own[(len(slots) * cdiv(geometry.block_size, tile.m), heads * geometry.group)](
-        q,
-        k,
-        v,
-        partial,
-        partial_lse,
-        out,
-        lse,
-        cu_q,
-        cu_k,
-        geometry.sequences,
-        geometry.tokens_q,
-        geometry.tokens_k,
-        geometry.block_size,
-        rows,
-        first_head,
-        slots.start,
-        tokens.start,
-        tokens.stop,
-        scale,
-        *strides(q),
-        *strides(k),
-        *strides(v),
-        HEADS=geometry.heads,
-        GROUP=geometry.group,
-        PAST=past,
-        WIDTH=geometry.width,
-        PACKED=geometry.packed,
-        **tile.launch(),
+        items = make_items(plan, geometry, launches.segment)
+        launches.past(q, k, v, partial, partial_lse, plan.pairs, plan.offsets, plan.skips, items, cu_q, cu_k)
+    launches.own(q, k, v, partial, partial_lse, out, lse, cu_q, cu_k)
+
+
+class _Launches(NamedTuple):
+    past: Launch
+    own: Launch
+    segment: int
+
+
+@lru_cache(maxsize=1024)
+def _launches(
+    geometry: Geometry,
+    dtype: torch.dtype,
+    hoppers_own: bool,
+    scale: float,
+    first_head: int,
+    heads: int,
+    first_token: int,
+    end_token: int,
+    qkv_strides: tuple[int, ...],
+) -> _Launches:
+    rows, past = geometry.rows * geometry.group, geometry.top_k - 1
+    tokens = range(first_token, end_token)
+    sizes = (geometry.sequences, geometry.tokens_q, geometry.tokens_k, geometry.block_size)
+    first_pair = first_token * geometry.group * past
+    lists, pairs = heads * geometry.block_slots, heads * len(tokens) * geometry.group * past
+    constants = {"GROUP": geometry.group, "PAST": past, "WIDTH": geometry.width, "PACKED": geometry.packed}
+    kernel = hopper.attend_past(geometry) if hoppers_own else _past_kernel(geometry, dtype)
+    segment = kernel.tile.segment
+    tile, slots = forward_own_tile(geometry, dtype), geometry.own_slots(tokens)
+    return _Launches(
+        past=Launch(
+            kernel.function,
+            (most_items(pairs, lists, segment),),
+            (*sizes, geometry.block_slots, rows, first_head, lists, first_pair, scale, *qkv_strides),
+            constants | kernel.constants | {"SEGMENT": segment},
+        ),
+        own=Launch(
+            _attend_own,
+            (len(slots) * cdiv(geometry.block_size, tile.m), heads * geometry.group),
+            (*sizes, rows, first_head, slots.start, first_token, end_token, scale, *qkv_strides),
+            constants | tile.launch() | {"HEADS": geometry.heads},
+        ),
+        segment=segment,
     )
 
 
-def _past_kernel(geometry: Geometry, q: Tensor, k: Tensor, v: Tensor) -> Kernel:
-    if hopper.serves(geometry, q, k, v):
-        return hopper.attend_past(geometry)
-    tile = forward_past_tile(geometry, q.dtype)
+def _past_kernel(geometry: Geometry, dtype: torch.dtype) -> Kernel:
+    tile = forward_past_tile(geometry, dtype)
     keys = {"RESIDENT": tile.n >= geometry.block_size, "EVEN": geometry.block_size % tile.n == 0}
     return Kernel(_attend_past, tile, tile.launch() | keys)
 

@@ -10,6 +10,7 @@ M rows per tile, LANES lanes, D head width padded to a power of two (WIDTH is th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -17,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from openmoba.ops.triton.geometry import Geometry, cdiv, first_row, first_slot, locate, power_of_two, span, strides
+from openmoba.ops.triton.launch import Launch
 from openmoba.ops.triton.pool import pool
 from openmoba.ops.triton.ranking import CENTER_BITS, largest_norms, load_rows, rank_once, rank_repeatedly
 
@@ -59,38 +61,42 @@ def choose(
 ) -> None:
     """Write the choice into `out`: sort keys, or block numbers within the sequence if `heads_per_sort` is 0."""
     centroids, norms = pool(k, cu_k, geometry)
-    tile = gate_tile(geometry, q.dtype)
+    first, second = _launches(geometry, q.dtype, strides(q), out_stride_head, out_stride_token, heads_per_sort)
+    again = count = None
+    if second is not None:
+        again = torch.empty((geometry.kv_heads, geometry.rows * geometry.group), dtype=torch.int32, device=q.device)
+        count = torch.zeros(geometry.kv_heads, dtype=torch.int32, device=q.device)
+    for launch in (first, second):
+        if launch is not None:
+            launch(q, centroids, norms, out, again, count, cu_q, cu_k)
+
+
+@lru_cache(maxsize=256)
+def _launches(
+    geometry: Geometry,
+    dtype: torch.dtype,
+    q_strides: tuple[int, int, int],
+    out_stride_head: int,
+    out_stride_token: int,
+    heads_per_sort: int,
+) -> tuple[Launch, Launch | None]:
+    """The gate, and the second look unless one pass is sure of every row."""
+    tile = gate_tile(geometry, dtype)
     picks = geometry.top_k - 1
     per_lane = cdiv(geometry.longest - 1, tile.lanes)
     kept = max(1, min(_KEPT, picks, per_lane))
     complete = kept in (picks, per_lane) or per_lane == 0
     repeat = picks > _MOST_PICKS_OF_ONE_PASS
-    listed = not complete and not repeat
-    rows = geometry.rows * geometry.group
-    again = count = None
-    if listed:
-        again = torch.empty((geometry.kv_heads, rows), dtype=torch.int32, device=q.device)
-        count = torch.zeros(geometry.kv_heads, dtype=torch.int32, device=q.device)
     group_part = min(geometry.group, tile.m)
-    parts = cdiv(geometry.group, group_part)
-    query_slots = geometry.query_slots(tile.m // group_part)
-    shared = (
-        q,
-        centroids,
-        norms,
-        out,
-        again,
-        count,
-        cu_q,
-        cu_k,
+    numbers = (
         geometry.sequences,
         geometry.tokens_q,
         geometry.tokens_k,
         geometry.block_size,
         geometry.block_slots,
-        rows,
+        geometry.rows * geometry.group,
         heads_per_sort,
-        *strides(q),
+        *q_strides,
         out_stride_head,
         out_stride_token,
     )
@@ -103,22 +109,19 @@ def choose(
         "LOCAL": heads_per_sort == 0,
         "PACKED": geometry.packed,
     }
-    _gate[(query_slots, geometry.kv_heads * parts)](
-        *shared,
-        *_fixed_point(geometry, tile.lanes),
-        **constants,
-        GROUP_PART=group_part,
-        ROUNDS=picks if complete else min(picks, _MOST_PICKS_OF_ONE_PASS),
-        COMPLETE=complete,
-        REPEAT=repeat,
-        **tile.launch(),
-    )
-    if not listed:
-        return
-    tile = second_look_tile(geometry, q.dtype)
-    _second_look[(cdiv(_SECOND_LOOK_PROGRAMS, geometry.kv_heads), geometry.kv_heads)](
-        *shared, *_fixed_point(geometry, tile.lanes), **constants, **tile.launch()
-    )
+    passes = {
+        "GROUP_PART": group_part,
+        "ROUNDS": picks if complete else min(picks, _MOST_PICKS_OF_ONE_PASS),
+        "COMPLETE": complete,
+        "REPEAT": repeat,
+    }
+    grid = (geometry.query_slots(tile.m // group_part), geometry.kv_heads * cdiv(geometry.group, group_part))
+    first = Launch(_gate, grid, numbers + _fixed_point(geometry, tile.lanes), constants | passes | tile.launch())
+    if complete or repeat:
+        return first, None
+    tile = second_look_tile(geometry, dtype)
+    grid = (cdiv(_SECOND_LOOK_PROGRAMS, geometry.kv_heads), geometry.kv_heads)
+    return first, Launch(_second_look, grid, numbers + _fixed_point(geometry, tile.lanes), constants | tile.launch())
 
 
 def gate_tile(geometry: Geometry, dtype: torch.dtype) -> GateTile:

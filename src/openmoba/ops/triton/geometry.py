@@ -10,7 +10,8 @@ A batch of equal lengths is cut evenly and has no empty slots.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -32,7 +33,7 @@ def kernel_width(width: int) -> int:
     return max(16, power_of_two(width))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Geometry:
     """Sizes of one call. `tokens_q` and `tokens_k` are per sequence in a batch, totals in a packed batch."""
 
@@ -48,18 +49,13 @@ class Geometry:
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> Geometry:
-        sequences = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
-        return cls(
-            packed=cu_q is not None,
-            sequences=sequences,
-            tokens_q=q.shape[-3],
-            tokens_k=k.shape[-3],
-            heads=q.shape[-2],
-            kv_heads=k.shape[-2],
-            width=q.shape[-1],
-            block_size=block_size,
-            top_k=top_k,
-        )
+        """Of a call; its lengths may be symbols of a compiler."""
+        return cls(*_sizes(q, k, cu_q, block_size, top_k))
+
+    @staticmethod
+    def shared(q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> Geometry:
+        """The same for lengths that are numbers: one object per shape, which caches find by its identity."""
+        return _shared(*_sizes(q, k, cu_q, block_size, top_k))
 
     @cached_property
     def group(self) -> int:
@@ -104,6 +100,26 @@ class Geometry:
         if self.packed:
             return tokens // tile + self.sequences
         return self.sequences * cdiv(tokens, tile)
+
+
+@lru_cache(maxsize=256)
+def _shared(packed: bool, *sizes: int) -> Geometry:
+    return Geometry(packed, *sizes)
+
+
+def _sizes(q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> tuple[Any, ...]:
+    sequences = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
+    return (
+        cu_q is not None,
+        sequences,
+        q.shape[-3],
+        k.shape[-3],
+        q.shape[-2],
+        k.shape[-2],
+        q.shape[-1],
+        block_size,
+        top_k,
+    )
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:

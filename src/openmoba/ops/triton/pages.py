@@ -6,11 +6,14 @@ the prefill's pooling (`openmoba.ops.triton.pool`) over the page's cached keys.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from openmoba.ops.triton.geometry import cdiv, strides
+from openmoba.ops.triton.launch import Launch
 from openmoba.ops.triton.pool import block_centroid, centroid_sizes
 
 
@@ -18,23 +21,27 @@ def complete_pages(
     centroids: Tensor, keys: Tensor, lengths: Tensor, starts: Tensor | None, new: int, block_size: int
 ) -> None:
     """`openmoba.ops.pages.complete_pages`, checked; the last dimension of both caches is contiguous."""
-    batch, pages, kv_heads, width = centroids.shape
-    possible = min(pages, cdiv(new, block_size))
-    if possible == 0:
-        return
-    _complete[(possible, kv_heads, batch)](
-        keys,
-        centroids,
-        lengths,
-        starts,
-        new,
-        pages,
-        block_size,
-        *strides(keys),
-        *strides(centroids),
-        **centroid_sizes(block_size, width),
-        num_warps=4,
-    )
+    possible = min(centroids.shape[1], cdiv(new, block_size))
+    if possible > 0:
+        launch = _launch(*centroids.shape, possible, new, block_size, strides(keys), strides(centroids))
+        launch(keys, centroids, lengths, starts)
+
+
+@lru_cache(maxsize=64)
+def _launch(
+    batch: int,
+    pages: int,
+    kv_heads: int,
+    width: int,
+    possible: int,
+    new: int,
+    block_size: int,
+    key_strides: tuple[int, ...],
+    centroid_strides: tuple[int, ...],
+) -> Launch:
+    numbers = (new, pages, block_size, *key_strides, *centroid_strides)
+    constants = centroid_sizes(block_size, width) | {"num_warps": 4}
+    return Launch(_complete, (possible, kv_heads, batch), numbers, constants)
 
 
 @triton.jit(do_not_specialize=["new", "pages"])

@@ -1,8 +1,9 @@
 """Plan: turn "which blocks does a row read" into "which rows read this block", and cut the lists into items.
 
 A *row* is a (query token, query head) of one key/value head, a *pair* is (row, rank of one of its past blocks),
-numbered `row * past + rank`. A stable sort of the pairs by block gives every block its list of pairs in ascending
-order, so that sums over a list have one order and repeat bit for bit. Lists differ in length; work is handed out in
+numbered `row * past + rank`. Every block gets its list of pairs in ascending order, so that sums over a list have one
+order and repeat bit for bit: by a stable sort of the pairs by block or, where there are few, by one program per list
+that looks through all of them, which takes one launch instead of eight. Lists differ in length; work is handed out in
 *items* of at most `segment` pairs. The number of items depends on the choice, which stays on the device, so kernels
 are launched for the most there can be and the surplus programs return at once.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import triton
@@ -19,9 +21,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from openmoba.ops.triton.geometry import Geometry, cdiv, locate, span
+from openmoba.ops.triton.launch import Launch
 
 _LANES = 128
 _COPIED = 1024
+_LOOKED_AT = 4096
+_MOST_LOOKS = 2**22  # of all lists of a head at its pairs: up to here placing takes less time than sorting
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Plan:
     """The lists of some key/value heads, which are worked on at once.
 
     Attributes:
-        pairs: int32 `[heads * rows * group * past]`, pairs by (head, block slot), absent choices last.
+        pairs: int32 `[heads * rows * group * past]`, pairs by (head, block slot), undefined outside the lists.
         offsets: int32 `[heads * (block_slots + 1)]`, where each list starts in `pairs`, and the head's end.
         heads: key/value heads in this plan.
         size: the most pairs that its lists can hold.
@@ -46,11 +51,28 @@ class Plan:
 def make_plan(keys: Tensor, pairs: Tensor, offsets: Tensor, geometry: Geometry) -> Plan:
     """Invert the choice of some heads (`route.route`) into `pairs` and `offsets`, which it overwrites."""
     heads, block_slots = keys.shape[0], geometry.block_slots
-    ordered, order = torch.sort(keys.view(-1), stable=True)
     count = pairs.numel()
-    grid = (max(cdiv(count, _COPIED), cdiv(heads * (block_slots + 1), _LANES)),)
-    _write_plan[grid](ordered, order, pairs, offsets, heads, block_slots, count, _COPIED, _LANES)
+    if count // heads * block_slots <= _MOST_LOOKS:
+        _placing(geometry, heads)(keys, pairs, offsets)
+    else:
+        ordered, order = torch.sort(keys.view(-1), stable=True)
+        _writing(heads, block_slots, count)(ordered, order, pairs, offsets)
     return Plan(pairs, offsets, heads, count)
+
+
+@lru_cache(maxsize=256)
+def _placing(geometry: Geometry, heads: int) -> Launch:
+    pairs = geometry.rows * geometry.group * (geometry.top_k - 1)
+    sequences = 1 if geometry.packed else geometry.sequences
+    numbers = (geometry.block_slots, pairs, geometry.block_slots // sequences, pairs // sequences)
+    return Launch(_place_pairs, (geometry.block_slots + 1, heads), numbers, {"M": _LOOKED_AT, "num_warps": 8})
+
+
+@lru_cache(maxsize=256)
+def _writing(heads: int, block_slots: int, pairs: int) -> Launch:
+    programs = max(cdiv(pairs, _COPIED), cdiv(heads * (block_slots + 1), _LANES))
+    constants = {"COPIED": _COPIED, "LANES": _LANES}
+    return Launch(_write_plan, (programs,), (heads, block_slots, pairs), constants)
 
 
 def split_plan(plan: Plan | None, geometry: Geometry, tokens: int) -> Iterator[tuple[range, Plan | None]]:
@@ -81,11 +103,21 @@ def make_items(plan: Plan, geometry: Geometry, segment: int) -> Tensor:
     List b owns the items from `start // segment + b` on, as sequences own tile slots in `geometry`.
     """
     lists = plan.heads * geometry.block_slots
-    count = plan.size // segment + lists
+    count = most_items(plan.size, lists, segment)
     items = torch.empty(count, dtype=torch.int32, device=plan.pairs.device)
-    grid = (cdiv(count, _LANES),)
-    _find_items[grid](plan.offsets, items, lists, geometry.block_slots, count, segment, _LANES)
+    _finding(lists, geometry.block_slots, count, segment)(plan.offsets, items)
     return items
+
+
+def most_items(pairs: int, lists: int, segment: int) -> int:
+    """The most items that lists of so many pairs can make."""
+    return pairs // segment + lists
+
+
+@lru_cache(maxsize=256)
+def _finding(lists: int, block_slots: int, items: int, segment: int) -> Launch:
+    numbers = (lists, block_slots, items, segment)
+    return Launch(_find_items, (cdiv(items, _LANES),), numbers, {"LANES": _LANES})
 
 
 @triton.jit
@@ -123,6 +155,35 @@ def block_of_list(list_id, cu_k_ptr, sequences, tokens_k, block_size, block_slot
     sequence, block = locate(list_id % block_slots, cu_k_ptr, sequences, tokens_k, block_size, PACKED)
     key_begin, _ = span(sequence, cu_k_ptr, tokens_k, PACKED)
     return list_id // block_slots, sequence, key_begin + block * block_size
+
+
+@triton.jit
+def _place_pairs(keys_ptr, pairs_ptr, offsets_ptr, block_slots, pairs, sequence_slots, sequence_pairs, M: tl.constexpr):
+    """One list: where it starts, by counting the head's smaller keys, and its pairs. The last slot is the head's end.
+
+    The first `sequence_pairs` pairs choose among the first `sequence_slots` block slots, and so on.
+    """
+    slot = tl.program_id(0)
+    head = tl.program_id(1)
+    wanted = head * block_slots + slot
+    begin = tl.minimum(slot, block_slots - 1) // sequence_slots * sequence_pairs
+    end = begin + sequence_pairs
+    first = head * pairs
+    below_M = tl.zeros([M], tl.int32)
+    for at in tl.range(0, end, M, num_stages=4):
+        at_M = at + tl.arange(0, M)
+        key_M = tl.load(keys_ptr + first + at_M, mask=at_M < end, other=0).to(tl.int32)
+        below_M += ((at_M < end) & (key_M < wanted)).to(tl.int32)
+    start = first + tl.sum(below_M, 0)
+    tl.store(offsets_ptr + head * (block_slots + 1) + slot, start)
+    if slot == block_slots:
+        return
+    for at in tl.range(begin, end, M, num_stages=4):
+        at_M = at + tl.arange(0, M)
+        key_M = tl.load(keys_ptr + first + at_M, mask=at_M < end, other=0).to(tl.int32)
+        here_M = ((at_M < end) & (key_M == wanted)).to(tl.int32)
+        tl.store(pairs_ptr + start + tl.cumsum(here_M, 0) - here_M, first + at_M, mask=here_M > 0)
+        start += tl.sum(here_M, 0)
 
 
 @triton.jit

@@ -10,6 +10,8 @@ a past: later keys never change an earlier choice, not even in the last bit.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ from torch import Tensor
 from openmoba.ops.pages import ANCHOR_KEYS, LARGEST_FP16, ROOM, centroid_dtype
 from openmoba.ops.triton.geometry import Geometry, kernel_width, locate, span, strides
 from openmoba.ops.triton.geometry import power_of_two as next_power_of_two
+from openmoba.ops.triton.launch import Launch
 
 _LARGEST_FP16 = tl.constexpr(LARGEST_FP16)
 _ROOM = tl.constexpr(ROOM)
@@ -32,21 +35,15 @@ def pool(k: Tensor, cu_k: Tensor | None, geometry: Geometry) -> tuple[Tensor, Te
     slots = (geometry.kv_heads, geometry.block_slots)
     centroids = torch.empty((*slots, geometry.padded_width), dtype=centroid_dtype(k.dtype), device=k.device)
     norms = torch.empty(slots, dtype=torch.float32, device=k.device)
-    _pool[(geometry.block_slots, geometry.kv_heads)](
-        k,
-        centroids,
-        norms,
-        cu_k,
-        geometry.sequences,
-        geometry.tokens_k,
-        geometry.block_size,
-        geometry.block_slots,
-        *strides(k),
-        **centroid_sizes(geometry.block_size, geometry.width),
-        PACKED=geometry.packed,
-        num_warps=4,
-    )
+    _launch(geometry, strides(k))(k, centroids, norms, cu_k)
     return centroids, norms
+
+
+@lru_cache(maxsize=256)
+def _launch(geometry: Geometry, k_strides: tuple[int, int, int]) -> Launch:
+    sizes = (geometry.sequences, geometry.tokens_k, geometry.block_size, geometry.block_slots)
+    constants = centroid_sizes(geometry.block_size, geometry.width) | {"PACKED": geometry.packed, "num_warps": 4}
+    return Launch(_pool, (geometry.block_slots, geometry.kv_heads), (*sizes, *k_strides), constants)
 
 
 def centroid_sizes(block_size: int, width: int) -> dict[str, int]:

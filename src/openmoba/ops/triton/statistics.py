@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from openmoba.ops.triton.forward import LOG2E, load_rows
 from openmoba.ops.triton.geometry import Geometry, cdiv, power_of_two, strides
+from openmoba.ops.triton.launch import Launch
 
 # A row's statistics take 16 bytes: with fewer elements than a warp group has threads, Triton 3.6 would load them once
 # per thread of the matrix layout instead of once per row, which more than doubles the inner loop's instructions.
@@ -18,11 +21,15 @@ STATISTICS = tl.constexpr(4)
 def row_statistics(d_out: Tensor, out: Tensor, lse: Tensor, geometry: Geometry) -> Tensor:
     """fp32 `[rows, H, 4]`: base-2 log-sum-exp, delta = <d_out, out>, and two unused."""
     statistics = torch.empty((*lse.shape, STATISTICS.value), dtype=torch.float32, device=out.device)
-    rows, m, d = lse.numel(), 64, power_of_two(geometry.width)
-    _row_statistics[(cdiv(rows, m),)](
-        d_out, out, lse, statistics, geometry.tokens_q, rows, *strides(d_out), geometry.heads, geometry.width, m, d
-    )
+    _launch(geometry, strides(d_out))(d_out, out, lse, statistics)
     return statistics
+
+
+@lru_cache(maxsize=256)
+def _launch(geometry: Geometry, d_out_strides: tuple[int, int, int]) -> Launch:
+    rows, m = geometry.rows * geometry.heads, 64
+    constants = {"HEADS": geometry.heads, "WIDTH": geometry.width, "M": m, "D": power_of_two(geometry.width)}
+    return Launch(_row_statistics, (cdiv(rows, m),), (geometry.tokens_q, rows, *d_out_strides), constants)
 
 
 @triton.jit

@@ -1,0 +1,82 @@
+"""Launches around Triton's look at every argument: same kernel, same arguments; Triton itself for all that is new."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from openmoba.ops.triton import launch
+from openmoba.ops.triton.launch import Launch
+
+
+class Kernel:
+    """Stands for a function of `triton.jit` with these parameters; `log` says who was called with what."""
+
+    arg_names = ("x_ptr", "y_ptr", "size", "SIZE", "EVEN")
+
+    def __init__(self, compiles: bool = True) -> None:
+        self.log: list[tuple[Any, ...]] = []
+        self.compiles = compiles
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*args: Any, **constants: Any) -> Any:
+            self.log.append(("triton", grid, *args, constants))
+            return SimpleNamespace(run=self.run, function=7, packed_metadata="metadata") if self.compiles else None
+
+        return run
+
+    def run(self, *args: Any) -> None:
+        self.log.append(("direct", *args))
+
+
+@pytest.fixture(autouse=True)
+def stream(monkeypatch):
+    """Stands for the GPU's current stream."""
+    active = SimpleNamespace(get_current_stream=lambda device: ("stream", device))
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
+
+
+X, Y = torch.zeros(64), torch.zeros(64, dtype=torch.int32)
+CONSTANTS = {"EVEN": True, "num_warps": 4, "SIZE": 16}
+
+
+def test_first_by_triton_then_direct_with_all_arguments_in_order():
+    kernel = Kernel()
+    run = Launch(kernel, (5,), (3,), CONSTANTS)
+    run(X, Y)
+    run(X, Y)
+    assert kernel.log[0] == ("triton", (5, 1, 1), X, Y, 3, CONSTANTS)
+    direct = (5, 1, 1, ("stream", -1), 7, "metadata", None, None, None, X.data_ptr(), Y.data_ptr(), 3, 16, True)
+    assert kernel.log[1] == ("direct", *direct)
+
+
+@pytest.mark.parametrize("other", [(X.double(), Y), (X[1:], Y), (X, None)], ids=["dtype", "alignment", "none"])
+def test_other_kinds_of_tensors_go_through_triton(other):
+    kernel = Kernel()
+    run = Launch(kernel, (5, 2), (3,), CONSTANTS)
+    for tensors in ((X, Y), other, other, (X, Y)):
+        run(*tensors)
+    assert [entry[0] for entry in kernel.log] == ["triton", "triton", "direct", "direct"]
+
+
+def test_what_compiles_nothing_always_goes_through_triton():
+    kernel = Kernel(compiles=False)  # Triton's interpreter
+    run = Launch(kernel, (5,), (3,), CONSTANTS)
+    run(X, Y)
+    run(X, Y)
+    assert [entry[0] for entry in kernel.log] == ["triton", "triton"]
+
+
+def test_profilers_hear_of_launches(monkeypatch):
+    kernel = Kernel()
+    run = Launch(kernel, (5,), (3,), CONSTANTS)
+    run(X, Y)
+    monkeypatch.setattr(launch.knobs.runtime, "launch_enter_hook", lambda _: None)
+    run(X, Y)
+    monkeypatch.undo()
+    assert [entry[0] for entry in kernel.log] == ["triton", "triton"]
