@@ -64,7 +64,7 @@ _TABLE = (
 )
 _HEADLINE = (
     *_TABLE,
-    *(Case(_K * _K, block, top_k, passes="forward") for block, top_k in ((4096, 12), (128, 8))),
+    *(Case(_K * _K, block, top_k, passes=passes) for passes in PASSES for block, top_k in ((4096, 12), (128, 8))),
     Case(4 * _K, 128, 8, batch=4),
     *(
         Case(tokens * _K, block, top_k, routing="skewed")
@@ -86,7 +86,6 @@ _FULL = (
     *(Case(32 * _K, 128, 8, heads=heads, kv_heads=kv_heads) for heads, kv_heads in ((32, 32), (32, 1), (40, 8))),
     *(Case(32 * _K, 128, 8, head_dim=width) for width in (80, 96, 192, 256)),
     *(Case(32 * _K, block, top_k, dtype="float16") for block, top_k in ((128, 8), (512, 3))),
-    Case(_K * _K, 128, 8),
 )
 _CPU = tuple(
     Case(tokens * _K, block, top_k, head_dim=64, heads=8, kv_heads=8, dtype="float32", passes=passes)
