@@ -56,8 +56,8 @@ def attention(machine: str) -> str:
         (
             f"One {last.device}, {last.power_limit_w:.0f} W, bf16, batch 1, 32 query and 8 key/value heads, causal, "
             "normal random inputs. Medians in ms of the whole public call, choice of blocks included. The columns from "
-            "dense on compare both passes, at 1M tokens the forward. Dense attention, timed up to 256K tokens: "
-            f"{_dense_contenders(file)}.",
+            "dense on compare both passes, or the forward where it alone was measured. Dense attention, timed up to "
+            f"256K tokens: {_dense_contenders(file)}.",
             "",
             *_markdown(HEADLINE, [pair.cells for pair in pairs]),
             "",
@@ -82,11 +82,51 @@ def kernels(machine: str) -> str:
             *_markdown(head, [(*pair.cells, *pair.costs) for pair in pairs]),
             "",
             f"{last.device}, {last.power_limit_w:.0f} W. Medians in ms. The columns from dense on are of both passes, "
-            "at 1M tokens of the forward alone; MB are extra memory, 10^6 bytes. Commit "
+            "or of the forward where it alone was measured; MB are extra memory, 10^6 bytes. Commit "
             f"{_commits(pairs)}, torch {last.torch}, Triton {last.triton}.",
             "",
         )
     )
+
+
+def short(machine: str) -> str:
+    """Short sequences, where the host counts as much as the GPU."""
+    rows = [row for row in _measured(f"results/{machine}/attention.csv", "moba", "short") if row.dense_ms]
+    if not rows:
+        return ""
+    head = ("D", "tokens", "block / top-k", "MoBA", "dense", "MoBA - dense", "MoBA / dense", "path")
+    cells = [
+        (
+            row.head_dim,
+            f"{row.batch} x {length_name(row.tokens)}",
+            _blocks(row),
+            _ms(row),
+            _dense_ms(row),
+            f"{(row.p50_ms or 0) - (row.dense_ms or 0):+.2f}",
+            f"{(row.p50_ms or 0) / (row.dense_ms or 1):.2f}",
+            (row.path or "").split()[-1],
+        )
+        for row in rows
+    ]
+    origin = f"{rows[0].device}, forward and backward, medians in ms. Commit {_short(rows[0].commit)}.\n"
+    return "\n".join((*_markdown(head, cells), "", origin))
+
+
+def flex(machine: str) -> str:
+    """FlexAttention with the mask of MoBA's choice."""
+    file = f"results/{machine}/attention.csv"
+    ours = {replace(row, contender="flex").key: row for row in _measured(file, "moba", "peers")}
+    rows = [row for row in _measured(file, "flex", "peers") if row.key in ours]
+    if not rows:
+        return ""
+    head = ("D", "block / top-k", "tokens", "MoBA", "FlexAttention", "ratio")
+    cells = [
+        (row.head_dim, _blocks(row), length_name(row.tokens), _ms(mine), _ms(row), f"{row.p50_ms / mine.p50_ms:.1f}x")
+        for row in rows
+        if (mine := ours[row.key]).p50_ms and row.p50_ms
+    ]
+    origin = f"{rows[0].device}, forward and backward, medians in ms. Commit {_short(rows[0].commit)}.\n"
+    return "\n".join((*_markdown(head, cells), "", origin))
 
 
 def decode(machine: str) -> str:
@@ -208,6 +248,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention_h100": partial(attention, "h100"),
     "kernels_h200": partial(kernels, "h200"),
     "kernels_h100": partial(kernels, "h100"),
+    "short_h100": partial(short, "h100"),
+    "flex_h100": partial(flex, "h100"),
     "decode_h100": partial(decode, "h100"),
     "prefill_h200": partial(prefill, "h200"),
     "attention_cpu": attention_cpu,
@@ -264,6 +306,12 @@ def _headline(name: str) -> list[Pair]:
         if forward or both:
             pairs.append(Pair(forward, both, measured("flash_moba", case, PASSES[1] if both else PASSES[0])))
     return pairs
+
+
+def _measured(name: str, contender: str, grid: str) -> list[Row]:
+    """A contender's rows of a grid, in its order, failures left out."""
+    rows = {replace(row, device=None, commit=None).key: row for row in _newest_rows(name) if row.error is None}
+    return [rows[key] for case in GRIDS[grid] if (key := Row.of(contender, case).key) in rows]
 
 
 def _commits(pairs: Sequence[Pair]) -> str:
