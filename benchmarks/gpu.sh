@@ -21,12 +21,12 @@ failed=$?
 tail -n 25 "$out/tests.txt"
 
 grid() {
-    python3 -m openmoba.bench attention --grid "$1" --minutes "$minutes" --out "$out/attention.csv" --commit "$commit"
+    python3 -m openmoba.bench attention --grid "$1" --minutes "$minutes" --out "$out/$2" --commit "$commit"
 }
-grid headline
+grid headline attention.csv
 python3 -m openmoba.bench decode --lengths 32768 131072 524288 --out "$out/decode.csv" --commit "$commit"
-grid short
-grid peers
+grid short short.csv
+grid peers attention.csv
 
 if [ "${4:-}" = sanitize ]; then
     export PYTHONPATH=src:tests

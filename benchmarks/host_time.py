@@ -1,15 +1,19 @@
-"""Host time of one attention call whose kernels do nothing: through the dispatcher, and around it.
+"""Host time of one attention call whose kernels do nothing.
 
     python benchmarks/host_time.py
 
-writes results/cpu/host_time.csv: medians in microseconds of forward, and of forward and backward.
+writes results/cpu/host_time.csv, medians in microseconds of forward, and of forward and backward:
+
+    registered operation, around the dispatcher    an implementation that does nothing, through autograd
+    Triton's dispatch, fixed launches              the Triton path without autograd, with a driver that runs nothing:
+                                                   every launch by `kernel[grid](...)`, and by `launch.Launch`
 """
 
 from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -18,30 +22,22 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 from openmoba.lab.provenance import provenance
 from openmoba.ops import library
+from openmoba.ops.triton import attention, hopper
+from openmoba.ops.triton.launch import Launch
 
 OUT = Path(__file__).parent.parent / "results" / "cpu" / "host_time.csv"
 SETTINGS = (None, None, 16, 3, 0.25)  # no packed batch, block size, top-k, scale
+BLOCKS = (None, None, 128, 3, 0.25)
 ROUNDS, CALLS = 15, 400
 
 
 def main() -> None:
-    q, k, v = (torch.randn(1, 64, heads, 16, requires_grad=True) for heads in (4, 2, 2))
-    paths: dict[str, Callable[[], Tensor]] = {
-        "registered operation": lambda: torch.ops.openmoba.cpu_forward(q, k, v, *SETTINGS)[0],
-        "around the dispatcher": lambda: library.attention("cpu", q, k, v, *SETTINGS),
-    }
-    d_out = torch.ones_like(q)
-    rows = []
-    with patch.object(library, "_module", lambda _: SimpleNamespace(forward=forward, backward=backward)):
-        for name, attend in paths.items():
-
-            def both(attend: Callable[[], Tensor] = attend) -> Any:
-                return torch.autograd.grad(attend(), (q, k, v), d_out)
-
-            rows.append({"path": name, "forward_us": microseconds(attend), "both_us": microseconds(both)})
+    rows = [{"path": path, "forward_us": forward, "both_us": both} for path, forward, both in measured()]
     source = provenance()
     origin = {"cpu": source["hardware"]["cpu"], "torch": torch.__version__, "commit": source["commit"]}
     with OUT.open("w", newline="") as file:
@@ -49,6 +45,58 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(row | origin for row in rows)
     print(OUT.read_text(), end="")
+
+
+def measured() -> Iterator[tuple[str, float, float]]:
+    """Path, and microseconds of forward and of both passes."""
+    q, k, v = (torch.randn(1, 64, heads, 16, requires_grad=True) for heads in (4, 2, 2))
+    paths: dict[str, Callable[[], Tensor]] = {
+        "registered operation": lambda: torch.ops.openmoba.cpu_forward(q, k, v, *SETTINGS)[0],
+        "around the dispatcher": lambda: library.attention("cpu", q, k, v, *SETTINGS),
+    }
+    d_out = torch.ones_like(q)
+    with patch.object(library, "_module", lambda _: SimpleNamespace(forward=forward, backward=backward)):
+        for name, attend in paths.items():
+
+            def both(attend: Callable[[], Tensor] = attend) -> Any:
+                return torch.autograd.grad(attend(), (q, k, v), d_out)
+
+            yield name, microseconds(attend), microseconds(both)
+    launch_nothing()
+    with patch.object(hopper, "is_available", lambda device: True):
+        yield "Triton's dispatch", *triton_microseconds(fixed=False)
+        yield "fixed launches", *triton_microseconds(fixed=True)
+
+
+def triton_microseconds(fixed: bool) -> tuple[float, float]:
+    """512 tokens, 32 query and 8 key/value heads, D 128."""
+    q, d_out, k, v = (torch.zeros(1, 512, heads, 128, dtype=torch.bfloat16) for heads in (32, 32, 8, 8))
+
+    def both() -> Any:
+        results = attention.forward(q, k, v, *BLOCKS)
+        return attention.backward(d_out, q, k, v, *results, *BLOCKS)
+
+    def by_triton(launch: Launch, *tensors: Any) -> None:
+        launch._kernel[launch.grid](*tensors, *launch._numbers, **launch._constants)
+
+    with patch.object(Launch, "__call__", Launch.__call__ if fixed else by_triton):
+        return microseconds(lambda: attention.forward(q, k, v, *BLOCKS)), microseconds(both)
+
+
+def launch_nothing() -> None:
+    """From here on kernels are compiled for an H100 and never run."""
+    properties = {"max_shared_mem": 232448}
+    driver.set_active(
+        SimpleNamespace(
+            launcher_cls=lambda source, metadata: lambda *arguments: None,
+            utils=SimpleNamespace(
+                get_device_properties=lambda device: properties, load_binary=lambda *arguments: (0, 1, 255, 0, 1024)
+            ),
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        )
+    )
 
 
 def forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,6 +111,7 @@ def backward(d_out: Tensor, *qkv: Any) -> tuple[Tensor, ...]:
 
 def microseconds(call: Callable[[], Any]) -> float:
     """Median over rounds of the mean of many calls."""
+    call()
     times = []
     for _ in range(ROUNDS):
         begin = time.perf_counter()

@@ -91,7 +91,7 @@ def kernels(machine: str) -> str:
 
 def short(machine: str) -> str:
     """Short sequences, where the host counts as much as the GPU."""
-    rows = [row for row in _measured(f"results/{machine}/attention.csv", "moba", "short") if row.dense_ms]
+    rows = [row for row in _measured(f"results/{machine}/short.csv", "moba", "short") if row.dense_ms]
     if not rows:
         return ""
     head = ("D", "tokens", "block / top-k", "MoBA", "dense", "MoBA - dense", "MoBA / dense", "path")
@@ -237,7 +237,7 @@ CHARTS = {
     "layerwise-hybrid": "Trailing loss over the number of full layers, between MoBA and full attention",
 }
 FIGURES = {
-    "results/h200/attention-speedup.png": "Times faster than the fastest dense attention, over length",
+    "results/h100/attention-speedup.png": "Times faster than the fastest dense attention, over length",
     f"{STUDY}/figures/pretrain-scaling-law.png": CHARTS["scaling-law"],
 }
 """Path -> what it shows, the preferred one first."""

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from openmoba import explain, moba_attention, moba_select
-from openmoba.ops import cpu, library
+from openmoba.ops import cpu, dense, library
 
 SETTINGS = {"block_size": 4, "top_k": 2}
 CU = torch.tensor([0, 5, 17], dtype=torch.int32)
@@ -303,3 +304,18 @@ def test_backward_fills_no_gradients_of_what_has_none(monkeypatch, registered):
     names = {event.name for event in recorded.events()}
     assert "aten::empty_like" in names
     assert not {"aten::zeros", "aten::zero_", "aten::new_zeros"} & names
+
+
+def test_the_order_of_dense_backends_is_restored():
+    before = torch._C._get_sdp_priority_order()
+    orders = []
+
+    def fail():
+        orders.append(torch._C._get_sdp_priority_order())
+        raise RuntimeError("no such shape")
+
+    with pytest.raises(RuntimeError, match="no such shape"), dense._preferred():
+        fail()
+    assert torch._C._get_sdp_priority_order() == before
+    with sdpa_kernel(dense._CUDA_BACKENDS, set_priority=True):
+        assert orders == [torch._C._get_sdp_priority_order()] != [before]

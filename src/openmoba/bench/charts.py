@@ -112,8 +112,15 @@ def _legend(figure: Figure, order: Sequence[str]) -> None:
 
 
 def _ticks(panels: Sequence[Axes], lengths: Sequence[int]) -> None:
+    """A tick at every length; a name where there is room beside the one before: at most nine of them."""
+    apart = (lengths[-1] / lengths[0]) ** (1 / 8)
+    names, named = [], 0
+    for tokens in lengths:
+        has_room = tokens >= apart * named
+        names.append(length_name(tokens) if has_room else "")
+        named = tokens if has_room else named
     for axes in panels:
-        axes.set_xticks(lengths, [length_name(tokens) for tokens in lengths], fontsize=9)
+        axes.set_xticks(lengths, names, fontsize=9)
         axes.xaxis.set_minor_locator(NullLocator())
 
 

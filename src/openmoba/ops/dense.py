@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -33,11 +35,35 @@ def dense_attention(q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, scale: float
     mask = None if square or queries == 1 else _lower_right(queries, keys)
     q_BHTD, k_BHSD, v_BHSD = (x.transpose(1, 2) for x in (q_BTHD, k_BSHD, v_BSHD))
     grouped = q_BTHD.shape[2] != k_BSHD.shape[2]
-    with sdpa_kernel(_CUDA_BACKENDS, set_priority=True) if q_BTHD.device.type == "cuda" else nullcontext():
+    with _backends(q_BTHD):
         out_BHTD = scaled_dot_product_attention(
             q_BHTD, k_BHSD, v_BHSD, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=grouped
         )
     return out_BHTD.transpose(1, 2)
+
+
+def _backends(q: Tensor) -> AbstractContextManager[object]:
+    if q.device.type != "cuda":
+        return nullcontext()
+    if torch.compiler.is_compiling():
+        context: AbstractContextManager[object] = sdpa_kernel(_CUDA_BACKENDS, set_priority=True)
+        return context
+    return _preferred()
+
+
+@contextmanager
+def _preferred() -> Iterator[None]:
+    """The order of `_CUDA_BACKENDS`; `sdpa_kernel` takes twenty times as long, which shows at short lengths.
+
+    Backends that the caller has switched off stay off.
+    """
+    before = torch._C._get_sdp_priority_order()
+    order = [backend.value for backend in _CUDA_BACKENDS]
+    torch._C._set_sdp_priority_order([*order, *(other for other in before if other not in order)])
+    try:
+        yield
+    finally:
+        torch._C._set_sdp_priority_order(before)
 
 
 def _lower_right(queries: int, keys: int) -> Tensor:
