@@ -30,8 +30,9 @@ grid peers attention.csv
 
 if [ "${4:-}" = sanitize ]; then
     export PYTHONPATH=src:tests
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python3 tests/gpu/sanitize.py >"$out/memcheck.txt"
-    compute-sanitizer --tool racecheck python3 tests/gpu/sanitize.py >"$out/racecheck.txt"
+    echo "commit $commit" | tee "$out/memcheck.txt" >"$out/racecheck.txt"
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python3 tests/gpu/sanitize.py >>"$out/memcheck.txt"
+    compute-sanitizer --tool racecheck python3 tests/gpu/sanitize.py >>"$out/racecheck.txt"
     tail -n 1 "$out/memcheck.txt" "$out/racecheck.txt"
 fi
 exit "$failed"

@@ -41,7 +41,8 @@ def main() -> None:
     parser.add_argument("--try", dest="tiles", nargs="+", default=[], help="M,N,warps,stages,segment")
     options = parser.parse_args()
     call = prepare(options)
-    users = [module for module in (hopper, forward, backward) if hasattr(module, options.tile or "")]
+    modules = (forward, backward) if (options.tile or "").endswith("_tile") else (hopper,)
+    users = [module for module in modules if hasattr(module, options.tile or "")]
     if options.tile and not users:
         raise SystemExit(f"error: --tile must be a function of tuning or hopper, got {options.tile!r}")
     with patch.object(hopper, "is_available", lambda _: False) if options.triton else nullcontext():
@@ -63,13 +64,18 @@ def replaced(module: Any, name: str, tile: Tile) -> Iterator[None]:
         sizes = {"M": tile.m, "N": tile.n, "num_warps": tile.warps, "STAGES": tile.stages}
         return Kernel(function, tile, constants | {name: size for name, size in sizes.items() if name in constants})
 
-    caches = (forward._launches, backward._launches)
     with patch.object(module, name, kernel if module is hopper else lambda *_: tile):
-        for cache in caches:
-            cache.cache_clear()
-        yield
-    for cache in caches:
-        cache.cache_clear()
+        forget()
+        try:
+            yield
+        finally:
+            forget()
+
+
+def forget() -> None:
+    """Let tiles be chosen anew."""
+    for cache in (forward._launches, backward._launches, hopper.key_gradients, attention._fitting_heads):
+        getattr(cache, "cache_clear", lambda: None)()  # a replaced function has none
 
 
 def prepare(options: argparse.Namespace) -> Callable[[], None]:

@@ -64,6 +64,16 @@ def test_other_kinds_of_tensors_go_through_triton(other):
     assert [entry[0] for entry in kernel.log] == ["triton", "triton", "direct", "direct"]
 
 
+def test_every_device_has_its_own_compiled_kernel():
+    kernel = Kernel()
+    run = Launch(kernel, (5,), (3,), CONSTANTS)
+    for device in (0, 1, 0, 1):
+        x = SimpleNamespace(get_device=lambda device=device: device, data_ptr=lambda: 16, dtype=torch.half)
+        run(x, None)
+    assert [entry[0] for entry in kernel.log] == ["triton", "triton", "direct", "direct"]
+    assert [entry[4] for entry in kernel.log[2:]] == [("stream", 0), ("stream", 1)]
+
+
 def test_what_compiles_nothing_always_goes_through_triton():
     kernel = Kernel(compiles=False)  # Triton's interpreter
     run = Launch(kernel, (5,), (3,), CONSTANTS)
@@ -72,11 +82,23 @@ def test_what_compiles_nothing_always_goes_through_triton():
     assert [entry[0] for entry in kernel.log] == ["triton", "triton"]
 
 
-def test_profilers_hear_of_launches(monkeypatch):
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_profilers_hear_of_launches(name):
     kernel = Kernel()
     run = Launch(kernel, (5,), (3,), CONSTANTS)
     run(X, Y)
-    monkeypatch.setattr(launch.knobs.runtime, "launch_enter_hook", lambda _: None)
+    first = run._compiled.copy()
+    hooks = getattr(launch.knobs.runtime, name)
+
+    def hook(_):
+        pass
+
+    hooks.add(hook)
+    try:
+        run(X, Y)
+    finally:
+        hooks.remove(hook)
+    watched = run._compiled.copy()
     run(X, Y)
-    monkeypatch.undo()
-    assert [entry[0] for entry in kernel.log] == ["triton", "triton"]
+    assert [entry[0] for entry in kernel.log] == ["triton", "triton", "direct"]
+    assert run._compiled == watched == first  # what was compiled for the profiler is not kept

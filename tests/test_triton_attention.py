@@ -27,6 +27,19 @@ FP16, FP32 = torch.float16, torch.float32
 
 
 @pytest.fixture(autouse=True)
+def _no_launches_of_other_tests() -> None:
+    """A test that changes tiles must not find launches with others."""
+    forward._launches.cache_clear()
+    backward._launches.cache_clear()
+
+
+@pytest.fixture(params=["placed", "sorted"])
+def planning(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to make lists, whatever the number of pairs."""
+    monkeypatch.setattr(plans, "_MOST_LOOKS", 2**40 if request.param == "placed" else 0)
+
+
+@pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
     with poisoned_memory():
         yield
@@ -52,6 +65,7 @@ def poison() -> Iterator[None]:
         (FP16, (1, 1, 50, 3, 1, 16), 16, 2),
     ],
 )
+@pytest.mark.usefixtures("planning")
 def test_batched(dtype, shape, block_size, top_k):
     assert_as_accurate_as_plain_pytorch(batched(dtype, shape, block_size, top_k))
 
@@ -64,6 +78,7 @@ def test_batched(dtype, shape, block_size, top_k):
         (FP16, [0, 3, 17, 16], [1, 3, 17, 16], 16, 1),
     ],
 )
+@pytest.mark.usefixtures("planning")
 def test_packed(dtype, lengths_q, lengths_k, block_size, top_k):
     """Sequences of no and of one token, and keys without queries, whose gradient is zero."""
     assert_as_accurate_as_plain_pytorch(packed(dtype, lengths_q, lengths_k, (3, 1, 16), block_size, top_k))
@@ -244,10 +259,9 @@ def _bounds_of_items(items_ptr, offsets_ptr, out_ptr, lists, block_slots, segmen
 @pytest.mark.parametrize("absent", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize(("heads", "block_slots", "rows"), [(1, 1, 5), (3, 7, 40), (2, 40, 33)])
 @pytest.mark.parametrize("segment", [1, 8, 1024])
-@pytest.mark.parametrize("most_looks", [0, 2**22], ids=["sorted", "placed"])
-def test_plan(monkeypatch, most_looks, absent, heads, block_slots, rows, segment):
+@pytest.mark.usefixtures("planning")
+def test_plan(absent, heads, block_slots, rows, segment):
     """Every present pair lies in exactly one item, of the list that its key names, in ascending order."""
-    monkeypatch.setattr(plans, "_MOST_LOOKS", most_looks)
     generator = torch.Generator().manual_seed(0)
     none = heads * block_slots
     keys = torch.randint(block_slots, (heads, rows, 2), generator=generator)

@@ -1,4 +1,4 @@
-"""Forward and backward on tiny shapes that reach every kernel, to run under compute-sanitizer:
+"""Forward and backward on tiny shapes that reach every kernel but that of ranges, to run under compute-sanitizer:
 
     PYTHONPATH=src:tests PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
     PYTHONPATH=src:tests compute-sanitizer --tool racecheck python tests/gpu/sanitize.py
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 from attending import batched, packed, run
+
+from openmoba.ops.triton import plan
 
 CASES = {
     "resident keys": batched(torch.bfloat16, (2, 150, 200, 4, 2, 64), 32, 3, "cuda"),
@@ -26,11 +28,13 @@ CASES = {
 
 
 def main() -> None:
-    for name, case in CASES.items():
-        results = run(case)
-        torch.cuda.synchronize()
-        assert all(torch.isfinite(x).all() for x in results), name
-        print(f"{name}: done", flush=True)
+    for way, most_looks in (("placed", 2**40), ("sorted", 0)):
+        plan._MOST_LOOKS = most_looks
+        for name, case in CASES.items():
+            results = run(case)
+            torch.cuda.synchronize()
+            assert all(torch.isfinite(x).all() for x in results), name
+            print(f"{name}, {way}: done", flush=True)
 
 
 if __name__ == "__main__":

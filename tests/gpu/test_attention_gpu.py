@@ -17,6 +17,7 @@ from attending import (
     run,
 )
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from openmoba import explain, moba_attention
 from openmoba.ops.triton import hopper
@@ -58,6 +59,7 @@ def assert_same_bits(results: tuple[Tensor, ...], others: tuple[Tensor, ...]) ->
         (FP32, (1, 150, 300, 1, 1, 256), 100, 2),
     ],
 )
+@pytest.mark.usefixtures("planning")
 def test_batched(dtype, shape, block_size, top_k):
     case = batched(dtype, shape, block_size, top_k, "cuda")
     assert_as_accurate_as_plain_pytorch(case)
@@ -71,6 +73,7 @@ def test_batched(dtype, shape, block_size, top_k):
         (FP16, [0, 400, 1, 113], [0, 400, 300, 113], (4, 4, 64), 16, 40),
     ],
 )
+@pytest.mark.usefixtures("planning")
 def test_packed(dtype, lengths_q, lengths_k, heads, block_size, top_k):
     case = packed(dtype, lengths_q, lengths_k, heads, block_size, top_k, "cuda")
     assert_as_accurate_as_plain_pytorch(case)
@@ -88,6 +91,7 @@ HOPPER_SHAPES = [
 
 @pytest.mark.parametrize("path", ["hopper", "triton"])
 @pytest.mark.parametrize(("dtype", "shape", "block_size", "top_k"), HOPPER_SHAPES)
+@pytest.mark.usefixtures("planning")
 def test_both_paths_on_hopper(dtype, shape, block_size, top_k, path, monkeypatch):
     """Where Hopper's own kernels serve, so do the ones of all other GPUs."""
     case = batched(dtype, shape, block_size, top_k, "cuda")
@@ -99,6 +103,7 @@ def test_both_paths_on_hopper(dtype, shape, block_size, top_k, path, monkeypatch
     assert_same_bits(run(case), run(case))
 
 
+@pytest.mark.usefixtures("planning")
 def test_packed_batch_on_hopper():
     case = packed(BF16, [700, 1, 0, 1300], [700, 1, 0, 1411], (8, 2, 128), 128, 3, "cuda")
     assert_as_accurate_as_plain_pytorch(case)
@@ -126,6 +131,14 @@ def test_all_blocks_is_dense(tokens, block_size, top_k):
     assert_as_accurate_as_plain_pytorch(case)
 
 
+def test_dense_attention_is_cudnns():
+    case = batched(BF16, (2, 512, 512, 8, 2, 128), 128, 4, "cuda")
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        moba_attention(case.q, case.k, case.v, **case.settings)
+        torch.cuda.synchronize()
+    assert any("cudnn" in event.name for event in recorded.events())
+
+
 def test_strided_inputs():
     """Views of one projection whose rows are aligned to nothing."""
     case = batched(BF16, (2, 333, 333, 6, 2, 64), 64, 3, "cuda")
@@ -139,6 +152,7 @@ def test_strided_inputs():
     assert_same_bits(run(strided), run(contiguous))
 
 
+@pytest.mark.usefixtures("planning")
 def test_workspace_does_not_change_the_bits(monkeypatch):
     whole = run(example())
     monkeypatch.setenv("OPENMOBA_WORKSPACE_MB", "1")
@@ -146,6 +160,7 @@ def test_workspace_does_not_change_the_bits(monkeypatch):
 
 
 @pytest.mark.parametrize("case", ["batched", "packed"])
+@pytest.mark.usefixtures("planning")
 def test_no_host_synchronisation(case, no_waiting):
     case = example() if case == "batched" else example_packed([700, 1, 0, 300])
     run(case)  # compiles
@@ -179,6 +194,7 @@ def captured(case: Case) -> Callable[[], tuple[Tensor, ...]]:
     return replay
 
 
+@pytest.mark.usefixtures("planning")
 def test_cuda_graph():
     """A graph captured on one choice replays on another, of other list lengths."""
     case = example()
@@ -192,6 +208,7 @@ def test_cuda_graph():
     assert_same_bits(replay(), run(other))
 
 
+@pytest.mark.usefixtures("planning")
 def test_cuda_graph_of_packed_sequences():
     """The boundaries are read on the device: a replay serves other lengths."""
     case = example_packed([700, 1, 0, 300])
@@ -203,6 +220,7 @@ def test_cuda_graph_of_packed_sequences():
     assert_same_bits(replay(), run(other))
 
 
+@pytest.mark.usefixtures("planning")
 def test_compiled_in_one_graph():
     case = example()
 

@@ -19,6 +19,7 @@ from openmoba.ops.triton.backward import dq_pieces, heads_gradients
 from openmoba.ops.triton.device import memory_bytes
 from openmoba.ops.triton.forward import attend_heads
 from openmoba.ops.triton.geometry import Geometry, cdiv
+from openmoba.ops.triton.launch import REMEMBERED
 from openmoba.ops.triton.plan import Plan, make_plan, split_plan
 from openmoba.ops.triton.route import route, select
 from openmoba.ops.triton.statistics import row_statistics
@@ -90,7 +91,7 @@ def choice_shape(q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top
     geometry = Geometry.of(q, k, cu_q, block_size, top_k)
     if top_k == 1:
         return (0,)
-    return (geometry.kv_heads * (_pairs_per_head(geometry) + geometry.block_slots + 1),)
+    return (geometry.kv_heads * (geometry.pairs + geometry.block_slots + 1),)
 
 
 def heads_at_once(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> int:
@@ -98,7 +99,7 @@ def heads_at_once(geometry: Geometry, dtype: torch.dtype, device: torch.device) 
     return _fitting_heads(geometry, dtype, workspace_bytes(device))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=REMEMBERED)
 def _fitting_heads(geometry: Geometry, dtype: torch.dtype, workspace: int) -> int:
     shares = max(1, dq_pieces(geometry, dtype))
     fitting = workspace // max(1, _head_bytes(geometry, dtype, shares))
@@ -125,7 +126,7 @@ def workspace_bytes(device: torch.device) -> int:
 
 
 def _check_pairs(geometry: Geometry) -> None:
-    pairs = _pairs_per_head(geometry)
+    pairs = geometry.pairs
     if pairs >= _MOST_PAIRS:
         raise ValueError(
             f"{geometry.rows} query tokens, {geometry.group} query heads per key/value head and top_k={geometry.top_k} "
@@ -133,18 +134,14 @@ def _check_pairs(geometry: Geometry) -> None:
         )
 
 
-def _pairs_per_head(geometry: Geometry) -> int:
-    return geometry.rows * geometry.group * (geometry.top_k - 1)
-
-
 def _head_bytes(geometry: Geometry, dtype: torch.dtype, shares: int) -> int:
     """Partial results of one key/value head, their log-sum-exp, and the sort's keys and values."""
-    return _pairs_per_head(geometry) * (geometry.width * dtype.itemsize * shares + 24)
+    return geometry.pairs * (geometry.width * dtype.itemsize * shares + 24)
 
 
 def _plans(choice: Tensor, geometry: Geometry, heads: int) -> Iterator[tuple[int, Plan | None]]:
     """The chunks of key/value heads: the first head, and its plan as views of `choice` (none if top_k is 1)."""
-    pairs, lists = _pairs_per_head(geometry), geometry.block_slots + 1
+    pairs, lists = geometry.pairs, geometry.block_slots + 1
     first_offset = geometry.kv_heads * pairs
     for first in range(0, geometry.kv_heads, heads):
         count = min(heads, geometry.kv_heads - first)

@@ -22,7 +22,7 @@ from openmoba.ops.triton import hopper
 from openmoba.ops.triton.backward_keys import key_gradients, own_key_gradients
 from openmoba.ops.triton.backward_queries import own_query_gradients, query_gradients
 from openmoba.ops.triton.geometry import Geometry, cdiv, strides
-from openmoba.ops.triton.launch import Launch
+from openmoba.ops.triton.launch import REMEMBERED, Launch
 from openmoba.ops.triton.plan import Plan, make_items, most_items
 from openmoba.ops.triton.tuning import (
     Kernel,
@@ -64,9 +64,7 @@ def heads_gradients(
         geometry, q.dtype, hopper.serves(geometry, d_out, q, k, v), scale, first_head, heads,
         (*strides(q), *strides(k), *strides(v), *strides(d_out)),
     )  # fmt: skip
-    pairs = heads * geometry.rows * geometry.group * (geometry.top_k - 1)
-    shares = (pairs + 1) * max(1, dq_pieces(geometry, q.dtype))  # the last pair's are for places beyond a list's end
-    partial_dq = torch.empty((shares, geometry.width), dtype=q.dtype, device=q.device)
+    partial_dq = torch.empty((launches.shares, geometry.width), dtype=q.dtype, device=q.device)
     partial_dk = partial_dv = statistics  # not read without a plan
     offsets = None
     if plan is not None:
@@ -83,7 +81,10 @@ def heads_gradients(
 
 
 class _Launches(NamedTuple):
-    """`queries`: None where `keys` also gives the shares of dQ. The segments are the most pairs per item."""
+    """`queries`: None where `keys` also gives the shares of dQ. The segments are the most pairs per item.
+
+    `shares`: of dQ, of all pairs and of one more, for places outside a list.
+    """
 
     keys: Launch
     keys_segment: int
@@ -91,9 +92,10 @@ class _Launches(NamedTuple):
     queries_segment: int
     own_keys: Launch
     own_queries: Launch
+    shares: int
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=REMEMBERED)
 def _launches(
     geometry: Geometry,
     dtype: torch.dtype,
@@ -104,17 +106,18 @@ def _launches(
     all_strides: tuple[int, ...],
 ) -> _Launches:
     rows, past, slots = geometry.rows * geometry.group, geometry.top_k - 1, geometry.block_slots
-    pairs, lists = heads * rows * past, heads * slots
+    pairs, lists = heads * geometry.pairs, heads * slots
     sizes = (geometry.sequences, geometry.tokens_q, geometry.tokens_k, geometry.block_size, slots)
     numbers = (*sizes, rows, first_head, lists, scale, *all_strides)
     pieces = dq_pieces(geometry, dtype)
+    shares = max(1, pieces)
     constants = {
         "HEADS": geometry.heads,
         "GROUP": geometry.group,
         "PAST": past,
         "WIDTH": geometry.width,
         "PACKED": geometry.packed,
-        "SHARES": max(1, pieces),
+        "SHARES": shares,
     }
 
     def launch(kernel: Kernel, *grid: int, **more: int) -> Launch:
@@ -134,6 +137,7 @@ def _launches(
         queries_segment=queries_segment,
         own_keys=launch(own_keys, slots * tiles(own_keys.tile.n), heads, SEGMENT=segment),
         own_queries=launch(own_queries, slots * tiles(own_queries.tile.m), heads * geometry.group),
+        shares=(pairs + 1) * shares,
     )
 
 

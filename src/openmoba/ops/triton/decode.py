@@ -31,7 +31,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from openmoba.ops.triton.device import multiprocessors, nvidia_capability
 from openmoba.ops.triton.forward import LOG2E, load_rows
 from openmoba.ops.triton.geometry import cdiv, kernel_width, power_of_two, strides
-from openmoba.ops.triton.launch import Launch
+from openmoba.ops.triton.launch import REMEMBERED, Launch
 from openmoba.ops.triton.pool import power_of_two as scale_of
 
 _PAGES_PER_TILE = 64
@@ -92,7 +92,7 @@ class _Plan(NamedTuple):
     attend: Launch
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=REMEMBERED)
 def _plan(
     batch: int,
     tokens: int,

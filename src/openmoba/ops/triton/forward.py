@@ -22,7 +22,7 @@ from torch import Tensor
 
 from openmoba.ops.triton import hopper
 from openmoba.ops.triton.geometry import Geometry, cdiv, first_row, locate, query_base, span, strides
-from openmoba.ops.triton.launch import Launch
+from openmoba.ops.triton.launch import REMEMBERED, Launch
 from openmoba.ops.triton.plan import Plan, block_of_list, item_bounds, make_items, most_items, skipped
 from openmoba.ops.triton.tuning import Kernel, forward_own_tile, forward_past_tile
 
@@ -53,9 +53,8 @@ def attend_heads(
         geometry, q.dtype, hopper.serves(geometry, q, k, v), scale, first_head, heads, tokens.start, tokens.stop,
         (*strides(q), *strides(k), *strides(v)),
     )  # fmt: skip
-    pairs = heads * len(tokens) * geometry.group * (geometry.top_k - 1)
-    partial = torch.empty((pairs, geometry.width), dtype=q.dtype, device=q.device)
-    partial_lse = torch.empty(pairs, dtype=torch.float32, device=q.device)
+    partial = torch.empty((launches.pairs, geometry.width), dtype=q.dtype, device=q.device)
+    partial_lse = torch.empty(launches.pairs, dtype=torch.float32, device=q.device)
     if plan is not None:
         items = make_items(plan, geometry, launches.segment)
         launches.past(q, k, v, partial, partial_lse, plan.pairs, plan.offsets, plan.skips, items, cu_q, cu_k)
@@ -63,12 +62,15 @@ def attend_heads(
 
 
 class _Launches(NamedTuple):
+    """With the most pairs per item, and the most pairs there can be."""
+
     past: Launch
     own: Launch
     segment: int
+    pairs: int
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=REMEMBERED)
 def _launches(
     geometry: Geometry,
     dtype: torch.dtype,
@@ -103,6 +105,7 @@ def _launches(
             constants | tile.launch() | {"HEADS": geometry.heads},
         ),
         segment=segment,
+        pairs=pairs,
     )
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from openmoba.ops.triton.geometry import Geometry, cdiv, first_row, first_slot, locate, power_of_two, span, strides
-from openmoba.ops.triton.launch import Launch
+from openmoba.ops.triton.launch import REMEMBERED, Launch
 from openmoba.ops.triton.pool import pool
 from openmoba.ops.triton.ranking import CENTER_BITS, largest_norms, load_rows, rank_once, rank_repeatedly
 
@@ -71,7 +71,7 @@ def choose(
             launch(q, centroids, norms, out, again, count, cu_q, cu_k)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=REMEMBERED)
 def _launches(
     geometry: Geometry,
     dtype: torch.dtype,

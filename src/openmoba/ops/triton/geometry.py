@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from openmoba.ops.triton.launch import REMEMBERED
+
 
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up; Triton's own is several times slower on the host, which counts at short lengths."""
@@ -68,6 +70,11 @@ class Geometry:
         return self.tokens_q if self.packed else self.sequences * self.tokens_q
 
     @cached_property
+    def pairs(self) -> int:
+        """The most pairs of (query token, query head) and past block that one key/value head can have."""
+        return self.rows * self.group * (self.top_k - 1)
+
+    @cached_property
     def longest(self) -> int:
         """Upper bound of the blocks in one sequence."""
         return cdiv(self.tokens_k, self.block_size)
@@ -102,7 +109,7 @@ class Geometry:
         return self.sequences * cdiv(tokens, tile)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=REMEMBERED)
 def _shared(packed: bool, *sizes: int) -> Geometry:
     return Geometry(packed, *sizes)
 

@@ -12,6 +12,9 @@ from typing import Any
 from triton import knobs
 from triton.runtime import driver
 
+REMEMBERED = 4096
+"""Shapes whose launches are kept, about 12 KB each; a call of another one works everything out anew."""
+
 _ALIGNED = 16  # bytes; all that Triton asks of an address
 
 
@@ -40,8 +43,11 @@ class Launch:
         dtypes = [x if x is None else x.dtype for x in tensors]
         kinds = (device, *dtypes, *[x if x is None else x % _ALIGNED == 0 for x in pointers])
         compiled = self._compiled.get(kinds)
-        if compiled is None or _is_watched():
-            self._compiled[kinds] = self._kernel[self.grid](*tensors, *self._numbers, **self._constants)
+        watched = _is_watched()
+        if compiled is None or watched:
+            compiled = self._kernel[self.grid](*tensors, *self._numbers, **self._constants)
+            if not watched:  # profilers have kernels of their own compiled
+                self._compiled[kinds] = compiled
             return
         # As CompiledKernel.__getitem__ does, less what it prepares for hooks; for tensors the launcher would ask the
         # driver where they are.

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from openmoba.ops.triton.geometry import cdiv, strides
-from openmoba.ops.triton.launch import Launch
+from openmoba.ops.triton.launch import REMEMBERED, Launch
 from openmoba.ops.triton.pool import block_centroid, centroid_sizes
 
 
@@ -27,7 +27,7 @@ def complete_pages(
         launch(keys, centroids, lengths, starts)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=REMEMBERED)
 def _launch(
     batch: int,
     pages: int,

@@ -3,7 +3,7 @@
 A *row* is a (query token, query head) of one key/value head, a *pair* is (row, rank of one of its past blocks),
 numbered `row * past + rank`. Every block gets its list of pairs in ascending order, so that sums over a list have one
 order and repeat bit for bit: by a stable sort of the pairs by block or, where there are few, by one program per list
-that looks through all of them, which takes one launch instead of eight. Lists differ in length; work is handed out in
+that looks through all of them, which takes one launch instead of nine. Lists differ in length; work is handed out in
 *items* of at most `segment` pairs. The number of items depends on the choice, which stays on the device, so kernels
 are launched for the most there can be and the surplus programs return at once.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from openmoba.ops.triton.geometry import Geometry, cdiv, locate, span
-from openmoba.ops.triton.launch import Launch
+from openmoba.ops.triton.launch import REMEMBERED, Launch
 
 _LANES = 128
 _COPIED = 1024
@@ -60,15 +60,14 @@ def make_plan(keys: Tensor, pairs: Tensor, offsets: Tensor, geometry: Geometry) 
     return Plan(pairs, offsets, heads, count)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=REMEMBERED)
 def _placing(geometry: Geometry, heads: int) -> Launch:
-    pairs = geometry.rows * geometry.group * (geometry.top_k - 1)
     sequences = 1 if geometry.packed else geometry.sequences
-    numbers = (geometry.block_slots, pairs, geometry.block_slots // sequences, pairs // sequences)
+    numbers = (geometry.block_slots, geometry.pairs, geometry.block_slots // sequences, geometry.pairs // sequences)
     return Launch(_place_pairs, (geometry.block_slots + 1, heads), numbers, {"M": _LOOKED_AT, "num_warps": 8})
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=REMEMBERED)
 def _writing(heads: int, block_slots: int, pairs: int) -> Launch:
     programs = max(cdiv(pairs, _COPIED), cdiv(heads * (block_slots + 1), _LANES))
     constants = {"COPIED": _COPIED, "LANES": _LANES}
@@ -114,7 +113,7 @@ def most_items(pairs: int, lists: int, segment: int) -> int:
     return pairs // segment + lists
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=REMEMBERED)
 def _finding(lists: int, block_slots: int, items: int, segment: int) -> Launch:
     numbers = (lists, block_slots, items, segment)
     return Launch(_find_items, (cdiv(items, _LANES),), numbers, {"LANES": _LANES})

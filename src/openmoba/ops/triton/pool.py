@@ -20,7 +20,7 @@ from torch import Tensor
 from openmoba.ops.pages import ANCHOR_KEYS, LARGEST_FP16, ROOM, centroid_dtype
 from openmoba.ops.triton.geometry import Geometry, kernel_width, locate, span, strides
 from openmoba.ops.triton.geometry import power_of_two as next_power_of_two
-from openmoba.ops.triton.launch import Launch
+from openmoba.ops.triton.launch import REMEMBERED, Launch
 
 _LARGEST_FP16 = tl.constexpr(LARGEST_FP16)
 _ROOM = tl.constexpr(ROOM)
@@ -39,7 +39,7 @@ def pool(k: Tensor, cu_k: Tensor | None, geometry: Geometry) -> tuple[Tensor, Te
     return centroids, norms
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=REMEMBERED)
 def _launch(geometry: Geometry, k_strides: tuple[int, int, int]) -> Launch:
     sizes = (geometry.sequences, geometry.tokens_k, geometry.block_size, geometry.block_slots)
     constants = centroid_sizes(geometry.block_size, geometry.width) | {"PACKED": geometry.packed, "num_warps": 4}

@@ -41,7 +41,7 @@ def route(
 
 def select(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int, top_k: int) -> Tensor:
     """`openmoba.moba_select` for `top_k >= 2`: int32 `[*q.shape[:-1], top_k - 1]`, -1 for none."""
-    geometry = Geometry.of(q, k, cu_q, block_size, top_k)
+    geometry = Geometry.shared(q, k, cu_q, block_size, top_k)
     selected = torch.empty((*q.shape[:-1], top_k - 1), dtype=torch.int32, device=q.device)
     picks = top_k - 1
     choose(q, k, cu_q, cu_k, geometry, selected, geometry.group * picks, geometry.heads * picks, 0)

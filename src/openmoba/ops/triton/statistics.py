@@ -11,7 +11,7 @@ from torch import Tensor
 
 from openmoba.ops.triton.forward import LOG2E, load_rows
 from openmoba.ops.triton.geometry import Geometry, cdiv, power_of_two, strides
-from openmoba.ops.triton.launch import Launch
+from openmoba.ops.triton.launch import REMEMBERED, Launch
 
 # A row's statistics take 16 bytes: with fewer elements than a warp group has threads, Triton 3.6 would load them once
 # per thread of the matrix layout instead of once per row, which more than doubles the inner loop's instructions.
@@ -25,7 +25,7 @@ def row_statistics(d_out: Tensor, out: Tensor, lse: Tensor, geometry: Geometry) 
     return statistics
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=REMEMBERED)
 def _launch(geometry: Geometry, d_out_strides: tuple[int, int, int]) -> Launch:
     rows, m = geometry.rows * geometry.heads, 64
     constants = {"HEADS": geometry.heads, "WIDTH": geometry.width, "M": m, "D": power_of_two(geometry.width)}

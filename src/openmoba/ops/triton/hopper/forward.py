@@ -271,7 +271,7 @@ def attend_past_streaming(
         m_M = m_new_M
         o = o * gl.convert_layout(alpha_M, gl.SliceLayout(1, O_MD))[:, None]
         o = warpgroup_mma(gl.convert_layout(p.to(DTYPE), OPERAND), v_smem.index(step % 2), o, is_async=True)
-        if step + 1 < steps:
+        if step + 3 < steps:
             copy_rows(k_smem.index(step % 3), k_base + (step + 3) % pieces * k_step, k_at, D, ROW)
         async_copy.commit_group()
         o, s = warpgroup_mma_wait(0, [o, s_next])
