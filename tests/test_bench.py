@@ -223,6 +223,17 @@ def test_plot_refuses_what_is_no_benchmark(tmp_path: Path) -> None:
         speedup_chart([Row.of("moba", SMALL, error="out of memory")])
 
 
+def test_charts_name_the_lengths_that_there_is_room_for() -> None:
+    def names(lengths: list[int]) -> list[str]:
+        rows = [Row.of("moba", replace(SMALL, tokens=tokens), p50_ms=1.0) for tokens in lengths]
+        return [label.get_text() for label in time_chart(rows).axes[0].get_xticklabels()]
+
+    assert names([8192, 32768, 65536]) == ["8K", "32K", "64K"]
+    many = names([2**i for i in range(8, 21)])
+    assert len(many) == 13
+    assert [name for name in many if name] == ["256", "1K", "4K", "16K", "64K", "256K", "1M"]
+
+
 def test_both_commands_read_the_same_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

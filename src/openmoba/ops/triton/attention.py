@@ -47,7 +47,7 @@ def forward(
     _check_pairs(geometry)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    choice = torch.empty(choice_shape(q, k, cu_q, block_size, top_k), dtype=torch.int32, device=q.device)
+    choice = torch.empty(_choice_numbers(geometry), dtype=torch.int32, device=q.device)
     heads = heads_at_once(geometry, q.dtype, q.device)
     tokens = tokens_at_once(geometry, heads, q.dtype, q.device)
     keys = route(q, k, cu_q, cu_k, geometry, heads) if top_k > 1 else None
@@ -88,10 +88,13 @@ def backward(
 
 def choice_shape(q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> tuple[int]:
     """Elements of the plan of all heads: `pairs`, then `offsets` (see `plan.Plan`), head by head."""
-    geometry = Geometry.of(q, k, cu_q, block_size, top_k)
-    if top_k == 1:
-        return (0,)
-    return (geometry.kv_heads * (geometry.pairs + geometry.block_slots + 1),)
+    return (_choice_numbers(Geometry.of(q, k, cu_q, block_size, top_k)),)
+
+
+def _choice_numbers(geometry: Geometry) -> int:
+    if geometry.top_k == 1:
+        return 0
+    return geometry.kv_heads * (geometry.pairs + geometry.block_slots + 1)
 
 
 def heads_at_once(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> int:
@@ -126,11 +129,10 @@ def workspace_bytes(device: torch.device) -> int:
 
 
 def _check_pairs(geometry: Geometry) -> None:
-    pairs = geometry.pairs
-    if pairs >= _MOST_PAIRS:
+    if geometry.pairs >= _MOST_PAIRS:
         raise ValueError(
             f"{geometry.rows} query tokens, {geometry.group} query heads per key/value head and top_k={geometry.top_k} "
-            f"make {pairs} pairs of query and block, 2^30 or more; attend to fewer query tokens per call"
+            f"make {geometry.pairs} pairs of query and block, 2^30 or more; attend to fewer query tokens per call"
         )
 
 

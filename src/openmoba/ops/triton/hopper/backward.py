@@ -30,7 +30,6 @@ from openmoba.ops.triton.hopper.tiles import (
     allocate_ring,
     copy_pairs,
     copy_rows,
-    copy_rows_that,
     flat_layout,
     lane_layout,
     pairs_in,
@@ -102,7 +101,7 @@ def _copy_found_rows(rows_smem, stage, addresses, first, q_base, d_out_base, sta
     q_at, d_out_at, statistic_at = addresses
     exist = gl.arange(0, M, gl.SliceLayout(1, ROW)) >= first
     copy_rows(q_smem.index(stage), q_base, q_at.load(gl.SliceLayout(1, ROW)) * PIECE, D, ROW)
-    copy_rows_that(exist, d_out_smem.index(stage), d_out_base, d_out_at.load(gl.SliceLayout(1, ROW)) * PIECE, D, ROW)
+    copy_rows(d_out_smem.index(stage), d_out_base, d_out_at.load(gl.SliceLayout(1, ROW)) * PIECE, D, ROW, exist)
     statistic = statistics_ptr + statistic_at.load(FLAT)
     async_copy.async_copy_global_to_shared(lse_smem.index(stage), statistic)
     async_copy.async_copy_global_to_shared(delta_smem.index(stage), statistic + 1, gl.arange(0, M, FLAT) >= first)
@@ -144,12 +143,6 @@ def _begin_product(a_smem, b, S_NM: gl.constexpr):
     M: gl.constexpr = b.shape[0]
     zero_NM = gl.zeros([N, M], gl.float32, S_NM)
     return warpgroup_mma(a_smem, b.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _begin_products(k_smem, v_smem, q, d_out, S_NM: gl.constexpr):
-    """Begin S = K q and dP = V dO, `[N, M]`."""
-    return _begin_product(k_smem, q, S_NM), _begin_product(v_smem, d_out, S_NM)
 
 
 @gluon.jit
@@ -279,7 +272,8 @@ def key_gradients(
         next_stage, late_stage = stages_around(stage, STAGES)
         q = rows_smem[0].index(stage)
         d_out = rows_smem[1].index(stage)
-        s, dp = _begin_products(k_smem, v_smem, q, d_out, S_NM)
+        s = _begin_product(k_smem, q, S_NM)
+        dp = _begin_product(v_smem, d_out, S_NM)
         # For the copies of this iteration, after the barrier.
         pair = pairs_in(ring, tile + STAGES - 1, LANE)
         _find_rows(
@@ -424,7 +418,8 @@ def own_key_gradients(
         next_stage, late_stage = stages_around(stage, STAGES)
         q = rows_smem[0].index(stage)
         d_out = rows_smem[1].index(stage)
-        s, dp = _begin_products(k_smem, v_smem, q, d_out, S_NM)
+        s = _begin_product(k_smem, q, S_NM)
+        dp = _begin_product(v_smem, d_out, S_NM)
         if tile + STAGES - 1 < tiles:
             _copy_own_rows(
                 rows_smem, late_stage, late_head, late_begin, count, shift, query_begin, flat, wide_head * GROUP,

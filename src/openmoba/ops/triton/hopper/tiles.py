@@ -57,17 +57,10 @@ def stages_around(stage, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def copy_rows(smem, base, offset_M, D: gl.constexpr, ROW: gl.constexpr):
-    """Begin to copy the rows at `base + offset_M` to shared memory `[M, D]`."""
+def copy_rows(smem, base, offset_M, D: gl.constexpr, ROW: gl.constexpr, exist_M=None):
+    """Begin to copy the rows at `base + offset_M` to shared memory `[M, D]`; zeros for rows that do not exist."""
     d = gl.arange(0, D, gl.SliceLayout(0, ROW))
-    async_copy.async_copy_global_to_shared(smem, base + offset_M[:, None] + d[None, :])
-
-
-@gluon.jit
-def copy_rows_that(exist_M, smem, base, offset_M, D: gl.constexpr, ROW: gl.constexpr):
-    """The same; zeros where no row exists."""
-    d = gl.arange(0, D, gl.SliceLayout(0, ROW))
-    mask = exist_M[:, None] & (d >= 0)[None, :]
+    mask = None if exist_M is None else exist_M[:, None] & (d >= 0)[None, :]
     async_copy.async_copy_global_to_shared(smem, base + offset_M[:, None] + d[None, :], mask)
 
 
