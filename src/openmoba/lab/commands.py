@@ -26,6 +26,8 @@ class Train:
 
     def run(self) -> None:
         """Train, and say where the result is."""
+        import torch
+
         from openmoba.lab.train import run_training
 
         config, stored = self.options, self.folder / "config.json"
@@ -34,6 +36,8 @@ class Train:
         result = run_training(config, self.folder, progress=TerminalProgress(self.folder.name))
         if result:
             print(_losses(result["eval"]), f"{self.folder / 'result.json'}", sep="\n")
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # whose threads must not outlive the interpreter
 
 
 @dataclass(frozen=True)
