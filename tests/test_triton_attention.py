@@ -162,7 +162,7 @@ def test_bits_repeat_and_do_not_depend_on_the_workspace(monkeypatch):
     monkeypatch.setattr(attention, "heads_at_once", counted)
     first, again = run(case), run(case)
     bytes_of_two_heads = 2 * (2 * 9) * (16 * 4 + 24)
-    monkeypatch.setattr(attention, "workspace_bytes", lambda _: bytes_of_two_heads)
+    monkeypatch.setattr(attention, "workspaces", lambda _: (bytes_of_two_heads, bytes_of_two_heads))
     for x, y, z in zip(first, again, run(case), strict=True):
         assert torch.equal(x, y)
         assert torch.equal(x, z)
@@ -188,7 +188,7 @@ def test_ranges_of_queries_do_not_change_the_bits(monkeypatch, case, ranges):
     whole = attention.forward(*call)[:2]
     pairs = geometry.rows * geometry.group * (case.top_k - 1)
     bytes_of_a_range = pairs * (geometry.width * case.q.dtype.itemsize + 24) // ranges + 1
-    monkeypatch.setattr(attention, "workspace_bytes", lambda _: bytes_of_a_range)
+    monkeypatch.setattr(attention, "workspaces", lambda _: (bytes_of_a_range, bytes_of_a_range))
     tokens = attention.tokens_at_once(geometry, 1, case.q.dtype, case.q.device)
     assert tokens == -(-geometry.rows // ranges)
     for x, y in zip(whole, attention.forward(*call)[:2], strict=True):
@@ -219,14 +219,31 @@ def test_more_pairs_than_int32_counts_are_refused():
         attention.forward(q, k, k, None, None, 128, 8, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "block_size", "top_k", "heads", "tokens_at_once"),
+    [
+        (2**15, 512, 3, 4, 2**15),  # four shares of dQ per pair: the backward decides
+        (2**15, 128, 8, 3, 2**15),  # the forward decides
+        (2**17, 512, 3, 1, 2**17),
+        (2**17, 128, 8, 1, 2**16),  # a head of the backward is 1.03 GB
+    ],
+)
+def test_heads_at_once_on_a_large_device(monkeypatch, tokens, block_size, top_k, heads, tokens_at_once):
+    device = torch.device("cuda")
+    monkeypatch.setattr(attention, "memory_bytes", lambda _: 80 * 2**30)
+    geometry = Geometry(False, 1, tokens, tokens, 32, 8, 128, block_size, top_k)
+    assert attention.heads_at_once(geometry, FP16, device) == heads
+    assert attention.tokens_at_once(geometry, heads, FP16, device) == tokens_at_once
+
+
 def test_workspace_setting(monkeypatch):
     device = torch.device("cpu")
     monkeypatch.setenv("OPENMOBA_WORKSPACE_MB", "3")
-    assert attention.workspace_bytes(device) == 3 * 2**20
+    assert attention.workspaces(device) == (3 * 2**20, 3 * 2**20)
     for wrong in ("0", "-1", "1.5", "many", ""):
         monkeypatch.setenv("OPENMOBA_WORKSPACE_MB", wrong)
         with pytest.raises(ValueError, match="OPENMOBA_WORKSPACE_MB must be a whole number"):
-            attention.workspace_bytes(device)
+            attention.workspaces(device)
 
 
 @pytest.mark.parametrize("block_size", [8, 150])

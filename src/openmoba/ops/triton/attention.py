@@ -1,9 +1,9 @@
 """The three functions that `ops.library` wraps: route, plan, attend, some key/value heads at a time.
 
 The partial results of all pairs would not fit in memory at long context (64 GB at 1M tokens), so key/value heads are
-worked on in chunks under a cap: OPENMOBA_WORKSPACE_MB, by default 1/150 of the device's memory. Where one head is too
-large, the forward works on ranges of its query tokens. The cap depends on the device alone, and neither heads nor
-query tokens interact, so it never changes a bit of the result.
+worked on in chunks under a cap: OPENMOBA_WORKSPACE_MB, or by default a part of the device's memory and not more than
+what longer launches gain by. Where one head is too large, the forward works on ranges of its query tokens. The cap
+depends on the device alone, and neither heads nor query tokens interact, so it never changes a bit of the result.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ __all__ = ["backward", "choice_shape", "forward", "select"]
 
 _INT16_KEYS = 2**15
 _MOST_PAIRS = 2**30  # numbered in int32, and searched by halving sums of two places
-_CPU_WORKSPACE = 2**30  # Triton's interpreter
-_DEVICE_SHARE = 150
+_DEVICE_SHARE = 64
+# Bytes of partial results. More of them make fewer launches with shorter tails; the forward has fewer per pair.
+_FORWARD_WORKSPACE, _BACKWARD_WORKSPACE = 3 * 2**28, 5 * 2**28
 
 
 def forward(
@@ -99,33 +100,36 @@ def _choice_numbers(geometry: Geometry) -> int:
 
 def heads_at_once(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> int:
     """Key/value heads whose partial results fit in the workspace, forward and backward; at least one."""
-    return _fitting_heads(geometry, dtype, workspace_bytes(device))
+    return _fitting_heads(geometry, dtype, *workspaces(device))
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _fitting_heads(geometry: Geometry, dtype: torch.dtype, workspace: int) -> int:
+def _fitting_heads(geometry: Geometry, dtype: torch.dtype, forward_bytes: int, backward_bytes: int) -> int:
     shares = max(1, dq_pieces(geometry, dtype))
-    fitting = workspace // max(1, _head_bytes(geometry, dtype, shares))
+    forward_heads = forward_bytes // max(1, _head_bytes(geometry, dtype, shares=1))
+    backward_heads = backward_bytes // max(1, _head_bytes(geometry, dtype, shares))
     sortable = (_INT16_KEYS - 1) // geometry.block_slots
-    return max(1, min(fitting, sortable, geometry.kv_heads))
+    chunks = cdiv(geometry.kv_heads, max(1, min(forward_heads, backward_heads, sortable)))
+    return cdiv(geometry.kv_heads, chunks)
 
 
 def tokens_at_once(geometry: Geometry, heads: int, dtype: torch.dtype, device: torch.device) -> int:
     """Query tokens of all sequences whose forward partial results fit in the workspace, at least one."""
-    ranges = cdiv(heads * _head_bytes(geometry, dtype, shares=1), workspace_bytes(device))
+    ranges = cdiv(heads * _head_bytes(geometry, dtype, shares=1), workspaces(device)[0])
     return cdiv(geometry.rows, max(1, ranges))
 
 
-def workspace_bytes(device: torch.device) -> int:
-    """The cap on partial results: OPENMOBA_WORKSPACE_MB, or a share of the device's memory."""
+def workspaces(device: torch.device) -> tuple[int, int]:
+    """The caps on partial results, forward and backward: OPENMOBA_WORKSPACE_MB, or by the device's memory."""
     asked = os.environ.get("OPENMOBA_WORKSPACE_MB")
     if asked is not None:
         if not asked.isdigit() or int(asked) == 0:
             raise ValueError(f"OPENMOBA_WORKSPACE_MB must be a whole number of megabytes >= 1, got {asked!r}")
-        return int(asked) * 2**20
+        return (int(asked) * 2**20,) * 2
     if device.type != "cuda":
-        return _CPU_WORKSPACE
-    return memory_bytes(device) // _DEVICE_SHARE
+        return _FORWARD_WORKSPACE, _BACKWARD_WORKSPACE  # Triton's interpreter
+    share = memory_bytes(device) // _DEVICE_SHARE
+    return min(share, _FORWARD_WORKSPACE), min(share, _BACKWARD_WORKSPACE)
 
 
 def _check_pairs(geometry: Geometry) -> None:
