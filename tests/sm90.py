@@ -147,6 +147,28 @@ def report(
     return _codes([launch for launch in launches if "D" in launch.kwargs and launch.kernel.__name__ not in without])
 
 
+def plan_report() -> list[dict[str, Any]]:
+    """What the kernels around the products compile to: pooling, statistics, and lists made in both ways and cut."""
+    from openmoba.ops.triton import attention, plan
+
+    q, k = (torch.empty(1, 4096, heads, 64, dtype=torch.float16) for heads in (8, 2))
+
+    def call() -> None:
+        out, lse, choice = attention.forward(q, k, k, None, None, 128, 4, 1.0)
+        attention.backward(out, q, k, k, out, lse, choice, None, None, 128, 4, 1.0)
+
+    launches = []
+    for most_looks in (2**40, 0):
+        with (
+            patch.object(plan, "_MOST_LOOKS", most_looks),
+            patch.object(attention, "workspaces", lambda _: (2**22,) * 2),
+        ):
+            launches += launches_of(call)
+    names = ("_pool", "_place_pairs", "_write_plan", "_find_borders", "_order_items", "_row_statistics")
+    first = {launch.kernel.__name__: launch for launch in reversed(launches)}
+    return _codes([first[name] for name in names])
+
+
 def decode_report(
     width: int, block_size: int, top_k: int, queries: int, dtype: torch.dtype = torch.bfloat16
 ) -> list[dict[str, Any]]:
@@ -184,10 +206,13 @@ def _codes(launches: list[Launch]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    # Each argument is "width,block_size,top_k", or with ",queries" a decoding step, then ":dtype" unless bf16, or
-    # ":hopper" for Hopper's own kernels; one line of JSON each. A process of its own, since Triton decides at import
-    # whether kernels are interpreted.
+    # Each argument is "plan", or "width,block_size,top_k", or with ",queries" a decoding step, then ":dtype" unless
+    # bf16, or ":hopper" for Hopper's own kernels; one line of JSON each. A process of its own, since Triton decides
+    # at import whether kernels are interpreted.
     for argument in sys.argv[1:]:
+        if argument == "plan":
+            print(json.dumps(plan_report()), flush=True)
+            continue
         numbers, _, variant = argument.partition(":")
         sizes = [int(size) for size in numbers.split(",")]
         if variant == "hopper":

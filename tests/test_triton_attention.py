@@ -31,6 +31,7 @@ def _no_launches_of_other_tests() -> None:
     """A test that changes tiles must not find launches with others."""
     forward._launches.cache_clear()
     backward._launches.cache_clear()
+    plans._ordering.cache_clear()
 
 
 @pytest.fixture(params=["placed", "sorted"])
@@ -264,21 +265,26 @@ def test_no_tokens():
 
 
 @triton.jit
-def _bounds_of_items(items_ptr, offsets_ptr, out_ptr, lists, block_slots, segment):
-    item = tl.program_id(0)
-    list_id, part, begin, end = item_bounds(items_ptr, offsets_ptr, item, lists, block_slots, segment)
-    tl.store(out_ptr + item * 4, list_id)
-    tl.store(out_ptr + item * 4 + 1, part)
-    tl.store(out_ptr + item * 4 + 2, begin)
-    tl.store(out_ptr + item * 4 + 3, end)
+def _bounds_of_items(items_ptr, offsets_ptr, out_ptr, block_slots, segment):
+    program = tl.program_id(0)
+    item, list_id, begin, end = item_bounds(items_ptr, offsets_ptr, program, block_slots, segment)
+    tl.store(out_ptr + program * 4, item)
+    tl.store(out_ptr + program * 4 + 1, list_id)
+    tl.store(out_ptr + program * 4 + 2, begin)
+    tl.store(out_ptr + program * 4 + 3, end)
 
 
 @pytest.mark.parametrize("absent", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize(("heads", "block_slots", "rows"), [(1, 1, 5), (3, 7, 40), (2, 40, 33)])
 @pytest.mark.parametrize("segment", [1, 8, 1024])
+@pytest.mark.parametrize("sorted_lists", [4, 256])
 @pytest.mark.usefixtures("planning")
-def test_plan(absent, heads, block_slots, rows, segment):
-    """Every present pair lies in exactly one item, of the list that its key names, in ascending order."""
+def test_plan(monkeypatch, absent, heads, block_slots, rows, segment, sorted_lists):
+    """Every present pair lies in exactly one item, of the list that its key names, in ascending order.
+
+    Items of the last lists come longest first.
+    """
+    monkeypatch.setattr(plans, "_SORTED", sorted_lists)
     generator = torch.Generator().manual_seed(0)
     none = heads * block_slots
     keys = torch.randint(block_slots, (heads, rows, 2), generator=generator)
@@ -298,11 +304,17 @@ def test_plan(absent, heads, block_slots, rows, segment):
 
     items = make_items(plan, geometry, segment)
     bounds = torch.empty((len(items), 4), dtype=torch.int32)
-    _bounds_of_items[(len(items),)](items, plan.offsets, bounds, none, block_slots, segment)
+    _bounds_of_items[(len(items),)](items, plan.offsets, bounds, block_slots, segment)
     found = [bound for bound in bounds.tolist() if bound[2] < bound[3]]
     wanted = [
-        [list_id, part, starts[list_id] + begin, starts[list_id] + min(begin + segment, length)]
-        for list_id, length in enumerate(lengths)
+        [start // segment + list_id + part, list_id, start + begin, start + min(begin + segment, length)]
+        for list_id, (start, length) in enumerate(zip(starts, lengths, strict=True))
         for part, begin in enumerate(range(0, length, segment))
     ]
-    assert found == wanted
+
+    def order(bound: list[int]) -> int:
+        _, list_id, begin, end = bound
+        return begin - end if list_id >= none - sorted_lists else -segment - 1
+
+    assert found == sorted(wanted, key=order)
+    assert len({bound[0] for bound in found}) == len(found)

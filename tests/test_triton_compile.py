@@ -28,7 +28,7 @@ HOPPER_SPILLS = 24
 @pytest.fixture(scope="module")
 def reports() -> dict[str, list[dict[str, Any]]]:
     """`sm90.report` of every configuration."""
-    arguments = [*CONFIGURATIONS, *HOPPER_CONFIGURATIONS, WIDEST_FLOAT32, *DECODE_CONFIGURATIONS]
+    arguments = [*CONFIGURATIONS, *HOPPER_CONFIGURATIONS, WIDEST_FLOAT32, *DECODE_CONFIGURATIONS, "plan"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     runner = Path(__file__).parent / "sm90.py"
     done = subprocess.run(
@@ -64,6 +64,12 @@ def test_float32_fits_at_the_largest_width(reports):
     assert {"_second_look", "query_gradients"} <= {kernel["kernel"] for kernel in kernels}
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_MEMORY, kernel
+
+
+def test_kernels_around_the_products_compile(reports):
+    """The interpreter takes what the compiler refuses, such as a variable that changes its type in a loop."""
+    assert len(reports["plan"]) == 6
+    assert not any(kernel["matrix"] for kernel in reports["plan"])
 
 
 @pytest.mark.parametrize("configuration", TUNED)

@@ -69,7 +69,7 @@ def heads_gradients(
     offsets = None
     if plan is not None:
         offsets, items = plan.offsets, make_items(plan, geometry, launches.keys_segment)
-        shape = (2, items.numel(), geometry.block_size, geometry.width)
+        shape = (2, len(items), geometry.block_size, geometry.width)
         partial_dk, partial_dv = torch.empty(shape, dtype=torch.float32, device=q.device)
         lists = (partial_dq, plan.pairs, offsets)
         launches.keys(d_out, q, k, v, statistics, partial_dk, partial_dv, *lists, items, cu_q, cu_k)

@@ -78,10 +78,10 @@ def key_gradients(
     """N keys of a block against the rows of one item: partial dK / scale and dV, and dQ of the pairs if FUSED."""
     # The tiles of a block run side by side: they read the same rows.
     pieces = tl.cdiv(block_size, N)
-    item = tl.program_id(0) // pieces
     piece = tl.program_id(0) % pieces
     partial_dq_ptr += piece * WIDTH
-    list_id, _, begin, end = item_bounds(items_ptr, offsets_ptr, item, lists, block_slots, SEGMENT)
+    program = tl.program_id(0) // pieces
+    item, list_id, begin, end = item_bounds(items_ptr, offsets_ptr, program, block_slots, SEGMENT)
     if begin >= end:
         return
     head, sequence, key_begin = block_of_list(list_id, cu_k_ptr, sequences, tokens_k, block_size, block_slots, PACKED)

@@ -71,7 +71,7 @@ def query_gradients(
     D: tl.constexpr,
 ):
     """M pairs of one list against all keys of its block: the pairs' share of dQ."""
-    list_id, _, begin, end = item_bounds(items_ptr, offsets_ptr, tl.program_id(0), lists, block_slots, SEGMENT)
+    _, list_id, begin, end = item_bounds(items_ptr, offsets_ptr, tl.program_id(0), block_slots, SEGMENT)
     if begin >= end:
         return
     head, sequence, key_begin = block_of_list(list_id, cu_k_ptr, sequences, tokens_k, block_size, block_slots, PACKED)

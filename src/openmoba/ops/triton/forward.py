@@ -239,7 +239,7 @@ def _attend_past(
     D: tl.constexpr,
 ):
     """One item: rows that chose a block, against that block. RESIDENT: its keys fit one tile and stay on chip."""
-    list_id, _, begin, end = item_bounds(items_ptr, offsets_ptr, tl.program_id(0), lists, block_slots, SEGMENT)
+    _, list_id, begin, end = item_bounds(items_ptr, offsets_ptr, tl.program_id(0), block_slots, SEGMENT)
     if begin >= end:
         return
     begin, end = skipped(begin, end, list_id, skips_ptr)

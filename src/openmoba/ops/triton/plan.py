@@ -4,8 +4,9 @@ A *row* is a (query token, query head) of one key/value head, a *pair* is (row, 
 numbered `row * past + rank`. Every block gets its list of pairs in ascending order, so that sums over a list have one
 order and repeat bit for bit: by a stable sort of the pairs by block or, where there are few, by one program per list
 that looks through all of them, which takes one launch instead of nine. Lists differ in length; work is handed out in
-*items* of at most `segment` pairs. The number of items depends on the choice, which stays on the device, so kernels
-are launched for the most there can be and the surplus programs return at once.
+*items* of at most `segment` pairs, those of the last lists longest first, so that the multiprocessors finish together.
+The number of items depends on the choice, which stays on the device, so kernels are launched for the most there can be
+and the surplus programs return at once.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from openmoba.ops.triton.geometry import Geometry, cdiv, locate, span
 from openmoba.ops.triton.launch import REMEMBERED, Launch
 
 _LANES = 128
+_SORTED = 256  # lists; those before keep their order, in which neighbours read the same rows
 _COPIED = 1024
 _LOOKED_AT = 4096
 _MOST_LOOKS = 2**22  # of all lists of a head at its pairs: up to here placing takes less time than sorting
@@ -97,14 +99,14 @@ def split_plan(plan: Plan | None, geometry: Geometry, tokens: int) -> Iterator[t
 
 
 def make_items(plan: Plan, geometry: Geometry, segment: int) -> Tensor:
-    """Which list each item belongs to, int32 `[items]` of `head * block_slots + block slot`; surplus undefined.
+    """What each program works on, int32 `[items, 2]`: an item, and its list `head * block_slots + slot` (-1: none).
 
     List b owns the items from `start // segment + b` on, as sequences own tile slots in `geometry`.
     """
     lists = plan.heads * geometry.block_slots
     count = most_items(plan.size, lists, segment)
-    items = torch.empty(count, dtype=torch.int32, device=plan.pairs.device)
-    _finding(lists, geometry.block_slots, count, segment)(plan.offsets, items)
+    items = torch.empty((count, 2), dtype=torch.int32, device=plan.pairs.device)
+    _ordering(lists, geometry.block_slots, count, segment)(plan.offsets, items)
     return items
 
 
@@ -114,9 +116,10 @@ def most_items(pairs: int, lists: int, segment: int) -> int:
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _finding(lists: int, block_slots: int, items: int, segment: int) -> Launch:
+def _ordering(lists: int, block_slots: int, items: int, segment: int) -> Launch:
     numbers = (lists, block_slots, items, segment)
-    return Launch(_find_items, (cdiv(items, _LANES),), numbers, {"LANES": _LANES})
+    constants = {"LANES": _LANES, "SORTED": _SORTED, "num_warps": 8}
+    return Launch(_order_items, (1 + cdiv(items, _LANES) * (lists > _SORTED),), numbers, constants)
 
 
 @triton.jit
@@ -127,15 +130,15 @@ def list_bounds(offsets_ptr, list_id, block_slots):
 
 
 @triton.jit
-def item_bounds(items_ptr, offsets_ptr, item, lists, block_slots, segment):
-    """List of an item, its number within the list, and its pairs' start and end (empty for a surplus item)."""
-    _, last_end = list_bounds(offsets_ptr, lists - 1, block_slots)
-    surplus = item >= last_end // segment + lists
-    list_id = tl.where(surplus, 0, tl.load(items_ptr + item, mask=not surplus, other=0))
+def item_bounds(items_ptr, offsets_ptr, program, block_slots, segment):
+    """A program's item, its list, and its pairs' start and end (empty for a surplus program)."""
+    item = tl.load(items_ptr + 2 * program)
+    list_id = tl.load(items_ptr + 2 * program + 1)
+    surplus = list_id < 0
+    list_id = tl.where(surplus, 0, list_id)
     start, end = list_bounds(offsets_ptr, list_id, block_slots)
-    part = item - (start // segment + list_id)
-    begin = tl.where(surplus, end, start + part * segment)
-    return list_id, part, begin, tl.minimum(begin + segment, end)
+    begin = tl.where(surplus, end, start + (item - (start // segment + list_id)) * segment)
+    return item, list_id, begin, tl.minimum(begin + segment, end)
 
 
 @triton.jit
@@ -210,9 +213,17 @@ def _write_plan(
 
 
 @triton.jit
-def _find_items(offsets_ptr, items_ptr, lists, block_slots, count, segment, LANES: tl.constexpr):
-    """items[i] = the last list b with `start(b) // segment + b <= i`, by binary search."""
-    item = tl.program_id(0) * LANES + tl.arange(0, LANES)
+def _order_items(offsets_ptr, items_ptr, lists, block_slots, count, segment, LANES: tl.constexpr, SORTED: tl.constexpr):
+    """The items of the last SORTED lists by descending size, after those of the lists before in their order.
+
+    An item `i` is of the last list b with `start(b) // segment + b <= i`, found by binary search.
+    """
+    first_sorted = tl.maximum(lists - SORTED, 0)
+    first_place = tl.load(offsets_ptr + first_sorted + first_sorted // block_slots) // segment + first_sorted
+    if tl.program_id(0) == 0:
+        _sort_items(offsets_ptr, items_ptr, first_sorted, first_place, lists, block_slots, count, segment, SORTED)
+        return
+    item = (tl.program_id(0) - 1) * LANES + tl.arange(0, LANES)
     low = tl.zeros([LANES], tl.int32)
     high = tl.zeros([LANES], tl.int32) + lists - 1
     span = lists
@@ -223,7 +234,40 @@ def _find_items(offsets_ptr, items_ptr, lists, block_slots, count, segment, LANE
         low = tl.where(reached, middle, low)
         high = tl.where(reached, high, tl.maximum(middle - 1, 0))
         span = span // 2
-    tl.store(items_ptr + item, low, mask=item < count)
+    _store_items(items_ptr, item, item, low, item < first_place)
+
+
+@triton.jit
+def _sort_items(
+    offsets_ptr, items_ptr, first_sorted, first_place, lists, block_slots, count, segment, SORTED: tl.constexpr
+):
+    """Whole segments first, then what is left of each list, the longest first, then none."""
+    list_S = first_sorted + tl.arange(0, SORTED)
+    exists_S = list_S < lists
+    at_S = offsets_ptr + list_S + list_S // block_slots
+    start_S = tl.load(at_S, mask=exists_S, other=0)
+    length_S = tl.load(at_S + 1, mask=exists_S, other=0) - start_S
+    item_S = start_S // segment + list_S
+    whole_S = length_S // segment
+    rest_S = length_S % segment
+    place_S = first_place + tl.cumsum(whole_S, 0) - whole_S
+    for part in range(tl.max(whole_S, 0)):
+        _store_items(items_ptr, place_S + part, item_S + part, list_S, part < whole_S)
+    # Of equal lengths the earlier list comes first.
+    order_S = rest_S * SORTED + (SORTED - 1 - tl.arange(0, SORTED))
+    rank_S = tl.sum(((order_S[None, :] > order_S[:, None]) & (rest_S > 0)[None, :]).to(tl.int32), 1)
+    first_rest = first_place + tl.sum(whole_S, 0)
+    _store_items(items_ptr, first_rest + rank_S, item_S + whole_S, list_S, rest_S > 0)
+    first_surplus = first_rest + tl.sum((rest_S > 0).to(tl.int32), 0)
+    for begin in range(first_surplus, count, SORTED):
+        place_S = begin + tl.arange(0, SORTED)
+        _store_items(items_ptr, place_S, place_S, tl.full([SORTED], -1, tl.int32), place_S < count)
+
+
+@triton.jit
+def _store_items(items_ptr, place, item, list_id, mask):
+    tl.store(items_ptr + 2 * place, item, mask=mask)
+    tl.store(items_ptr + 2 * place + 1, list_id, mask=mask)
 
 
 @triton.jit

@@ -43,6 +43,8 @@ from openmoba.ops.triton.hopper.tiles import (
 from openmoba.ops.triton.plan import block_of_list, item_bounds, list_bounds
 from openmoba.ops.triton.statistics import STATISTICS
 
+_ROWS_TOGETHER = gl.constexpr(2**16)  # 34 MB of queries and output gradients, which the L2 cache holds
+
 
 @gluon.jit
 def _allocate_rows(DTYPE: gl.constexpr, STAGES: gl.constexpr, M: gl.constexpr, D: gl.constexpr):
@@ -228,9 +230,9 @@ def key_gradients(
     DQ_MD: gl.constexpr = product_layout(D * M // (16 * WARPS), M // 16, WARPS * 16 // M)
     LANE: gl.constexpr = lane_layout(M, WARPS)
     pieces = block_size // N
-    item = gl.program_id(0) // pieces
     piece = gl.program_id(0) % pieces
-    list_id, _, begin, end = item_bounds(items_ptr, offsets_ptr, item, lists, block_slots, SEGMENT)
+    program = gl.program_id(0) // pieces
+    item, list_id, begin, end = item_bounds(items_ptr, offsets_ptr, program, block_slots, SEGMENT)
     if begin >= end:
         return
     head, sequence, key_begin = block_of_list(list_id, cu_k_ptr, sequences, tokens_k, block_size, block_slots, PACKED)
@@ -317,6 +319,19 @@ def key_gradients(
     gl.store(partial_dv_ptr + at_ND, dv)
 
 
+@gluon.jit
+def _longest_first(block_slots, pieces, together):
+    """Block slot and piece of a program.
+
+    A block's first keys have all its rows, its last ones few. In `together` blocks all first pieces come first, then
+    all second ones, so that the multiprocessors finish together.
+    """
+    first_slot = gl.program_id(0) // (together * pieces) * together
+    place = gl.program_id(0) - first_slot * pieces
+    here = gl.minimum(together, block_slots - first_slot)
+    return first_slot + place % here, place // here
+
+
 @gluon.jit(do_not_specialize=["first_head"])
 def own_key_gradients(
     d_out_ptr,
@@ -370,9 +385,8 @@ def own_key_gradients(
     ROW: gl.constexpr = row_layout(D, WARPS)
     S_NM: gl.constexpr = product_layout(M, WARPS, 1)
     DK_ND: gl.constexpr = product_layout(D, WARPS, 1)
-    pieces = block_size // N
-    slot = gl.program_id(0) // pieces
-    start = (gl.program_id(0) % pieces) * N
+    slot, piece = _longest_first(block_slots, block_size // N, gl.maximum(_ROWS_TOGETHER // (block_size * GROUP), 1))
+    start = piece * N
     head = gl.program_id(1)
     sequence, _, key_begin, count, query_begin, shift = own_rows(
         slot, cu_q_ptr, cu_k_ptr, sequences, tokens_q, tokens_k, block_size, PACKED

@@ -99,7 +99,7 @@ def attend_past_resident(
     S_MN: gl.constexpr = product_layout(N, gl.num_warps(), 1)
     O_MD: gl.constexpr = product_layout(D, gl.num_warps(), 1)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, O_MD, 2)
-    list_id, _, begin, end = item_bounds(items_ptr, offsets_ptr, gl.program_id(0), lists, block_slots, SEGMENT)
+    _, list_id, begin, end = item_bounds(items_ptr, offsets_ptr, gl.program_id(0), block_slots, SEGMENT)
     if begin >= end:
         return
     begin, end = skipped(begin, end, list_id, skips_ptr)
@@ -204,7 +204,7 @@ def attend_past_streaming(
     S_MN: gl.constexpr = product_layout(N, gl.num_warps(), 1)
     O_MD: gl.constexpr = product_layout(D, gl.num_warps(), 1)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, O_MD, 2)
-    list_id, _, begin, end = item_bounds(items_ptr, offsets_ptr, gl.program_id(0), lists, block_slots, SEGMENT)
+    _, list_id, begin, end = item_bounds(items_ptr, offsets_ptr, gl.program_id(0), block_slots, SEGMENT)
     if begin >= end:
         return
     begin, end = skipped(begin, end, list_id, skips_ptr)
