@@ -34,6 +34,8 @@ def test_every_obstacle_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert obstacle(heads(4, 96), heads(2, 96)) == "head width 96 is not 64 or 128"
     assert obstacle(heads(4), heads(2), 192) == "block_size 192 is no multiple of 128"
+    apart = torch.empty(1, dtype=FP16, device="meta").as_strided((1, 1000, 4, 64), (0, 2**24, 64, 1))
+    assert obstacle(apart, heads(2)) == "tokens 16777216 elements apart take a block of 128 beyond 2^31"
     rows = torch.zeros(1, 1000, 4 * 64 + 8, dtype=FP16)
     for unaligned in (rows[..., :-8], torch.zeros(1, 1000, 4 * 64 + 16, dtype=FP16)[..., 1:-15]):
         reason = obstacle(unaligned.unflatten(-1, (4, 64)), heads(2))

@@ -86,6 +86,8 @@ HOPPER_SHAPES = [
     (BF16, (1, 3000, 3000, 8, 2, 64), 512, 3),
     (FP16, (1, 2100, 2100, 4, 4, 64), 128, 5),
     (BF16, (1, 3333, 5000, 2, 1, 128), 1024, 2),
+    (FP16, (2, 1500, 1700, 4, 2, 64), 256, 3),
+    (BF16, (1, 2400, 2400, 32, 1, 64), 512, 2),
 ]
 
 
@@ -133,7 +135,7 @@ def test_all_blocks_is_dense(tokens, block_size, top_k):
 
 def test_dense_attention_is_cudnns():
     case = batched(BF16, (2, 512, 512, 8, 2, 128), 128, 4, "cuda")
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as recorded:
         moba_attention(case.q, case.k, case.v, **case.settings)
         torch.cuda.synchronize()
     assert any("cudnn" in event.name for event in recorded.events())

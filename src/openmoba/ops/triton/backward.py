@@ -127,7 +127,7 @@ def _launches(
         return cdiv(geometry.block_size, size)
 
     keys, own_keys = _key_kernels(geometry, dtype, hoppers_own)
-    queries, own_queries = _query_kernels(geometry, dtype)
+    queries, own_queries = _query_kernels(geometry, dtype, hoppers_own)
     segment, queries_segment = keys.tile.segment, queries.tile.segment
     items, queries_items = (most_items(pairs, lists, most) for most in (segment, queries_segment))
     return _Launches(
@@ -149,8 +149,10 @@ def _key_kernels(geometry: Geometry, dtype: torch.dtype, hoppers_own: bool) -> t
     return Kernel(key_gradients, tile, tile.launch()), Kernel(own_key_gradients, own_tile, own_tile.launch())
 
 
-def _query_kernels(geometry: Geometry, dtype: torch.dtype) -> tuple[Kernel, Kernel]:
+def _query_kernels(geometry: Geometry, dtype: torch.dtype, hoppers_own: bool) -> tuple[Kernel, Kernel]:
     """The same."""
     tile, own_tile = backward_queries_tile(geometry, dtype), backward_own_queries_tile(geometry, dtype)
-    constants = tile.launch() | {"EVEN": geometry.block_size % tile.n == 0}
-    return Kernel(query_gradients, tile, constants), Kernel(own_query_gradients, own_tile, own_tile.launch())
+    past = Kernel(query_gradients, tile, tile.launch() | {"EVEN": geometry.block_size % tile.n == 0})
+    if hoppers_own:
+        return past, hopper.own_query_gradients(geometry)
+    return past, Kernel(own_query_gradients, own_tile, own_tile.launch())

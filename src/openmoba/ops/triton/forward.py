@@ -90,7 +90,8 @@ def _launches(
     constants = {"GROUP": geometry.group, "PAST": past, "WIDTH": geometry.width, "PACKED": geometry.packed}
     kernel = hopper.attend_past(geometry) if hoppers_own else _past_kernel(geometry, dtype)
     segment = kernel.tile.segment
-    tile, slots = forward_own_tile(geometry, dtype), geometry.own_slots(tokens)
+    own = hopper.attend_own(geometry) if hoppers_own else _own_kernel(geometry, dtype)
+    slots = geometry.own_slots(tokens)
     return _Launches(
         past=Launch(
             kernel.function,
@@ -99,10 +100,10 @@ def _launches(
             constants | kernel.constants | {"SEGMENT": segment},
         ),
         own=Launch(
-            _attend_own,
-            (len(slots) * cdiv(geometry.block_size, tile.m), heads * geometry.group),
+            own.function,
+            (len(slots) * cdiv(geometry.block_size, own.tile.m), heads * geometry.group),
             (*sizes, rows, first_head, slots.start, first_token, end_token, scale, *qkv_strides),
-            constants | tile.launch() | {"HEADS": geometry.heads},
+            constants | own.constants | {"HEADS": geometry.heads},
         ),
         segment=segment,
         pairs=pairs,
@@ -113,6 +114,11 @@ def _past_kernel(geometry: Geometry, dtype: torch.dtype) -> Kernel:
     tile = forward_past_tile(geometry, dtype)
     keys = {"RESIDENT": tile.n >= geometry.block_size, "EVEN": geometry.block_size % tile.n == 0}
     return Kernel(_attend_past, tile, tile.launch() | keys)
+
+
+def _own_kernel(geometry: Geometry, dtype: torch.dtype) -> Kernel:
+    tile = forward_own_tile(geometry, dtype)
+    return Kernel(_attend_own, tile, tile.launch())
 
 
 @triton.jit

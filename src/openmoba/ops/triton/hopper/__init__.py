@@ -39,6 +39,9 @@ def why_not(geometry: Geometry, *tensors: Tensor) -> str | None:
         return f"head width {geometry.width} is not {' or '.join(map(str, _WIDTHS))}"
     if geometry.block_size % _KEYS:
         return f"block_size {geometry.block_size} is no multiple of {_KEYS}"
+    distance = max(x.stride(-3) for x in tensors)
+    if geometry.block_size * distance >= 2**31:
+        return f"tokens {distance} elements apart take a block of {geometry.block_size} beyond 2^31"
     if not all(map(_is_aligned, tensors)):
         return f"strides are no multiples of {_ALIGNED} elements, or a tensor does not begin at a multiple of 16 bytes"
     return None
@@ -57,8 +60,18 @@ def attend_past(geometry: Geometry) -> Kernel:
     if geometry.block_size == _KEYS:
         tile = Tile(m=64, n=_KEYS, d=geometry.width, warps=4, stages=3, segment=1024)
         return Kernel(attend_past_resident, tile, _constants(tile) | {"STAGES": tile.stages})
-    tile = Tile(m=128, n=_KEYS, d=geometry.width, warps=8, stages=2, segment=1024)
+    m, n = (64, _KEYS) if geometry.width == _WIDTHS[0] else (128, 64)
+    tile = Tile(m=m, n=n, d=geometry.width, warps=4, stages=2, segment=512)
     return Kernel(attend_past_streaming, tile, _constants(tile))
+
+
+@lru_cache(maxsize=256)
+def attend_own(geometry: Geometry) -> Kernel:
+    """In the place of `forward._attend_own`."""
+    from openmoba.ops.triton.hopper.own_queries import attend_own
+
+    tile = Tile(m=64, n=64, d=geometry.width, warps=4, stages=2)
+    return Kernel(attend_own, tile, _constants(tile) | _most_registers(geometry))
 
 
 @lru_cache(maxsize=256)
@@ -80,8 +93,22 @@ def own_key_gradients(geometry: Geometry) -> Kernel:
     return Kernel(own_key_gradients, tile, _constants(tile) | {"STAGES": tile.stages})
 
 
+@lru_cache(maxsize=256)
+def own_query_gradients(geometry: Geometry) -> Kernel:
+    """In the place of `backward_queries.own_query_gradients`."""
+    from openmoba.ops.triton.hopper.own_queries import own_query_gradients
+
+    tile = Tile(m=64, n=32, d=geometry.width, warps=4, stages=2)
+    return Kernel(own_query_gradients, tile, _constants(tile) | {"STAGES": tile.stages} | _most_registers(geometry))
+
+
 def _constants(tile: Tile) -> dict[str, int]:
     return {"M": tile.m, "N": tile.n, "D": tile.d, "num_warps": tile.warps}
+
+
+def _most_registers(geometry: Geometry) -> dict[str, int]:
+    """Per thread, for three programs of four warps on a multiprocessor, or four of narrow heads."""
+    return {"maxnreg": 128 if geometry.width == _WIDTHS[0] else 168}
 
 
 def _is_aligned(x: Tensor) -> bool:

@@ -1,11 +1,12 @@
-"""Past blocks, forward, on Hopper: `forward._attend_past` with matrix products in flight.
+"""Past blocks, forward, on Hopper: `forward._attend_past` with copies and matrix products in flight.
 
-While S of the next tile is computed, the warps exponentiate S of this one. M rows and N keys per tile, D head width.
+M rows and N keys per tile, D head width. Two programs of four warps or more share a multiprocessor: while one
+exponentiates, the other multiplies.
 
 `attend_past_resident` keeps a block's N keys and values in shared memory and lets its rows stream by, STAGES tiles of
-them in flight. `attend_past_streaming` keeps M rows and lets keys and values stream by, without a break between one
-tile of rows and the next. Its copies have a whole iteration to arrive, and begin while a product runs: values beside
-S, keys beside P V.
+them in flight; S of the next tile is computed while S of this one is exponentiated. `attend_past_streaming` keeps M
+rows and lets keys and values stream by, without a break between one tile of rows and the next: M is as large as the
+registers allow, for every tile of rows reads the whole block from the L2 cache.
 """
 
 from __future__ import annotations
@@ -219,66 +220,63 @@ def attend_past_streaming(
     v_base = v_ptr + sequence.to(gl.int64) * v_batch + wide_head * v_head + first_key * v_token
 
     keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
-    k_smem = gl.allocate_shared_memory(DTYPE, [3, N, D], keys)
-    v_smem = gl.allocate_shared_memory(DTYPE, [2, N, D], keys)
+    k_smem = gl.allocate_shared_memory(DTYPE, [2, N, D], keys)
+    v_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
     q_smem = gl.allocate_shared_memory(DTYPE, [2, M, D], gl.NVMMASharedLayout.get_default_for([M, D], DTYPE))
-    ring = allocate_ring(4, M)  # from the tile whose partials are stored to the one whose pairs are copied
+    ring = allocate_ring(2, M)
     n = gl.arange(0, N, gl.SliceLayout(1, ROW))
-    k_at = n.to(gl.int64) * k_token
-    v_at = n.to(gl.int64) * v_token
-    k_step = gl.cast(k_token, gl.int64) * N
-    v_step = gl.cast(v_token, gl.int64) * N
+    k_at = n * k_token
+    v_at = n * v_token
     pieces = block_size // N
     pair = pairs_of(pairs_ptr, 0, begin, end, M, gl.SliceLayout(1, ROW))
     _copy_queries(q_smem.index(0), pair, q_base, head_rows, q_token, q_head, GROUP, PAST, D, ROW)
-    copy_rows(k_smem.index(0), k_base, k_at, D, ROW)
     copy_pairs(ring, 0, pairs_ptr, begin, end)
-    copy_pairs(ring, 1, pairs_ptr, begin, end)
+    copy_rows(k_smem.index(0), k_base, k_at, D, ROW)
     async_copy.commit_group()
-    copy_rows(k_smem.index(1), k_base + k_step, k_at, D, ROW)
-    copy_rows(v_smem.index(0), v_base, v_at, D, ROW)
-    async_copy.commit_group()
-    copy_rows(k_smem.index(2), k_base + 2 % pieces * k_step, k_at, D, ROW)
+    copy_rows(v_smem, v_base, v_at, D, ROW)
     async_copy.commit_group()
     zero_MN = gl.zeros([M, N], gl.float32, S_MN)
     steps = gl.cdiv(end - begin, M) * pieces
-    async_copy.wait_group(2)
-    s = warpgroup_mma(q_smem.index(0), k_smem.index(0).permute((1, 0)), zero_MN, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, [s])
     m_M = gl.full([M], -float("inf"), gl.float32, gl.SliceLayout(1, S_MN))
     l_M = gl.zeros([M], gl.float32, gl.SliceLayout(1, S_MN))
     o = gl.zeros([M, D], gl.float32, O_MD)
+    tile, piece = 0, 0
     for step in range(0, steps):
-        tile = step // pieces
+        next_piece = gl.where(piece + 1 == pieces, 0, piece + 1)
         async_copy.wait_group(1)
-        q = q_smem.index((step + 1) // pieces % 2)
-        k = k_smem.index((step + 1) % 3)
-        s_next = warpgroup_mma(q, k.permute((1, 0)), zero_MN, use_acc=False, is_async=True)
+        s = warpgroup_mma(
+            q_smem.index(tile % 2), k_smem.index(step % 2).permute((1, 0)), zero_MN, use_acc=False, is_async=True
+        )
         if step + 1 < steps:
-            if step % pieces == 0:
+            copy_rows(k_smem.index((step + 1) % 2), k_base, next_piece * N * k_token + k_at, D, ROW)
+            if piece == 0:
+                copy_pairs(ring, tile + 1, pairs_ptr, begin, end)
+            if (piece == 1) & (step + pieces <= steps):
                 pair = pairs_in(ring, tile + 1, gl.SliceLayout(1, ROW))
                 _copy_queries(
                     q_smem.index((tile + 1) % 2), pair, q_base, head_rows, q_token, q_head, GROUP, PAST, D, ROW
                 )
-                copy_pairs(ring, tile + 2, pairs_ptr, begin, end)
-            copy_rows(v_smem.index((step + 1) % 2), v_base + (step + 1) % pieces * v_step, v_at, D, ROW)
         async_copy.commit_group()
-        s = warpgroup_mma_wait(1, [s])  # waits for nothing, but keeps what follows behind the product's start
+        s = warpgroup_mma_wait(0, [s])
         m_new_M = gl.maximum(m_M, gl.max(s, 1) * (scale * LOG2E))
         alpha_M = gl.exp2(m_M - m_new_M)
         p = gl.exp2(s * (scale * LOG2E) - m_new_M[:, None])
         l_M = l_M * alpha_M + gl.sum(p, 1)
         m_M = m_new_M
+        p = gl.convert_layout(p.to(DTYPE), OPERAND)
         o = o * gl.convert_layout(alpha_M, gl.SliceLayout(1, O_MD))[:, None]
-        o = warpgroup_mma(gl.convert_layout(p.to(DTYPE), OPERAND), v_smem.index(step % 2), o, is_async=True)
-        if step + 3 < steps:
-            copy_rows(k_smem.index(step % 3), k_base + (step + 3) % pieces * k_step, k_at, D, ROW)
+        async_copy.wait_group(1)
+        o = warpgroup_mma(p, v_smem, o, is_async=True)
+        o = warpgroup_mma_wait(0, [o])
+        if step + 1 < steps:
+            copy_rows(v_smem, v_base, next_piece * N * v_token + v_at, D, ROW)
         async_copy.commit_group()
-        o, s = warpgroup_mma_wait(0, [o, s_next])
-        if (step + 1) % pieces == 0:
+        if next_piece == 0:
             _store_partials(
                 partial_ptr, partial_lse_ptr, q_smem.index(tile % 2), ring, tile, o, m_M, l_M, WIDTH, D, ROW, S_MN, O_MD
             )
             m_M = gl.full([M], -float("inf"), gl.float32, gl.SliceLayout(1, S_MN))
             l_M = gl.zeros([M], gl.float32, gl.SliceLayout(1, S_MN))
             o = gl.zeros([M, D], gl.float32, O_MD)
+            tile += 1
+        piece = next_piece

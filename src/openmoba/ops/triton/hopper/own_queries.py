@@ -1,0 +1,307 @@
+"""A tile of a block's own queries against their block, on Hopper: `forward._attend_own`, and its dQ.
+
+The M queries stay in shared memory and the block's keys stream by, N at a time. What the past contributed is added at
+the end, in the layout in which rows are written to memory: it is read once, straight into registers. The tiles are
+small enough for three programs on a multiprocessor: while one reads, another multiplies.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma, warpgroup_mma_wait
+
+from openmoba.ops.triton.forward import LOG2E, own_rows
+from openmoba.ops.triton.geometry import first_row
+from openmoba.ops.triton.hopper.tiles import copy_rows, product_layout, rank_layout, row_layout
+from openmoba.ops.triton.statistics import STATISTICS
+
+
+@gluon.jit
+def _copy_keys(smem, base, begin, count, token_stride, N: gl.constexpr, D: gl.constexpr, ROW: gl.constexpr):
+    """Begin to copy keys or values from number `begin` of the block on; absent ones repeat the last."""
+    n = gl.minimum(begin + gl.arange(0, N, gl.SliceLayout(1, ROW)), count - 1)
+    copy_rows(smem, base, n.to(gl.int64) * token_stride, D, ROW)
+
+
+@gluon.jit(do_not_specialize=["first_head", "first_slot", "first_token", "end_token"])
+def attend_own(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    partial_ptr,
+    partial_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    sequences,
+    tokens_q,
+    tokens_k,
+    block_size,
+    rows,
+    first_head,
+    first_slot,
+    first_token,
+    end_token,
+    scale,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    PAST: gl.constexpr,
+    WIDTH: gl.constexpr,
+    PACKED: gl.constexpr,
+    M: gl.constexpr,
+    N: gl.constexpr,
+    D: gl.constexpr,
+):
+    """M queries of one head and block: attend to the own block causally, merge the partials, write output and LSE."""
+    DTYPE: gl.constexpr = q_ptr.dtype.element_ty
+    WARPS: gl.constexpr = gl.num_warps()
+    ROW: gl.constexpr = row_layout(D, WARPS)
+    S_MN: gl.constexpr = product_layout(N, WARPS, 1)
+    O_MD: gl.constexpr = product_layout(D, WARPS, 1)
+    tiles = block_size // M
+    slot = first_slot + gl.program_id(0) // tiles
+    start = gl.program_id(0) % tiles * M
+    sequence, block, key_begin, count, query_begin, shift = own_rows(
+        slot, cu_q_ptr, cu_k_ptr, sequences, tokens_q, tokens_k, block_size, PACKED
+    )
+    first_query = first_row(sequence, cu_q_ptr, tokens_q, PACKED)
+    first_flat = first_query + shift
+    low = gl.maximum(start, gl.maximum(first_token, first_query) - first_flat)
+    high = gl.minimum(gl.minimum(start + M, count), end_token - first_flat)
+    if low >= high:
+        return
+    head = gl.program_id(1) // GROUP
+    member = gl.program_id(1) % GROUP
+    kv_head = first_head + head
+    head_index = kv_head * GROUP + member
+    wide_sequence = sequence.to(gl.int64)
+    wide_head = kv_head.to(gl.int64)
+    q_base = q_ptr + wide_sequence * q_batch + head_index.to(gl.int64) * q_head
+    k_base = k_ptr + wide_sequence * k_batch + wide_head * k_head + gl.cast(key_begin, gl.int64) * k_token
+    v_base = v_ptr + wide_sequence * v_batch + wide_head * v_head + gl.cast(key_begin, gl.int64) * v_token
+
+    keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
+    q_smem = gl.allocate_shared_memory(DTYPE, [M, D], gl.NVMMASharedLayout.get_default_for([M, D], DTYPE))
+    k_smem = gl.allocate_shared_memory(DTYPE, [2, N, D], keys)
+    v_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
+    # Rows outside the tile's range repeat one inside; nothing is stored for them.
+    m_row = start + gl.arange(0, M, gl.SliceLayout(1, ROW))
+    readable = gl.minimum(gl.maximum(m_row, low), high - 1)
+    copy_rows(q_smem, q_base, (query_begin + readable + shift).to(gl.int64) * q_token, D, ROW)
+    _copy_keys(k_smem.index(0), k_base, 0, count, k_token, N, D, ROW)
+    async_copy.commit_group()
+    _copy_keys(v_smem, v_base, 0, count, v_token, N, D, ROW)
+    async_copy.commit_group()
+
+    m = start + gl.arange(0, M, gl.SliceLayout(1, S_MN))
+    n = gl.arange(0, N, gl.SliceLayout(0, S_MN))
+    zero_MN = gl.zeros([M, N], gl.float32, S_MN)
+    m_M = gl.full([M], -float("inf"), gl.float32, gl.SliceLayout(1, S_MN))
+    l_M = gl.zeros([M], gl.float32, gl.SliceLayout(1, S_MN))
+    o = gl.zeros([M, D], gl.float32, O_MD)
+    pieces = gl.cdiv(gl.minimum(start + M, count), N)
+    for piece in range(0, pieces):
+        async_copy.wait_group(1)
+        s = warpgroup_mma(q_smem, k_smem.index(piece % 2).permute((1, 0)), zero_MN, use_acc=False, is_async=True)
+        if piece + 1 < pieces:
+            _copy_keys(k_smem.index((piece + 1) % 2), k_base, (piece + 1) * N, count, k_token, N, D, ROW)
+        async_copy.commit_group()
+        s = warpgroup_mma_wait(0, [s])
+        if (piece + 1) * N > start:
+            s = gl.where((piece * N + n)[None, :] <= m[:, None], s, -float("inf"))
+        m_new_M = gl.maximum(m_M, gl.max(s, 1) * (scale * LOG2E))
+        alpha_M = gl.exp2(m_M - m_new_M)
+        p = gl.exp2(s * (scale * LOG2E) - m_new_M[:, None])
+        l_M = l_M * alpha_M + gl.sum(p, 1)
+        m_M = m_new_M
+        p = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(0, O_MD, 2))
+        o = o * gl.convert_layout(alpha_M, gl.SliceLayout(1, O_MD))[:, None]
+        async_copy.wait_group(1)
+        o = warpgroup_mma(p, v_smem, o, is_async=True)
+        o = warpgroup_mma_wait(0, [o])
+        if piece + 1 < pieces:
+            _copy_keys(v_smem, v_base, (piece + 1) * N, count, v_token, N, D, ROW)
+        async_copy.commit_group()
+
+    own_M = gl.convert_layout(m_M + gl.log2(l_M), gl.SliceLayout(1, ROW))
+    o = gl.convert_layout(o * gl.convert_layout(1.0 / l_M, gl.SliceLayout(1, O_MD))[:, None], ROW)
+    flat = (first_flat + readable).to(gl.int64)
+    first_pair = (gl.cast(head, gl.int64) * rows + (flat - first_token) * GROUP + member) * PAST
+    past = gl.minimum(block, PAST)
+    top_M, l_M = _weigh(partial_lse_ptr, first_pair, past, own_M, PAST, ROW)
+    d = gl.arange(0, D, gl.SliceLayout(0, ROW))
+    o = o * gl.exp2(own_M - top_M)[:, None]
+    for rank in range(0, past):
+        weight_M = gl.exp2(gl.load(partial_lse_ptr + first_pair + rank) - top_M)
+        at_MD = (first_pair + rank)[:, None] * WIDTH + d[None, :]
+        part = gl.load(partial_ptr + at_MD, eviction_policy="evict_first")
+        o += part.to(gl.float32) * weight_M[:, None]
+    exists = (m_row >= low) & (m_row < high)
+    o = (o * (1.0 / l_M)[:, None]).to(DTYPE)
+    at_M = flat * HEADS + head_index
+    gl.store(out_ptr + at_M[:, None] * WIDTH + d[None, :], o, mask=exists[:, None] & (d >= 0)[None, :])
+    gl.store(lse_ptr + at_M, (top_M + gl.log2(l_M)) / LOG2E, mask=exists)
+
+
+@gluon.jit
+def _weigh(partial_lse_ptr, pair_M, past, own_M, PAST: gl.constexpr, ROW: gl.constexpr):
+    """Largest log-sum-exp of the own block and a row's partials, and the sum of all in units of that."""
+    RANKS: gl.constexpr = rank_layout(PAST, gl.num_warps())
+    WIDE: gl.constexpr = RANKS.threads_per_warp[1]
+    rank = gl.arange(0, WIDE, gl.SliceLayout(0, RANKS))
+    at_M = gl.convert_layout(pair_M, gl.SliceLayout(1, RANKS))
+    top_M = own_M
+    for begin in range(0, past, WIDE):
+        rank_here = (begin + rank)[None, :]
+        lse_MR = gl.load(partial_lse_ptr + at_M[:, None] + rank_here, mask=rank_here < past, other=-float("inf"))
+        top_M = gl.maximum(top_M, gl.convert_layout(gl.max(lse_MR, 1), gl.SliceLayout(1, ROW)))
+    l_M = gl.exp2(own_M - top_M)
+    top_here_M = gl.convert_layout(top_M, gl.SliceLayout(1, RANKS))
+    for begin in range(0, past, WIDE):
+        rank_here = (begin + rank)[None, :]
+        lse_MR = gl.load(partial_lse_ptr + at_M[:, None] + rank_here, mask=rank_here < past, other=-float("inf"))
+        l_M += gl.convert_layout(gl.sum(gl.exp2(lse_MR - top_here_M[:, None]), 1), gl.SliceLayout(1, ROW))
+    return top_M, l_M
+
+
+@gluon.jit(do_not_specialize=["first_head"])
+def own_query_gradients(
+    d_out_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    statistics_ptr,
+    partial_dq_ptr,
+    dq_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    sequences,
+    tokens_q,
+    tokens_k,
+    block_size,
+    block_slots,
+    rows,
+    first_head,
+    lists,
+    scale,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    d_out_batch,
+    d_out_token,
+    d_out_head,
+    HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    PAST: gl.constexpr,
+    WIDTH: gl.constexpr,
+    PACKED: gl.constexpr,
+    SHARES: gl.constexpr,
+    M: gl.constexpr,
+    N: gl.constexpr,
+    D: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """M queries of one head and block: the own block's dQ, the pairs' shares added, written to dQ."""
+    DTYPE: gl.constexpr = q_ptr.dtype.element_ty
+    WARPS: gl.constexpr = gl.num_warps()
+    ROW: gl.constexpr = row_layout(D, WARPS)
+    S_MN: gl.constexpr = product_layout(N, WARPS, 1)
+    DQ_MD: gl.constexpr = product_layout(D, WARPS, 1)
+    tiles = block_size // M
+    slot = gl.program_id(0) // tiles
+    start = gl.program_id(0) % tiles * M
+    sequence, block, key_begin, count, query_begin, shift = own_rows(
+        slot, cu_q_ptr, cu_k_ptr, sequences, tokens_q, tokens_k, block_size, PACKED
+    )
+    low = gl.maximum(start, -shift)
+    high = gl.minimum(start + M, count)
+    if low >= high:
+        return
+    head = gl.program_id(1) // GROUP
+    member = gl.program_id(1) % GROUP
+    kv_head = first_head + head
+    head_index = (kv_head * GROUP + member).to(gl.int64)
+    wide_sequence = sequence.to(gl.int64)
+    wide_head = kv_head.to(gl.int64)
+    q_base = q_ptr + wide_sequence * q_batch + head_index * q_head
+    d_out_base = d_out_ptr + wide_sequence * d_out_batch + head_index * d_out_head
+    k_base = k_ptr + wide_sequence * k_batch + wide_head * k_head + gl.cast(key_begin, gl.int64) * k_token
+    v_base = v_ptr + wide_sequence * v_batch + wide_head * v_head + gl.cast(key_begin, gl.int64) * v_token
+
+    row_shape: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, D], DTYPE)
+    keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
+    q_smem = gl.allocate_shared_memory(DTYPE, [M, D], row_shape)
+    d_out_smem = gl.allocate_shared_memory(DTYPE, [M, D], row_shape)
+    k_smem = gl.allocate_shared_memory(DTYPE, [STAGES, N, D], keys)
+    v_smem = gl.allocate_shared_memory(DTYPE, [STAGES, N, D], keys)
+    m_row = start + gl.arange(0, M, gl.SliceLayout(1, ROW))
+    readable = gl.minimum(gl.maximum(m_row, low), high - 1)
+    token = (query_begin + readable + shift).to(gl.int64)
+    copy_rows(q_smem, q_base, token * q_token, D, ROW)
+    copy_rows(d_out_smem, d_out_base, token * d_out_token, D, ROW)
+    pieces = gl.cdiv(high, N)
+    for early in gl.static_range(STAGES):
+        if early < pieces:
+            _copy_keys(k_smem.index(early), k_base, early * N, count, k_token, N, D, ROW)
+            _copy_keys(v_smem.index(early), v_base, early * N, count, v_token, N, D, ROW)
+        async_copy.commit_group()
+
+    m = start + gl.arange(0, M, gl.SliceLayout(1, S_MN))
+    n = gl.arange(0, N, gl.SliceLayout(0, S_MN))
+    first_flat = first_row(sequence, cu_q_ptr, tokens_q, PACKED) + shift
+    flat_M = (first_flat + gl.minimum(gl.maximum(m, low), high - 1)).to(gl.int64)
+    statistic = statistics_ptr + (flat_M * HEADS + head_index) * STATISTICS
+    lse_M = gl.load(statistic)
+    delta_M = gl.load(statistic + 1)
+    zero_MN = gl.zeros([M, N], gl.float32, S_MN)
+    dq = gl.zeros([M, D], gl.float32, DQ_MD)
+    for piece in range(0, pieces):
+        async_copy.wait_group(STAGES - 1)
+        k = k_smem.index(piece % STAGES)
+        s = warpgroup_mma(q_smem, k.permute((1, 0)), zero_MN, use_acc=False, is_async=True)
+        dp = warpgroup_mma(
+            d_out_smem, v_smem.index(piece % STAGES).permute((1, 0)), zero_MN, use_acc=False, is_async=True
+        )
+        s = warpgroup_mma_wait(1, [s])
+        if (piece + 1) * N > start:
+            s = gl.where((piece * N + n)[None, :] <= m[:, None], s, -float("inf"))
+        p = gl.exp2(s * (scale * LOG2E) - lse_M[:, None])
+        dp = warpgroup_mma_wait(0, [dp])
+        ds = (p * (dp - delta_M[:, None])).to(DTYPE)
+        dq = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, DQ_MD, 2)), k, dq, is_async=True)
+        dq = warpgroup_mma_wait(0, [dq])
+        later = piece + STAGES
+        if later < pieces:
+            _copy_keys(k_smem.index(piece % STAGES), k_base, later * N, count, k_token, N, D, ROW)
+            _copy_keys(v_smem.index(piece % STAGES), v_base, later * N, count, v_token, N, D, ROW)
+        async_copy.commit_group()
+
+    dq = gl.convert_layout(dq, ROW)
+    flat = (first_flat + readable).to(gl.int64)
+    first_pair = (gl.cast(head, gl.int64) * rows + flat * GROUP + member) * PAST
+    d = gl.arange(0, D, gl.SliceLayout(0, ROW))
+    share = partial_dq_ptr + (first_pair * SHARES * WIDTH)[:, None] + d[None, :]
+    for _ in range(0, gl.minimum(block, PAST)):
+        for part in gl.static_range(SHARES):
+            dq += gl.load(share + part * WIDTH, eviction_policy="evict_first").to(gl.float32)
+        share += SHARES * WIDTH
+    exists = (m_row >= low) & (m_row < high)
+    at_MD = ((flat * HEADS + head_index) * WIDTH)[:, None] + d[None, :]
+    gl.store(dq_ptr + at_MD, (dq * scale).to(DTYPE), mask=exists[:, None] & (d >= 0)[None, :])
