@@ -24,6 +24,12 @@ def _copy_keys(smem, base, begin, count, token_stride, N: gl.constexpr, D: gl.co
     copy_rows(smem, base, n.to(gl.int64) * token_stride, D, ROW)
 
 
+@gluon.jit
+def _readable(start, low, high, M: gl.constexpr, LAYOUT: gl.constexpr):
+    """Numbers of a tile's rows in the block; those outside `[low, high)` repeat one inside, and nothing is stored."""
+    return gl.minimum(gl.maximum(start + gl.arange(0, M, LAYOUT), low), high - 1)
+
+
 @gluon.jit(do_not_specialize=["first_head", "first_slot", "first_token", "end_token"])
 def attend_own(
     q_ptr,
@@ -95,9 +101,7 @@ def attend_own(
     q_smem = gl.allocate_shared_memory(DTYPE, [M, D], gl.NVMMASharedLayout.get_default_for([M, D], DTYPE))
     k_smem = gl.allocate_shared_memory(DTYPE, [2, N, D], keys)
     v_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
-    # Rows outside the tile's range repeat one inside; nothing is stored for them.
-    m_row = start + gl.arange(0, M, gl.SliceLayout(1, ROW))
-    readable = gl.minimum(gl.maximum(m_row, low), high - 1)
+    readable = _readable(start, low, high, M, gl.SliceLayout(1, ROW))
     copy_rows(q_smem, q_base, (query_begin + readable + shift).to(gl.int64) * q_token, D, ROW)
     _copy_keys(k_smem.index(0), k_base, 0, count, k_token, N, D, ROW)
     async_copy.commit_group()
@@ -147,6 +151,7 @@ def attend_own(
         at_MD = (first_pair + rank)[:, None] * WIDTH + d[None, :]
         part = gl.load(partial_ptr + at_MD, eviction_policy="evict_first")
         o += part.to(gl.float32) * weight_M[:, None]
+    m_row = start + gl.arange(0, M, gl.SliceLayout(1, ROW))
     exists = (m_row >= low) & (m_row < high)
     o = (o * (1.0 / l_M)[:, None]).to(DTYPE)
     at_M = flat * HEADS + head_index
@@ -251,8 +256,7 @@ def own_query_gradients(
     d_out_smem = gl.allocate_shared_memory(DTYPE, [M, D], row_shape)
     k_smem = gl.allocate_shared_memory(DTYPE, [STAGES, N, D], keys)
     v_smem = gl.allocate_shared_memory(DTYPE, [STAGES, N, D], keys)
-    m_row = start + gl.arange(0, M, gl.SliceLayout(1, ROW))
-    readable = gl.minimum(gl.maximum(m_row, low), high - 1)
+    readable = _readable(start, low, high, M, gl.SliceLayout(1, ROW))
     token = (query_begin + readable + shift).to(gl.int64)
     copy_rows(q_smem, q_base, token * q_token, D, ROW)
     copy_rows(d_out_smem, d_out_base, token * d_out_token, D, ROW)
@@ -266,7 +270,7 @@ def own_query_gradients(
     m = start + gl.arange(0, M, gl.SliceLayout(1, S_MN))
     n = gl.arange(0, N, gl.SliceLayout(0, S_MN))
     first_flat = first_row(sequence, cu_q_ptr, tokens_q, PACKED) + shift
-    flat_M = (first_flat + gl.minimum(gl.maximum(m, low), high - 1)).to(gl.int64)
+    flat_M = (first_flat + _readable(start, low, high, M, gl.SliceLayout(1, S_MN))).to(gl.int64)
     statistic = statistics_ptr + (flat_M * HEADS + head_index) * STATISTICS
     lse_M = gl.load(statistic)
     delta_M = gl.load(statistic + 1)
@@ -302,6 +306,7 @@ def own_query_gradients(
         for part in gl.static_range(SHARES):
             dq += gl.load(share + part * WIDTH, eviction_policy="evict_first").to(gl.float32)
         share += SHARES * WIDTH
+    m_row = start + gl.arange(0, M, gl.SliceLayout(1, ROW))
     exists = (m_row >= low) & (m_row < high)
     at_MD = ((flat * HEADS + head_index) * WIDTH)[:, None] + d[None, :]
     gl.store(dq_ptr + at_MD, (dq * scale).to(DTYPE), mask=exists[:, None] & (d >= 0)[None, :])
