@@ -11,6 +11,7 @@ writes results/cpu/host_time.csv, medians in microseconds of forward, and of for
 
 from __future__ import annotations
 
+import argparse
 import csv
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ ROUNDS, CALLS = 15, 400
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows = [{"path": path, "forward_us": forward, "both_us": both} for path, forward, both in measured()]
     source = provenance()
     origin = {"cpu": source["hardware"]["cpu"], "torch": torch.__version__, "commit": source["commit"]}
