@@ -74,8 +74,8 @@ def replaced(module: Any, name: str, tile: Tile) -> Iterator[None]:
 
 def forget() -> None:
     """Let tiles be chosen anew."""
-    for cache in (forward._launches, backward._launches, hopper.key_gradients, attention._fitting_heads):
-        getattr(cache, "cache_clear", lambda: None)()  # a replaced function has none
+    for cached in (forward._launches, backward._launches, attention._fitting_heads):
+        cached.cache_clear()
 
 
 def prepare(options: argparse.Namespace) -> Callable[[], None]:

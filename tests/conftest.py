@@ -14,6 +14,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(params=["placed", "sorted"])
+def planning(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to make lists, whatever the number of pairs."""
+    monkeypatch.setattr("openmoba.ops.triton.plan._MOST_LOOKS", 2**40 if request.param == "placed" else 0)
+
+
 @pytest.fixture
 def randn() -> Callable[..., Tensor]:
     """Standard normal tensors of a fixed stream, in float64 unless told."""

@@ -34,12 +34,6 @@ def _no_launches_of_other_tests() -> None:
     plans._ordering.cache_clear()
 
 
-@pytest.fixture(params=["placed", "sorted"])
-def planning(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to make lists, whatever the number of pairs."""
-    monkeypatch.setattr(plans, "_MOST_LOOKS", 2**40 if request.param == "placed" else 0)
-
-
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
     with poisoned_memory():

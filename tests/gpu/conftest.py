@@ -9,12 +9,6 @@ import pytest
 import torch
 
 
-@pytest.fixture(params=["placed", "sorted"])
-def planning(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to make lists, whatever the number of pairs."""
-    monkeypatch.setattr("openmoba.ops.triton.plan._MOST_LOOKS", 2**40 if request.param == "placed" else 0)
-
-
 @pytest.fixture
 def no_waiting() -> Callable[[], AbstractContextManager[None]]:
     """A context in which waiting for the device is an error, which no later test inherits."""

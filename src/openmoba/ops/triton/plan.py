@@ -219,7 +219,8 @@ def _order_items(offsets_ptr, items_ptr, lists, block_slots, count, segment, LAN
     An item `i` is of the last list b with `start(b) // segment + b <= i`, found by binary search.
     """
     first_sorted = tl.maximum(lists - SORTED, 0)
-    first_place = tl.load(offsets_ptr + first_sorted + first_sorted // block_slots) // segment + first_sorted
+    first_start, _ = list_bounds(offsets_ptr, first_sorted, block_slots)
+    first_place = first_start // segment + first_sorted
     if tl.program_id(0) == 0:
         _sort_items(offsets_ptr, items_ptr, first_sorted, first_place, lists, block_slots, count, segment, SORTED)
         return
@@ -243,10 +244,8 @@ def _sort_items(
 ):
     """Whole segments first, then what is left of each list, the longest first, then none."""
     list_S = first_sorted + tl.arange(0, SORTED)
-    exists_S = list_S < lists
-    at_S = offsets_ptr + list_S + list_S // block_slots
-    start_S = tl.load(at_S, mask=exists_S, other=0)
-    length_S = tl.load(at_S + 1, mask=exists_S, other=0) - start_S
+    start_S, end_S = list_bounds(offsets_ptr, tl.minimum(list_S, lists - 1), block_slots)
+    length_S = tl.where(list_S < lists, end_S - start_S, 0)
     item_S = start_S // segment + list_S
     whole_S = length_S // segment
     rest_S = length_S % segment

@@ -6,8 +6,6 @@ them. Gluon changes between versions of Triton: the kernels are used with the ve
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 from torch import Tensor
@@ -52,7 +50,6 @@ def is_available(device: torch.device) -> bool:
     return nvidia_capability(device) == (9, 0) and _FIRST_TRITON <= _TRITON < _FIRST_TRITON_BEYOND
 
 
-@lru_cache(maxsize=256)
 def attend_past(geometry: Geometry) -> Kernel:
     """In the place of `forward._attend_past`."""
     from openmoba.ops.triton.hopper.forward import attend_past_resident, attend_past_streaming
@@ -65,7 +62,6 @@ def attend_past(geometry: Geometry) -> Kernel:
     return Kernel(attend_past_streaming, tile, _constants(tile))
 
 
-@lru_cache(maxsize=256)
 def attend_own(geometry: Geometry) -> Kernel:
     """In the place of `forward._attend_own`."""
     from openmoba.ops.triton.hopper.own_queries import attend_own
@@ -74,7 +70,6 @@ def attend_own(geometry: Geometry) -> Kernel:
     return Kernel(attend_own, tile, _constants(tile) | _most_registers(geometry))
 
 
-@lru_cache(maxsize=256)
 def key_gradients(geometry: Geometry, dtype: torch.dtype) -> Kernel:
     """In the place of `backward_keys.key_gradients`."""
     from openmoba.ops.triton.hopper.backward import key_gradients
@@ -84,7 +79,6 @@ def key_gradients(geometry: Geometry, dtype: torch.dtype) -> Kernel:
     return Kernel(key_gradients, tile, _constants(tile) | {"STAGES": tile.stages})
 
 
-@lru_cache(maxsize=256)
 def own_key_gradients(geometry: Geometry) -> Kernel:
     """In the place of `backward_keys.own_key_gradients`."""
     from openmoba.ops.triton.hopper.backward import own_key_gradients
@@ -93,7 +87,6 @@ def own_key_gradients(geometry: Geometry) -> Kernel:
     return Kernel(own_key_gradients, tile, _constants(tile) | {"STAGES": tile.stages})
 
 
-@lru_cache(maxsize=256)
 def own_query_gradients(geometry: Geometry) -> Kernel:
     """In the place of `backward_queries.own_query_gradients`."""
     from openmoba.ops.triton.hopper.own_queries import own_query_gradients

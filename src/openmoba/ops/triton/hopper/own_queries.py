@@ -13,8 +13,15 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgro
 
 from openmoba.ops.triton.forward import LOG2E, own_rows
 from openmoba.ops.triton.geometry import first_row
-from openmoba.ops.triton.hopper.tiles import copy_rows, product_layout, rank_layout, row_layout
+from openmoba.ops.triton.hopper.tiles import copy_rows, product_layout, row_layout
 from openmoba.ops.triton.statistics import STATISTICS
+
+
+@gluon.constexpr_function
+def _rank_layout(ranks, warps):
+    """Rows of `ranks` numbers, or of as many as a warp has lanes: one number per lane."""
+    lanes = min(32, 1 << max(0, ranks - 1).bit_length())
+    return gl.BlockedLayout([1, 1], [32 // lanes, lanes], [warps, 1], [1, 0])
 
 
 @gluon.jit
@@ -28,6 +35,13 @@ def _copy_keys(smem, base, begin, count, token_stride, N: gl.constexpr, D: gl.co
 def _readable(start, low, high, M: gl.constexpr, LAYOUT: gl.constexpr):
     """Numbers of a tile's rows in the block; those outside `[low, high)` repeat one inside, and nothing is stored."""
     return gl.minimum(gl.maximum(start + gl.arange(0, M, LAYOUT), low), high - 1)
+
+
+@gluon.jit
+def _exist(start, low, high, M: gl.constexpr, LAYOUT: gl.constexpr):
+    """Which of a tile's rows are in `[low, high)`."""
+    m = start + gl.arange(0, M, LAYOUT)
+    return (m >= low) & (m < high)
 
 
 @gluon.jit(do_not_specialize=["first_head", "first_slot", "first_token", "end_token"])
@@ -151,8 +165,7 @@ def attend_own(
         at_MD = (first_pair + rank)[:, None] * WIDTH + d[None, :]
         part = gl.load(partial_ptr + at_MD, eviction_policy="evict_first")
         o += part.to(gl.float32) * weight_M[:, None]
-    m_row = start + gl.arange(0, M, gl.SliceLayout(1, ROW))
-    exists = (m_row >= low) & (m_row < high)
+    exists = _exist(start, low, high, M, gl.SliceLayout(1, ROW))
     o = (o * (1.0 / l_M)[:, None]).to(DTYPE)
     at_M = flat * HEADS + head_index
     gl.store(out_ptr + at_M[:, None] * WIDTH + d[None, :], o, mask=exists[:, None] & (d >= 0)[None, :])
@@ -162,7 +175,7 @@ def attend_own(
 @gluon.jit
 def _weigh(partial_lse_ptr, pair_M, past, own_M, PAST: gl.constexpr, ROW: gl.constexpr):
     """Largest log-sum-exp of the own block and a row's partials, and the sum of all in units of that."""
-    RANKS: gl.constexpr = rank_layout(PAST, gl.num_warps())
+    RANKS: gl.constexpr = _rank_layout(PAST, gl.num_warps())
     WIDE: gl.constexpr = RANKS.threads_per_warp[1]
     rank = gl.arange(0, WIDE, gl.SliceLayout(0, RANKS))
     at_M = gl.convert_layout(pair_M, gl.SliceLayout(1, RANKS))
@@ -306,7 +319,6 @@ def own_query_gradients(
         for part in gl.static_range(SHARES):
             dq += gl.load(share + part * WIDTH, eviction_policy="evict_first").to(gl.float32)
         share += SHARES * WIDTH
-    m_row = start + gl.arange(0, M, gl.SliceLayout(1, ROW))
-    exists = (m_row >= low) & (m_row < high)
+    exists = _exist(start, low, high, M, gl.SliceLayout(1, ROW))
     at_MD = ((flat * HEADS + head_index) * WIDTH)[:, None] + d[None, :]
     gl.store(dq_ptr + at_MD, (dq * scale).to(DTYPE), mask=exists[:, None] & (d >= 0)[None, :])

@@ -45,13 +45,6 @@ def lane_layout(rows, warps):
 
 
 @gluon.constexpr_function
-def rank_layout(ranks, warps):
-    """Rows of `ranks` numbers, or of as many as a warp has lanes: one number per lane."""
-    lanes = min(32, 1 << max(0, ranks - 1).bit_length())
-    return gl.BlockedLayout([1, 1], [32 // lanes, lanes], [warps, 1], [1, 0])
-
-
-@gluon.constexpr_function
 def flat_layout(warps):
     """One element per thread."""
     return gl.BlockedLayout([1], [32], [warps], [0])
