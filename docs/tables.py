@@ -61,8 +61,8 @@ def attention(machine: str) -> str:
             "",
             *_markdown(HEADLINE, [pair.cells for pair in pairs]),
             "",
-            f"Written by `openmoba bench attention` at commit {_commits(pairs)}, torch {last.torch}, Triton "
-            f"{last.triton}. All rows are in [{file}]({file}), the commands in "
+            f"Written by `openmoba bench attention` at commit {_commits(_shown_rows(pairs))}, torch {last.torch}, "
+            f"Triton {last.triton}. All rows are in [{file}]({file}), the commands in "
             f"[results/{machine}/README.md](results/{machine}/README.md), the method in "
             "[benchmarks/README.md](benchmarks/README.md).",
             "",
@@ -83,7 +83,7 @@ def kernels(machine: str) -> str:
             "",
             f"{last.device}, {last.power_limit_w:.0f} W. Medians in ms. The columns from dense on are of both passes, "
             "or of the forward where it alone was measured; MB are extra memory, 10^6 bytes. Commit "
-            f"{_commits(pairs)}, torch {last.torch}, Triton {last.triton}.",
+            f"{_commits(_shown_rows(pairs))}, torch {last.torch}, Triton {last.triton}.",
             "",
         )
     )
@@ -91,7 +91,8 @@ def kernels(machine: str) -> str:
 
 def short(machine: str) -> str:
     """Short sequences, where the host counts as much as the GPU."""
-    rows = [row for row in _measured(f"results/{machine}/short.csv", "moba", "short") if row.dense_ms]
+    measured = _measured(f"results/{machine}/short.csv", "moba", "short")
+    rows = [row for row in measured.values() if row.dense_ms]
     if not rows:
         return ""
     head = ("D", "tokens", "block / top-k", "MoBA", "dense", "MoBA - dense", "MoBA / dense", "path")
@@ -108,24 +109,25 @@ def short(machine: str) -> str:
         )
         for row in rows
     ]
-    origin = f"{rows[0].device}, forward and backward, medians in ms. Commit {_short(rows[0].commit)}.\n"
+    origin = f"{rows[0].device}, forward and backward, medians in ms. Commit {_commits(rows)}.\n"
     return "\n".join((*_markdown(head, cells), "", origin))
 
 
 def flex(machine: str) -> str:
     """FlexAttention with the mask of MoBA's choice."""
     file = f"results/{machine}/attention.csv"
-    ours = {replace(row, contender="flex").key: row for row in _measured(file, "moba", "peers")}
-    rows = [row for row in _measured(file, "flex", "peers") if row.key in ours]
-    if not rows:
+    ours, theirs = (_measured(file, contender, "peers") for contender in ("moba", "flex"))
+    pairs = [(ours[case], row) for case, row in theirs.items() if case in ours]
+    if not pairs:
         return ""
     head = ("D", "block / top-k", "tokens", "MoBA", "FlexAttention", "ratio")
     cells = [
         (row.head_dim, _blocks(row), length_name(row.tokens), _ms(mine), _ms(row), f"{row.p50_ms / mine.p50_ms:.1f}x")
-        for row in rows
-        if (mine := ours[row.key]).p50_ms and row.p50_ms
+        for mine, row in pairs
+        if mine.p50_ms and row.p50_ms
     ]
-    origin = f"{rows[0].device}, forward and backward, medians in ms. Commit {_short(rows[0].commit)}.\n"
+    commits = _commits(row for pair in pairs for row in pair)
+    origin = f"{pairs[0][0].device}, forward and backward, medians in ms. Commit {commits}.\n"
     return "\n".join((*_markdown(head, cells), "", origin))
 
 
@@ -150,7 +152,7 @@ def decode(machine: str) -> str:
             "",
             *_markdown(head, cells),
             "",
-            f"Written by `openmoba bench decode` at commit {_short(first.commit)}, torch {first.torch}, Triton "
+            f"Written by `openmoba bench decode` at commit {_commits(rows)}, torch {first.torch}, Triton "
             f"{first.triton}. All rows are in [{file}]({file}).",
             "",
         )
@@ -308,15 +310,19 @@ def _headline(name: str) -> list[Pair]:
     return pairs
 
 
-def _measured(name: str, contender: str, grid: str) -> list[Row]:
-    """A contender's rows of a grid, in its order, failures left out."""
+def _measured(name: str, contender: str, grid: str) -> dict[Case, Row]:
+    """A contender's rows of a grid by case, in the grid's order, failures left out."""
     rows = {replace(row, device=None, commit=None).key: row for row in _newest_rows(name) if row.error is None}
-    return [rows[key] for case in GRIDS[grid] if (key := Row.of(contender, case).key) in rows]
+    return {case: rows[key] for case in GRIDS[grid] if (key := Row.of(contender, case).key) in rows}
 
 
-def _commits(pairs: Sequence[Pair]) -> str:
-    """The commits that the rows of the table come from."""
-    return " and ".join(dict.fromkeys(_short(row.commit) for pair in pairs for row in (pair.both, pair.forward) if row))
+def _shown_rows(pairs: Sequence[Pair]) -> list[Row]:
+    return [row for pair in pairs for row in (pair.both, pair.forward) if row]
+
+
+def _commits(rows: Iterable[Row]) -> str:
+    """The commits that the rows of a table come from."""
+    return " and ".join(dict.fromkeys(_short(row.commit) for row in rows))
 
 
 def _newest_rows(name: str) -> list[Row]:

@@ -77,6 +77,7 @@ def test_tables_are_those_of_the_results(tables: ModuleType) -> None:
     texts = [path.read_text() for path in tables.documents()]
     assert {name for text in texts for _, name, _ in tables.TABLE.findall(text)} == set(tables.TABLES)
     assert [tables.with_tables(text) for text in texts] == texts, "run python docs/tables.py"
+    assert [name for name, write in tables.TABLES.items() if not write()] == []
 
 
 def test_tables_follow_their_files(tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,6 +98,19 @@ def test_tables_follow_their_files(tables: ModuleType, tmp_path: Path, monkeypat
     second = "| 128 | 128 / 8 | 32K | 7.00 | 16.0 | - | - | - |"
     assert f"{first}\n{second}\n\n" in tables.attention("h200")
     assert f"{first} - | - | - |\n{second} 40% | 60 | 90 |\n\n" in tables.kernels("h200")
+    path = tmp_path / "results" / "h200" / "short.csv"
+    for commit, short in zip(("older", "newer"), tables.GRIDS["short"], strict=False):
+        append_row(
+            path, Row.of("moba", short, p50_ms=1.5, dense_ms=1.25, commit=commit, path="triton blocks", **origin)
+        )
+    assert "| 1.50 | 1.25 | +0.25 | 1.20 | blocks |" in tables.short("h200")
+    assert "Commit older and newer." in tables.short("h200")
+    path = tmp_path / "results" / "h200" / "attention.csv"
+    peer = tables.GRIDS["peers"][0]
+    for contender, ms, commit in (("moba", 2.0, "newer"), ("flex", 10.0, "older")):
+        append_row(path, Row.of(contender, peer, p50_ms=ms, commit=commit, **origin))
+    assert "| 2.00 | 10.0 | 5.0x |" in tables.flex("h200")
+    assert "Commit newer and older." in tables.flex("h200")
     path = tmp_path / "results" / "h200" / "decode.csv"
     step = Row.of("moba", case, p50_ms=0.02, dense_ms=0.2, speedup=10.0, commit="c", **origin)
     append_row(path, replace(step, passes="decode", tokens=2**17, batch=16))
