@@ -5,8 +5,9 @@
 writes results/cpu/host_time.csv, medians in microseconds of forward, and of forward and backward:
 
     registered operation, around the dispatcher    an implementation that does nothing, through autograd
-    Triton's dispatch, fixed launches              the Triton path without autograd, with a driver that runs nothing:
-                                                   every launch by `kernel[grid](...)`, and by `launch.Launch`
+    Triton's dispatch, fixed launches, replayed    the Triton path without autograd, with a driver that runs nothing:
+                                                   every launch by `kernel[grid](...)`, by `launch.Launch`, and all
+                                                   as written down by `replay`
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from triton.runtime import driver
 
 from openmoba.lab.provenance import provenance
 from openmoba.ops import library
-from openmoba.ops.triton import attention, hopper
+from openmoba.ops.triton import attention, hopper, replay
 from openmoba.ops.triton.launch import Launch
 
 OUT = Path(__file__).parent.parent / "results" / "cpu" / "host_time.csv"
@@ -66,23 +67,36 @@ def measured() -> Iterator[tuple[str, float, float]]:
             yield name, microseconds(attend), microseconds(both)
     launch_nothing()
     with patch.object(hopper, "is_available", lambda device: True):
-        yield "Triton's dispatch", *triton_microseconds(fixed=False)
-        yield "fixed launches", *triton_microseconds(fixed=True)
+        with patch.object(Launch, "__call__", launch_by_triton):
+            yield "Triton's dispatch", *triton_microseconds(work_out)
+        yield "fixed launches", *triton_microseconds(work_out)
+        yield "replayed", *triton_microseconds(replay.replayed)
 
 
-def triton_microseconds(fixed: bool) -> tuple[float, float]:
+def triton_microseconds(call: Callable[..., Any]) -> tuple[float, float]:
     """512 tokens, 32 query and 8 key/value heads, D 128."""
     q, d_out, k, v = (torch.zeros(1, 512, heads, 128, dtype=torch.bfloat16) for heads in (32, 32, 8, 8))
 
+    (cu_q, cu_k, *numbers), caps = BLOCKS, attention.workspaces(q.device)
+
+    def attend() -> Any:
+        return call(attention._forward, (q, k, v, cu_q, cu_k), tuple(numbers), caps)
+
     def both() -> Any:
-        results = attention.forward(q, k, v, *BLOCKS)
-        return attention.backward(d_out, q, k, v, *results, *BLOCKS)
+        return call(attention._backward, (d_out, q, k, v, *attend(), cu_q, cu_k), tuple(numbers), caps)
 
-    def by_triton(launch: Launch, *tensors: Any) -> None:
-        launch._kernel[launch.grid](*tensors, *launch._numbers, **launch._constants)
+    return microseconds(attend), microseconds(both)
 
-    with patch.object(Launch, "__call__", Launch.__call__ if fixed else by_triton):
-        return microseconds(lambda: attention.forward(q, k, v, *BLOCKS)), microseconds(both)
+
+def work_out(
+    function: Callable[..., Any], inputs: tuple[Tensor | None, ...], numbers: tuple[float, ...], _: Any
+) -> Any:
+    """As `replay.replayed`, every time anew."""
+    return function(*inputs, *numbers)
+
+
+def launch_by_triton(launch: Launch, *tensors: Any) -> None:
+    launch._kernel[launch.grid](*tensors, *launch._numbers, **launch._constants)
 
 
 def launch_nothing() -> None:

@@ -22,7 +22,7 @@ from unittest.mock import patch
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from openmoba.ops.triton import attention, backward, forward, hopper
+from openmoba.ops.triton import attention, backward, forward, hopper, replay
 from openmoba.ops.triton.tuning import Kernel, Tile
 
 REPEATS = 5
@@ -76,6 +76,7 @@ def forget() -> None:
     """Let tiles be chosen anew."""
     for cached in (forward._launches, backward._launches, attention._fitting_heads):
         cached.cache_clear()
+    replay.forget()
 
 
 def prepare(options: argparse.Namespace) -> Callable[[], None]:

@@ -8,6 +8,14 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 import torch
 
+from openmoba.ops.triton import replay
+
+
+@pytest.fixture(autouse=True)
+def nothing_to_replay() -> None:
+    """A test that changes how launches are worked out leaves none of them to others."""
+    replay.forget()
+
 
 @pytest.fixture
 def no_waiting() -> Callable[[], AbstractContextManager[None]]:

@@ -7,6 +7,7 @@ model; a call of a second or more is timed once.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,6 +97,7 @@ class _Peaks:
         if self._device.type != "cuda":
             work.run()
             return
+        gc.collect()  # else a collection between the marks might free what was there before
         self._begin()
         work.run(self._mark)
         self._mark()

@@ -21,6 +21,7 @@ from openmoba.ops.triton.forward import attend_heads
 from openmoba.ops.triton.geometry import Geometry, cdiv
 from openmoba.ops.triton.launch import REMEMBERED
 from openmoba.ops.triton.plan import Plan, make_plan, split_plan
+from openmoba.ops.triton.replay import replayed
 from openmoba.ops.triton.route import route, select
 from openmoba.ops.triton.statistics import row_statistics
 
@@ -29,6 +30,7 @@ __all__ = ["backward", "choice_shape", "forward", "select"]
 _INT16_KEYS = 2**15
 _MOST_PAIRS = 2**30  # numbered in int32, and searched by halving sums of two places
 _DEVICE_SHARE = 64
+_SHORT = 2**28  # elements of queries and partial results; temporaries are held at once when replayed
 # Bytes of partial results. More of them make fewer launches with shorter tails; the forward has fewer per pair.
 _FORWARD_WORKSPACE, _BACKWARD_WORKSPACE = 3 * 2**28, 5 * 2**28
 
@@ -44,6 +46,23 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp, and the plan (`choice_shape`) that the backward reads."""
+    inputs, settings = (q, k, v, cu_q, cu_k), (block_size, top_k, scale)
+    if not _is_short(q, top_k):
+        return _forward(*inputs, *settings)
+    out, lse, choice = replayed(_forward, inputs, settings, workspaces(q.device))
+    return out, lse, choice
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    block_size: int,
+    top_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     geometry = Geometry.shared(q, k, cu_q, block_size, top_k)
     _check_pairs(geometry)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -76,6 +95,32 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous."""
+    inputs, settings = (d_out, q, k, v, out, lse, choice, cu_q, cu_k), (block_size, top_k, scale)
+    if not _is_short(q, top_k):
+        return _backward(*inputs, *settings)
+    dq, dk, dv = replayed(_backward, inputs, settings, workspaces(q.device))
+    return dq, dk, dv
+
+
+def _is_short(q: Tensor, top_k: int) -> bool:
+    """Whether Python may take longer than the GPU."""
+    return q.is_cuda and q.numel() * top_k <= _SHORT
+
+
+def _backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    choice: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    block_size: int,
+    top_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     geometry = Geometry.shared(q, k, cu_q, block_size, top_k)
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))

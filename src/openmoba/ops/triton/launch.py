@@ -7,7 +7,10 @@ dozen launches of up to 45 arguments each, and at short lengths that takes longe
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from triton import knobs
 from triton.runtime import driver
@@ -15,7 +18,35 @@ from triton.runtime import driver
 REMEMBERED = 4096
 """Shapes whose launches are kept, about 12 KB each; a call of another one works everything out anew."""
 
-_ALIGNED = 16  # bytes; all that Triton asks of an address
+ALIGNED = 16
+"""Bytes; all that Triton asks of an address."""
+
+
+class Launched(NamedTuple):
+    """A launch that was made: the compiled kernel, None of Triton's interpreter, and its arguments."""
+
+    compiled: Any
+    grid: tuple[int, ...]
+    tensors: tuple[Any, ...]
+    rest: tuple[Any, ...]
+
+
+class _Notes(threading.local):
+    launches: list[Launched] | None = None
+
+
+_notes = _Notes()
+
+
+@contextmanager
+def noted_launches() -> Iterator[list[Launched]]:
+    """Collect the launches that this thread makes; they keep their tensors, and thus each its own memory."""
+    launches: list[Launched] = []
+    _notes.launches = launches
+    try:
+        yield launches
+    finally:
+        _notes.launches = None
 
 
 class Launch:
@@ -41,22 +72,24 @@ class Launch:
         device = tensors[0].get_device()
         pointers = [x if x is None else x.data_ptr() for x in tensors]
         dtypes = [x if x is None else x.dtype for x in tensors]
-        kinds = (device, *dtypes, *[x if x is None else x % _ALIGNED == 0 for x in pointers])
+        kinds = (device, *dtypes, *[x if x is None else x % ALIGNED == 0 for x in pointers])
         compiled = self._compiled.get(kinds)
-        watched = _is_watched()
+        watched = is_watched()
         if compiled is None or watched:
             compiled = self._kernel[self.grid](*tensors, *self._numbers, **self._constants)
             if not watched:  # profilers have kernels of their own compiled
                 self._compiled[kinds] = compiled
-            return
-        # As CompiledKernel.__getitem__ does, less what it prepares for hooks; for tensors the launcher would ask the
-        # driver where they are.
-        stream = driver.active.get_current_stream(device)
-        function, metadata = compiled.function, compiled.packed_metadata
-        compiled.run(*self.grid, stream, function, metadata, None, None, None, *pointers, *self._rest)
+        else:
+            # As CompiledKernel.__getitem__ does, less what it prepares for hooks; for tensors the launcher would ask
+            # the driver where they are.
+            stream = driver.active.get_current_stream(device)
+            function, metadata = compiled.function, compiled.packed_metadata
+            compiled.run(*self.grid, stream, function, metadata, None, None, None, *pointers, *self._rest)
+        if _notes.launches is not None:
+            _notes.launches.append(Launched(compiled, self.grid, tensors, self._rest))
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether a profiler wants to hear of launches: Triton's own way calls its hooks."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

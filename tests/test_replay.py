@@ -1,0 +1,181 @@
+"""Replay: what a call launched is launched again on other tensors; a call that does more is worked out every time."""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from openmoba.ops.triton import launch, replay
+from openmoba.ops.triton.launch import Launch
+from openmoba.ops.triton.replay import replayed
+
+SIZE = 40
+
+
+class Adder:
+    """Stands for a kernel `z = x + y + SUMMAND` on SIZE int64, y perhaps absent; it knows addresses alone."""
+
+    arg_names = ("z_ptr", "x_ptr", "y_ptr", "SUMMAND")
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def compile_and_run(*tensors: Any, SUMMAND: int) -> Any:
+            self.run(*grid, *HEAD, *[None if x is None else x.data_ptr() for x in tensors], SUMMAND)
+            return SimpleNamespace(run=self.run, function=7, packed_metadata="metadata")
+
+        return compile_and_run
+
+    def run(self, *args: Any) -> None:
+        assert args[:9] == (1, 1, 1, *HEAD)
+        *addresses, summand = args[9:]
+        z, x, y = ((ctypes.c_int64 * SIZE).from_address(at) if at else [0] * SIZE for at in addresses)
+        for i in range(SIZE):
+            z[i] = x[i] + y[i] + summand
+
+
+HEAD = ("stream", 7, "metadata", None, None, None)
+ADD = Launch(Adder(), (1,), (), {"SUMMAND": 5})
+
+
+class Call:
+    """`x + y + z + summand * (2 or 3 launches)`, by way of temporaries and of views of z; counts how often it runs."""
+
+    def __init__(self, more: Any = lambda: None) -> None:
+        self.runs = 0
+        self.more = more
+
+    def __call__(self, x: Tensor, y: Tensor | None, z: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        self.runs += 1
+        first = torch.empty(SIZE, dtype=torch.int64)
+        ADD(first, x, y)
+        halves = z[:SIZE], z[SIZE:]
+        sums = torch.empty(2, SIZE, dtype=torch.int64)
+        for half, its_sum in zip(halves, sums, strict=True):
+            ADD(its_sum, first, half)
+        self.more()
+        out, unused = x.new_empty(SIZE), x.new_empty((2, 3), dtype=torch.float32)
+        ADD(out, sums[1], sums[0])
+        return out, unused
+
+
+@pytest.fixture(autouse=True)
+def cpu(monkeypatch):
+    """A stream for a machine without a GPU, and nothing written down."""
+    active = SimpleNamespace(get_current_stream=lambda device: "stream")
+    for module in (launch, replay):
+        monkeypatch.setattr(module, "driver", SimpleNamespace(active=active))
+    replay.forget()
+
+
+def tensors(seed: int, y: bool = True) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Inputs that share their memory, as views of one projection do, and that views are taken of."""
+    generator = torch.Generator().manual_seed(seed)
+    x_and_y = torch.randint(10**6, (2, SIZE), generator=generator)
+    return x_and_y[0], x_and_y[1] if y else None, torch.randint(10**6, (2 * SIZE,), generator=generator)
+
+
+def expected(x: Tensor, y: Tensor | None, z: Tensor) -> Tensor:
+    return 2 * (x + (0 if y is None else y)) + z[:SIZE] + z[SIZE:] + 25
+
+
+def play(call: Any, inputs: tuple[Tensor | None, ...], settings: Any = (1, 2.0), caps: Any = (3, 3)) -> Tensor:
+    out, unused = replayed(call, inputs, settings, caps)
+    assert (unused.shape, unused.dtype) == ((2, 3), torch.float32)
+    return out
+
+
+@pytest.mark.parametrize("y", [True, False])
+def test_other_tensors(y):
+    call = Call()
+    kept = []
+    for seed in range(3):
+        inputs = tensors(seed, y)
+        kept.append((play(call, inputs), expected(*inputs)))
+    assert call.runs == 1
+    for out, wanted in kept:
+        assert torch.equal(out, wanted)
+
+
+def test_what_does_more_than_launch_is_worked_out_every_time():
+    call = Call(more=lambda: torch.zeros(3).sort())
+    for seed in range(3):
+        inputs = tensors(seed)
+        assert torch.equal(play(call, inputs), expected(*inputs))
+    assert call.runs == 3
+
+
+def test_every_kind_of_call_is_written_down():
+    call = Call()
+    inputs = tensors(0)
+    x, _, z = inputs
+    kinds = [
+        (inputs, (1, 2.0), (3, 3)),
+        (inputs, (1, 2.5), (3, 3)),
+        (inputs, (1, 2.0), (3, 4)),
+        ((x, None, z), (1, 2.0), (3, 3)),
+        ((x, torch.zeros(SIZE, 2, dtype=torch.int64).T[0], z), (1, 2.0), (3, 3)),
+        ((x, torch.zeros(SIZE, dtype=torch.float64), z), (1, 2.0), (3, 3)),
+        ((x, torch.zeros(SIZE + 1, dtype=torch.int64), z), (1, 2.0), (3, 3)),
+    ]
+    for runs, kind in enumerate(kinds, start=1):
+        for _ in range(2):
+            play(call, *kind)
+            assert call.runs == runs
+    other = Call()
+    play(other, *kinds[0])
+    assert other.runs == 1
+
+
+def test_unaligned_inputs_are_not_replayed():
+    call = Call()
+    for _ in range(2):
+        x, y, z = tensors(0)
+        shifted = torch.cat([x[:1], x])[1:]
+        assert shifted.data_ptr() % 16 == 8
+        assert torch.equal(play(call, (shifted, y, z)), expected(x, y, z))
+    assert call.runs == 2
+
+
+def test_the_same_tensor_twice_is_not_written_down():
+    call = Call()
+    for seed in range(2):
+        x, _, z = tensors(seed)
+        assert torch.equal(play(call, (x, x, z)), expected(x, x, z))
+    assert call.runs == 2
+
+
+def test_profilers_hear_of_every_launch():
+    call = Call()
+    inputs = tensors(0)
+    play(call, inputs)
+
+    def hook(_):
+        pass
+
+    launch.knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        play(call, inputs)
+    finally:
+        launch.knobs.runtime.launch_enter_hook.remove(hook)
+    assert call.runs == 2
+
+
+def test_errors_are_raised_and_nothing_is_written_down():
+    def refuse() -> None:
+        raise ValueError("no")
+
+    call = Call(more=refuse)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no"):
+            play(call, tensors(0))
+    assert call.runs == 2
+    call.more = lambda: None
+    for seed in range(2):
+        assert torch.equal(play(call, tensors(seed)), expected(*tensors(seed)))
+    assert call.runs == 3
