@@ -164,7 +164,7 @@ def plan_report() -> list[dict[str, Any]]:
             patch.object(attention, "workspaces", lambda _: (2**22,) * 2),
         ):
             launches += launches_of(call)
-    names = ("_pool", "_place_pairs", "_write_plan", "_find_borders", "_order_items", "_row_statistics")
+    names = ("_pool", "_count_pairs", "_place_pairs", "_write_plan", "_find_borders", "_order_items", "_row_statistics")
     first = {launch.kernel.__name__: launch for launch in reversed(launches)}
     return _codes([first[name] for name in names])
 

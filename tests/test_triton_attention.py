@@ -269,7 +269,7 @@ def _bounds_of_items(items_ptr, offsets_ptr, out_ptr, block_slots, segment):
 
 
 @pytest.mark.parametrize("absent", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize(("heads", "block_slots", "rows"), [(1, 1, 5), (3, 7, 40), (2, 40, 33)])
+@pytest.mark.parametrize(("heads", "block_slots", "rows"), [(1, 2, 5), (3, 10, 40), (2, 40, 33)])
 @pytest.mark.parametrize("segment", [1, 8, 1024])
 @pytest.mark.parametrize("sorted_lists", [4, 256])
 @pytest.mark.usefixtures("planning")
@@ -281,9 +281,10 @@ def test_plan(monkeypatch, absent, heads, block_slots, rows, segment, sorted_lis
     monkeypatch.setattr(plans, "_SORTED", sorted_lists)
     generator = torch.Generator().manual_seed(0)
     none = heads * block_slots
-    keys = torch.randint(block_slots, (heads, rows, 2), generator=generator)
-    keys += torch.arange(heads)[:, None, None] * block_slots
-    keys[torch.rand(keys.shape, generator=generator) < absent] = none
+    past_blocks = (torch.arange(rows) + 4 * block_slots - rows) // 4  # the queries are the last tokens
+    random = torch.rand(2, heads, rows, 2, generator=generator)
+    keys = (random[0] * past_blocks[:, None]).int() + torch.arange(heads)[:, None, None] * block_slots
+    keys[(random[1] < absent) | (past_blocks == 0)[:, None]] = none
     geometry = Geometry(False, 1, rows, block_slots * 4, heads, heads, 8, 4, 3)
     pairs, offsets = (torch.empty(n, dtype=torch.int32) for n in (keys.numel(), heads * (block_slots + 1)))
     plan = make_plan(keys.short(), pairs, offsets.view(heads, -1), geometry)

@@ -3,10 +3,10 @@
 A *row* is a (query token, query head) of one key/value head, a *pair* is (row, rank of one of its past blocks),
 numbered `row * past + rank`. Every block gets its list of pairs in ascending order, so that sums over a list have one
 order and repeat bit for bit: by a stable sort of the pairs by block or, where there are few, by one program per list
-that looks through all of them, which takes one launch instead of nine. Lists differ in length; work is handed out in
-*items* of at most `segment` pairs, those of the last lists longest first, so that the multiprocessors finish together.
-The number of items depends on the choice, which stays on the device, so kernels are launched for the most there can be
-and the surplus programs return at once.
+that looks through all of them, once to count and once to place, which takes two launches instead of ten. Lists differ
+in length; work is handed out in *items* of at most `segment` pairs, those of the last lists longest first, so that the
+multiprocessors finish together. The number of items depends on the choice, which stays on the device, so kernels are
+launched for the most there can be and the surplus programs return at once.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from openmoba.ops.triton.launch import REMEMBERED, Launch
 _LANES = 128
 _SORTED = 256  # lists; those before keep their order, in which neighbours read the same rows
 _COPIED = 1024
-_LOOKED_AT = 4096
-_MOST_LOOKS = 2**22  # of all lists of a head at its pairs: up to here placing takes less time than sorting
+_LOOKED_AT = 1024
+_MOST_LOOKS = 2**22  # of all lists of a head at pairs of their sequence: up to here placing takes less than sorting
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,32 @@ def make_plan(keys: Tensor, pairs: Tensor, offsets: Tensor, geometry: Geometry) 
     """Invert the choice of some heads (`route.route`) into `pairs` and `offsets`, which it overwrites."""
     heads, block_slots = keys.shape[0], geometry.block_slots
     count = pairs.numel()
-    if count // heads * block_slots <= _MOST_LOOKS:
-        _placing(geometry, heads)(keys, pairs, offsets)
+    if count // heads // _sequences(geometry) * block_slots <= _MOST_LOOKS:
+        counts = torch.empty(heads * block_slots, dtype=torch.int32, device=keys.device)
+        count_pairs, place_pairs = _placing(geometry, heads)
+        count_pairs(keys, counts)
+        place_pairs(keys, counts, pairs, offsets)
     else:
         ordered, order = torch.sort(keys.view(-1), stable=True)
         _writing(heads, block_slots, count)(ordered, order, pairs, offsets)
     return Plan(pairs, offsets, heads, count)
 
 
+def _sequences(geometry: Geometry) -> int:
+    """Sequences whose pairs are known to lie apart without their lengths."""
+    return 1 if geometry.packed else geometry.sequences
+
+
 @lru_cache(maxsize=REMEMBERED)
-def _placing(geometry: Geometry, heads: int) -> Launch:
-    sequences = 1 if geometry.packed else geometry.sequences
-    numbers = (geometry.block_slots, geometry.pairs, geometry.block_slots // sequences, geometry.pairs // sequences)
-    return Launch(_place_pairs, (geometry.block_slots + 1, heads), numbers, {"M": _LOOKED_AT, "num_warps": 8})
+def _placing(geometry: Geometry, heads: int) -> tuple[Launch, Launch]:
+    """Counting and placing."""
+    slots, pairs, sequences = geometry.block_slots, geometry.pairs, _sequences(geometry)
+    token_pairs = 0 if geometry.packed else geometry.group * (geometry.top_k - 1)
+    before = (geometry.tokens_k - geometry.tokens_q) * token_pairs
+    numbers = (slots, pairs, slots // sequences, pairs // sequences, geometry.block_size * token_pairs, before)
+    constants = {"M": _LOOKED_AT, "num_warps": 4}
+    count = Launch(_count_pairs, (slots, heads), numbers, constants)
+    return count, Launch(_place_pairs, (slots + 1, heads), numbers, constants | {"LANES": _LANES})
 
 
 @lru_cache(maxsize=REMEMBERED)
@@ -160,31 +173,75 @@ def block_of_list(list_id, cu_k_ptr, sequences, tokens_k, block_size, block_slot
 
 
 @triton.jit
-def _place_pairs(keys_ptr, pairs_ptr, offsets_ptr, block_slots, pairs, sequence_slots, sequence_pairs, M: tl.constexpr):
-    """One list: where it starts, by counting the head's smaller keys, and its pairs. The last slot is the head's end.
+def _choosing_pairs(slot, sequence_slots, sequence_pairs, block_pairs, pairs_before):
+    """The pairs of a head that may have chosen a block slot: of its sequence, and of queries behind it.
 
-    The first `sequence_pairs` pairs choose among the first `sequence_slots` block slots, and so on.
+    `block_pairs` are those of a block's queries, and `pairs_before` those of the keys before the first query, had they
+    queries; both are 0 in a packed batch, where one stretch holds all sequences.
     """
+    begin = slot // sequence_slots * sequence_pairs
+    behind = tl.maximum((slot % sequence_slots + 1) * block_pairs - pairs_before, 0)
+    return begin + behind, begin + sequence_pairs
+
+
+@triton.jit
+def _count_pairs(
+    keys_ptr,
+    counts_ptr,
+    block_slots,
+    pairs,
+    sequence_slots,
+    sequence_pairs,
+    block_pairs,
+    pairs_before,
+    M: tl.constexpr,
+):
+    """How many pairs are in one list."""
     slot = tl.program_id(0)
     head = tl.program_id(1)
     wanted = head * block_slots + slot
-    begin = tl.minimum(slot, block_slots - 1) // sequence_slots * sequence_pairs
-    end = begin + sequence_pairs
-    first = head * pairs
-    below_M = tl.zeros([M], tl.int32)
-    for at in tl.range(0, end, M, num_stages=4):
+    begin, end = _choosing_pairs(slot, sequence_slots, sequence_pairs, block_pairs, pairs_before)
+    found_M = tl.zeros([M], tl.int32)
+    for at in tl.range(begin, end, M, num_stages=4):
         at_M = at + tl.arange(0, M)
-        key_M = tl.load(keys_ptr + first + at_M, mask=at_M < end, other=0).to(tl.int32)
-        below_M += ((at_M < end) & (key_M < wanted)).to(tl.int32)
-    start = first + tl.sum(below_M, 0)
+        key_M = tl.load(keys_ptr + head * pairs + at_M, mask=at_M < end, other=-1).to(tl.int32)
+        found_M += (key_M == wanted).to(tl.int32)
+    tl.store(counts_ptr + wanted, tl.sum(found_M, 0))
+
+
+@triton.jit
+def _place_pairs(
+    keys_ptr,
+    counts_ptr,
+    pairs_ptr,
+    offsets_ptr,
+    block_slots,
+    pairs,
+    sequence_slots,
+    sequence_pairs,
+    block_pairs,
+    pairs_before,
+    M: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """One list: where it starts, behind the head's lists before it, and its pairs. The last slot is the head's end."""
+    slot = tl.program_id(0)
+    head = tl.program_id(1)
+    wanted = head * block_slots + slot
+    before_L = tl.zeros([LANES], tl.int32)
+    for first in range(0, slot, LANES):
+        list_L = first + tl.arange(0, LANES)
+        before_L += tl.load(counts_ptr + head * block_slots + list_L, mask=list_L < slot, other=0)
+    start = head * pairs + tl.sum(before_L, 0)
     tl.store(offsets_ptr + head * (block_slots + 1) + slot, start)
     if slot == block_slots:
         return
+    begin, end = _choosing_pairs(slot, sequence_slots, sequence_pairs, block_pairs, pairs_before)
     for at in tl.range(begin, end, M, num_stages=4):
         at_M = at + tl.arange(0, M)
-        key_M = tl.load(keys_ptr + first + at_M, mask=at_M < end, other=0).to(tl.int32)
-        here_M = ((at_M < end) & (key_M == wanted)).to(tl.int32)
-        tl.store(pairs_ptr + start + tl.cumsum(here_M, 0) - here_M, first + at_M, mask=here_M > 0)
+        key_M = tl.load(keys_ptr + head * pairs + at_M, mask=at_M < end, other=-1).to(tl.int32)
+        here_M = (key_M == wanted).to(tl.int32)
+        tl.store(pairs_ptr + start + tl.cumsum(here_M, 0) - here_M, head * pairs + at_M, mask=here_M > 0)
         start += tl.sum(here_M, 0)
 
 
