@@ -18,7 +18,7 @@ from torch import Tensor
 
 SECONDS = 0.7  # of samples per measurement
 SLOW_MS = 1000.0
-FEWEST, MOST = 3, 100
+FEWEST, MOST = 3, 1000
 _FLUSH_BYTES = 2**28
 MB = 1e6
 
