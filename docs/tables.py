@@ -239,7 +239,7 @@ CHARTS = {
     "layerwise-hybrid": "Trailing loss over the number of full layers, between MoBA and full attention",
 }
 FIGURES = {
-    "results/h100/attention-speedup.png": "Times faster than the fastest dense attention, over length",
+    "results/h200/attention-speedup.png": "Times faster than the fastest dense attention, over length",
     f"{STUDY}/figures/pretrain-scaling-law.png": CHARTS["scaling-law"],
 }
 """Path -> what it shows, the preferred one first."""
@@ -247,12 +247,11 @@ FIGURES = {
 TABLES: dict[str, Callable[[], str]] = {
     "figure": figure,
     "attention_h200": partial(attention, "h200"),
-    "attention_h100": partial(attention, "h100"),
     "kernels_h200": partial(kernels, "h200"),
     "kernels_h100": partial(kernels, "h100"),
-    "short_h100": partial(short, "h100"),
-    "flex_h100": partial(flex, "h100"),
-    "decode_h100": partial(decode, "h100"),
+    "short_h200": partial(short, "h200"),
+    "flex_h200": partial(flex, "h200"),
+    "decode_h200": partial(decode, "h200"),
     "prefill_h200": partial(prefill, "h200"),
     "attention_cpu": attention_cpu,
     "study": study,

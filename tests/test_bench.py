@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+import time
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -122,6 +123,15 @@ def test_not_finite_results_are_no_measurement() -> None:
         timing.measure(timing.Work(lambda: torch.tensor([0.0, torch.nan])), CPU)
 
 
+def test_collecting_garbage_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It happens before the first timed call, which decides how many there are."""
+    monkeypatch.setattr(timing.gc, "collect", lambda: time.sleep(0.3))
+    monkeypatch.setattr(timing, "SECONDS", 0.05)
+    found = timing.measure(timing.Work(lambda: torch.zeros(3)), CPU)
+    assert found.samples > timing.FEWEST
+    assert found.p80_ms < 100
+
+
 def test_gradients_are_part_of_the_timed_call() -> None:
     x = torch.ones(3, requires_grad=True)
     phases: list[str] = []
@@ -208,7 +218,9 @@ def test_figures_show_the_newest_row_of_each_case_and_the_usual_heads() -> None:
         return Row.of("moba", case, commit=commit, p50_ms=milliseconds)
 
     rows = [row("old", 4, 1024, 1.0), row("old", 4, 2048, 9.0), row("new", 4, 2048, 2.0), row("new", 2, 8192, 8.0)]
-    (line,) = time_chart(rows).axes[0].lines
+    other_width = replace(rows[0], head_dim=64)
+    (axes,) = time_chart([*rows, other_width]).axes
+    (line,) = axes.lines
     assert list(line.get_xdata()) == [1024, 2048]
     assert list(line.get_ydata()) == [1.0, 2.0]
 

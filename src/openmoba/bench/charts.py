@@ -48,10 +48,16 @@ def speedup_chart(rows: Sequence[Row]) -> Figure:
 
 
 def _main_slice(rows: Sequence[Row]) -> list[Row]:
-    """Random routing, the newest rows on the machine of the last, in the dtype and heads of most."""
+    """Random routing, the newest rows on the machine of the last, in the dtype and heads of most.
+
+    A head width measured at one length is no curve; it is left out beside others that are.
+    """
     rows = [row for row in newest(rows) if row.routing in (None, "random")]
     kinds = Counter(_kind(row) for row in rows)
-    return [row for row in rows if _kind(row) == kinds.most_common(1)[0][0]]
+    rows = [row for row in rows if _kind(row) == kinds.most_common(1)[0][0]]
+    lengths = {row.head_dim: {other.tokens for other in rows if other.head_dim == row.head_dim} for row in rows}
+    curves = {width for width, tokens in lengths.items() if len(tokens) > 1} or set(lengths)
+    return [row for row in rows if row.head_dim in curves]
 
 
 def _kind(row: Row) -> tuple[str, int, int]:

@@ -66,6 +66,7 @@ def measure(work: Work, device: torch.device) -> Measurement:
         if not result.isfinite().all():
             raise ArithmeticError("the result holds NaN or infinity")
     del result
+    gc.collect()  # else a collection during the call might free what was there before, and count as its memory
     times_ms = _event_times if device.type == "cuda" else _wall_times
     peaks = _Peaks(device)
     (first_ms,) = times_ms(lambda: peaks.watch(work), 1)
@@ -97,7 +98,6 @@ class _Peaks:
         if self._device.type != "cuda":
             work.run()
             return
-        gc.collect()  # else a collection between the marks might free what was there before
         self._begin()
         work.run(self._mark)
         self._mark()
