@@ -148,6 +148,9 @@ def test_the_same_tensor_twice_is_not_written_down():
         x, _, z = tensors(seed)
         assert torch.equal(play(call, (x, x, z)), expected(x, x, z))
     assert call.runs == 2
+    for seed in range(2):
+        assert torch.equal(play(call, tensors(seed)), expected(*tensors(seed)))
+    assert call.runs == 3
 
 
 def test_profilers_hear_of_every_launch():

@@ -50,7 +50,7 @@ def replayed(
     kind = _kind(function, first.get_device(), settings, caps, *shapes)
     if kind.tape is not None:
         return kind.tape.play(first, pointers)
-    if not kind.recordable:
+    if not kind.recordable or _repeat(inputs):
         return function(*inputs, *settings)
     outputs, kind.tape = _record(function, inputs, settings)
     kind.recordable = kind.tape is not None
@@ -148,11 +148,13 @@ def _record(
     """Run the function; its results, and its tape if launches are all that it did."""
     with _recording, noted_launches() as launches, _Watch() as watch:
         outputs = function(*inputs, *settings)
-    given = [x for x in inputs if x is not None]
-    apart = len({id(x) for x in given}) == len(given)
-    if not (apart and watch.launches_alone):
-        return outputs, None
-    return outputs, _Tape(launches, _Places(inputs, outputs), outputs)
+    return outputs, _Tape(launches, _Places(inputs, outputs), outputs) if watch.launches_alone else None
+
+
+def _repeat(inputs: Sequence[Tensor | None]) -> bool:
+    """Whether one tensor is several inputs: a launch would not tell which of them it reads."""
+    given = [id(x) for x in inputs if x is not None]
+    return len(set(given)) < len(given)
 
 
 class _Watch(TorchDispatchMode):
