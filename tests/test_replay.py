@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from openmoba.ops.triton import launch, replay
+from openmoba.ops.triton import attention, launch, replay
 from openmoba.ops.triton.launch import Launch
 from openmoba.ops.triton.replay import replayed
 
@@ -182,3 +182,22 @@ def test_errors_are_raised_and_nothing_is_written_down():
     for seed in range(2):
         assert torch.equal(play(call, tensors(seed)), expected(*tensors(seed)))
     assert call.runs == 3
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "numbers", "top_k", "expected"),
+    [(True, 2**25, 8, "replayed"), (True, 2**25, 9, "worked out"), (False, 8, 8, "worked out")],
+)
+def test_short_calls_on_a_gpu_are_replayed(monkeypatch, is_cuda, numbers, top_k, expected):
+    def work_out(*arguments: Any) -> Any:
+        return "worked out", arguments
+
+    def replay_it(function: Any, inputs: Any, settings: Any, caps: Any) -> Any:
+        assert (function, caps) == (work_out, (1, 2))
+        return "replayed", (*inputs, *settings)
+
+    monkeypatch.setattr(attention, "replayed", replay_it)
+    monkeypatch.setattr(attention, "workspaces", lambda device: (1, 2))
+    q = SimpleNamespace(is_cuda=is_cuda, numel=lambda: numbers, device="cuda:0")
+    arguments = (q, "k", "v", None, None, 128, top_k, 0.5)
+    assert attention._replaying_short_calls(work_out)(*arguments) == (expected, arguments)

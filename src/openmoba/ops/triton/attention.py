@@ -9,8 +9,9 @@ depends on the device alone, and neither heads nor query tokens interact, so it 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, wraps
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from openmoba.ops.triton.statistics import row_statistics
 
 __all__ = ["backward", "choice_shape", "forward", "select"]
 
+P = ParamSpec("P")
+R = TypeVar("R", bound=tuple[Tensor, ...])
+
 _INT16_KEYS = 2**15
 _MOST_PAIRS = 2**30  # numbered in int32, and searched by halving sums of two places
 _DEVICE_SHARE = 64
@@ -35,6 +39,20 @@ _SHORT = 2**28  # elements of queries and partial results; temporaries are held 
 _FORWARD_WORKSPACE, _BACKWARD_WORKSPACE = 3 * 2**28, 5 * 2**28
 
 
+def _replaying_short_calls(function: Callable[P, R]) -> Callable[P, R]:
+    """Replay calls for which Python may take longer than the GPU; the function takes tensors and the settings."""
+
+    @wraps(function)
+    def call(*arguments: Any) -> R:
+        *inputs, block_size, top_k, scale = arguments
+        if inputs[0].is_cuda and inputs[0].numel() * top_k <= _SHORT:
+            return replayed(function, inputs, (block_size, top_k, scale), workspaces(inputs[0].device))
+        return cast(Callable[..., R], function)(*arguments)
+
+    return cast(Callable[P, R], call)
+
+
+@_replaying_short_calls
 def forward(
     q: Tensor,
     k: Tensor,
@@ -46,23 +64,6 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp, and the plan (`choice_shape`) that the backward reads."""
-    inputs, settings = (q, k, v, cu_q, cu_k), (block_size, top_k, scale)
-    if not _is_short(q, top_k):
-        return _forward(*inputs, *settings)
-    out, lse, choice = replayed(_forward, inputs, settings, workspaces(q.device))
-    return out, lse, choice
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    block_size: int,
-    top_k: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
     geometry = Geometry.shared(q, k, cu_q, block_size, top_k)
     _check_pairs(geometry)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -80,6 +81,7 @@ def _forward(
     return out, lse, choice
 
 
+@_replaying_short_calls
 def backward(
     d_out: Tensor,
     q: Tensor,
@@ -95,32 +97,6 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous."""
-    inputs, settings = (d_out, q, k, v, out, lse, choice, cu_q, cu_k), (block_size, top_k, scale)
-    if not _is_short(q, top_k):
-        return _backward(*inputs, *settings)
-    dq, dk, dv = replayed(_backward, inputs, settings, workspaces(q.device))
-    return dq, dk, dv
-
-
-def _is_short(q: Tensor, top_k: int) -> bool:
-    """Whether Python may take longer than the GPU."""
-    return q.is_cuda and q.numel() * top_k <= _SHORT
-
-
-def _backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    choice: Tensor,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    block_size: int,
-    top_k: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
     geometry = Geometry.shared(q, k, cu_q, block_size, top_k)
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
