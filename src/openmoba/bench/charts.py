@@ -55,8 +55,8 @@ def _main_slice(rows: Sequence[Row]) -> list[Row]:
     rows = [row for row in newest(rows) if row.routing in (None, "random")]
     kinds = Counter(_kind(row) for row in rows)
     rows = [row for row in rows if _kind(row) == kinds.most_common(1)[0][0]]
-    lengths = {row.head_dim: {other.tokens for other in rows if other.head_dim == row.head_dim} for row in rows}
-    curves = {width for width, tokens in lengths.items() if len(tokens) > 1} or set(lengths)
+    lengths = Counter(width for width, _ in {(row.head_dim, row.tokens) for row in rows})
+    curves = {width for width, count in lengths.items() if count > 1} or set(lengths)
     return [row for row in rows if row.head_dim in curves]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from functools import lru_cache, wraps
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -28,8 +28,7 @@ from openmoba.ops.triton.statistics import row_statistics
 
 __all__ = ["backward", "choice_shape", "forward", "select"]
 
-P = ParamSpec("P")
-R = TypeVar("R", bound=tuple[Tensor, ...])
+F = TypeVar("F", bound=Callable[..., tuple[Tensor, ...]])
 
 _INT16_KEYS = 2**15
 _MOST_PAIRS = 2**30  # numbered in int32, and searched by halving sums of two places
@@ -39,17 +38,17 @@ _SHORT = 2**28  # elements of queries and partial results; temporaries are held 
 _FORWARD_WORKSPACE, _BACKWARD_WORKSPACE = 3 * 2**28, 5 * 2**28
 
 
-def _replaying_short_calls(function: Callable[P, R]) -> Callable[P, R]:
-    """Replay calls for which Python may take longer than the GPU; the function takes tensors and the settings."""
+def _replaying_short_calls(function: F) -> F:
+    """Replay calls for which Python may take longer than the GPU. Tensors and settings are passed by position."""
 
     @wraps(function)
-    def call(*arguments: Any) -> R:
+    def call(*arguments: Any) -> tuple[Tensor, ...]:
         *inputs, block_size, top_k, scale = arguments
         if inputs[0].is_cuda and inputs[0].numel() * top_k <= _SHORT:
             return replayed(function, inputs, (block_size, top_k, scale), workspaces(inputs[0].device))
-        return cast(Callable[..., R], function)(*arguments)
+        return function(*arguments)
 
-    return cast(Callable[P, R], call)
+    return cast(F, call)
 
 
 @_replaying_short_calls

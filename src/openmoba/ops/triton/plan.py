@@ -185,6 +185,13 @@ def _choosing_pairs(slot, sequence_slots, sequence_pairs, block_pairs, pairs_bef
 
 
 @triton.jit
+def _chose(keys_ptr, at_M, end, wanted):
+    """1 where a pair's sort key is `wanted`, 0 elsewhere and from `end` on."""
+    key_M = tl.load(keys_ptr + at_M, mask=at_M < end, other=-1).to(tl.int32)
+    return (key_M == wanted).to(tl.int32)
+
+
+@triton.jit
 def _count_pairs(
     keys_ptr,
     counts_ptr,
@@ -203,9 +210,7 @@ def _count_pairs(
     begin, end = _choosing_pairs(slot, sequence_slots, sequence_pairs, block_pairs, pairs_before)
     found_M = tl.zeros([M], tl.int32)
     for at in tl.range(begin, end, M, num_stages=4):
-        at_M = at + tl.arange(0, M)
-        key_M = tl.load(keys_ptr + head * pairs + at_M, mask=at_M < end, other=-1).to(tl.int32)
-        found_M += (key_M == wanted).to(tl.int32)
+        found_M += _chose(keys_ptr + head * pairs, at + tl.arange(0, M), end, wanted)
     tl.store(counts_ptr + wanted, tl.sum(found_M, 0))
 
 
@@ -239,8 +244,7 @@ def _place_pairs(
     begin, end = _choosing_pairs(slot, sequence_slots, sequence_pairs, block_pairs, pairs_before)
     for at in tl.range(begin, end, M, num_stages=4):
         at_M = at + tl.arange(0, M)
-        key_M = tl.load(keys_ptr + head * pairs + at_M, mask=at_M < end, other=-1).to(tl.int32)
-        here_M = (key_M == wanted).to(tl.int32)
+        here_M = _chose(keys_ptr + head * pairs, at_M, end, wanted)
         tl.store(pairs_ptr + start + tl.cumsum(here_M, 0) - here_M, head * pairs + at_M, mask=here_M > 0)
         start += tl.sum(here_M, 0)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from operator import itemgetter
 from threading import Lock
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
 
 from openmoba.ops.triton.launch import ALIGNED, REMEMBERED, Launched, is_watched, noted_launches
-
-R = TypeVar("R", bound=tuple[Tensor, ...])
 
 _recording = Lock()  # torch tells whether a dispatch mode is on by one flag for all threads
 _BETWEEN = 256  # bytes; temporaries begin at multiples of them
@@ -31,8 +29,11 @@ _VIEWS = {_aten.slice.Tensor, _aten.select.int, _aten.unbind.int}
 
 
 def replayed(
-    function: Callable[..., R], inputs: Sequence[Tensor | None], settings: tuple[float, ...], caps: tuple[int, ...]
-) -> R:
+    function: Callable[..., tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    settings: tuple[float, ...],
+    caps: tuple[int, ...],
+) -> tuple[Tensor, ...]:
     """`function(*inputs, *settings)`, which returns new contiguous tensors on the first input's device.
 
     Its launches may depend on devices, dtypes, shapes and strides, on the settings, and on the caps on its memory.
@@ -48,7 +49,7 @@ def replayed(
     shapes = [x if x is None else (x.dtype, x.shape, x.stride()) for x in inputs]
     kind = _kind(function, first.get_device(), settings, caps, *shapes)
     if kind.tape is not None:
-        return cast(R, kind.tape.play(first, pointers))
+        return kind.tape.play(first, pointers)
     if not kind.recordable or _repeat(inputs):
         return function(*inputs, *settings)
     outputs, kind.tape = _record(function, inputs, settings)
@@ -142,8 +143,8 @@ class _Places:
 
 
 def _record(
-    function: Callable[..., R], inputs: Sequence[Tensor | None], settings: tuple[float, ...]
-) -> tuple[R, _Tape | None]:
+    function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor | None], settings: tuple[float, ...]
+) -> tuple[tuple[Tensor, ...], _Tape | None]:
     """Run the function; its results, and its tape if launches are all that it did."""
     with _recording, noted_launches() as launches, _Watch() as watch:
         outputs = function(*inputs, *settings)
