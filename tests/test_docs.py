@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("transformers")
 
 import openmoba
-from openmoba.bench.table import Row, append_row
+from openmoba.bench.table import Row, append_row, read_rows
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("docs/*.md")]
@@ -145,3 +145,21 @@ def test_tables_follow_their_files(tables: ModuleType, tmp_path: Path, monkeypat
 def test_changelog_begins_with_this_version() -> None:
     versions = re.findall(r"^## (\S+?),", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert versions[0] == openmoba.__version__
+
+
+def test_sparse_calls_are_faster_than_dense_ones_from_8k_tokens_on() -> None:
+    """As the README says of the H200's rows."""
+    assert (
+        "From 8K tokens on it is faster than dense attention at every setting measured"
+        in (ROOT / "README.md").read_text()
+    )
+    sparse = [
+        row
+        for row in read_rows(ROOT / "results/h200/attention.csv")
+        if row.contender == "moba"
+        and row.dense_ms
+        and row.tokens >= 8192
+        and 4 * row.top_k * row.block_size <= row.tokens
+    ]
+    assert len(sparse) > 80
+    assert all(row.p50_ms < row.dense_ms for row in sparse)
