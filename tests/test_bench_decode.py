@@ -11,7 +11,7 @@ import torch
 from openmoba.bench import __main__ as module_main
 from openmoba.bench import decode, timing
 from openmoba.bench.attention import Session
-from openmoba.bench.decode import CHUNK, DENSE, EAGER, GRAPH, Bench, Cache, Shape
+from openmoba.bench.decode import CHUNK, DENSE, EAGER, GRAPH, Bench, Cache, Shape, check_chunk
 from openmoba.bench.decode_charts import prefill_chart, step_chart
 from openmoba.bench.table import append_row, read_rows
 from openmoba.cli import main
@@ -49,6 +49,16 @@ def test_rows_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             assert row.speedup == pytest.approx(best / row.p50_ms, rel=1e-4)
     monkeypatch.setattr(Bench, "_measure", None)
     assert list(bench(out).decode(SMALL)) == rows[: len(dense) + 2]
+
+
+def test_a_file_holds_chunks_of_one_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "decode.csv"
+    list(bench(out).prefill(replace(SMALL, batch=1), 32))
+    check_chunk(32, out)
+    assert main(["bench", "decode", "--chunk", "16", "--out", str(out)]) == 2
+    assert "holds chunks of 32 tokens, got chunk=16" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="at least 1 token, got 0"):
+        check_chunk(0, out)
 
 
 def test_contenders_attend_to_the_cache() -> None:

@@ -55,7 +55,7 @@ class Decode:
     prefill: int = 2**20
     """Tokens of the prompt that is prefilled in chunks; 0 leaves that out."""
     chunk: int = 2**16
-    """Tokens of a chunk."""
+    """Tokens of a chunk; one size per file."""
     out: Path = Path("decode.csv")
     """CSV file that rows are added to; what it holds for this commit and device is not measured again."""
     commit: str | None = None
@@ -63,6 +63,8 @@ class Decode:
 
     def run(self) -> None:
         """Measure, and print a table."""
+        if self.prefill:
+            check_chunk(self.chunk, self.out)
         if not torch.cuda.is_available():
             raise ValueError("openmoba bench decode needs a GPU")
         shapes = [Shape(tokens, batch) for batch in self.batches for tokens in self.lengths]
@@ -217,6 +219,17 @@ class Bench:
             return None
         rows = [other for other in self.session.rows if other.contender in DENSE and other.shape == row.shape]
         return min((other.p50_ms for other in rows if other.p50_ms is not None), default=None)
+
+
+def check_chunk(chunk: int, out: Path) -> None:
+    """Raise ValueError unless the chunks in `out`, the first of which ends after one chunk, are of this size."""
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+    ends = [row.tokens for row in read_rows(out) if row.passes == CHUNK]
+    if ends and min(ends) != chunk:
+        raise ValueError(
+            f"{out} holds chunks of {min(ends)} tokens, got chunk={chunk}; write other chunks to another file (--out)"
+        )
 
 
 def _replayed(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
