@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -79,6 +79,13 @@ def batched(
         for tokens, h in ((queries, heads), (queries, heads), (keys, kv_heads), (keys, kv_heads))
     )
     return Case(q, k, v, d_out, block_size, top_k)
+
+
+def opposed(case: Case, strength: float) -> Case:
+    """`case` with queries and keys that point away from each other: all logits are far below 0."""
+    width = case.q.shape[-1]
+    along = strength / width**0.5
+    return replace(case, q=case.q * 0.3 + along, k=case.k * 0.3 - along)
 
 
 def packed(

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy
 import pytest
 import torch
-from attending import Case, assert_as_accurate_as_plain_pytorch, batched, oracle, packed, poisoned_memory, run
+from attending import Case, assert_as_accurate_as_plain_pytorch, batched, opposed, oracle, packed, poisoned_memory, run
 
 pytest.importorskip("triton")
 
@@ -63,6 +63,12 @@ def poison() -> Iterator[None]:
 @pytest.mark.usefixtures("planning")
 def test_batched(dtype, shape, block_size, top_k):
     assert_as_accurate_as_plain_pytorch(batched(dtype, shape, block_size, top_k))
+
+
+def test_logits_far_below_zero():
+    """The keys that a tile has beyond its block have logits of 0, which is then far above all others."""
+    case = opposed(batched(FP16, (1, 40, 40, 2, 1, 16), 12, 2), 10.0)
+    assert_as_accurate_as_plain_pytorch(case)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from attending import (
     Case,
     assert_as_accurate_as_plain_pytorch,
     batched,
+    opposed,
     oracle,
     packed,
     plain,
@@ -270,6 +271,26 @@ def test_more_elements_than_int32_counts(monkeypatch):
         ):
             error, allowed = ((y - exact).square().mean().sqrt() for y in (x.double(), rough.double()))
             assert error <= 2 * allowed
+
+
+@pytest.mark.parametrize("group", [1, 17])
+def test_heads_further_apart_than_int32_counts(group):
+    """Heads of q, k, v and of the output's gradient 2^27 elements apart, as in [B, H, T, D] at 1M tokens."""
+    case = batched(BF16, (1, 300, 300, 17, 17 // group, 64), 64, 2, "cuda")
+    apart = [torch.empty(17, 2**27, dtype=BF16, device="cuda") for _ in range(4)]
+    views = [
+        store[: x.shape[2], : 300 * 64].view(-1, 300, 64).transpose(0, 1)[None].copy_(x)
+        for store, x in zip(apart, (case.q, case.k, case.v, case.d_out), strict=True)
+    ]
+    assert views[0].stride(2) * 16 >= 2**31
+    assert_same_bits(run(replace(case, q=views[0], k=views[1], v=views[2], d_out=views[3])), run(case))
+
+
+@pytest.mark.parametrize("block_size", [100, 128])
+def test_logits_far_below_zero(block_size):
+    for dtype in (BF16, FP16):
+        case = batched(dtype, (1, 500, 500, 4, 2, 64), block_size, 2, "cuda")
+        assert_as_accurate_as_plain_pytorch(opposed(case, 30.0))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -146,7 +146,8 @@ def _key_kernels(geometry: Geometry, dtype: torch.dtype, hoppers_own: bool) -> t
     if hoppers_own:
         return hopper.key_gradients(geometry, dtype), hopper.own_key_gradients(geometry)
     tile, own_tile = backward_keys_tile(geometry, dtype), backward_own_keys_tile(geometry, dtype)
-    return Kernel(key_gradients, tile, tile.launch()), Kernel(own_key_gradients, own_tile, own_tile.launch())
+    past = Kernel(key_gradients, tile, tile.launch() | {"EVEN": geometry.block_size % tile.n == 0})
+    return past, Kernel(own_key_gradients, own_tile, own_tile.launch())
 
 
 def _query_kernels(geometry: Geometry, dtype: torch.dtype, hoppers_own: bool) -> tuple[Kernel, Kernel]:

@@ -71,6 +71,7 @@ def key_gradients(
     SHARES: tl.constexpr,
     SEGMENT: tl.constexpr,
     FUSED: tl.constexpr,
+    EVEN: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
@@ -99,23 +100,21 @@ def key_gradients(
     nowhere = (lists // block_slots).to(tl.int64) * rows * PAST * SHARES
     for at in range(begin, end, M):
         pair, token, member, valid = pair_rows(pairs_ptr, at, end, head * rows, GROUP, PAST, M)
-        wide = token.to(tl.int64)
         q_MD, d_out_MD, lse_M, delta_M = load_queries(
             d_out_base,
             q_base,
             statistics_ptr,
-            wide * d_out_token + member * d_out_head,
-            wide * q_token + member * q_head,
-            wide * HEADS + kv_head * GROUP + member,
+            token * d_out_token + member * d_out_head,
+            token * q_token + member * q_head,
+            token * HEADS + kv_head * GROUP + member,
             valid,
             WIDTH,
             D,
         )
         dk_ND, dv_ND, ds_NM = _key_step(
-            k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, valid[None, :], dk_ND, dv_ND, scale * LOG2E, False
+            k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, (n < block_size)[:, None], dk_ND, dv_ND, scale * LOG2E, not EVEN
         )
-        if FUSED:
-            # Absent keys of the tile are zero, so they add nothing to dQ; absent pairs go to a row nobody reads.
+        if FUSED:  # absent pairs go to a row nobody reads
             dq_MD = dot(tl.trans(ds_NM), k_ND)
             share = tl.where(valid, pair.to(tl.int64) * SHARES, nowhere)
             store_rows(partial_dq_ptr, share, WIDTH, None, dq_MD, WIDTH, D)

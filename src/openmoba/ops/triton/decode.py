@@ -221,7 +221,7 @@ def _score(
     if tl.program_id(0) * N >= past:
         return
     q_ptr += batch.to(tl.int64) * q_batch + (head * GROUP).to(tl.int64) * q_head
-    q_at_M = (row_M // GROUP).to(tl.int64) * q_token + (row_M % GROUP) * q_head
+    q_at_M = (row_M // GROUP).to(tl.int64) * q_token + (row_M % GROUP).to(tl.int64) * q_head
     centroid_ptr += batch.to(tl.int64) * centroid_batch + head.to(tl.int64) * centroid_head
     largest_M = tl.zeros([M], tl.float32)
     for d in tl.static_range(0, D, W):
@@ -324,7 +324,7 @@ def _attend(
     last = tl.minimum(tl.minimum(first + ranks, top_k), past + 1)
 
     d_D = tl.arange(0, D)
-    q_ptr += batch.to(tl.int64) * q_batch + token.to(tl.int64) * q_token + (head * GROUP + member) * q_head
+    q_ptr += batch.to(tl.int64) * q_batch + token.to(tl.int64) * q_token + (head * GROUP + member).to(tl.int64) * q_head
     q_D = tl.load(q_ptr + d_D, mask=d_D < WIDTH, other=0.0).to(tl.float32) * (scale * LOG2E)
     slot = 0 if start_ptr is None else tl.load(start_ptr + batch)
     k_ptr += batch.to(tl.int64) * k_batch + head.to(tl.int64) * k_head + tl.cast(slot, tl.int64) * k_token

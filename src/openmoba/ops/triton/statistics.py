@@ -51,7 +51,7 @@ def _row_statistics(
     row = tl.program_id(0) * M + tl.arange(0, M)
     valid = row < rows
     token = (row // HEADS).to(tl.int64)
-    at = token // tokens_q * d_out_batch + token % tokens_q * d_out_token + row % HEADS * d_out_head
+    at = token // tokens_q * d_out_batch + token % tokens_q * d_out_token + (row % HEADS).to(tl.int64) * d_out_head
     d_out_MD = load_rows(d_out_ptr, at, 1, valid, WIDTH, D).to(tl.float32)
     out_MD = load_rows(out_ptr, row, WIDTH, valid, WIDTH, D).to(tl.float32)
     delta_M = tl.sum(d_out_MD * out_MD, 1)
