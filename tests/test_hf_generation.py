@@ -314,6 +314,35 @@ def test_beams_and_assistance() -> None:
     assert generate(model, ids, prompt_lookup_num_tokens=3).equal(greedy)
 
 
+@pytest.mark.parametrize("cuts", [[10, 10, 10, 10], [24, 16], [23, 17]], ids=str)
+@pytest.mark.parametrize("trained", ["q_proj", "k_proj"])
+def test_gradients_through_a_cache(cuts: list[int], trained: str) -> None:
+    """However short the pieces, and whatever part of the model is trained."""
+    model, ids = configure(build(), SPARSE), tokens(1, 40)
+    model.requires_grad_(False)
+    weight = getattr(model.model.layers[1].self_attn, trained).weight.requires_grad_()
+    expected = torch.autograd.grad(model(ids, use_cache=False).logits.square().sum(), weight)[0]
+    cache = DynamicCache(config=model.config)
+    parts = [model(piece, past_key_values=cache).logits for piece in ids.split(cuts, dim=1)]
+    torch.testing.assert_close(torch.autograd.grad(torch.cat(parts, 1).square().sum(), weight)[0], expected)
+
+
+def test_a_static_cache_that_the_prompt_fills() -> None:
+    model, ids = configure(build(), SPARSE), tokens(1, 24)
+    options = {"max_new_tokens": 1, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    out = model.generate(ids, cache_implementation="static", **options)
+    assert out.equal(model.generate(ids, **options))
+
+
+def test_a_prompt_of_inference_mode_goes_on_outside_it() -> None:
+    model, ids = configure(build(), SPARSE), tokens(1, 30)
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(ids[:, :21], past_key_values=cache)
+    rest = logits(model, ids[:, 21:], past_key_values=cache)
+    torch.testing.assert_close(rest, logits(model, ids, use_cache=False)[:, 21:])
+
+
 def test_compiled_decoding() -> None:
     """A static cache keeps the decoding step one graph, whatever the position."""
     torch._dynamo.reset()

@@ -124,7 +124,8 @@ class _Attention:
             return self.masked(q_BTHD, k_BSHD, v_BSHD, mask)
         queries = q_BTHD.shape[1]
         centroids = layer.pages(k_BSHD, alignment)
-        if queries > MAX_QUERIES or queries == k_BSHD.shape[1]:
+        trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHD, k_BSHD, v_BSHD))
+        if queries > MAX_QUERIES or queries == k_BSHD.shape[1] or trained:  # `moba_decode` has no gradient
             return self.masked(q_BTHD, k_BSHD, v_BSHD, mask)
         return moba_decode(
             q_BTHD,

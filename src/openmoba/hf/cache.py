@@ -73,8 +73,8 @@ class DynamicPagedLayer(DynamicLayer):  # type: ignore[misc]
         before = self.get_seq_length()
         after = before + key_states.shape[2]
         new = (key_states, value_states)
-        if any(x.requires_grad for x in (self.keys, self.values, *new)) and torch.is_grad_enabled():
-            # Attention has saved the stores for backward: they must not be written to.
+        if torch.is_grad_enabled():
+            # Attention may have saved the stores for backward: they must not be written to.
             old = (self.keys, self.values)
             self._stores = [torch.cat(pair, 2) if before else pair[1] for pair in zip(old, new, strict=True)]
         else:
@@ -146,7 +146,7 @@ class DynamicPagedLayer(DynamicLayer):  # type: ignore[misc]
 
     def _reserve(self, tokens: int, like: tuple[Tensor, Tensor]) -> None:
         """Make the stores hold `tokens`; the reserve keeps both their size and the copying down."""
-        if self._stores and self._stores[0].shape[2] >= tokens:
+        if self._stores and self._stores[0].shape[2] >= tokens and _writable(self._stores[0]):
             return
         slots = tokens + max(64, tokens // 1024)
         used = self.get_seq_length()
@@ -159,7 +159,7 @@ class DynamicPagedLayer(DynamicLayer):  # type: ignore[misc]
     def _fitting_centroids(self, keys_BSHD: Tensor) -> Tensor:
         """Centroids for all slots of the stores, with what is known of them."""
         slots, known = self._stores[0].shape[2], self._centroids
-        if known is not None and known.shape[1] >= slots // self.block_size:
+        if known is not None and known.shape[1] >= slots // self.block_size and _writable(known):
             return known
         centroids = new_centroids(keys_BSHD, slots, self.block_size)
         if known is not None:
@@ -206,8 +206,12 @@ class StaticPagedLayer(StaticLayer):  # type: ignore[misc]
         return keys, values
 
     def align(self, segment_map: Tensor | None, keys_BSHD: Tensor) -> Alignment | None:
-        """See `PagedLayer.align`; the mask of a static cache makes sure that padding is on the left."""
-        assert segment_map is not None
+        """See `PagedLayer.align`; the mask of a static cache makes sure that padding is on the left.
+
+        There is none where the prompt fills the cache.
+        """
+        if segment_map is None:
+            return aligned(keys_BSHD.shape[0], keys_BSHD.shape[1], keys_BSHD.device)
         return static_alignment(segment_map)
 
     def pages(self, keys_BSHD: Tensor, alignment: Alignment) -> Tensor:
@@ -242,6 +246,11 @@ class StaticPagedLayer(StaticLayer):  # type: ignore[misc]
         if not torch.compiler.is_compiling():
             for tensor in (self._centroids, self._lengths):
                 torch._dynamo.mark_static_address(tensor)
+
+
+def _writable(x: Tensor) -> bool:
+    """False for a tensor of an inference mode that has ended."""
+    return not x.is_inference() or torch.is_inference_mode_enabled()
 
 
 def _head_major(pick: Callable[[Tensor], Tensor], x_BPHD: Tensor) -> Tensor:
