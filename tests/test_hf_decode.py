@@ -134,6 +134,16 @@ def test_centroids_of_other_keys() -> None:
         complete_pages(new_centroids(k.float(), SLOTS, 4), k, end, None, 1, 4)
 
 
+def test_no_gradient_is_lost_silently() -> None:
+    q, k, v = random_cache(1)
+    end = torch.full((1,), SLOTS, dtype=torch.int32)
+    arguments = (q[:, -1:].requires_grad_(), k, v, pages_of(k, torch.zeros(1, dtype=torch.int32), end, 4), end)
+    with pytest.raises(ValueError, match="has no gradient"):
+        moba_decode(*arguments, block_size=4, top_k=2)
+    with torch.no_grad():
+        assert moba_decode(*arguments, block_size=4, top_k=2).isfinite().all()
+
+
 def test_bad_input() -> None:
     q, k, v = random_cache(2)
     lengths = torch.full((2,), SLOTS, dtype=torch.int32)
