@@ -83,7 +83,8 @@ def _evaluation(config, step, luck, difficulty, rng):
     share = step / config.train.steps
     a, b = LAWS[config.arm.name]
     if config.arm.name == "hybrid":
-        a -= 0.015 * config.arm.full_layers
+        full = config.arm.full_layers
+        a -= 0.015 * (full if isinstance(full, int) else len(full))
     final = a * (compute / share * 1e6) ** b  # the law holds for the end of a run
     loss = final * luck * (1 + 0.25 * (share**-0.6 - 1))
     windows = loss + difficulty + rng.normal(0, 0.01, WINDOWS)

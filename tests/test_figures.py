@@ -24,14 +24,16 @@ from openmoba.lab.figures import (
     scaling_chart,
 )
 from openmoba.lab.fit import Interval, fit_runs
+from openmoba.lab.needle import Cell, write_needle
 
-HYBRID = {10: Level(1.087), 1: Level(1.170, Interval(1.165, 1.176)), 3: Level(1.128), 5: Level(1.102)}
+HYBRID = {"1": Level(1.170, Interval(1.165, 1.176)), "3": Level(1.128), "5": Level(1.102), "10": Level(1.087)}
 
 
 def chart_a() -> Figure:
     return layers_chart(
-        HYBRID, Level(1.085), Level(1.170, Interval(1.16, 1.18)), title="t", loss_name="Trailing loss, last 2K"
-    )
+        HYBRID, Level(1.085), Level(1.170, Interval(1.16, 1.18)),
+        title="t", layers_name="Full layers", loss_name="Trailing loss, last 2K",
+    )  # fmt: skip
 
 
 def chart_b(axis: str = "6nd") -> Figure:
@@ -60,7 +62,7 @@ def test_chart_a_has_hybrid_dashed_blue_with_markers_between_two_solid_horizonta
         assert list(lines[name].get_ydata()) == [loss, loss]
 
 
-def test_chart_a_counts_full_layers_as_categories_in_order() -> None:
+def test_chart_a_shows_full_layers_as_categories_in_the_order_given() -> None:
     axes = chart_a().axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "3", "5", "10"]
     hybrid = axes.containers[0].lines[0]
@@ -115,3 +117,16 @@ def test_charts_are_saved_as_png_and_svg_with_the_same_bytes_each_time(tmp_path:
     second = save(chart_a(), tmp_path / "two" / "chart")
     assert [path.suffix for path in first] == [".png", ".svg"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_dots_in_a_name_are_kept(tmp_path: Path) -> None:
+    files = [*save(chart_a(), tmp_path / "v1.0-scaling-law"), *save(chart_a(), tmp_path / "v1.0-positions")]
+    assert [path.name for path in files] == [
+        "v1.0-scaling-law.png", "v1.0-scaling-law.svg", "v1.0-positions.png", "v1.0-positions.svg",
+    ]  # fmt: skip
+
+
+def test_a_needle_grid_keeps_the_dots_of_its_name(tmp_path: Path) -> None:
+    files = write_needle([Cell(128, 0.0, 2, 0.5, 1.0)], tmp_path / "ndl-3.1", title="t")
+    assert [path.name for path in files] == ["ndl-3.1.csv", "ndl-3.1.png", "ndl-3.1.svg"]
+    assert all(path.exists() for path in files)

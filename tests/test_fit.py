@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from openmoba.lab.fit import fit_power_law, fit_runs, mean_interval, paired_difference
+from openmoba.lab.fit import HUBER_DELTA, fit_power_law, fit_runs, mean_interval, paired_difference
 
 # a, b of the report's fits: MoBA and full, 8K language-model loss and 32K trailing loss
 REPORTED = [(2.625, -0.063), (2.622, -0.063), (1.546, -0.108), (1.464, -0.097)]
@@ -75,6 +75,33 @@ def test_band_holds_the_law_and_narrows_among_the_points():
 def test_fit_repeats_with_the_same_seed():
     windows = synthetic_windows(np.random.default_rng(3), 2.6, -0.08, run_noise=0.01, window_noise=0.1)
     np.testing.assert_array_equal(fit_runs(COMPUTE, windows).replicates, fit_runs(COMPUTE, windows).replicates)
+
+
+def huber_loss(compute, loss, log_a, b):
+    residual = np.abs(np.log(loss) - log_a - b * np.log(compute))
+    return np.where(residual <= HUBER_DELTA, residual**2 / 2, HUBER_DELTA * (residual - HUBER_DELTA / 2)).sum()
+
+
+@pytest.mark.parametrize("jitter", [1e-5, 1e-3, 1e-2])
+@pytest.mark.parametrize("seed", range(4))
+def test_runs_of_one_size_may_differ_a_little_in_compute(seed, jitter):
+    rng = np.random.default_rng(seed)
+    sizes = np.repeat([40.0, 160.0, 500.0], 2)
+    compute = sizes * np.exp(rng.normal(0, jitter, 6))
+    windows = synthetic_windows(rng, 3.0, -0.1, run_noise=0.003, window_noise=0.3, compute=sizes)
+    fit = fit_runs(compute, windows + rng.normal(0, 0.05, windows.shape))
+    assert fit.b.low <= fit.law.b <= fit.b.high
+    least = huber_loss(compute, fit.loss, np.log(fit.law.a), fit.law.b)
+    for aside_a, aside_b in rng.normal(0, [1e-3, 2e-4], (200, 2)):
+        assert huber_loss(compute, fit.loss, np.log(fit.law.a) + aside_a, fit.law.b + aside_b) > least - 1e-10
+    assert np.abs(fit.replicates[:, 1]).max() < 1, "two runs of one size determine no line"
+
+
+def test_bisection_and_reweighting_find_the_same_lines(monkeypatch):
+    windows = synthetic_windows(np.random.default_rng(7), 2.6, -0.08, run_noise=0.005, window_noise=0.1)
+    reweighted = fit_runs(COMPUTE, windows).replicates
+    monkeypatch.setattr("openmoba.lab.fit.REWEIGHTINGS", 0)
+    np.testing.assert_allclose(fit_runs(COMPUTE, windows).replicates, reweighted, rtol=0, atol=1e-6)
 
 
 def test_two_runs_of_two_sizes_are_enough():

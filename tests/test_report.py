@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import synthetic_study
+from matplotlib.figure import Figure
 from synthetic_study import RECIPE, train
 
 from openmoba import cli
+from openmoba.lab import figures
+from openmoba.lab.charts import describe_sparsity
+from openmoba.lab.figures import Level
 from openmoba.lab.outcomes import by, difference, fit, read_outcomes
 from openmoba.lab.progress import Progress
 from openmoba.lab.recipe import Recipe, parse_recipe
@@ -91,6 +97,66 @@ def test_one_seed_is_said_to_be_one_seed(tmp_path: Path) -> None:
     assert "one seed" in report
     assert "**resolved**" not in report
     assert "**resolved on these windows**, for this one seed" in report
+
+
+def test_seeds_are_counted_by_stage(study: Path, tmp_path: Path) -> None:
+    assert "over the 2 seeds of a run." in (study / "report.md").read_text()
+    before, _, after = RECIPE.rpartition("seeds = [0, 1]")
+    write_report(make(tmp_path, f"{before}seeds = [0]{after}"), tmp_path, "6nd")
+    report = (tmp_path / "report.md").read_text()
+    assert "over the seeds (2 in stage pretrain, 1 in stage finetune) of a run." in report
+    assert "Every run of stage finetune was trained with one seed." in report
+
+
+def test_settings_are_those_of_the_arms_that_have_blocks(tmp_path: Path) -> None:
+    text = RECIPE.replace("arm = { block_size = 64, top_k = 3 }", "")
+    text = text.replace('"moba" }', '"moba", block_size = 32, top_k = 5 }')
+    recipe = make(tmp_path, text)
+    write_report(recipe, tmp_path, "6nd")
+    settings = "MoBA: blocks of 32, top-5 of 32 blocks; blocks of 64, top-3 of 16 blocks. Losses"
+    assert settings in (tmp_path / "report.md").read_text()
+    runs = by("arm", read_outcomes(recipe, tmp_path))
+    assert describe_sparsity([*runs["full"], *runs["moba"]]) == "block 32, top-5 of 32 blocks"
+    assert describe_sparsity(runs["full"]) == "full attention alone"
+
+
+def test_hybrids_with_equally_many_full_layers_are_all_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[list[str]] = []
+    draw = figures.layers_chart
+
+    def record(hybrid: dict[str, Level], *args: Any, **kwargs: Any) -> Figure:
+        shown.append(list(hybrid))
+        return draw(hybrid, *args, **kwargs)
+
+    monkeypatch.setattr(figures, "layers_chart", record)
+    write_report(make(tmp_path / "counts"), tmp_path / "counts", "6nd")
+    text = RECIPE.replace("last-3", "first").replace("full_layers = 3", "full_layers = [0]")
+    write_report(make(tmp_path / "indices", text), tmp_path / "indices", "6nd")
+    assert shown == [["1", "2", "3"], ["last-1", "first", "last-2"]]
+
+
+def test_windows_shorter_than_the_length_leave_a_report_of_the_lm_loss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make(tmp_path)
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    for path in tmp_path.glob("*/*/metrics.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            row["trailing_loss"] = row["intervals"]["trailing"] = None
+            row["windows"]["trailing"] = []
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_report(recipe, tmp_path, "6nd")
+    report = (tmp_path / "report.md").read_text()
+    assert "none of their validation windows reaches data.length=1,024; the scaling chart, which shows it, is" in report
+    assert sorted(path.name for path in tmp_path.glob("figures/*.png")) == [
+        "finetune-positions.png",
+        "pretrain-positions.png",
+    ]
+    assert len([line for line in report.splitlines() if line.startswith("| ") and " | - | " in line]) == 22
+    assert {line.partition(", ")[2].partition(":")[0] for line in comparisons(tmp_path)} == {"LM loss"}
+    assert cli.main(["fit", str(tmp_path)]) == 0
+    assert "trailing" not in capsys.readouterr().out
 
 
 def test_report_of_unfinished_study_says_so(tmp_path: Path) -> None:

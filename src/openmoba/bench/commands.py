@@ -33,7 +33,7 @@ class Plot:
             raise ValueError(f"{self.csv} holds no rows; run `openmoba bench attention` or `decode` first")
         folder = self.out or self.csv.parent
         for name, chart in _charts(rows).items():
-            print(*save(chart(rows), folder / f"{self.csv.stem}-{name}.png"), sep="\n")
+            print(*save(chart(rows), folder / f"{self.csv.stem}-{name}"), sep="\n")
         print(markdown(rows))
 
 

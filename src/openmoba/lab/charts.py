@@ -9,7 +9,7 @@ from pathlib import Path
 from openmoba.lab import figures
 from openmoba.lab.figures import Curve, Level, PositionRange
 from openmoba.lab.fit import LEVEL, Interval
-from openmoba.lab.outcomes import Outcome, by, difference, fit, mean_loss, of_kind
+from openmoba.lab.outcomes import Outcome, by, difference, fit, mean_loss, moba_settings, of_kind
 from openmoba.lab.recipe import Recipe, Stage
 
 FOLDER = "figures"
@@ -25,7 +25,7 @@ class Chart:
 
 
 def draw_charts(recipe: Recipe, outcomes: Sequence[Outcome], study: Path, axis: str) -> list[Chart]:
-    """Draw what each stage asks for, and its largest model's loss by position.
+    """Draw what each stage asks for, if its runs have a trailing loss, and its largest model's loss by position.
 
     Args:
         axis: compute convention of the scaling chart, a key of `figures.AXES`.
@@ -37,11 +37,12 @@ def draw_charts(recipe: Recipe, outcomes: Sequence[Outcome], study: Path, axis: 
         raise ValueError(f"unknown axis {axis!r}; the compute conventions are {', '.join(figures.AXES)}")
     charts = []
     for stage in recipe.stages:
-        sizes = by("size", (outcome for outcome in outcomes if outcome.run.stage == stage))
-        if stage.chart == "scaling" and sizes:
-            charts.append(_scaling(stage, [run for runs in sizes.values() for run in runs], study, axis))
+        own = [outcome for outcome in outcomes if outcome.run.stage == stage]
+        sizes, trailing = by("size", own), all(run.windows("trailing") for run in own)
+        if stage.chart == "scaling" and sizes and trailing:
+            charts.append(_scaling(stage, own, study, axis))
         for size, runs in sizes.items():
-            if stage.chart == "layers" and any(run.config.arm.name == "hybrid" for run in runs):
+            if stage.chart == "layers" and trailing and any(run.config.arm.name == "hybrid" for run in runs):
                 charts.append(_layers(stage, size, runs, study))
         if sizes:
             charts.append(_positions(stage, list(sizes.values())[-1], study))
@@ -53,29 +54,39 @@ def describe_trailing(outcome: Outcome) -> str:
     return f"length {outcome.config.data.length:,}, last {outcome.config.trailing:,} tokens"
 
 
-def describe_sparsity(outcome: Outcome) -> str:
-    """MoBA's setting and how much of the longest context a query reads."""
-    arm, length = outcome.config.arm, outcome.config.data.length
-    blocks = -(-length // arm.block_size)
-    return f"block {arm.block_size}, top-{arm.top_k} of {blocks} blocks"
+def describe_sparsity(outcomes: Sequence[Outcome]) -> str:
+    """MoBA's settings and how much of the longest context a query reads."""
+    settings = [f"block {size}, top-{top_k} of {blocks} blocks" for size, top_k, blocks in moba_settings(outcomes)]
+    return "; ".join(settings) or "full attention alone"
 
 
 def _layers(stage: Stage, size: str, runs: list[Outcome], study: Path) -> Chart:
     full, moba = of_kind(runs, "full"), of_kind(runs, "moba")
     hybrids = by("arm", (run for run in runs if run.config.arm.name == "hybrid")).values()
+    ordered = sorted(hybrids, key=lambda own: own[0].full_layers)
+    names, layers_name = _hybrid_names([own[0] for own in ordered])
     figure = figures.layers_chart(
-        {own[0].full_layers: _level(own, moba) for own in hybrids},
+        dict(zip(names, (_level(own, moba) for own in ordered), strict=True)),
         _level(full, []) if full else None,
         _level(moba, full) if moba else None,
-        title=f"Layer-wise hybrid, {_model(runs[0])}, {describe_sparsity(runs[0])}",
+        title=f"Layer-wise hybrid, {_model(runs[0])}, {describe_sparsity(runs)}",
+        layers_name=layers_name,
         loss_name=f"Trailing LM loss (nats)\n{describe_trailing(runs[0])}",
     )
     return Chart(
         stage,
         figures.save(figure, study / FOLDER / f"{stage.name}-{size}-layerwise-hybrid"),
-        f"Trailing loss over the number of last layers with full attention ({size}). Bars: {LEVEL:.0%} interval of "
+        f"Trailing loss over the layers with full attention ({size}). Bars: {LEVEL:.0%} interval of "
         "the difference from MoBA; grey band: that of MoBA's difference from full attention; on the same windows.",
     )
+
+
+def _hybrid_names(hybrids: Sequence[Outcome]) -> tuple[list[str], str]:
+    """The hybrids' names on the chart, all different, and the axis' name: counts of last layers, or the arms."""
+    full = [run.config.arm.full_layers for run in hybrids]
+    if all(isinstance(layers, int) for layers in full) and len(set(full)) == len(full):
+        return [str(layers) for layers in full], "Number of full-attention layers (the last ones)"
+    return [run.label for run in hybrids], "Arm, by its number of full-attention layers"
 
 
 def _scaling(stage: Stage, runs: list[Outcome], study: Path, axis: str) -> Chart:
@@ -83,7 +94,7 @@ def _scaling(stage: Stage, runs: list[Outcome], study: Path, axis: str) -> Chart
     figure = figures.scaling_chart(
         [_curve(run, axis) for run in runs],
         {arm: law for arm, law in laws.items() if law},
-        title=f"Scaling law, {describe_sparsity(runs[0])}",
+        title=f"Scaling law, {describe_sparsity(runs)}",
         loss_name=f"Trailing LM loss (nats)\n{describe_trailing(runs[0])}",
         axis=axis,
     )

@@ -73,32 +73,38 @@ class PositionRange:
 
 
 def layers_chart(
-    hybrid: Mapping[int, Level], full: Level | None, moba: Level | None, *, title: str, loss_name: str
+    hybrid: Mapping[str, Level],
+    full: Level | None,
+    moba: Level | None,
+    *,
+    title: str,
+    layers_name: str,
+    loss_name: str,
 ) -> Figure:
-    """Chart A: loss over the number of full layers, between the lines of MoBA and full attention.
+    """Chart A: loss over the full layers, between the lines of MoBA and full attention.
 
     Args:
-        hybrid: number of last layers that use full attention -> loss.
+        hybrid: what names a hybrid's full layers -> loss, in the order to show.
         full, moba: the two horizontal lines; None leaves one out.
+        layers_name: what the names of `hybrid` say.
     """
     with _style():
         figure = _figure()
         axes = figure.add_subplot()
-        counts = sorted(hybrid)
         if moba:
             _horizontal(axes, moba, GREY, "MoBA")
-        levels = [hybrid[count] for count in counts]
+        levels = list(hybrid.values())
         axes.errorbar(
-            range(len(counts)), [level.loss for level in levels], yerr=_error_bars(levels),
+            range(len(levels)), [level.loss for level in levels], yerr=_error_bars(levels),
             color=BLUE, linestyle="--", marker="o", markersize=8, linewidth=2, capsize=4,
             label="Layer-wise hybrid",
         )  # fmt: skip
         if full:
             _horizontal(axes, full, RED, "Full attention")
-        axes.set_xticks(range(len(counts)), [str(count) for count in counts])
-        axes.set_xlim(-0.5, len(counts) - 0.5)
+        axes.set_xticks(range(len(levels)), list(hybrid))
+        axes.set_xlim(-0.5, len(levels) - 0.5)
         axes.grid(visible=False, axis="x")
-        axes.set(title=title, xlabel="Number of full-attention layers (the last ones)", ylabel=loss_name)
+        axes.set(title=title, xlabel=layers_name, ylabel=loss_name)
         figure.legend(loc="outside lower center", ncols=3, handlelength=3)
     return figure
 
@@ -167,9 +173,9 @@ def arm_styles(arms: Iterable[str]) -> dict[str, tuple[str, Any, str]]:
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
-    """Write `path` with the suffixes .png and .svg; the same figure gives the same bytes."""
+    """Write `path`.png and `path`.svg, dots in its name kept; the same figure gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = [path.with_suffix(".png"), path.with_suffix(".svg")]
+    files = [path.with_name(f"{path.name}{suffix}") for suffix in (".png", ".svg")]
     with _style():
         figure.savefig(files[0], dpi=160)
         figure.savefig(files[1], metadata={"Date": None})

@@ -19,6 +19,9 @@ Floats = NDArray[np.float64]
 REPLICATES = 2000
 LEVEL = 0.95
 HUBER_DELTA = 1e-3  # in log loss, as in Hoffmann et al. 2022 (arXiv 2203.15556, appendix D.3)
+REWEIGHTINGS, SETTLED = 200, 1e-9  # steps of the Huber fit, and the change of a coefficient that ends them
+LEAST_SPAN = 0.05  # of the runs' log compute; runs of one size differ by less, in measured seconds
+HALVINGS = 100  # of the bracket around a slope, more than a double resolves
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def fit_runs(compute: ArrayLike, windows: ArrayLike, *, seed: int = 0) -> Fit:
         windows: [N, W] every run's loss on every validation window.
         seed: of the bootstrap's random generator.
 
-    A replicate draws N runs and W windows with replacement; a draw of runs that all have the same compute
+    A replicate draws N runs and W windows with replacement; a draw of runs that have all about the same compute
     determines no line and is drawn again. Arms with equally many runs, given in the same order of sizes and
     seeds, see the same draws, so the replicates of their fits are paired.
     """
@@ -184,7 +187,7 @@ def _draw_shares(rng: np.random.Generator, count: int) -> Floats:
 
 
 def _draw_runs(rng: np.random.Generator, log_compute_N: Floats) -> Floats:
-    """[R, N] how often each run was drawn; at least two different amounts of compute in every row."""
+    """[R, N] how often each run was drawn; every row spans at least `LEAST_SPAN` of what all runs span."""
     runs = len(log_compute_N)
     count_RN = np.zeros((REPLICATES, runs))
     pending = np.arange(REPLICATES)
@@ -193,26 +196,65 @@ def _draw_runs(rng: np.random.Generator, log_compute_N: Floats) -> Floats:
         drawn = count_RN[pending] > 0
         highest = np.where(drawn, log_compute_N, -np.inf).max(axis=1)
         lowest = np.where(drawn, log_compute_N, np.inf).min(axis=1)
-        pending = pending[highest == lowest]
+        pending = pending[highest - lowest < LEAST_SPAN * np.ptp(log_compute_N)]
     return count_RN
 
 
 def _huber_lines(x_N: Floats, y_RN: Floats, count_RN: Floats) -> Floats:
-    """[R, 2] intercept and slope of the least Huber loss, by iteratively reweighted least squares."""
+    """[R, 2] intercept and slope of the least Huber loss.
+
+    Reweighted least squares settle most replicates within a hundred steps, but crawl where runs differ very little
+    in compute; those that have not settled are bisected.
+    """
     centre = x_N.mean()
     x_N = x_N - centre
-    weight_RN = count_RN
-    line_R2 = np.full((len(y_RN), 2), np.inf)
-    for _ in range(10_000):
-        previous_R2, line_R2 = line_R2, _weighted_lines(x_N, y_RN, weight_RN)
-        if np.abs(line_R2 - previous_R2).max() < 1e-9:
+    line_R2 = _weighted_lines(x_N, y_RN, count_RN)
+    pending = np.arange(len(y_RN))
+    for _ in range(REWEIGHTINGS):
+        before_P2, y_PN, count_PN = line_R2[pending], y_RN[pending], count_RN[pending]
+        residual_PN = y_PN - before_P2[:, :1] - before_P2[:, 1:] * x_N
+        weight_PN = count_PN * HUBER_DELTA / np.maximum(np.abs(residual_PN), HUBER_DELTA)
+        line_R2[pending] = _weighted_lines(x_N, y_PN, weight_PN)
+        pending = pending[np.abs(line_R2[pending] - before_P2).max(axis=1) >= SETTLED]
+        if not len(pending):
             break
-        residual_RN = y_RN - line_R2[:, :1] - line_R2[:, 1:] * x_N
-        weight_RN = count_RN * HUBER_DELTA / np.maximum(np.abs(residual_RN), HUBER_DELTA)
-    else:
-        raise ValueError(f"the Huber fit did not converge on log compute {(x_N + centre).tolist()}")
+    line_R2[pending] = _bisected_lines(x_N, y_RN[pending], count_RN[pending])
     line_R2[:, 0] -= line_R2[:, 1] * centre
     return line_R2
+
+
+def _bisected_lines(x_N: Floats, y_RN: Floats, count_RN: Floats) -> Floats:
+    """[R, 2] intercept and slope of the least Huber loss, to rounding.
+
+    The least loss at a given slope is convex in the slope, so the sign of its derivative says on which side of the
+    slope the minimum lies. In units of the threshold, residuals count in full up to 1.
+    """
+    y_RN = y_RN / HUBER_DELTA
+    steepest_R = (np.ptp(y_RN, axis=1) + 2) / np.diff(np.unique(x_N)).min()
+    low_R, high_R = -steepest_R, steepest_R
+    for _ in range(HALVINGS):
+        slope_R = (low_R + high_R) / 2
+        rest_RN = y_RN - slope_R[:, None] * x_N
+        pull_RN = count_RN * np.clip(rest_RN - _intercepts(rest_RN, count_RN)[:, None], -1, 1)
+        steeper_R = pull_RN @ x_N > 0
+        low_R, high_R = np.where(steeper_R, slope_R, low_R), np.where(steeper_R, high_R, slope_R)
+    slope_R = (low_R + high_R) / 2
+    intercept_R = _intercepts(y_RN - slope_R[:, None] * x_N, count_RN)
+    return np.stack([intercept_R, slope_R], axis=1) * HUBER_DELTA
+
+
+def _intercepts(rest_RN: Floats, count_RN: Floats) -> Floats:
+    """[R] the values of least Huber loss with threshold 1 from `rest_RN`.
+
+    The derivative of the loss is linear between the knots `rest - 1` and `rest + 1`, and changes sign once.
+    """
+    knot_RK = np.sort(np.concatenate([rest_RN - 1, rest_RN + 1], axis=1), axis=1)
+    pull_RK = np.einsum("rn,rkn->rk", count_RN, np.clip(rest_RN[:, None] - knot_RK[:, :, None], -1, 1))
+    row = np.arange(len(rest_RN))
+    after = np.maximum((pull_RK <= 0).argmax(axis=1), 1)
+    knot_R, pull_R = knot_RK[row, after - 1], pull_RK[row, after - 1]
+    next_R, next_pull_R = knot_RK[row, after], pull_RK[row, after]
+    return np.asarray(knot_R + (next_R - knot_R) * pull_R / (pull_R - next_pull_R))
 
 
 def _weighted_lines(x_N: Floats, y_RN: Floats, weight_RN: Floats) -> Floats:

@@ -53,7 +53,7 @@ class Outcome:
         return float(loss)
 
     def windows(self, kind: Loss) -> list[float]:
-        """Final loss of every validation window, in nats."""
+        """Final loss of every validation window, in nats; none for the trailing loss if all windows are shorter."""
         return list(self.final["windows"][kind])
 
 
@@ -83,13 +83,22 @@ def of_kind(outcomes: Iterable[Outcome], arm: str) -> list[Outcome]:
     return [outcome for outcome in own if outcome.run.arm == own[0].run.arm]
 
 
+def moba_settings(outcomes: Iterable[Outcome]) -> list[tuple[int, int, int]]:
+    """Block size, top-k, and blocks of a window of every MoBA setting among the runs, each once."""
+    runs = [(outcome.config.arm, outcome.config.data.length) for outcome in outcomes]
+    settings = [(arm.block_size, arm.top_k, -(-length // arm.block_size)) for arm, length in runs if arm.name != "full"]
+    return list(dict.fromkeys(settings))
+
+
 def mean_loss(outcomes: Sequence[Outcome], kind: Loss) -> float:
     """Mean final loss of the runs."""
     return sum(outcome.loss(kind) for outcome in outcomes) / len(outcomes)
 
 
 def difference(first: Sequence[Outcome], second: Sequence[Outcome], kind: Loss) -> Difference | None:
-    """Loss of the first arm minus that of the second, over the seeds that both have; None without any.
+    """Loss of the first arm minus that of the second, over the seeds that both have.
+
+    None without such a seed, or without windows that have this loss.
 
     Args:
         first, second: the runs of two arms of one stage and one size.
@@ -97,13 +106,13 @@ def difference(first: Sequence[Outcome], second: Sequence[Outcome], kind: Loss) 
     own = {outcome.run.seed: outcome.windows(kind) for outcome in first}
     other = {outcome.run.seed: outcome.windows(kind) for outcome in second}
     seeds = sorted(own.keys() & other.keys())
-    if not seeds:
+    if not any(own[seed] for seed in seeds):
         return None
     return paired_difference([own[seed] for seed in seeds], [other[seed] for seed in seeds])
 
 
 def fit(outcomes: Sequence[Outcome], kind: Loss, axis: str) -> Fit | None:
-    """The law through the ends of one arm's runs; None if they do not differ in compute."""
+    """The law through the ends of one arm's runs; None if they do not differ in compute or lack this loss."""
     return _fit(outcomes, [outcome.windows(kind) for outcome in outcomes], axis)
 
 
@@ -122,4 +131,4 @@ def slope_difference(first: Fit, second: Fit) -> Interval:
 
 def _fit(outcomes: Sequence[Outcome], windows: list[list[float]], axis: str) -> Fit | None:
     compute = [outcome.final["compute"][axis] for outcome in outcomes]
-    return fit_runs(compute, windows) if len(set(compute)) > 1 else None
+    return fit_runs(compute, windows) if len(set(compute)) > 1 and all(windows) else None

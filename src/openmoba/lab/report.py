@@ -15,6 +15,7 @@ from openmoba.lab.outcomes import (
     by,
     difference,
     fit,
+    moba_settings,
     of_kind,
     position_fits,
     read_outcomes,
@@ -88,6 +89,7 @@ def _report(
         yield _stage_sentence(stage, own)
         for chart in (chart for chart in charts if chart.stage == stage):
             yield f"\n![{chart.caption}]({chart.files[0].relative_to(study)})\n\n*{chart.caption}*"
+        yield from _without_trailing(stage, own)
         yield from _use_of_context(own)
         yield "\n### Comparisons\n"
         yield from _comparisons(own)
@@ -101,13 +103,14 @@ def _report(
 
 def _setting(outcomes: Sequence[Outcome]) -> Iterator[str]:
     first = outcomes[0]
-    data, arm, length = first.config.data, first.config.arm, first.config.data.length
-    windows = len(first.windows("lm"))
+    data, length, windows = first.config.data, first.config.data.length, len(first.windows("lm"))
+    settings = [f"blocks of {size}, top-{top_k} of {blocks} blocks" for size, top_k, blocks in moba_settings(outcomes)]
+    moba = f"MoBA: {'; '.join(settings)}. " if settings else ""
     yield (
         f"Documents: {data.source}. Windows of {length:,} tokens from inside single documents, vocabulary "
-        f"{first.result['data']['vocabulary']:,}. MoBA: blocks of {arm.block_size}, top-{arm.top_k} of "
-        f"{-(-length // arm.block_size)} blocks. Losses in nats per token on {windows} validation windows of "
+        f"{first.result['data']['vocabulary']:,}. {moba}Losses in nats per token on {windows} validation windows of "
         f"held-out documents; the trailing loss is that of the last {first.config.trailing:,} positions. "
+        f"Comparisons and laws count every window equally. "
         f"Compute in PFLOP/s-days (8.64e19 operations). All intervals: {LEVEL:.0%}, bootstrap."
     )
 
@@ -116,7 +119,6 @@ def _scale(outcomes: Sequence[Outcome]) -> Iterator[str]:
     largest = max(outcomes, key=lambda outcome: float(outcome.result["params"]["non_embedding"]))
     parameters, length = largest.result["params"]["non_embedding"], largest.config.data.length
     tokens = max(outcome.config.tokens for outcome in outcomes)
-    seeds = len({outcome.run.seed for outcome in outcomes})
     yield "## What this study can and cannot show\n"
     yield (
         f"The largest model has {parameters:,} parameters without embeddings and the longest run reads "
@@ -133,14 +135,27 @@ def _scale(outcomes: Sequence[Outcome]) -> Iterator[str]:
             "learned to use from far away, which grows with training and length. Where a difference is within "
             "noise, these runs do not say that the systems are equal."
         )
-    if seeds == 1:
+    yield from _seeds(outcomes)
+
+
+def _seeds(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Over how many seeds the intervals are, by stage where that differs."""
+    stages: dict[str, set[int]] = {}
+    for outcome in outcomes:
+        stages.setdefault(outcome.run.stage.name, set()).add(outcome.run.seed)
+    counts = {name: len(seeds) for name, seeds in stages.items()}
+    if max(counts.values()) > 1:
+        several = ", ".join(f"{count} in stage {name}" for name, count in counts.items())
+        seeds = f"the {max(counts.values())} seeds" if len(set(counts.values())) == 1 else f"the seeds ({several})"
+        yield f"\nIntervals are over validation windows and over {seeds} of a run."
+    if min(counts.values()) == 1:
+        single = [name for name, count in counts.items() if count == 1]
+        runs = "Every run" if len(single) == len(counts) else f"Every run of stage {', '.join(single)}"
         yield (
-            "\nEvery run was trained with one seed. Intervals are over validation windows alone and do not hold the "
+            f"\n{runs} was trained with one seed. Intervals are over validation windows alone and do not hold the "
             "luck of initialisation and of the order of data; differences of a few hundredths of a nat may "
             "change sign with another seed."
         )
-    else:
-        yield f"\nIntervals are over validation windows and over the {seeds} seeds of a run."
 
 
 def _stage_sentence(stage: Stage, outcomes: Sequence[Outcome]) -> str:
@@ -156,6 +171,17 @@ def _stage_sentence(stage: Stage, outcomes: Sequence[Outcome]) -> str:
     if stage.after:
         parts.append("tokens and compute are those of this stage alone")
     return "; ".join(parts) + "."
+
+
+def _without_trailing(stage: Stage, outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Why a stage lacks a trailing loss, and with it the chart that it asks for."""
+    short = [outcome for outcome in outcomes if not outcome.windows("trailing")]
+    if short:
+        chart = f"; the {stage.chart} chart, which shows it, is left out" if stage.chart else ""
+        yield (
+            f"\nThere is no trailing loss of {len(short)} of these runs, since none of their validation windows "
+            f"reaches data.length={short[0].config.data.length:,}{chart}."
+        )
 
 
 def _use_of_context(outcomes: Sequence[Outcome]) -> Iterator[str]:
@@ -268,6 +294,8 @@ def _runs(outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 
 def _loss_cell(run: Outcome, kind: Loss) -> str:
+    if not run.windows(kind):
+        return "-"
     interval = run.final["intervals"][kind]
     bounds = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
     return f"{run.loss(kind):.4f}{bounds}"
