@@ -152,6 +152,11 @@ def test_a_model_folder_is_evaluated_on_whole_windows_in_any_batch_size(
     assert [part["start"] for part in rows[0]["position_loss"]] == list(range(0, 64, 8))
 
 
+def test_no_more_trailing_positions_than_there_are(documents: DataConfig, model_folder: Path) -> None:
+    with pytest.raises(ValueError, match="70"):
+        evaluate_source(str(model_folder), documents, EvalConfig(5, trailing=70))
+
+
 def test_window_losses_put_each_loss_at_its_position(documents: DataConfig, model_folder: Path) -> None:
     from openmoba.lab.data import load_validation
 

@@ -18,6 +18,7 @@ import torch
 from openmoba import cli
 from openmoba.lab import records
 from openmoba.lab.checkpoint import damage, newest_checkpoint
+from openmoba.lab.claims import claim
 from openmoba.lab.config import ArmConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig, to_dict
 from openmoba.lab.model import SIZES, build_model
 from openmoba.lab.train import run_training
@@ -338,7 +339,7 @@ def test_commands(config: RunConfig, finished: Path, tmp_path: Path, capsys: pyt
     assert cli.main(["train", str(finished)]) == 0
     assert "LM loss" in capsys.readouterr().out
     assert cli.main(["evaluate", str(finished), "--eval.windows", "2", "--out", str(tmp_path / "row.json")]) == 0
-    assert "last 8" in capsys.readouterr().out
+    assert "last 16" in capsys.readouterr().out
     assert cli.main(["evaluate", str(finished)]) == 0
     assert (
         f"last 16  {records.read_json(finished / 'result.json')['eval']['trailing_loss']:.4f}"
@@ -350,6 +351,29 @@ def test_commands(config: RunConfig, finished: Path, tmp_path: Path, capsys: pyt
     assert cli.main(["--help"]) == 0
     assert cli.main([]) == cli.main(["tarin"]) == 2
     assert "unknown command 'tarin'" in capsys.readouterr().err
+
+
+def test_options_left_out_are_those_of_the_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And an option that says the default is not one that was left out."""
+    assert cli.main(["evaluate", str(finished), "--data.length", "32", "--eval.trailing", "8"]) == 0
+    assert "last 8" in capsys.readouterr().out  # on the run's documents, which have other tokens than the default's
+    assert cli.main(["train", str(finished), "--train.steps", str(TrainConfig().steps)]) == 2
+    assert f"train.steps was 12 and is {TrainConfig().steps}" in capsys.readouterr().err
+
+
+def test_a_run_that_never_began_gives_way(config: RunConfig, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    records.write_json(folder / "config.json", to_dict(replace(config, model=ModelConfig(size="7b"))))
+    run_training(config, folder)
+    assert curve(folder) == curve(finished)
+
+
+def test_one_process_trains_a_run(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records.write_json(tmp_path / "config.json", to_dict(config))
+    with claim(tmp_path):
+        assert cli.main(["train", str(tmp_path)]) == 2
+    assert f"is being trained by process {os.getpid()} on" in capsys.readouterr().err
 
 
 def _interrupt(config: RunConfig, folder: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:

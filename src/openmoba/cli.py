@@ -1,9 +1,13 @@
-"""The command `openmoba`: one dataclass per subcommand, its fields the options, its `run` the work."""
+"""The command `openmoba`: one dataclass per subcommand, its fields the options, its `run` the work.
+
+A command on the folder of a run has `as_stored`: itself with the run's settings, which are what options default to.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 
 COMMANDS = {
@@ -38,12 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, _, kind = COMMANDS[name][0].partition(":")
     try:
         command = getattr(import_module(module), kind)
-        tyro.cli(command, args=arguments[words:], prog=f"openmoba {name}").run()
+        parse = partial(tyro.cli, command, args=arguments[words:], prog=f"openmoba {name}")
+        options = parse()
+        if hasattr(options, "as_stored"):
+            options = parse(default=options.as_stored())
+        options.run()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("\nstopped", file=sys.stderr)
         return 130
     return 0
 

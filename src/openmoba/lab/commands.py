@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from openmoba.lab.config import DataConfig, EvalConfig, RunConfig, from_dict
+from openmoba.lab.claims import claim, holder
+from openmoba.lab.config import DataConfig, EvalConfig, RunConfig, stored_config
 from openmoba.lab.progress import TerminalProgress
-from openmoba.lab.records import read_json, write_json
+from openmoba.lab.records import has_begun, write_json
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,13 @@ class Train:
     """
 
     folder: tyro.conf.Positional[Path]
-    """Folder of the run. Without options, a folder that holds a run goes on as it was configured."""
+    """Folder of the run. Options left out are those of the run that the folder holds, if it holds one."""
     options: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+
+    def as_stored(self) -> Train:
+        """With the settings of the run in the folder."""
+        stored = (self.folder / "config.json").exists()
+        return replace(self, options=stored_config(self.folder)) if stored else self
 
     def run(self) -> None:
         """Train, and say where the result is."""
@@ -30,10 +38,10 @@ class Train:
 
         from openmoba.lab.train import run_training
 
-        config, stored = self.options, self.folder / "config.json"
-        if config == RunConfig() and stored.exists():
-            config = from_dict(RunConfig, read_json(stored))
-        result = run_training(config, self.folder, progress=TerminalProgress(self.folder.name))
+        with claim(self.folder) if os.environ.get("RANK", "0") == "0" else nullcontext(True) as mine:
+            if not mine:
+                raise ValueError(f"{self.folder} is being trained by {holder(self.folder)}; wait for it, or stop it")
+            result = run_training(self.options, self.folder, progress=TerminalProgress(self.folder.name))
         if result:
             print(_losses(result["eval"]), f"{self.folder / 'result.json'}", sep="\n")
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -47,21 +55,27 @@ class Evaluate:
     source: tyro.conf.Positional[str]
     """A run's folder, a model's folder, or a model of the hub."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Validation documents and window length. Without such options, a run is measured on its own."""
+    """Validation documents and window length; of a run, by default its own."""
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """What is measured. Without such options, what the run measured."""
+    """What is measured; of a run, by default what it measured."""
     out: Path | None = None
     """JSON file for the measurement, with every window's loss."""
+
+    def as_stored(self) -> Evaluate:
+        """With the settings of the run that is measured."""
+        if not has_begun(Path(self.source)):
+            return self
+        config = stored_config(self.source)
+        return replace(self, data=config.data, eval=config.eval)
 
     def run(self) -> None:
         """Measure, and print a table."""
         from openmoba.lab.evaluate import evaluate_source
 
-        data = None if self.data == DataConfig() else self.data
-        evaluation = None if self.eval == EvalConfig() else self.eval
-        row = evaluate_source(self.source, data, evaluation, TerminalProgress(Path(self.source).name))
+        row = evaluate_source(self.source, self.data, self.eval, TerminalProgress(Path(self.source).name))
         print(_losses(row))
         if self.out is not None:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.out, {"source": self.source, **row})
 
 

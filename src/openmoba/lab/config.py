@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from openmoba.config import MobaConfig
+from openmoba.lab.records import read_json
 
 ARMS = ("full", "moba", "hybrid", "time_hybrid")
 
@@ -220,6 +222,11 @@ def to_dict(config: Any) -> dict[str, Any]:
         for f in dataclasses.fields(config)
         for value in (getattr(config, f.name),)
     }
+
+
+def stored_config(folder: str | Path) -> RunConfig:
+    """The configuration of the run in `folder`; ValueError if its config.json is missing or damaged."""
+    return from_dict(RunConfig, read_json(Path(folder) / "config.json"))
 
 
 def from_dict(kind: type[T], values: dict[str, Any], where: str = "") -> T:

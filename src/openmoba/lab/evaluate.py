@@ -13,19 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from openmoba.lab.config import DataConfig, EvalConfig, RunConfig, default_range, from_dict
+from openmoba.lab.config import DataConfig, EvalConfig, RunConfig, default_range, stored_config
 from openmoba.lab.data import load_validation, validation_windows
 from openmoba.lab.loss import attach_loss
 from openmoba.lab.model import is_run, load_model, model_folder
 from openmoba.lab.progress import Progress
-from openmoba.lab.records import read_json
 from openmoba.lab.windows import IGNORED, Windows
 
 _RESAMPLES = 1000
@@ -45,9 +43,13 @@ def evaluate_source(
 
     Args:
         data, evaluation: None for those of the run; for a model, the defaults.
+
+    Raises:
+        ValueError: no readable model, or settings that do not fit each other.
     """
-    own = from_dict(RunConfig, read_json(Path(source) / "config.json")) if is_run(source) else RunConfig()
-    data, evaluation = data or own.data, evaluation or own.eval
+    own = stored_config(source) if is_run(source) else RunConfig()
+    checked = RunConfig(data=data or own.data, eval=evaluation or own.eval)
+    data, evaluation = checked.data, checked.eval
     folder = model_folder(source)
     windows = validation_windows(load_validation(data, folder, progress), evaluation.windows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

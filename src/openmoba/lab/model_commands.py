@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import tyro
 
 from openmoba.config import MobaConfig
-from openmoba.lab.config import DataConfig
+from openmoba.lab.config import DataConfig, stored_config
 from openmoba.lab.progress import TerminalProgress
+from openmoba.lab.records import has_begun
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,13 @@ class Needle:
     seed: int = 0
     """Of the hidden numbers."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Validation documents. Without these options, a run is measured on its own."""
+    """Validation documents; of a run, by default its own."""
     out: Path = Path("needle")
     """Name of the table and the charts: OUT.csv, OUT.png, OUT.svg."""
+
+    def as_stored(self) -> Needle:
+        """With the documents of the run that is measured."""
+        return replace(self, data=stored_config(self.source).data) if has_begun(Path(self.source)) else self
 
     def run(self) -> None:
         """Measure, and write the table and the charts."""
@@ -99,7 +104,7 @@ class Needle:
             lengths=self.lengths,
             depths=self.depths,
             samples=self.samples,
-            data=None if self.data == DataConfig() else self.data,
+            data=self.data,
             seed=self.seed,
             progress=TerminalProgress("needle"),
         )

@@ -21,13 +21,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from openmoba.lab.config import DataConfig, RunConfig, from_dict
+from openmoba.lab.config import DataConfig, stored_config
 from openmoba.lab.data import load_validation
 from openmoba.lab.evaluate import autocast
 from openmoba.lab.figures import save
 from openmoba.lab.model import is_run, load_model, model_folder
 from openmoba.lab.progress import Progress
-from openmoba.lab.records import read_json, write_text
+from openmoba.lab.records import write_text
 from openmoba.lab.tokenizer import load_tokenizer
 
 _NAMES = ("Arden", "Basel", "Corfu", "Delos", "Evora", "Fargo", "Genoa", "Hilo", "Izmir", "Jena", "Kyoto", "Lyon")
@@ -81,7 +81,7 @@ def measure_needle(
     progress = progress or Progress()
     folder = model_folder(source)
     if data is None:
-        data = from_dict(RunConfig, read_json(Path(source) / "config.json")).data if is_run(source) else DataConfig()
+        data = stored_config(source).data if is_run(source) else DataConfig()
     haystacks = {length: _documents(replace(data, length=length), folder, samples, progress) for length in lengths}
     tokenizer, model = load_tokenizer(folder), load_model(folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -151,7 +151,7 @@ def write_needle(cells: list[Cell], out: Path, *, title: str) -> list[Path]:
     writer.writerow(["length", "depth", "samples", "exact", "loss"])
     writer.writerows([c.length, f"{c.depth:.4f}", c.samples, f"{c.exact:.4f}", f"{c.loss:.6f}"] for c in cells)
     out.parent.mkdir(parents=True, exist_ok=True)
-    table = out.with_suffix(".csv")
+    table = out.with_name(f"{out.name}.csv")
     write_text(table, text.getvalue())
     return [table, *save(needle_chart(cells, title=title), out)]
 

@@ -137,3 +137,8 @@ def _writing(path: Path) -> Iterator[None]:
         raise ValueError(
             f"cannot write {path}: {error.strerror}; earlier records are safe, make room and run again"
         ) from error
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether the run in `folder` left a record or a checkpoint."""
+    return (folder / "metrics.jsonl").exists() or any(folder.glob("checkpoint-*"))

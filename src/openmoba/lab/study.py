@@ -18,7 +18,7 @@ from openmoba.lab.config import to_dict
 from openmoba.lab.model import SIZES
 from openmoba.lab.progress import Progress, duration
 from openmoba.lab.recipe import RECIPE_FILE, PlannedRun, Recipe
-from openmoba.lab.records import Row, read_json, write_json, write_text
+from openmoba.lab.records import Row, has_begun, read_json, write_json, write_text
 
 POLL_SECONDS = 1.0
 
@@ -68,7 +68,7 @@ def check_folders(recipe: Recipe, study: Path) -> None:
     """Raise ValueError if a run's folder was made with another configuration than the recipe's."""
     for run in recipe.runs:
         file = study / run.name / "config.json"
-        if not file.exists():
+        if not file.exists() or not has_begun(file.parent):
             continue
         stored, wanted = _flat(read_json(file)), _flat(to_dict(run.config(study)))
         if run.after is not None and str(stored.get("train.start_from")).endswith(run.after):

@@ -14,7 +14,7 @@ from typing import Any
 
 from openmoba.lab import records
 from openmoba.lab.checkpoint import checkpoint_step, newest_checkpoint, prune
-from openmoba.lab.config import RunConfig, from_dict, to_dict
+from openmoba.lab.config import RunConfig, stored_config, to_dict
 from openmoba.lab.data import Data, load_data, validation_windows
 from openmoba.lab.model import build_model, is_run, load_model, model_folder
 from openmoba.lab.progress import Progress
@@ -60,14 +60,14 @@ def run_training(config: RunConfig, folder: Path, *, progress: Progress | None =
 
 
 def _claim(config: RunConfig, folder: Path) -> None:
-    """Write the configuration, or see that the folder's is the same."""
+    """Write the configuration, or see that the folder's is the same; one of a run that never began is replaced."""
     path, wanted = folder / "config.json", to_dict(config)
-    if not path.exists():
-        if (folder / "metrics.jsonl").exists():
+    if not path.exists() or not records.has_begun(folder):
+        if records.has_begun(folder):
             raise ValueError(f"{folder} holds records but no config.json; restore it or use another folder")
         records.write_json(path, wanted)
         return
-    found = to_dict(from_dict(RunConfig, records.read_json(path)))
+    found = to_dict(stored_config(folder))
     changed = [
         f"{section}.{key} was {found[section][key]!r} and is {value!r}"
         for section, values in wanted.items()
@@ -104,7 +104,7 @@ def _check_origin(config: RunConfig) -> None:
     start = Path(config.train.start_from or "")
     if not is_run(start):
         return
-    origin = from_dict(RunConfig, records.read_json(start / "config.json")).model
+    origin = stored_config(start).model
     if (origin.family, origin.size) != (config.model.family, config.model.size):
         raise ValueError(
             f"train.start_from={start} is a run of model.family={origin.family} model.size={origin.size}, this one "
