@@ -68,8 +68,9 @@ def moba_decode(
         `[B, T, H, D]` in q's dtype; zero for queries before a row's first token. Not differentiable.
 
     Raises:
-        ValueError: naming the argument and its value; or gradients are recorded and an input requires one. The values inside `lengths` and `starts` are not read by
-            the host, and the call waits for no device and fits a CUDA graph.
+        ValueError: naming the argument and its value, or that an input requires a gradient while gradients are
+            recorded. The values inside `lengths` and `starts` are not read by the host, and the call waits for no
+            device and fits a CUDA graph.
     """
     _check(q, k_cache, v_cache, centroids, lengths, starts, block_size, top_k)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
