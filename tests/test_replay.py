@@ -16,6 +16,7 @@ from openmoba.ops.triton import attention, launch, replay
 from openmoba.ops.triton.launch import Launch
 from openmoba.ops.triton.replay import replayed
 
+MB = 2**20
 SIZE = 40
 
 
@@ -84,7 +85,7 @@ def expected(x: Tensor, y: Tensor | None, z: Tensor) -> Tensor:
     return 2 * (x + (0 if y is None else y)) + z[:SIZE] + z[SIZE:] + 25
 
 
-def play(call: Any, inputs: tuple[Tensor | None, ...], settings: Any = (1, 2.0), caps: Any = (3, 3)) -> Tensor:
+def play(call: Any, inputs: tuple[Tensor | None, ...], settings: Any = (1, 2.0), caps: Any = (MB, MB)) -> Tensor:
     out, unused = replayed(call, inputs, settings, caps)
     assert (unused.shape, unused.dtype) == ((2, 3), torch.float32)
     return out
@@ -115,13 +116,13 @@ def test_every_kind_of_call_is_written_down():
     inputs = tensors(0)
     x, _, z = inputs
     kinds = [
-        (inputs, (1, 2.0), (3, 3)),
-        (inputs, (1, 2.5), (3, 3)),
-        (inputs, (1, 2.0), (3, 4)),
-        ((x, None, z), (1, 2.0), (3, 3)),
-        ((x, torch.zeros(SIZE, 2, dtype=torch.int64).T[0], z), (1, 2.0), (3, 3)),
-        ((x, torch.zeros(SIZE, dtype=torch.float64), z), (1, 2.0), (3, 3)),
-        ((x, torch.zeros(SIZE + 1, dtype=torch.int64), z), (1, 2.0), (3, 3)),
+        (inputs, (1, 2.0), (MB, MB)),
+        (inputs, (1, 2.5), (MB, MB)),
+        (inputs, (1, 2.0), (MB, 2 * MB)),
+        ((x, None, z), (1, 2.0), (MB, MB)),
+        ((x, torch.zeros(SIZE, 2, dtype=torch.int64).T[0], z), (1, 2.0), (MB, MB)),
+        ((x, torch.zeros(SIZE, dtype=torch.float64), z), (1, 2.0), (MB, MB)),
+        ((x, torch.zeros(SIZE + 1, dtype=torch.int64), z), (1, 2.0), (MB, MB)),
     ]
     for runs, kind in enumerate(kinds, start=1):
         for _ in range(2):
@@ -130,6 +131,14 @@ def test_every_kind_of_call_is_written_down():
     other = Call()
     play(other, *kinds[0])
     assert other.runs == 1
+
+
+def test_temporaries_beyond_the_caps_are_not_held_at_once():
+    call = Call()
+    for seed in range(3):
+        inputs = tensors(seed)
+        assert torch.equal(play(call, inputs, caps=(1, 2)), expected(*inputs))
+    assert call.runs == 3
 
 
 def test_unaligned_inputs_are_not_replayed():

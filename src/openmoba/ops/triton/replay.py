@@ -36,7 +36,8 @@ def replayed(
 ) -> tuple[Tensor, ...]:
     """`function(*inputs, *settings)`, which returns new contiguous tensors on the first input's device.
 
-    Its launches may depend on devices, dtypes, shapes and strides, on the settings, and on the caps on its memory.
+    Its launches may depend on devices, dtypes, shapes and strides, on the settings, and on the caps on its memory in
+    bytes. A call whose temporaries exceed them is not replayed, since it would hold all at once.
     """
     first = inputs[0]
     assert first is not None
@@ -52,7 +53,8 @@ def replayed(
         return kind.tape.play(first, pointers)
     if not kind.recordable or _repeat(inputs):
         return function(*inputs, *settings)
-    outputs, kind.tape = _record(function, inputs, settings)
+    outputs, tape = _record(function, inputs, settings)
+    kind.tape = tape if tape is not None and tape.scratch <= max(caps) else None
     kind.recordable = kind.tape is not None
     return outputs
 
@@ -76,7 +78,7 @@ def _kind(*_: Any) -> _Kind:
 
 
 class _Tape:
-    """The launches of a call."""
+    """The launches of a call, and the bytes of its temporaries, `scratch`."""
 
     def __init__(self, launches: Sequence[Launched], places: _Places, outputs: Sequence[Tensor]) -> None:
         self._outputs = [(x.shape, x.dtype) for x in outputs]
@@ -85,12 +87,12 @@ class _Tape:
             pick = itemgetter(*[places.number(x) for x in tensors])
             before = (compiled.function, compiled.packed_metadata, None, None, None)
             self._steps.append((compiled.run, grid, before, pick, rest))
-        self._places, self._scratch = places.places, places.scratch
+        self._places, self.scratch = places.places, places.scratch
 
     def play(self, first: Tensor, pointers: list[int]) -> tuple[Tensor, ...]:
         """The same on other tensors: the first input, and where all begin (0: absent)."""
         outputs = tuple([first.new_empty(shape, dtype=dtype) for shape, dtype in self._outputs])
-        scratch = first.new_empty(self._scratch, dtype=torch.uint8)
+        scratch = first.new_empty(self.scratch, dtype=torch.uint8)
         begins = [*pointers, *[x.data_ptr() for x in outputs], scratch.data_ptr()]
         addresses = [None, *[begins[tensor] + offset for tensor, offset in self._places]]
         stream = driver.active.get_current_stream(first.get_device())
