@@ -171,6 +171,10 @@ def test_run_of_another_configuration_is_refused_before_anything_runs(tmp_path: 
         ('size = "small"', 'size = "smol"', r"unknown model\.size 'smol'"),
         ('title = "Synthetic study"', "title =", r"Invalid value"),
         ('title = "Synthetic study"', "title = 3", r"title must be"),
+        ('full = { name = "full" }', "full = {}", r"arms\.full does not say its kind"),
+        ('full = { name = "full" }', 'full = "full"', r"arms\.full must be a table of options, got 'full'"),
+        ('name = "finetune"', "", r"a stage must be a table with a name"),
+        ("run = { train = { steps = 40, loss_tokens = 128 } }", "run = 3", r"and its run a table"),
     ],
 )  # fmt: skip
 def test_bad_recipe_is_one_error_that_names_the_value(tmp_path: Path, old: str, new: str, message: str) -> None:

@@ -47,7 +47,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from openmoba.lab.config import RunConfig, from_dict
+from openmoba.lab.config import ARMS, RunConfig, from_dict
 from openmoba.lab.model import SIZES
 
 RECIPE_FILE = "recipe.toml"
@@ -127,6 +127,7 @@ def parse_recipe(text: str, *, title: str, source: str | None = None) -> Recipe:
     for key in ("sizes", "arms", "stages"):
         if not tables.get(key):
             raise ValueError(f"the recipe has no {key}; openmoba.lab.recipe shows an example")
+    _check_shape(tables)
     stages: dict[str, Stage] = {}
     runs: dict[str, PlannedRun] = {}
     for table in tables["stages"]:
@@ -158,6 +159,25 @@ def _stage_runs(stage: Stage, stages: dict[str, Stage], tables: Table, special: 
 
 def _run_name(stage: str, size: str, arm: str, seed: int) -> str:
     return f"{stage}/{size}-{arm}-seed{seed}"
+
+
+def _check_shape(tables: Table) -> None:
+    """Raise ValueError unless tables are where tables are read, and arms and stages have names."""
+    groups = {"sizes": tables["sizes"], "arms": tables["arms"], "run": tables.get("run", {})}
+    for key, value in groups.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"{key} must be a table, [{key}], got {value!r}")
+        for name, entry in value.items():
+            if not isinstance(entry, dict):
+                raise ValueError(f"{key}.{name} must be a table of options, got {entry!r}")
+    for name, arm in tables["arms"].items():
+        if "name" not in arm:
+            raise ValueError(f"arms.{name} does not say its kind; set name to one of {', '.join(ARMS)}")
+    if not isinstance(tables["stages"], list):
+        raise ValueError(f"stages must be tables in double brackets, [[stages]], got {tables['stages']!r}")
+    for stage in tables["stages"]:
+        if not isinstance(stage, dict) or "name" not in stage or not isinstance(stage.get("run", {}), dict):
+            raise ValueError(f"a stage must be a table with a name, and its run a table, got {stage!r}")
 
 
 def _check_stage(stage: Stage, earlier: dict[str, Stage], tables: Table) -> None:
