@@ -65,6 +65,7 @@ def forward(
     """Output, log-sum-exp, and the plan (`choice_shape`) that the backward reads."""
     geometry = Geometry.shared(q, k, cu_q, block_size, top_k)
     _check_pairs(geometry)
+    q = _near(q, geometry.group)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     choice = torch.empty(_choice_numbers(geometry), dtype=torch.int32, device=q.device)
@@ -98,6 +99,7 @@ def backward(
     """Gradients of q, k and v, contiguous."""
     geometry = Geometry.shared(q, k, cu_q, block_size, top_k)
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+    q, d_out = _near(q, geometry.group), _near(d_out, geometry.group)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     statistics = row_statistics(d_out, out, lse, geometry)
     heads = heads_at_once(geometry, q.dtype, q.device)
@@ -105,6 +107,11 @@ def backward(
         count = min(heads, geometry.kv_heads - first)
         heads_gradients(d_out, q, k, v, statistics, cu_q, cu_k, geometry, scale, first, count, plan, dq, dk, dv)
     return dq, dk, dv
+
+
+def _near(x: Tensor, group: int) -> Tensor:
+    """`x`, copied if the heads of a group are further apart than int32, in which the kernels count, can say."""
+    return x.contiguous() if (group - 1) * x.stride(-2) >= 2**31 else x
 
 
 def choice_shape(q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> tuple[int]:

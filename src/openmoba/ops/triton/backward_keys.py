@@ -100,13 +100,14 @@ def key_gradients(
     nowhere = (lists // block_slots).to(tl.int64) * rows * PAST * SHARES
     for at in range(begin, end, M):
         pair, token, member, valid = pair_rows(pairs_ptr, at, end, head * rows, GROUP, PAST, M)
+        wide = token.to(tl.int64)
         q_MD, d_out_MD, lse_M, delta_M = load_queries(
             d_out_base,
             q_base,
             statistics_ptr,
-            token * d_out_token + member * d_out_head,
-            token * q_token + member * q_head,
-            token * HEADS + kv_head * GROUP + member,
+            wide * d_out_token + member * d_out_head,
+            wide * q_token + member * q_head,
+            wide * HEADS + kv_head * GROUP + member,
             valid,
             WIDTH,
             D,

@@ -81,13 +81,14 @@ def query_gradients(
     q_base = query_base(q_ptr, kv_head, sequence, tokens_q, q_batch, q_token, q_head, GROUP, PACKED)
     d_out_base = query_base(d_out_ptr, kv_head, sequence, tokens_q, d_out_batch, d_out_token, d_out_head, GROUP, PACKED)
     pair, token, member, valid = pair_rows(pairs_ptr, begin, end, head * rows, GROUP, PAST, M)
+    wide = token.to(tl.int64)
     q_MD, d_out_MD, lse_M, delta_M = load_queries(
         d_out_base,
         q_base,
         statistics_ptr,
-        token * d_out_token + member * d_out_head,
-        token * q_token + member * q_head,
-        token * HEADS + kv_head * GROUP + member,
+        wide * d_out_token + member * d_out_head,
+        wide * q_token + member * q_head,
+        wide * HEADS + kv_head * GROUP + member,
         valid,
         WIDTH,
         D,

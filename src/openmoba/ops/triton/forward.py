@@ -190,7 +190,7 @@ def _add(x, y):
 
 @triton.jit
 def pair_rows(pairs_ptr, begin, end, head_rows, GROUP: tl.constexpr, PAST: tl.constexpr, M: tl.constexpr):
-    """M pairs of a list: pair, its flat query token and its head within the group (int64), and which of them exist.
+    """M pairs of a list: pair, its flat query token, its head within the group, and which of them exist.
 
     Places beyond the end repeat the last pair: addresses need no mask, and the same result is stored twice.
     `head_rows` is the number of rows of the key/value heads before this one in the plan.
@@ -198,7 +198,7 @@ def pair_rows(pairs_ptr, begin, end, head_rows, GROUP: tl.constexpr, PAST: tl.co
     at = begin + tl.arange(0, M)
     pair = tl.load(pairs_ptr + tl.minimum(at, end - 1))
     row = pair // PAST - head_rows
-    return pair, (row // GROUP).to(tl.int64), (row % GROUP).to(tl.int64), at < end
+    return pair, row // GROUP, row % GROUP, at < end
 
 
 @triton.jit(do_not_specialize=["first_head", "first_pair"], do_not_specialize_on_alignment=["offsets_ptr", "skips_ptr"])
@@ -263,7 +263,7 @@ def _attend_past(
         v_ND = load_rows(v_base, key_begin + n, v_token, n < block_size, WIDTH, D)
     for at in range(begin, end, M):
         pair, token, member, _exists = pair_rows(pairs_ptr, at, end, head * rows, GROUP, PAST, M)
-        q_MD = load_rows(q_base, token * q_token + member * q_head, 1, None, WIDTH, D)
+        q_MD = load_rows(q_base, token.to(tl.int64) * q_token + member * q_head, 1, None, WIDTH, D)
         if RESIDENT:
             s_MN = dot(q_MD, tl.trans(k_ND))
             if not EVEN:
