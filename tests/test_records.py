@@ -130,6 +130,7 @@ def test_configurations_survive_json() -> None:
         ({"arm": {"name": "sparse"}}, r"arm\.name must be 'full' or 'moba'"),
         ({"arm": {"full_layers": [1, "2"]}}, r"arm\.full_layers must be int, got '2'"),
         ({"arm": {"top_k": 0}}, "top_k must be >= 1, got 0"),
+        ({"model": {"overrides": {"rope": []}}}, r"overrides\.rope must be bool or int or float or str or none"),
         ({"arm": 3}, "arm must be a table"),
         ({"train": {"steps": 0}}, r"train\.steps must be >= 1, got 0"),
         ({"train": {"warmup": 1.5}}, r"train\.warmup is a share"),
@@ -139,7 +140,7 @@ def test_configurations_survive_json() -> None:
 )
 def test_bad_configurations_name_the_key_and_what_is_allowed(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        from_dict(RunConfig, values)
+        from_dict(RunConfig, values).check()
 
 
 def test_arms_say_what_attention_each_step_has() -> None:

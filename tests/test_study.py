@@ -173,8 +173,11 @@ def test_run_of_another_configuration_is_refused_before_anything_runs(tmp_path: 
         ('title = "Synthetic study"', "title = 3", r"title must be"),
         ('full = { name = "full" }', "full = {}", r"arms\.full does not say its kind"),
         ('full = { name = "full" }', 'full = "full"', r"arms\.full must be a table of options, got 'full'"),
+        ("full_layers = 3", "full_layers = 20", r"large-last-3-seed0: full_layers=20 exceeds .* 16 layers"),
+        ("length = 1024", "length = 100", r"loss_tokens=128 is more than a window of data\.length=100"),
         ('name = "finetune"', "", r"a stage must be a table with a name"),
         ("run = { train = { steps = 40, loss_tokens = 128 } }", "run = 3", r"and its run a table"),
+        ("run = { train = { steps = 40, loss_tokens = 128 } }", "run = { train = 3 }", r"train must be a table .* 3"),
     ],
 )  # fmt: skip
 def test_bad_recipe_is_one_error_that_names_the_value(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -191,6 +194,8 @@ def test_missing_recipe_and_bad_recipe_end_the_command_with_status_2(
 ) -> None:
     assert cli.main(["study", str(tmp_path / "none.toml"), "--out", str(tmp_path / "out")]) == 2
     assert "there is no recipe" in capsys.readouterr().err
+    assert cli.main(["study", str(tmp_path)]) == 2
+    assert f"{tmp_path} is not readable as a recipe (Is a directory)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -202,6 +207,12 @@ def test_dry_run_lists_runs_and_trains_none(tmp_path: Path, capsys: pytest.Captu
     assert len(lines) == 22
     assert lines[-1] == "missing   finetune/large-last-3-seed1, from pretrain/large-moba-seed1"
     assert not (tmp_path / "out").exists()
+
+
+def test_layers_of_a_model_from_outside_the_study_are_not_known() -> None:
+    outside = RECIPE.replace("full_layers = 3", "full_layers = 20")
+    assert parse_recipe(outside.replace("[sizes]", '[run.train]\nstart_from = "hub/model"\n[sizes]'), title="t").runs
+    assert parse_recipe(outside.replace("[sizes]", "[run.model.overrides]\nnum_hidden_layers = 20\n[sizes]"), title="t")
 
 
 def test_special_settings_win_over_general_ones(tmp_path: Path) -> None:

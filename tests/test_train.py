@@ -224,6 +224,9 @@ def test_chat_is_fine_tuned_through_the_template(config: RunConfig, finished: Pa
         replace(config, data=data, train=settings, eval=replace(config.eval, windows=1)), tmp_path / "chat"
     )
     assert result["eval"]["lm_loss"] > 0
+    masked = replace(config, data=data, train=replace(settings, loss_tokens=1), eval=replace(config.eval, windows=1))
+    with pytest.raises(ValueError, match=r"loss_tokens=1: \d of \d training windows .*leave train\.loss_tokens out"):
+        run_training(masked, tmp_path / "masked")
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step(
@@ -288,6 +291,9 @@ def test_a_disk_that_is_full_stops_the_run_with_earlier_records_whole(
         ({"model": ModelConfig(size="huge")}, r"unknown model\.size 'huge'; the sizes are nano, micro"),
         ({"model": ModelConfig(family="lama")}, r"unknown model\.family 'lama'"),
         ({"model": ModelConfig(size="nano", overrides={"num_heads": 3})}, "configuration has no num_heads"),
+        ({"model": ModelConfig(size="nano", overrides={"hidden_size": 63})}, r"no llama model .*\(63\) is not a mul"),
+        ({"train": replace(TRAIN, checkpoint_every=5)}, r"checkpoint_every=5 must be a multiple of train\.log_every=2"),
+        ({"eval": replace(EvalConfig(), trailing=70)}, r"eval\.trailing=70 is more than a window of data\.length=64"),
         ({"train": replace(TRAIN, micro_batch_size=3)}, r"batch_size=4 does not divide into 1 device"),
         ({"train": replace(TRAIN, start_from="/nowhere/model")}, "/nowhere/model"),
         ({"train": replace(TRAIN, fsdp=True)}, r"train\.fsdp needs GPUs"),
@@ -299,6 +305,7 @@ def test_bad_runs_are_refused_before_training(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         run_training(replace(config, **changes), tmp_path)
+    assert not (tmp_path / "config.json").exists(), "a start that failed decides nothing for the next"
     assert records.read(tmp_path / "metrics.jsonl") == []
 
 
@@ -359,6 +366,37 @@ def test_options_left_out_are_those_of_the_run(finished: Path, capsys: pytest.Ca
     assert "last 8" in capsys.readouterr().out  # on the run's documents, which have other tokens than the default's
     assert cli.main(["train", str(finished), "--train.steps", str(TrainConfig().steps)]) == 2
     assert f"train.steps was 12 and is {TrainConfig().steps}" in capsys.readouterr().err
+    # Fits what is stored, not the default of log_every:
+    assert cli.main(["train", str(finished), "--train.checkpoint-every", "4"]) == 0
+
+
+def test_overrides_are_any_value_and_kept_by_the_run(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", str(tmp_path)]
+    data = ["--data.source", config.data.source, "--data.cache", config.data.cache, "--data.hold-out", "4"]
+    small = ["--data.tokenizer", "bytes", "--data.length", "64", "--train.steps", "2", "--eval.windows", "4"]
+    model = ["--model.family", "mistral", "--model.size", "nano"]
+    given = ["--model.overrides", "sliding_window", "None", "tie_word_embeddings", "False"]
+    for arguments in ([*data, *small, *model, *given], given, []):
+        assert cli.main([*command, *arguments]) == 0
+    stored = records.read_json(tmp_path / "config.json")["model"]["overrides"]
+    assert stored == {"sliding_window": None, "tie_word_embeddings": False}
+    assert cli.main([*command, "--model.overrides", "sliding_window", "3"]) == 2
+    assert "holds another run: model.overrides was" in capsys.readouterr().err
+
+
+def test_options_that_cannot_work_are_refused_before_the_work(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for command in ("evaluate", "evaluate needle"):
+        assert cli.main([*command.split(), str(finished), "--out", str(tmp_path / "file" / "x.json")]) == 2
+        out, error = capsys.readouterr()
+        assert "cannot make the folder of --out" in error
+        assert out == ""
+    assert cli.main(["generate", str(finished), "--prompt", "2 times", "--prefill-chunk", "0"]) == 2
+    assert "--prefill-chunk must be >= 1 token, got 0" in capsys.readouterr().err
 
 
 def test_a_run_that_never_began_gives_way(config: RunConfig, finished: Path, tmp_path: Path) -> None:

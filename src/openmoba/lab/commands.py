@@ -28,9 +28,20 @@ class Train:
     options: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
 
     def as_stored(self) -> Train:
-        """With the settings of the run in the folder."""
-        stored = (self.folder / "config.json").exists()
-        return replace(self, options=stored_config(self.folder)) if stored else self
+        """With the settings of the run in the folder, but no model.overrides: `run` adds those if none are given."""
+        options = self._stored() or self.options
+        # tyro would read a default that is not empty as options --model.overrides.KEY.
+        return replace(self, options=replace(options, model=replace(options.model, overrides={})))
+
+    def _stored(self) -> RunConfig | None:
+        return stored_config(self.folder) if (self.folder / "config.json").exists() else None
+
+    def _settings(self) -> RunConfig:
+        """The options, with the overrides of the run in the folder if none are given."""
+        stored = self._stored()
+        if stored is None or self.options.model.overrides:
+            return self.options
+        return replace(self.options, model=replace(self.options.model, overrides=stored.model.overrides))
 
     def run(self) -> None:
         """Train, and say where the result is."""
@@ -41,7 +52,7 @@ class Train:
         with claim(self.folder) if os.environ.get("RANK", "0") == "0" else nullcontext(True) as mine:
             if not mine:
                 raise ValueError(f"{self.folder} is being trained by {holder(self.folder)}; wait for it, or stop it")
-            result = run_training(self.options, self.folder, progress=TerminalProgress(self.folder.name))
+            result = run_training(self._settings(), self.folder, progress=TerminalProgress(self.folder.name))
         if result:
             print(_losses(result["eval"]), f"{self.folder / 'result.json'}", sep="\n")
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -72,11 +83,24 @@ class Evaluate:
         """Measure, and print a table."""
         from openmoba.lab.evaluate import evaluate_source
 
+        if self.out is not None:
+            make_parent(self.out)
         row = evaluate_source(self.source, self.data, self.eval, TerminalProgress(Path(self.source).name))
         print(_losses(row))
         if self.out is not None:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.out, {"source": self.source, **row})
+
+
+def make_parent(out: Path) -> None:
+    """Make the folder that `out` will lie in, before the work whose result it takes.
+
+    Raises:
+        ValueError: there can be no such folder.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder of --out {out}: {error.strerror}; choose another") from error
 
 
 def _losses(row: dict[str, Any]) -> str:

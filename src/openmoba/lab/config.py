@@ -55,8 +55,9 @@ class ModelConfig:
     """transformers `model_type`: llama, qwen3, mistral ..."""
     size: str = "tiny"
     """Preset of widths and depths, see openmoba.lab.model.SIZES."""
-    overrides: dict[str, int | float | str | bool] = field(default_factory=dict)
-    """Entries of the transformers configuration that replace the preset's, e.g. num_key_value_heads 2."""
+    overrides: dict[str, bool | int | float | str | None] = field(default_factory=dict)
+    """Entries of the transformers configuration that replace the preset's, e.g. num_key_value_heads 2, or
+    sliding_window None, which mistral needs."""
 
 
 @dataclass(frozen=True)
@@ -149,11 +150,6 @@ class TrainConfig:
                 raise ValueError(f"train.{name} is a share in [0, 1], got {getattr(self, name)}")
         if self.learning_rate <= 0:
             raise ValueError(f"train.learning_rate must be > 0, got {self.learning_rate}")
-        if self.checkpoint_every % self.log_every:
-            raise ValueError(
-                f"train.checkpoint_every={self.checkpoint_every} must be a multiple of train.log_every="
-                f"{self.log_every}, so that a resumed run continues with the same records"
-            )
 
 
 @dataclass(frozen=True)
@@ -185,7 +181,16 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError unless the settings fit each other.
+
+        Not done on construction: options are first read on top of the defaults, then on top of a stored run.
+        """
+        if self.train.checkpoint_every % self.train.log_every:
+            raise ValueError(
+                f"train.checkpoint_every={self.train.checkpoint_every} must be a multiple of train.log_every="
+                f"{self.train.log_every}, so that a resumed run continues with the same records"
+            )
         for name, value in (
             ("eval.trailing", self.eval.trailing),
             ("eval.position_range", self.eval.position_range),

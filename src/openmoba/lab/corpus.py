@@ -89,6 +89,8 @@ def load_rows(kind: str, files: list[str]) -> Any:
         return datasets.load_dataset(kind, data_files=files, split="train")
     except datasets.exceptions.DatasetGenerationError as error:
         raise ValueError(f"{files[0]} is not readable as {kind}: {error.__cause__ or error}") from error
+    except StopIteration:  # as it says that there is no first row
+        raise ValueError(f"{files[0]} holds no rows; set data.source or data.valid to other documents") from None
 
 
 _KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}

@@ -49,6 +49,7 @@ def evaluate_source(
     """
     own = stored_config(source) if is_run(source) else RunConfig()
     checked = RunConfig(data=data or own.data, eval=evaluation or own.eval)
+    checked.check()
     data, evaluation = checked.data, checked.eval
     folder = model_folder(source)
     windows = validation_windows(load_validation(data, folder, progress), evaluation.windows)

@@ -9,6 +9,7 @@ from pathlib import Path
 import tyro
 
 from openmoba.config import MobaConfig
+from openmoba.lab.commands import make_parent
 from openmoba.lab.config import DataConfig, stored_config
 from openmoba.lab.progress import TerminalProgress
 from openmoba.lab.records import has_begun
@@ -59,6 +60,8 @@ class Generate:
 
     def run(self) -> None:
         """Generate."""
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise ValueError(f"--prefill-chunk must be >= 1 token, got {self.prefill_chunk}; or leave it out")
         from openmoba.lab.generate import generate_text, read_prompt
 
         speed = generate_text(
@@ -99,6 +102,7 @@ class Needle:
         """Measure, and write the table and the charts."""
         from openmoba.lab.needle import measure_needle, write_needle
 
+        make_parent(self.out)
         cells = measure_needle(
             self.source,
             lengths=self.lengths,

@@ -112,6 +112,8 @@ def read_recipe(path: Path, source: str | None = None) -> Recipe:
         return parse_recipe(text, title=path.stem, source=source)
     except FileNotFoundError:
         raise ValueError(f"there is no recipe {path}; recipes/demo.toml is one to start from") from None
+    except OSError as error:
+        raise ValueError(f"{path} is not readable as a recipe ({error.strerror}); give a TOML file") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -136,7 +138,7 @@ def parse_recipe(text: str, *, title: str, source: str | None = None) -> Recipe:
         stages[stage.name] = stage
         for run in _stage_runs(stage, stages, tables, table.get("run", {})):
             runs[run.name] = run
-            _check_config(run)
+            _check_config(run, runs)
     return Recipe(title, text, tuple(stages.values()), tuple(runs.values()))
 
 
@@ -206,13 +208,26 @@ def _check_stage(stage: Stage, earlier: dict[str, Stage], tables: Table) -> None
         )
 
 
-def _check_config(run: PlannedRun) -> None:
+def _check_config(run: PlannedRun, runs: dict[str, PlannedRun]) -> None:
     try:
-        size = run.config(Path()).model.size
-        if size not in SIZES:
-            raise ValueError(f"unknown model.size {size!r}; the sizes are {', '.join(SIZES)}")
+        config = run.config(Path())
+        config.check()
+        if config.model.size not in SIZES:
+            raise ValueError(f"unknown model.size {config.model.size!r}; the sizes are {', '.join(SIZES)}")
+        attention, layers = config.arm.attention(0, config.train.steps), _layers(run, runs)
+        if attention is not None and layers is not None:
+            attention.full_layer_indices(layers)
     except ValueError as error:
         raise ValueError(f"run {run.name}: {error}") from error
+
+
+def _layers(run: PlannedRun, runs: dict[str, PlannedRun]) -> int | None:
+    """Layers of the run's model; None if it comes from outside the study."""
+    if run.after is not None:
+        return _layers(runs[run.after], runs)
+    config = run.config(Path())
+    layers = config.model.overrides.get("num_hidden_layers", SIZES[config.model.size].layers)
+    return layers if isinstance(layers, int) and config.train.start_from is None else None
 
 
 def _check_names(where: str, names: Any, allowed: Any) -> None:
@@ -222,9 +237,11 @@ def _check_names(where: str, names: Any, allowed: Any) -> None:
 
 
 def _merge(base: Table, special: Table) -> Table:
-    """`base` with the entries of `special` on top, table by table."""
+    """`base` with the entries of `special` on top, table by table; ValueError for a value where a table belongs."""
     merged = dict(base)
     for key, value in special.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        earlier: Any = merged.get(key, value)
+        if isinstance(value, dict) != isinstance(earlier, dict):
+            raise ValueError(f"{key} must be a table of options wherever it is set, got {earlier!r} and {value!r}")
+        merged[key] = _merge(earlier, value) if isinstance(value, dict) else value
     return merged

@@ -1,6 +1,6 @@
 """One training run in one folder: started, resumed, or found finished.
 
-config.json     the run's configuration, written first
+config.json     the run's configuration, written before the first step
 metrics.jsonl   records of training and evaluation
 checkpoint-*/   weights, tokenizer, and the state to resume from
 result.json     the outcome, written last: a run that has one is finished
@@ -16,10 +16,10 @@ from openmoba.lab import records
 from openmoba.lab.checkpoint import checkpoint_step, newest_checkpoint, prune
 from openmoba.lab.config import RunConfig, stored_config, to_dict
 from openmoba.lab.data import Data, load_data, validation_windows
-from openmoba.lab.model import build_model, is_run, load_model, model_folder
+from openmoba.lab.model import build_model, is_run, load_model, model_folder, set_attention
 from openmoba.lab.progress import Progress
 from openmoba.lab.provenance import provenance
-from openmoba.lab.windows import Windows
+from openmoba.lab.windows import IGNORED, Windows
 
 Row = dict[str, Any]
 
@@ -36,17 +36,22 @@ def run_training(config: RunConfig, folder: Path, *, progress: Progress | None =
     """
     if progress is None or os.environ.get("RANK", "0") != "0":
         progress = Progress()
+    config.check()
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(config, folder)
+    _check_folder(config, folder)
     if (folder / "result.json").exists():
         progress.note(f"{folder} is finished")
         return records.read_json(folder / "result.json")
     source = None if config.train.start_from is None else model_folder(config.train.start_from)
     data = load_data(config.data, start_from=source, progress=progress)
     valid = validation_windows(data.valid, config.eval.windows)
+    _check_labels(config, data)
     model = _model(config, data, source)
+    set_attention(model, config.arm.attention(0, config.train.steps))  # a model without these layers refuses
     checkpoint = newest_checkpoint(folder, progress)
     trainer = _trainer(config, folder, model, data, valid, progress, _rows_until(folder, checkpoint))
+    if not records.has_begun(folder):
+        records.write_json(folder / "config.json", to_dict(config))
     if checkpoint is not None:
         progress.note(f"{folder} goes on from step {checkpoint_step(checkpoint)}")
     if checkpoint is None or checkpoint_step(checkpoint) < config.train.steps:
@@ -59,15 +64,13 @@ def run_training(config: RunConfig, folder: Path, *, progress: Progress | None =
     return result
 
 
-def _claim(config: RunConfig, folder: Path) -> None:
-    """Write the configuration, or see that the folder's is the same; one of a run that never began is replaced."""
-    path, wanted = folder / "config.json", to_dict(config)
-    if not path.exists() or not records.has_begun(folder):
-        if records.has_begun(folder):
-            raise ValueError(f"{folder} holds records but no config.json; restore it or use another folder")
-        records.write_json(path, wanted)
+def _check_folder(config: RunConfig, folder: Path) -> None:
+    """Raise ValueError if a run of another configuration has begun in the folder."""
+    if not records.has_begun(folder):
         return
-    found = to_dict(stored_config(folder))
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds records but no config.json; restore it or use another folder")
+    wanted, found = to_dict(config), to_dict(stored_config(folder))
     changed = [
         f"{section}.{key} was {found[section][key]!r} and is {value!r}"
         for section, values in wanted.items()
@@ -78,10 +81,24 @@ def _claim(config: RunConfig, folder: Path) -> None:
         raise ValueError(f"{folder} holds another run: {'; '.join(changed)}; use another folder")
 
 
+def _check_labels(config: RunConfig, data: Data) -> None:
+    """Raise ValueError if `train.loss_tokens` leaves a conversation without labels, whose mean loss would be 0/0."""
+    last = config.train.loss_tokens
+    if last is None or data.train.store.written is None:
+        return
+    windows = (data.train[i] for i in range(len(data.train)))
+    unlabelled = sum(not bool((window["labels"][-last:] != IGNORED).any()) for window in windows)
+    if unlabelled:
+        raise ValueError(
+            f"train.loss_tokens={last}: {unlabelled} of {len(data.train)} training windows have none of the "
+            "assistant's tokens there, since conversations are padded at their end; leave train.loss_tokens out"
+        )
+
+
 def _model(config: RunConfig, data: Data, source: Path | str | None) -> Any:
     """Fresh weights, or those of `source`, that fit the tokenizer and the windows."""
     if source is None:
-        return build_model(config.model, len(data.tokenizer), config.data.length, config.train.seed)
+        return _fresh_model(config, len(data.tokenizer))
     _check_origin(config)
     model = load_model(source, config.model.overrides)
     entries = model.get_input_embeddings().weight.shape[0]
@@ -97,6 +114,18 @@ def _model(config: RunConfig, data: Data, source: Path | str | None) -> Any:
             "it, or extend the model with model.overrides (max_position_embeddings, rope_parameters)"
         )
     return model
+
+
+def _fresh_model(config: RunConfig, vocab_size: int) -> Any:
+    from huggingface_hub.errors import StrictDataclassError  # what transformers' configurations raise
+
+    try:
+        return build_model(config.model, vocab_size, config.data.length, config.train.seed)
+    except StrictDataclassError as error:
+        raise ValueError(
+            f"model.overrides={config.model.overrides} make no {config.model.family} model of size "
+            f"{config.model.size}, correct or leave out the entry: {error.__cause__ or error}"
+        ) from error
 
 
 def _check_origin(config: RunConfig) -> None:
