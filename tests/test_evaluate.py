@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from openmoba import cli
 from openmoba.lab import loss as loss_module
 from openmoba.lab.config import DataConfig, EvalConfig, ModelConfig
 from openmoba.lab.evaluate import bootstrap_interval, evaluate_source, summary, window_losses
@@ -152,8 +153,15 @@ def test_a_model_folder_is_evaluated_on_whole_windows_in_any_batch_size(
     assert [part["start"] for part in rows[0]["position_loss"]] == list(range(0, 64, 8))
 
 
+def test_the_folder_of_a_trainer_is_that_of_a_model(documents: DataConfig, model_folder: Path) -> None:
+    """`transformers.Trainer` leaves checkpoints beside the model, as a run does."""
+    (model_folder / "checkpoint-5").mkdir()
+    data = ["--data.source", documents.source, "--data.cache", documents.cache, "--data.hold-out", "2"]
+    assert cli.main(["evaluate", str(model_folder), *data, "--data.length", "64", "--eval.windows", "2"]) == 0
+
+
 def test_no_more_trailing_positions_than_there_are(documents: DataConfig, model_folder: Path) -> None:
-    with pytest.raises(ValueError, match="70"):
+    with pytest.raises(ValueError, match=r"eval\.trailing=70 is more than a window of data\.length=64"):
         evaluate_source(str(model_folder), documents, EvalConfig(5, trailing=70))
 
 

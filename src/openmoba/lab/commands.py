@@ -13,7 +13,7 @@ import tyro
 from openmoba.lab.claims import claim, holder
 from openmoba.lab.config import DataConfig, EvalConfig, RunConfig, stored_config
 from openmoba.lab.progress import TerminalProgress
-from openmoba.lab.records import has_begun, write_json
+from openmoba.lab.records import write_json
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,9 @@ class Evaluate:
 
     def as_stored(self) -> Evaluate:
         """With the settings of the run that is measured."""
-        if not has_begun(Path(self.source)):
+        from openmoba.lab.model import is_run
+
+        if not is_run(self.source):
             return self
         config = stored_config(self.source)
         return replace(self, data=config.data, eval=config.eval)

@@ -12,7 +12,6 @@ from openmoba.config import MobaConfig
 from openmoba.lab.commands import make_parent
 from openmoba.lab.config import DataConfig, stored_config
 from openmoba.lab.progress import TerminalProgress
-from openmoba.lab.records import has_begun
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,9 @@ class Needle:
 
     def as_stored(self) -> Needle:
         """With the documents of the run that is measured."""
-        return replace(self, data=stored_config(self.source).data) if has_begun(Path(self.source)) else self
+        from openmoba.lab.model import is_run
+
+        return replace(self, data=stored_config(self.source).data) if is_run(self.source) else self
 
     def run(self) -> None:
         """Measure, and write the table and the charts."""
