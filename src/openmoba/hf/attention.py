@@ -17,6 +17,7 @@ from openmoba.hf.masks import PADDING, visible_keys
 from openmoba.hf.packing import packing_of, put_back, restarts_of, take
 from openmoba.hf.settings import settings_of
 from openmoba.ops.api import moba_attention
+from openmoba.ops.checks import needs_gradient
 from openmoba.ops.decode import MAX_QUERIES, moba_decode
 from openmoba.ops.dense import dense_attention
 
@@ -124,8 +125,8 @@ class _Attention:
             return self.masked(q_BTHD, k_BSHD, v_BSHD, mask)
         queries = q_BTHD.shape[1]
         centroids = layer.pages(k_BSHD, alignment)
-        trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHD, k_BSHD, v_BSHD))
-        if queries > MAX_QUERIES or queries == k_BSHD.shape[1] or trained:  # `moba_decode` has no gradient
+        trained = needs_gradient(q_BTHD, k_BSHD, v_BSHD)  # which `moba_decode` does not have
+        if queries > MAX_QUERIES or queries == k_BSHD.shape[1] or trained:
             return self.masked(q_BTHD, k_BSHD, v_BSHD, mask)
         return moba_decode(
             q_BTHD,

@@ -19,7 +19,7 @@ from openmoba.lab.data import Data, load_data, validation_windows
 from openmoba.lab.model import build_model, is_run, load_model, model_folder, set_attention
 from openmoba.lab.progress import Progress
 from openmoba.lab.provenance import provenance
-from openmoba.lab.windows import IGNORED, Windows
+from openmoba.lab.windows import Windows
 
 Row = dict[str, Any]
 
@@ -86,8 +86,7 @@ def _check_labels(config: RunConfig, data: Data) -> None:
     last = config.train.loss_tokens
     if last is None or data.train.store.written is None:
         return
-    windows = (data.train[i] for i in range(len(data.train)))
-    unlabelled = sum(not bool((window["labels"][-last:] != IGNORED).any()) for window in windows)
+    unlabelled = int((~data.train.labelled(last)).sum())
     if unlabelled:
         raise ValueError(
             f"train.loss_tokens={last}: {unlabelled} of {len(data.train)} training windows have none of the "

@@ -58,6 +58,11 @@ class Windows(Dataset[Window]):
         full: np.ndarray = self.ends - self.starts > self.length
         return full
 
+    def labelled(self, last: int) -> np.ndarray:
+        """Which windows have a label among their last positions, bool `[windows]`."""
+        some = [bool((self[i]["labels"][-last:] != IGNORED).any()) for i in range(len(self))]
+        return np.asarray(some, dtype=bool)
+
     def spread(self, count: int) -> Windows:
         """`count` of these windows, evenly spread over them."""
         chosen = np.linspace(0, len(self) - 1, count).round().astype(np.int64)
@@ -109,5 +114,5 @@ def cut_windows(store: TokenStore, documents: np.ndarray, length: int) -> Window
     windows = Windows(store, np.repeat(first, counts) + number * length, np.repeat(end, counts), length)
     if store.written is None:
         return windows
-    taught = np.asarray([bool((windows[i]["labels"] != IGNORED).any()) for i in range(len(windows))], dtype=bool)
+    taught = windows.labelled(length)
     return Windows(store, windows.starts[taught], windows.ends[taught], length)

@@ -139,3 +139,8 @@ def _assert_on_device(cu_q: Tensor, cu_k: Tensor, queries: int, keys: int) -> No
         fits & ordered,
         "cu_seqlens must start at 0, not decrease, end at the token count, and give no sequence more queries than keys",
     )
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether a result of these would be differentiated."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from openmoba.config import check_blocks
-from openmoba.ops.checks import check_scale, check_triton
+from openmoba.ops.checks import check_scale, check_triton, needs_gradient
 from openmoba.ops.library import device_of
 from openmoba.ops.pages import accumulation_dtype, centroid_dtype
 
@@ -73,7 +73,7 @@ def moba_decode(
             device and fits a CUDA graph.
     """
     _check(q, k_cache, v_cache, centroids, lengths, starts, block_size, top_k)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
+    if needs_gradient(q, k_cache, v_cache):
         raise ValueError(
             "moba_decode has no gradient, and an input requires one; use moba_attention or torch.no_grad()"
         )
