@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,14 +11,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from openmoba.hf.cache import PagedLayer
 from openmoba.hf.eager import eager
-from openmoba.hf.hook import attach
-from openmoba.hf.masks import PADDING, visible_keys
-from openmoba.hf.packing import packing_of, put_back, restarts_of, take
-from openmoba.hf.settings import settings_of
+from openmoba.hf.layers import LayerSettings, settings_of_layer
+from openmoba.hf.masks import PADDING, visible_keys, whole_runs
+from openmoba.hf.packing import packing_of, put_back, take
 from openmoba.ops.api import moba_attention
 from openmoba.ops.checks import needs_gradient
 from openmoba.ops.decode import MAX_QUERIES, moba_decode
 from openmoba.ops.dense import dense_attention
+from openmoba.ops.varlen import dense_sequences
 
 # What models pass along for attention variants that MoBA does not have; None or False means "not used".
 _UNSUPPORTED = {
@@ -45,19 +44,17 @@ def attention_forward(
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
-    position_ids: Tensor | None = None,
     moba_layer: PagedLayer | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """One attention layer: MoBA, or full attention in the layers that the settings name.
 
     Args:
-        module: the attention layer; `module.config` holds the settings, `module.layer_idx` its place.
+        module: the attention layer; `module.moba` says what it computes, see `openmoba.hf.layers`.
         query: `[B, H, T, D]`; key and value: `[B, Hkv, S, D]`.
-        attention_mask: a segment map (`openmoba.hf.masks`) or None.
+        attention_mask: a form of segment map (`openmoba.hf.masks`) or None.
         cu_seq_lens_q, cu_seq_lens_k: boundaries of packed sequences in the flattened batch, int32.
-        position_ids: `[1 or B, T]`; where they restart, a packed sequence starts.
-        moba_layer: this layer's part of the cache, handed over by `openmoba.hf.hook`.
+        moba_layer: this layer's part of the cache, handed over by `openmoba.hf.layers`.
 
     Returns:
         The output `[B, T, H, D]`, and None for the attention weights.
@@ -66,14 +63,16 @@ def attention_forward(
         ValueError: for anything MoBA does not compute, see `_UNSUPPORTED`, and for missing settings.
     """
     _refuse_variants(module, dropout, is_causal, kwargs)
-    attach(module)
-    attend = _Attention.of(module, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    settings = settings_of_layer(module)
+    attend = _Attention(settings, query.shape[-1] ** -0.5 if scaling is None else scaling)
     query, key, value = _in_autocast_dtype(query, key, value)
     q_BTHD, k_BSHD, v_BSHD = (x.transpose(1, 2) for x in (query, key, value))
     if attention_mask is not None:
         _check_segment_map(attention_mask, k_BSHD)
-    elif cu_seq_lens_q is None and cu_seq_lens_k is None and q_BTHD.shape[1] == k_BSHD.shape[1]:
-        cu_seq_lens_q = cu_seq_lens_k = _unmasked_restarts(position_ids, q_BTHD.shape[0])
+        if attention_mask.shape[2] > 1:
+            cu_seq_lens_q = cu_seq_lens_k = attention_mask.flatten()
+        if attention_mask.shape[2] > 1 or attention_mask.shape[3] == 0:
+            attention_mask = None
     # The sums behind the choice of blocks are fp32; autocast would compute them in 16 bits.
     with torch.autocast(query.device.type, enabled=False):
         if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
@@ -90,22 +89,14 @@ def attention_forward(
 
 @dataclass(frozen=True)
 class _Attention:
-    """What one layer computes: MoBA with these blocks, or full attention; over whole rows or sequences."""
+    """What one layer computes, over whole rows or over sequences."""
 
-    block_size: int
-    top_k: int
-    full: bool
+    settings: LayerSettings
     scale: float
-
-    @classmethod
-    def of(cls, module: Any, scale: float) -> _Attention:
-        settings = settings_of(module.config)
-        full = module.layer_idx in settings.full_layer_indices(module.config.num_hidden_layers)
-        return cls(settings.block_size, settings.top_k, full, scale)
 
     def dense(self, k_BSHD: Tensor) -> bool:
         """Whether every query reads all its past keys, because the layer is full or the blocks are few."""
-        return self.full or self.top_k * self.block_size >= k_BSHD.shape[1]
+        return self.settings.full or self.settings.top_k * self.settings.block_size >= k_BSHD.shape[1]
 
     def packed(
         self, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask: Tensor | None, cu_q: Any, cu_k: Any
@@ -115,8 +106,7 @@ class _Attention:
             raise ValueError("packed batches need both cu_seq_lens_q and cu_seq_lens_k; they may be the same")
         if mask is not None:
             _refuse_padding(mask)
-        q_NHD, k_NHD, v_NHD = (x.flatten(0, 1) for x in (q_BTHD, k_BSHD, v_BSHD))
-        return self._sequences(q_NHD, k_NHD, v_NHD, cu_q.int(), cu_k.int()).view(q_BTHD.shape)
+        return self._joined(q_BTHD, k_BSHD, v_BSHD, cu_q.int(), cu_k.int())
 
     def cached(self, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask: Tensor | None, layer: PagedLayer) -> Tensor:
         """After a cache with pages: a few tokens read the pages they choose."""
@@ -135,58 +125,60 @@ class _Attention:
             centroids,
             alignment.lengths,
             alignment.starts,
-            block_size=self.block_size,
-            top_k=self.top_k,
+            block_size=self.settings.block_size,
+            top_k=self.settings.top_k,
             scale=self.scale,
         )
 
     def masked(self, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask: Tensor | None) -> Tensor:
         """Within whole rows, or within the sequences of a segment map; zero for padding."""
-        if mask is not None:
-            plan = packing_of(mask, q_BTHD.shape[1])
-            q_NHD = take(q_BTHD, plan.queries)
-            k_NHD, v_NHD = (take(x, plan.keys) for x in (k_BSHD, v_BSHD))
-            out_NHD = self._sequences(q_NHD, k_NHD, v_NHD, plan.cu_q, plan.cu_k)
-            return put_back(out_NHD, plan.queries, *q_BTHD.shape[:2])
-        if self.full:
-            return dense_attention(q_BTHD, k_BSHD, v_BSHD, self.scale)
-        return moba_attention(q_BTHD, k_BSHD, v_BSHD, block_size=self.block_size, top_k=self.top_k, scale=self.scale)
+        if mask is None:
+            return self._rows(q_BTHD, k_BSHD, v_BSHD)
+        if torch.compiler.is_compiling() and q_BTHD.shape[1] == k_BSHD.shape[1]:
+            # Which tokens are padding decides about shapes, so in a graph padding attends to itself.
+            ends = whole_runs(mask[:, 0, 0])
+            padding_BT11 = mask[:, 0, 0, :, None, None] == PADDING
+            return self._joined(q_BTHD, k_BSHD, v_BSHD, ends, ends).masked_fill(padding_BT11, 0)
+        plan = packing_of(mask, q_BTHD.shape[1])
+        q_NHD = take(q_BTHD, plan.queries)
+        k_NHD, v_NHD = (take(x, plan.keys) for x in (k_BSHD, v_BSHD))
+        out_NHD = self._sequences(q_NHD, k_NHD, v_NHD, plan.cu_q, plan.cu_k, k_BSHD.shape[1])
+        return put_back(out_NHD, plan.queries, *q_BTHD.shape[:2])
 
-    def _sequences(self, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, cu_q: Tensor, cu_k: Tensor) -> Tensor:
-        if self.full:
-            return _dense_sequences(q_NHD, k_NHD, v_NHD, cu_q, cu_k, self.scale)
+    def _rows(self, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
+        """Rows of one whole sequence each."""
+        if self.settings.full:
+            return dense_attention(q_BTHD, k_BSHD, v_BSHD, self.scale)
+        return moba_attention(
+            q_BTHD,
+            k_BSHD,
+            v_BSHD,
+            block_size=self.settings.block_size,
+            top_k=self.settings.top_k,
+            scale=self.scale,
+        )
+
+    def _joined(self, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, cu_q: Tensor, cu_k: Tensor) -> Tensor:
+        """The sequences between boundaries in the flattened batch."""
+        q_NHD, k_NHD, v_NHD = (x.flatten(0, 1) for x in (q_BTHD, k_BSHD, v_BSHD))
+        return self._sequences(q_NHD, k_NHD, v_NHD, cu_q, cu_k, k_NHD.shape[0]).view(q_BTHD.shape)
+
+    def _sequences(
+        self, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, cu_q: Tensor, cu_k: Tensor, longest: int
+    ) -> Tensor:
+        """Packed sequences of at most `longest` keys."""
+        if self.settings.full:
+            return dense_sequences(q_NHD, k_NHD, v_NHD, cu_q, cu_k, longest, self.scale)
         return moba_attention(
             q_NHD,
             k_NHD,
             v_NHD,
-            block_size=self.block_size,
-            top_k=self.top_k,
+            block_size=self.settings.block_size,
+            top_k=self.settings.top_k,
             cu_seqlens_q=cu_q,
             cu_seqlens_k=cu_k,
             scale=self.scale,
         )
-
-
-@eager("one SDPA call per sequence: their number is a property of the data")
-def _dense_sequences(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float) -> Tensor:
-    """Full causal attention, sequence by sequence: no `[N, N]` mask, and SDPA's fast causal kernels."""
-    bounds = zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True)
-    parts = [
-        dense_attention(q_NHD[None, q0:q1], k_NHD[None, k0:k1], v_NHD[None, k0:k1], scale)[0]
-        for (q0, q1), (k0, k1) in bounds
-        if q1 > q0
-    ]
-    return torch.cat(parts) if parts else torch.empty_like(q_NHD)
-
-
-def _unmasked_restarts(position_ids: Tensor | None, batch: int) -> Tensor | None:
-    """Boundaries by positions where transformers made no mask from them, as it does not with a cache.
-
-    In a compiled model this is left to the mask: looking at the positions in every layer would cut the graph.
-    """
-    if position_ids is None or position_ids.dim() != 2 or torch.compiler.is_compiling():
-        return None
-    return restarts_of(position_ids, batch)
 
 
 def _refuse_variants(module: Any, dropout: float, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
@@ -205,7 +197,8 @@ def _refuse_variants(module: Any, dropout: float, is_causal: bool | None, kwargs
 
 def _check_segment_map(mask: Tensor, k_BSHD: Tensor) -> None:
     batch, slots = k_BSHD.shape[:2]
-    if mask.dtype != torch.int32 or mask.shape != (batch, 1, 1, slots):
+    map_like = mask.shape in ((batch, 1, 1, slots), (batch, 1, 1, 0))
+    if mask.dtype != torch.int32 or not (map_like or (mask.shape[:2] == (1, 1) and mask.shape[3] == 1)):
         raise ValueError(
             f"MoBA takes no custom attention mask, got {mask.dtype} {tuple(mask.shape)} for {slots} keys; "
             "pass a 2-D padding mask of the cached and new tokens, or use attn_implementation='sdpa'"

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from openmoba.hf.alignment import Alignment, aligned, alignment_of, static_alignment
-from openmoba.hf.eager import eager
 from openmoba.ops.pages import complete_pages, new_centroids
 
 # B batch, H key/value heads, S cache slots, P pages, D head width
@@ -270,7 +269,6 @@ def paged_layer(cache: Cache, layer_idx: int, block_size: int) -> PagedLayer | N
     return _convert(cache, layer_idx, block_size)
 
 
-@eager("the layers of a cache are replaced once")
 def _convert(cache: Cache, layer_idx: int, block_size: int) -> PagedLayer | None:
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= layer_idx:
         cache.layers.append(cache.layer_class_to_replicate())

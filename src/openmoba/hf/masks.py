@@ -11,8 +11,12 @@ over the key slots of every batch row:
     left padding      0 0 1 1 1 1        packed by position_ids    1 1 1 2 2 3
     static cache      0 1 1 1 -1 -1      hole in the middle        1 1 0 0 1 1
 
-Queries are the last written slots. None stands for rows of one whole sequence each. The map is
-four-dimensional since transformers passes such masks through untouched, and int32 so that it is never
+Queries are the last written slots. Two shorter forms say what needs no map:
+
+    [B, 1, 1, 0]        rows of one whole sequence each, as None does
+    [1, 1, n + 1, 1]    boundaries of n packed sequences, without padding, in the flattened batch
+
+All are four-dimensional since transformers passes such masks through untouched, and int32 so that they are never
 mistaken for a custom mask.
 """
 
@@ -25,10 +29,12 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
-from openmoba.hf.eager import eager
 from openmoba.ops.decode import MAX_QUERIES
 
 UNWRITTEN, PADDING = -1, 0
+TOKENS_PER_SEQUENCE = 16
+"""In a graph there is room for the boundaries of so many sequences as if each had this many tokens."""
+
 _HOLES = "with a static cache, padding must be on the left"
 _ANOTHER_MASK = "a mask that is not causal over whole sequences; use attn_implementation='sdpa'"
 
@@ -48,7 +54,7 @@ def segment_map(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> Tensor | None:
-    """The segment map `[B, 1, 1, S]`, in transformers' signature for mask functions.
+    """The segment map `[B, 1, 1, S]` or a shorter form of it, in transformers' signature for mask functions.
 
     Args:
         batch_size, q_length, kv_length: B, T and S; `q_offset` of the slots were written before.
@@ -97,20 +103,83 @@ def has_holes(map_BS: Tensor) -> Tensor:
     return ((map_BS[:, 1:] == PADDING) & (map_BS[:, :-1] > PADDING)).any()
 
 
-@eager("whether a batch is padded or packed decides which kernels run")
+def whole_rows(tokens: Tensor) -> Tensor:
+    """The form that says that every row of `tokens` `[B, ...]` is one whole sequence."""
+    return tokens.new_empty((tokens.shape[0], 1, 1, 0), dtype=torch.int32)
+
+
+def boundaries(starts_BS: Tensor) -> Tensor:
+    """The boundaries of sequences without padding, given where they start, bool; or the form for whole rows.
+
+    Outside of graphs the device is waited for, once a batch. In a graph there is room for a fixed number of
+    boundaries, the last ones of empty sequences; that there is room enough is asserted on the device.
+    """
+    if torch.compiler.is_compiling():
+        return _fixed_boundaries(starts_BS)[None, None, :, None]
+    start = starts_BS.flatten().nonzero()
+    if len(start) == len(starts_BS):
+        return whole_rows(starts_BS)
+    ends = torch.nn.functional.pad(start.int(), (0, 0, 0, 1), value=starts_BS.numel())[None, None]
+    torch._dynamo.maybe_mark_dynamic(ends, 2)
+    return ends
+
+
+def laid_out(map_BS: Tensor) -> Tensor:
+    """The shortest form that says what a map of written slots says; in a graph, which cannot look, the map."""
+    if not torch.compiler.is_compiling():
+        least, most = torch.stack(map_BS.aminmax()).tolist() if map_BS.numel() else (1, 1)
+        if least == most == 1:
+            return whole_rows(map_BS)
+        if least > PADDING:
+            return boundaries(runs(map_BS))
+    return map_BS[:, None, None]
+
+
+def runs(map_BS: Tensor) -> Tensor:
+    """Where a row begins or the map changes, bool `[B, S]`."""
+    return torch.nn.functional.pad(map_BS[:, 1:] != map_BS[:, :-1], (1, 0), value=True)
+
+
+def whole_runs(map_BS: Tensor) -> Tensor:
+    """Boundaries of the sequences and of the padding between them, int32, without looking at the map's values.
+
+    Only for graphs: a sequence with padding inside, which is two runs, fails an assertion on the device.
+    """
+    highest_BS = map_BS.cummax(-1).values
+    reopened_BS = runs(map_BS)[:, 1:] & (map_BS[:, 1:] > PADDING) & (map_BS[:, 1:] <= highest_BS[:, :-1])
+    torch._assert_async(~reopened_BS.any(), "in a compiled model, padding must not lie within a sequence")
+    return _fixed_boundaries(runs(map_BS))
+
+
+def _fixed_boundaries(starts_BS: Tensor) -> Tensor:
+    """Boundaries of at most a fixed number of sequences, int32; those that are missing are empty, at the end."""
+    tokens = starts_BS.numel()
+    room = tokens // TOKENS_PER_SEQUENCE + starts_BS.shape[0]
+    number_N = starts_BS.flatten().cumsum(0)
+    torch._assert_async(
+        number_N[-1] <= room,
+        f"in a compiled model, packed sequences must have {TOKENS_PER_SEQUENCE} tokens on average; give cu_seq_lens_q "
+        "and cu_seq_lens_k instead, or compile layer by layer",
+    )
+    # Every start writes itself to its place, everything else to one place behind them.
+    place_N = torch.where(starts_BS.flatten(), number_N - 1, room + 1).clamp(max=room + 1)
+    slot_N = torch.arange(tokens, dtype=torch.int32, device=starts_BS.device)
+    ends = torch.full((room + 2,), tokens, dtype=torch.int32, device=starts_BS.device)
+    return ends.scatter(0, place_N, slot_N)[:-1]
+
+
 def _growing_map(
     mask_function: Callable[..., Tensor] | None,
     attention_mask: Tensor | None,
     batch: int,
     slots: int,
     device: torch.device | str,
-) -> Tensor | None:
-    """The map where all slots are written; None if every row is one whole sequence."""
+) -> Tensor:
+    """The map where all slots are written, or a shorter form of it."""
     map_BS = torch.ones(batch, slots, dtype=torch.int32, device=device)
     if mask_function is not None:
         map_BS = map_BS + _sequence_numbers(mask_function, batch, slots, device)
-    map_BS = _padded(map_BS, attention_mask)
-    return None if bool((map_BS == 1).all()) else map_BS[:, None, None]
+    return laid_out(_padded(map_BS, attention_mask))
 
 
 def _padded(map_BS: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -139,6 +208,8 @@ def _sequence_numbers(
     first_BT = (slot_1T * starts_BT).cummax(-1).values
     sees_next = mask_function(row_B1, head, past_1T, next_1T).any()
     sees_first = mask_function(row_B1, head, slot_1T, first_BT).all()
-    if bool(sees_next) or not bool(sees_first):
+    if torch.compiler.is_compiling():
+        torch._assert_async(~sees_next & sees_first, f"MoBA cannot combine with {_ANOTHER_MASK}")
+    elif bool(sees_next) or not bool(sees_first):
         raise ValueError(f"MoBA cannot combine with {_ANOTHER_MASK}")
     return starts_BT.cumsum(-1, dtype=torch.int32)

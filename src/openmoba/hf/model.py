@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from openmoba.config import MobaConfig
-from openmoba.hf.hook import attach
+from openmoba.hf.layers import prepare
 from openmoba.hf.settings import NAME
 
 
@@ -32,9 +32,7 @@ def configure(model: Any, settings: MobaConfig | None) -> Any:
         settings.full_layer_indices(model.config.num_hidden_layers)
     model.config.moba = settings
     model.set_attn_implementation("sdpa" if settings is None else NAME)
-    for module in model.modules():
-        if type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx"):
-            attach(module)
+    prepare(model, settings)
     return model
 
 

@@ -1,7 +1,7 @@
 """From padded or packed batches to packed sequences, and back.
 
-A plan depends on the mask or on the positions alone, which all layers of a forward pass share, so it is made
-once for each such tensor and kept as long as that lives.
+A plan depends on the segment map alone, which all layers of a forward pass share, so it is made once for each map
+and kept as long as that lives.
 """
 
 from __future__ import annotations
@@ -48,21 +48,6 @@ def packing_of(segment_map: Tensor, queries: int) -> Packing:
     )
     sequences = torch.unique_consecutive(key_of_N)
     return Packing(query_N, key_N, _boundaries(query_of_N, sequences), _boundaries(key_of_N, sequences))
-
-
-@eager("whether positions restart decides which kernels run")
-@per_tensor
-def restarts_of(position_ids: Tensor, batch: int) -> Tensor | None:
-    """Boundaries of the sequences in the flattened batch, int32, or None if no row holds more than one.
-
-    A sequence starts wherever `position_ids` `[1 or B, T]` do not go on by one, as in transformers' masks.
-    """
-    position_BT = position_ids.expand(batch, -1)
-    starts_BT = torch.nn.functional.pad(position_BT.diff() != 1, (1, 0), value=True)
-    starts = starts_BT.flatten().nonzero()[:, 0]
-    if starts.numel() == batch:
-        return None
-    return torch.nn.functional.pad(starts, (0, 1), value=position_BT.numel()).int()
 
 
 def take(x_BTHD: Tensor, index_N: Tensor) -> Tensor:

@@ -18,18 +18,6 @@ from openmoba.config import MobaConfig
 NAME = "moba"
 
 
-def settings_of(config: Any) -> MobaConfig:
-    """The MoBA settings in a transformers configuration; ValueError if there are none."""
-    values = config.moba
-    if values is None:
-        raise ValueError(
-            'attn_implementation="moba" needs its settings in the model configuration: call '
-            "openmoba.hf.configure(model, MobaConfig(...)), or load the model with "
-            'moba={"block_size": ..., "top_k": ...}'
-        )
-    return MobaConfig.from_dict(values)
-
-
 def _get(config: Any) -> dict[str, Any] | None:
     values: dict[str, Any] | None = config.__dict__.get(NAME)
     return values
