@@ -291,7 +291,10 @@ def test_a_disk_that_is_full_stops_the_run_with_earlier_records_whole(
         ({"model": ModelConfig(size="huge")}, r"unknown model\.size 'huge'; the sizes are nano, micro"),
         ({"model": ModelConfig(family="lama")}, r"unknown model\.family 'lama'"),
         ({"model": ModelConfig(size="nano", overrides={"num_heads": 3})}, "configuration has no num_heads"),
-        ({"model": ModelConfig(size="nano", overrides={"hidden_size": 63})}, r"no llama model .*\(63\) is not a mul"),
+        (
+            {"model": ModelConfig(size="nano", overrides={"hidden_size": 63})},
+            r"do not fit a llama model.*\(63\) is not a mul",
+        ),
         ({"train": replace(TRAIN, checkpoint_every=5)}, r"checkpoint_every=5 must be a multiple of train\.log_every=2"),
         ({"eval": replace(EvalConfig(), trailing=70)}, r"eval\.trailing=70 is more than a window of data\.length=64"),
         ({"train": replace(TRAIN, micro_batch_size=3)}, r"batch_size=4 does not divide into 1 device"),

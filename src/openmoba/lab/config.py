@@ -54,10 +54,13 @@ class ModelConfig:
     family: str = "llama"
     """transformers `model_type`: llama, qwen3, mistral ..."""
     size: str = "tiny"
-    """Preset of widths and depths, see openmoba.lab.model.SIZES."""
+    """Preset of width and depth (`openmoba.lab.model.SIZES`). With heads of 32, for CPUs: nano, micro, tiny, mini,
+    small. With heads of 64: base, medium, large, and by millions of parameters without embeddings 2m, 5m, 9m, 14m,
+    15m (12 layers), 17m, 32m, 85m; grouped-query 13m-gqa, 75m-gqa. With heads of 128: 32m-d128, 85m-d128, and those
+    of arXiv 2502.13189: 545m, 822m, 1.1b, 1.5b, 2.1b."""
     overrides: dict[str, bool | int | float | str | None] = field(default_factory=dict)
     """Entries of the transformers configuration that replace the preset's, e.g. num_key_value_heads 2, or
-    sliding_window None, which mistral needs."""
+    sliding_window None, which mistral needs; a dot leads into a table: rope_parameters.rope_theta 1e6."""
 
 
 @dataclass(frozen=True)
@@ -268,11 +271,24 @@ def _read(hint: Any, value: Any, where: str) -> Any:
         if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
         if kind is dict and isinstance(value, dict):
-            return {key: _read(get_args(option)[1], item, f"{where}.{key}") for key, item in value.items()}
+            items = _dotted(value, where).items()
+            return {key: _read(get_args(option)[1], item, f"{where}.{key}") for key, item in items}
         if kind in (int, str, bool, NoneType) and type(value) is kind:
             return value
     allowed = " or ".join(_name(option) for option in options)
     raise ValueError(f"{where} must be {allowed}, got {value!r}")
+
+
+def _dotted(table: dict[str, Any], where: str) -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`: the entries of tables by one name, as on the command line."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        inner = _dotted(value, f"{where}.{key}") if isinstance(value, dict) else None
+        names = {key: value} if inner is None else {f"{key}.{name}": item for name, item in inner.items()}
+        if twice := flat.keys() & names.keys():
+            raise ValueError(f"{where}.{min(twice)} is set twice; leave one out")
+        flat |= names
+    return flat
 
 
 def _name(hint: Any) -> str:
