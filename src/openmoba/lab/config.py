@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from openmoba.config import MobaConfig
+from openmoba.config import MobaConfig, parse_full_layers
 from openmoba.lab.records import read_json
 
 ARMS = ("full", "moba", "hybrid", "time_hybrid")
@@ -68,13 +68,14 @@ class ArmConfig:
     """The attention of a run: the only thing in which the arms of a study differ."""
 
     name: Literal["full", "moba", "hybrid", "time_hybrid"] = "moba"
-    """full, moba, hybrid (the last `full_layers` layers full), time_hybrid (MoBA, then full attention)."""
+    """full, moba, hybrid (some layers full, see `full_layers`), time_hybrid (MoBA, then full attention)."""
     block_size: int = 64
     """Tokens per MoBA block."""
     top_k: int = 3
     """Blocks each query reads, its own included."""
-    full_layers: int | tuple[int, ...] = 1
-    """hybrid: count of last layers, or indices of the layers, that keep full attention."""
+    full_layers: int | tuple[int, ...] | str = 1
+    """hybrid: the layers that keep full attention: a count of last layers, indices, or "first:3", "last:3", or
+    "spread:3" for layers evenly spread, the last among them."""
     switch_at: float = 0.9
     """time_hybrid: share of the steps after which MoBA turns into full attention."""
 
@@ -84,6 +85,8 @@ class ArmConfig:
         if not 0 <= self.switch_at <= 1:
             raise ValueError(f"arm.switch_at is a share of the steps in [0, 1], got {self.switch_at}")
         MobaConfig(self.block_size, self.top_k, self.full_layers)
+        if isinstance(self.full_layers, str):
+            object.__setattr__(self, "full_layers", parse_full_layers(self.full_layers))
 
     def switch_step(self, steps: int) -> int:
         """First step (counted from 0) of `steps` that trains with full attention; `steps` if none does."""
@@ -163,6 +166,9 @@ class EvalConfig:
     """Validation windows, evenly spread over the validation documents."""
     every: int | None = None
     """Steps between evaluations; left out: once, at the end."""
+    count: int | None = None
+    """Instead of `every`: number of evaluations, from the first step to the last, evenly spaced in the logarithm of
+    the step, so in that of compute."""
     trailing: int | None = None
     """Last positions of a full window that make the trailing loss; left out: 2048, at most length // 8."""
     position_range: int | None = None
@@ -171,7 +177,7 @@ class EvalConfig:
     """Windows per forward pass."""
 
     def __post_init__(self) -> None:
-        _at_least(self, windows=1, every=1, trailing=1, position_range=1, batch_size=1)
+        _at_least(self, windows=1, every=1, count=1, trailing=1, position_range=1, batch_size=1)
 
 
 @dataclass(frozen=True)
@@ -194,6 +200,12 @@ class RunConfig:
                 f"train.checkpoint_every={self.train.checkpoint_every} must be a multiple of train.log_every="
                 f"{self.train.log_every}, so that a resumed run continues with the same records"
             )
+        if self.eval.every is not None and self.eval.count is not None:
+            raise ValueError(
+                f"eval.every={self.eval.every} and eval.count={self.eval.count} exclude each other; leave one out"
+            )
+        if (self.eval.count or 1) > self.train.steps:
+            raise ValueError(f"eval.count={self.eval.count} is more than train.steps={self.train.steps}; lower it")
         for name, value in (
             ("eval.trailing", self.eval.trailing),
             ("eval.position_range", self.eval.position_range),
@@ -213,9 +225,28 @@ class RunConfig:
         return self.eval.position_range or default_range(self.data.length)
 
     @property
+    def evaluation_steps(self) -> tuple[int, ...]:
+        """The steps after which the model is evaluated, the last among them."""
+        steps = self.train.steps
+        if self.eval.count is None:
+            return (*range(every := self.eval.every or steps, steps, every), steps)
+        return spaced_steps(steps, self.eval.count)
+
+    @property
     def tokens(self) -> int:
         """Training tokens."""
         return self.train.steps * self.train.batch_size * self.data.length
+
+
+def spaced_steps(steps: int, count: int) -> tuple[int, ...]:
+    """`count` steps from the first to the last of `steps`, evenly spaced in their logarithm, rounded and all different.
+
+    Where rounding would make two the same, as near the first step, the next free one is taken.
+    """
+    found = [steps] if count == 1 else [1]
+    for number in range(1, count):
+        found.append(max(found[-1] + 1, round(steps ** (number / (count - 1)))))
+    return tuple(found)
 
 
 def default_range(length: int) -> int:

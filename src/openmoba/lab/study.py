@@ -176,8 +176,7 @@ def _work(run: PlannedRun) -> float:
     config = run.config(Path())
     size = SIZES[config.model.size]
     matrices = size.layers * (4 * size.hidden**2 + 3 * size.hidden * size.feed_forward)
-    evaluations = config.train.steps // (config.eval.every or config.train.steps)
-    evaluated = evaluations * config.eval.windows * config.data.length
+    evaluated = len(config.evaluation_steps) * config.eval.windows * config.data.length
     tokens = config.tokens + evaluated / 3  # a forward pass is a third of a step
     return tokens * (matrices + config.data.vocab_size * size.hidden + 60_000 * size.layers)
 

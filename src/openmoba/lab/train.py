@@ -174,7 +174,7 @@ def _result(config: RunConfig, folder: Path, parameters: dict[str, int], data: D
         "params": parameters,
         "tokens": config.tokens,
         "compute": evaluation["compute"],
-        "eval": evaluation,
+        "eval": {key: value for key, value in evaluation.items() if key != "windows"},
         "data": {
             "training_windows": len(data.train),
             "epochs": config.train.steps * config.train.batch_size / len(data.train),
