@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from openmoba.lab.config import DataConfig, EvalConfig, ModelConfig
 from openmoba.lab.evaluate import bootstrap_interval, evaluate_source, summary, window_losses
 from openmoba.lab.loss import attach_loss, has_linear_head, linear_loss
 from openmoba.lab.model import build_model, load_model
+from openmoba.lab.store import TokenStore
 from openmoba.lab.tokenizer import byte_tokenizer
-from openmoba.lab.windows import IGNORED
+from openmoba.lab.windows import IGNORED, Windows
 
 
 @pytest.fixture
@@ -97,23 +99,60 @@ def test_attached_loss_is_that_of_the_models_own_logits(family: str) -> None:
     torch.testing.assert_close(model(ids[:, :-1], ids[:, 1:], torch.tensor(64)), expected.mean())
 
 
+def windows_of(lengths: list[int], length: int) -> Windows:
+    """Windows that begin documents of so many tokens."""
+    starts = np.cumsum([0, *lengths])
+    store = TokenStore(np.zeros(starts[-1], np.uint16), starts, None)
+    return Windows(store, starts[:-1], starts[1:], length)
+
+
 def test_measures_by_hand() -> None:
     loss = np.array([[4.0, 3, 2, 1], [8, 7, 6, 5], [1, 1, 0, 0]], dtype=np.float32)
     labelled = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]], dtype=bool)
-    row = summary(loss, labelled, np.array([True, True, False]), trailing=2, position_range=3)
+    windows = windows_of([5, 9, 3], 4)
+    row = summary(loss, labelled, windows, trailing=2, position_range=3)
     assert row["lm_loss"] == pytest.approx(38 / 10)
     assert row["trailing_loss"] == pytest.approx(14 / 4)
-    assert row["windows"] == {"lm": [2.5, 6.5, 1.0], "trailing": [1.5, 5.5]}
+    assert row["windows"] == {
+        "document": [0, 1, 2],
+        "lm": [2.5, 6.5, 1.0],
+        "trailing": [1.5, 5.5, None],
+        "positions": [[3.0, 1.0], [7.0, 5.0], [1.0, None]],
+    }
     assert [(r["start"], r["end"], r["loss"]) for r in row["position_loss"]] == [(0, 3, 4.0), (3, 4, 3.0)]
     low, high = row["intervals"]["trailing"]
     assert (low, high) == (1.5, 5.5)
+    means = summary(loss, labelled, windows, trailing=2, position_range=3, each_window=False)
+    assert set(means) == {"lm_loss", "trailing_loss", "position_loss", "trailing"}
+    assert means["position_loss"] == [{"start": 0, "end": 3, "loss": 4.0}, {"start": 3, "end": 4, "loss": 3.0}]
+    assert [means[name] for name in ("lm_loss", "trailing_loss")] == [row["lm_loss"], row["trailing_loss"]]
 
 
 def test_without_full_windows_there_is_no_trailing_loss() -> None:
-    row = summary(np.ones((2, 4)), np.ones((2, 4), dtype=bool), np.array([False, False]), 2, 2)
+    row = summary(np.ones((2, 4)), np.ones((2, 4), dtype=bool), windows_of([3, 4], 4), 2, 2)
     assert row["trailing_loss"] is None
     assert row["intervals"]["trailing"] is None
-    assert row["windows"]["trailing"] == []
+    assert row["windows"]["trailing"] == [None, None]
+
+
+def test_a_range_without_labels_is_left_out_of_means_and_windows_alike() -> None:
+    labelled = np.array([[1, 1, 0, 0, 1, 1], [1, 0, 0, 0, 1, 0]], dtype=bool)
+    row = summary(np.ones((2, 6)) * labelled, labelled, windows_of([7, 7], 6), 2, 2)
+    assert [part["start"] for part in row["position_loss"]] == [0, 4]
+    assert row["windows"]["positions"] == [[1.0, 1.0], [1.0, 1.0]]
+
+
+def test_the_records_of_a_study_at_32k_stay_below_5_mb() -> None:
+    """60 runs of 250 windows of 16 ranges: the final record of each, and its result without the windows."""
+    rng = np.random.default_rng(0)
+    labelled = np.ones((250, 128), dtype=bool)
+    windows = windows_of([129] * 250, 128)
+    row = summary(rng.uniform(0.5, 8, (250, 128)), labelled, windows, 8, 8)
+    means = summary(rng.uniform(0.5, 8, (250, 128)), labelled, windows, 8, 8, each_window=False)
+    assert len(row["windows"]["positions"]) == 250
+    assert len(row["windows"]["positions"][0]) == 16
+    final, earlier = (len(json.dumps(value, separators=(",", ":"))) for value in (row, means))
+    assert 60 * (final + 15 * earlier) < 4e6
 
 
 def test_bootstrap_interval_has_the_width_of_the_mean_and_weighs_windows_by_their_labels() -> None:

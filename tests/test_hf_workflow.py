@@ -27,7 +27,6 @@ from transformers import (  # noqa: E402
 from openmoba import MobaConfig  # noqa: E402
 from openmoba.cli import main  # noqa: E402
 from openmoba.hf import configure  # noqa: E402
-from openmoba.hf.checkpoint import parse_full_layers  # noqa: E402
 from openmoba.lab.needle import Cell, hide, needle_chart  # noqa: E402
 from openmoba.lab.tokenizer import byte_tokenizer  # noqa: E402
 
@@ -72,16 +71,12 @@ def test_convert_refuses(tmp_path: Path, capsys: Any) -> None:
         (["bare", "out"], "no safetensors"),
         (["unread", "out"], "no config.json"),
         (["full", "out", "--full-layers", "last:9"], f"{LAYERS} layers"),
-        (["full", "out", "--full-layers", "first:9"], "last:COUNT"),
+        (["full", "out", "--full-layers", "middle:9"], "last:COUNT"),
     ]
     for (source, out, *options), message in cases:
         assert main(["convert", str(tmp_path / source), str(tmp_path / out), *blocks, *options]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_full_layers_from_text() -> None:
-    assert [parse_full_layers(text) for text in ("none", "last:3", "0,15")] == [0, 3, (0, 15)]
 
 
 def test_continued_training_with_packing(tmp_path: Path) -> None:

@@ -7,12 +7,22 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from openmoba.lab import records
-from openmoba.lab.config import ArmConfig, DataConfig, RunConfig, TrainConfig, from_dict, to_dict
+from openmoba.lab.config import (
+    ArmConfig,
+    DataConfig,
+    EvalConfig,
+    RunConfig,
+    TrainConfig,
+    from_dict,
+    spaced_steps,
+    to_dict,
+)
 from openmoba.lab.progress import TerminalProgress, bar, duration
 
 
@@ -135,12 +145,35 @@ def test_configurations_survive_json() -> None:
         ({"train": {"steps": 0}}, r"train\.steps must be >= 1, got 0"),
         ({"train": {"warmup": 1.5}}, r"train\.warmup is a share"),
         ({"train": {"checkpoint_every": 15}}, r"checkpoint_every=15 must be a multiple of train\.log_every=10"),
+        ({"eval": {"every": 5, "count": 5}}, r"eval\.every=5 and eval\.count=5 exclude each other"),
+        ({"eval": {"count": 201}}, r"eval\.count=201 is more than train\.steps=200"),
         ({"eval": {"trailing": 2000}}, r"eval\.trailing=2000 is more than a window of data\.length=1024"),
     ],
 )
 def test_bad_configurations_name_the_key_and_what_is_allowed(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         from_dict(RunConfig, values).check()
+
+
+@pytest.mark.parametrize(("steps", "count"), [(1, 1), (12, 5), (7, 7), (10, 2), (4300, 16), (100, 90)])
+def test_spaced_evaluations_are_even_in_the_logarithm_of_the_step(steps: int, count: int) -> None:
+    found = spaced_steps(steps, count)
+    assert len(found) == len(set(found)) == count
+    assert found[-1] == steps
+    assert count == 1 or found[0] == 1
+    if count == 16:  # beyond the first few steps, which are whole numbers
+        ratios = [b / a for a, b in pairwise(found[6:])]
+        assert max(ratios) / min(ratios) < 1.05
+    config = RunConfig(train=TrainConfig(steps=steps), eval=EvalConfig(count=count))
+    config.check()
+    assert config.evaluation_steps == found
+
+
+def test_evaluations_in_even_steps_end_with_the_last() -> None:
+    steps = [
+        RunConfig(train=TrainConfig(steps=12), eval=EvalConfig(every=n)).evaluation_steps for n in (5, 6, 50, None)
+    ]
+    assert steps == [(5, 10, 12), (6, 12), (12,), (12,)]
 
 
 def test_arms_say_what_attention_each_step_has() -> None:

@@ -71,8 +71,13 @@ def test_a_run_leaves_its_records(config: RunConfig, finished: Path) -> None:
     assert set(train[0]) >= {"kind", "step", "tokens", "loss", "lr", "seconds", "compute"}
     assert set(train[0]["compute"]) == {"6nd", "chinchilla", "causal_exact", "accelerator_seconds"}
     assert 0 < train[-1]["compute"]["accelerator_seconds"] < train[-1]["seconds"]
-    assert len(evaluations[0]["windows"]["trailing"]) == 4
     assert [part["end"] for part in evaluations[0]["position_loss"]] == [16, 32, 48, 64]
+    assert not {"windows", "intervals"} & set(evaluations[0])
+    windows = evaluations[-1].pop("windows")
+    assert {name: len(values) for name, values in windows.items()} == dict.fromkeys(windows, 4)
+    assert set(windows) == {"document", "lm", "trailing", "positions"}
+    assert [len(ranges) for ranges in windows["positions"]] == [4] * 4
+    assert sum(windows["lm"]) / 4 == pytest.approx(evaluations[-1]["lm_loss"], rel=1e-5)
     result = records.read_json(finished / "result.json")
     assert result["eval"] == evaluations[-1]
     assert result["config"] == to_dict(config) == records.read_json(finished / "config.json")
@@ -174,6 +179,18 @@ def test_a_time_hybrid_switches_and_can_be_killed_across_the_switch(
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
     saved = records.read_json(tmp_path / "cut" / "checkpoint-12" / "config.json")
     assert saved.get("moba") is None
+
+
+def test_evaluations_evenly_spaced_in_log_compute_are_the_same_after_a_kill(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spaced = replace(config, eval=replace(config.eval, every=None, count=5))
+    assert spaced.evaluation_steps == (1, 2, 3, 6, 12)
+    run_training(spaced, tmp_path / "whole")
+    assert [row["step"] for row in curve(tmp_path / "whole") if row["kind"] == "eval"] == [1, 2, 3, 6, 12]
+    _interrupt(spaced, tmp_path / "cut", 7, monkeypatch)
+    run_training(spaced, tmp_path / "cut")
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
 
 
 def test_accumulated_micro_batches_train_as_one_batch(config: RunConfig, finished: Path, tmp_path: Path) -> None:
@@ -291,7 +308,10 @@ def test_a_disk_that_is_full_stops_the_run_with_earlier_records_whole(
         ({"model": ModelConfig(size="huge")}, r"unknown model\.size 'huge'; the sizes are nano, micro"),
         ({"model": ModelConfig(family="lama")}, r"unknown model\.family 'lama'"),
         ({"model": ModelConfig(size="nano", overrides={"num_heads": 3})}, "configuration has no num_heads"),
-        ({"model": ModelConfig(size="nano", overrides={"hidden_size": 63})}, r"no llama model .*\(63\) is not a mul"),
+        (
+            {"model": ModelConfig(size="nano", overrides={"hidden_size": 63})},
+            r"do not fit a llama model.*\(63\) is not a mul",
+        ),
         ({"train": replace(TRAIN, checkpoint_every=5)}, r"checkpoint_every=5 must be a multiple of train\.log_every=2"),
         ({"eval": replace(EvalConfig(), trailing=70)}, r"eval\.trailing=70 is more than a window of data\.length=64"),
         ({"train": replace(TRAIN, micro_batch_size=3)}, r"batch_size=4 does not divide into 1 device"),
@@ -338,7 +358,7 @@ def test_two_processes_train_as_one(config: RunConfig, finished: Path, tmp_path:
     assert done.returncode == 0, done.stderr
     losses = [[row["loss"] for row in curve(f) if row["kind"] == "train"] for f in (finished, folder)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    windows = [[row["windows"]["lm"] for row in curve(f) if row["kind"] == "eval"] for f in (finished, folder)]
+    windows = [[row["windows"]["lm"] for row in curve(f) if "windows" in row] for f in (finished, folder)]
     assert windows[0][0] == pytest.approx(windows[1][0], rel=1e-2)
 
 

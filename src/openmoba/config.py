@@ -14,33 +14,39 @@ class MobaConfig:
     Attributes:
         block_size: tokens per block, >= 1.
         top_k: blocks each query reads, its own included, >= 1.
-        full_layers: the layers that keep full attention: a count of *last* layers (the layer-wise hybrid of
-            arXiv 2502.13189, section 3.2) or the explicit layer indices.
+        full_layers: the layers that keep full attention, as `parse_full_layers` reads them: a count of *last* layers
+            (the layer-wise hybrid of arXiv 2502.13189, section 3.2), the layers' indices, or a text such as
+            "spread:3".
     """
 
     block_size: int
     top_k: int
-    full_layers: int | tuple[int, ...] = 0
+    full_layers: int | str | tuple[int, ...] = 0
 
     def __post_init__(self) -> None:
         check_blocks(self.block_size, self.top_k)
-        if isinstance(self.full_layers, bool) or not isinstance(self.full_layers, int | Iterable):
-            raise ValueError(f"full_layers must be a count or layer indices, got {self.full_layers!r}")
-        if isinstance(self.full_layers, int):
-            if self.full_layers < 0:
-                raise ValueError(f"full_layers as a count must be >= 0, got {self.full_layers}")
-        else:
-            object.__setattr__(self, "full_layers", tuple(sorted(set(self.full_layers))))
+        object.__setattr__(self, "full_layers", parse_full_layers(self.full_layers))
 
     def full_layer_indices(self, num_layers: int) -> frozenset[int]:
-        """Indices of the full-attention layers in a model of `num_layers` layers."""
-        if isinstance(self.full_layers, int):
-            if self.full_layers > num_layers:
+        """Indices of the full-attention layers in a model of `num_layers` layers.
+
+        Layers "spread:N" are cut into N groups as even as possible, of which each ends in a full layer: with 12
+        layers and N = 3 these are 3, 7 and 11, with N = 5 they are 1, 3, 6, 8 and 11.
+
+        Raises:
+            ValueError: the model does not have these layers.
+        """
+        if not isinstance(self.full_layers, tuple):
+            count = count_full_layers(self.full_layers)
+            if count > num_layers:
                 raise ValueError(
                     f"full_layers={self.full_layers} exceeds the model's {num_layers} layers; "
                     f"use full_layers={num_layers} for full attention everywhere"
                 )
-            return frozenset(range(num_layers - self.full_layers, num_layers))
+            if isinstance(self.full_layers, int):
+                return frozenset(range(num_layers - count, num_layers))
+            spread = self.full_layers.startswith("spread")
+            return frozenset((i + 1) * num_layers // count - 1 if spread else i for i in range(count))
         outside = [i for i in self.full_layers if not 0 <= i < num_layers]
         if outside:
             raise ValueError(f"full_layers {outside} are not layers of a model with layers 0..{num_layers - 1}")
@@ -48,7 +54,7 @@ class MobaConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form, as stored in a model's `config.json`."""
-        full = self.full_layers if isinstance(self.full_layers, int) else list(self.full_layers)
+        full = list(self.full_layers) if isinstance(self.full_layers, tuple) else self.full_layers
         return {"block_size": self.block_size, "top_k": self.top_k, "full_layers": full}
 
     @classmethod
@@ -58,8 +64,54 @@ class MobaConfig:
         missing = sorted({"block_size", "top_k"} - set(values))
         if unknown or missing:
             raise ValueError(f"not a MoBA configuration: unknown keys {unknown}, missing keys {missing}")
-        full = values.get("full_layers", 0)
-        return cls(values["block_size"], values["top_k"], full if isinstance(full, int) else tuple(full))
+        return cls(values["block_size"], values["top_k"], values.get("full_layers", 0))
+
+
+def parse_full_layers(layers: Any) -> int | str | tuple[int, ...]:
+    """The one form of each way to say which layers of a model keep full attention.
+
+    Args:
+        layers: a count of last layers; indices; or a text: "none", "last:3", "first:3", "spread:3" (see
+            `MobaConfig.full_layer_indices`), or indices such as "0,15,31".
+
+    Returns:
+        A count of last layers, indices in order, or "first:COUNT" or "spread:COUNT".
+
+    Raises:
+        ValueError: none of these.
+    """
+    found = _parse_text(layers) if isinstance(layers, str) else layers
+    if isinstance(found, str):
+        return found
+    if isinstance(found, int) and not isinstance(found, bool):
+        if found < 0:
+            raise ValueError(f"full_layers as a count must be >= 0, got {found}")
+        return found
+    indices = tuple(found) if isinstance(found, Iterable) else (None,)
+    if not all(isinstance(index, int) and not isinstance(index, bool) for index in indices):
+        raise ValueError(
+            'full_layers must be a count of last layers, layer indices, "none", "last:COUNT", "first:COUNT", '
+            f'"spread:COUNT" or a text of indices like "0,15,31", got {layers!r}'
+        )
+    return tuple(sorted(set(indices)))
+
+
+def count_full_layers(layers: int | str | tuple[int, ...]) -> int:
+    """How many layers a form that `parse_full_layers` returned names."""
+    if isinstance(layers, str):
+        return int(layers.partition(":")[2])
+    return layers if isinstance(layers, int) else len(layers)
+
+
+def _parse_text(text: str) -> int | str | tuple[int | None, ...]:
+    kind, _, number = text.partition(":")
+    if text == "none":
+        return 0
+    if kind in ("last", "first", "spread") and number.isascii() and number.isdecimal():
+        count = int(number)
+        return count if kind == "last" or count == 0 else f"{kind}:{count}"
+    parts = text.split(",")
+    return tuple(int(part) if part.strip().isascii() and part.strip().isdecimal() else None for part in parts)
 
 
 def check_blocks(block_size: int, top_k: int) -> None:

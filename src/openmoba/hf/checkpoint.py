@@ -58,18 +58,6 @@ def convert(source: str | Path, out: Path, settings: MobaConfig) -> Path:
     return partial.rename(out)
 
 
-def parse_full_layers(text: str) -> int | tuple[int, ...]:
-    """`full_layers` of a MobaConfig from "none", "last:3", or layer indices such as "0,15,31"."""
-    try:
-        if text == "none":
-            return 0
-        if text.startswith("last:"):
-            return int(text.removeprefix("last:"))
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f'full layers must be "none", "last:COUNT" or indices like "0,15,31", got {text!r}') from None
-
-
 def _config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder)

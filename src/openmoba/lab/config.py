@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from openmoba.config import MobaConfig
+from openmoba.config import MobaConfig, parse_full_layers
 from openmoba.lab.records import read_json
 
 ARMS = ("full", "moba", "hybrid", "time_hybrid")
@@ -54,10 +54,13 @@ class ModelConfig:
     family: str = "llama"
     """transformers `model_type`: llama, qwen3, mistral ..."""
     size: str = "tiny"
-    """Preset of widths and depths, see openmoba.lab.model.SIZES."""
+    """Preset of width and depth (`openmoba.lab.model.SIZES`). With heads of 32, for CPUs: nano, micro, tiny, mini,
+    small. With heads of 64: base, medium, large, and by millions of parameters without embeddings 2m, 5m, 9m, 14m,
+    15m (12 layers), 17m, 32m, 85m; grouped-query 13m-gqa, 75m-gqa. With heads of 128: 32m-d128, 85m-d128, and those
+    of arXiv 2502.13189: 545m, 822m, 1.1b, 1.5b, 2.1b."""
     overrides: dict[str, bool | int | float | str | None] = field(default_factory=dict)
     """Entries of the transformers configuration that replace the preset's, e.g. num_key_value_heads 2, or
-    sliding_window None, which mistral needs."""
+    sliding_window None, which mistral needs; a dot leads into a table: rope_parameters.rope_theta 1e6."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,14 @@ class ArmConfig:
     """The attention of a run: the only thing in which the arms of a study differ."""
 
     name: Literal["full", "moba", "hybrid", "time_hybrid"] = "moba"
-    """full, moba, hybrid (the last `full_layers` layers full), time_hybrid (MoBA, then full attention)."""
+    """full, moba, hybrid (some layers full, see `full_layers`), time_hybrid (MoBA, then full attention)."""
     block_size: int = 64
     """Tokens per MoBA block."""
     top_k: int = 3
     """Blocks each query reads, its own included."""
-    full_layers: int | tuple[int, ...] = 1
-    """hybrid: count of last layers, or indices of the layers, that keep full attention."""
+    full_layers: int | tuple[int, ...] | str = 1
+    """hybrid: the layers that keep full attention: a count of last layers, indices, or "first:3", "last:3", or
+    "spread:3" for layers evenly spread, the last among them."""
     switch_at: float = 0.9
     """time_hybrid: share of the steps after which MoBA turns into full attention."""
 
@@ -81,6 +85,8 @@ class ArmConfig:
         if not 0 <= self.switch_at <= 1:
             raise ValueError(f"arm.switch_at is a share of the steps in [0, 1], got {self.switch_at}")
         MobaConfig(self.block_size, self.top_k, self.full_layers)
+        if isinstance(self.full_layers, str):
+            object.__setattr__(self, "full_layers", parse_full_layers(self.full_layers))
 
     def switch_step(self, steps: int) -> int:
         """First step (counted from 0) of `steps` that trains with full attention; `steps` if none does."""
@@ -160,6 +166,9 @@ class EvalConfig:
     """Validation windows, evenly spread over the validation documents."""
     every: int | None = None
     """Steps between evaluations; left out: once, at the end."""
+    count: int | None = None
+    """Instead of `every`: number of evaluations, from the first step to the last, evenly spaced in the logarithm of
+    the step, so in that of compute."""
     trailing: int | None = None
     """Last positions of a full window that make the trailing loss; left out: 2048, at most length // 8."""
     position_range: int | None = None
@@ -168,7 +177,7 @@ class EvalConfig:
     """Windows per forward pass."""
 
     def __post_init__(self) -> None:
-        _at_least(self, windows=1, every=1, trailing=1, position_range=1, batch_size=1)
+        _at_least(self, windows=1, every=1, count=1, trailing=1, position_range=1, batch_size=1)
 
 
 @dataclass(frozen=True)
@@ -191,6 +200,12 @@ class RunConfig:
                 f"train.checkpoint_every={self.train.checkpoint_every} must be a multiple of train.log_every="
                 f"{self.train.log_every}, so that a resumed run continues with the same records"
             )
+        if self.eval.every is not None and self.eval.count is not None:
+            raise ValueError(
+                f"eval.every={self.eval.every} and eval.count={self.eval.count} exclude each other; leave one out"
+            )
+        if (self.eval.count or 1) > self.train.steps:
+            raise ValueError(f"eval.count={self.eval.count} is more than train.steps={self.train.steps}; lower it")
         for name, value in (
             ("eval.trailing", self.eval.trailing),
             ("eval.position_range", self.eval.position_range),
@@ -210,9 +225,28 @@ class RunConfig:
         return self.eval.position_range or default_range(self.data.length)
 
     @property
+    def evaluation_steps(self) -> tuple[int, ...]:
+        """The steps after which the model is evaluated, the last among them."""
+        steps = self.train.steps
+        if self.eval.count is None:
+            return (*range(every := self.eval.every or steps, steps, every), steps)
+        return spaced_steps(steps, self.eval.count)
+
+    @property
     def tokens(self) -> int:
         """Training tokens."""
         return self.train.steps * self.train.batch_size * self.data.length
+
+
+def spaced_steps(steps: int, count: int) -> tuple[int, ...]:
+    """`count` steps from the first to the last of `steps`, evenly spaced in their logarithm, rounded and all different.
+
+    Where rounding would make two the same, as near the first step, the next free one is taken.
+    """
+    found = [steps] if count == 1 else [1]
+    for number in range(1, count):
+        found.append(max(found[-1] + 1, round(steps ** (number / (count - 1)))))
+    return tuple(found)
 
 
 def default_range(length: int) -> int:
@@ -268,11 +302,24 @@ def _read(hint: Any, value: Any, where: str) -> Any:
         if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
         if kind is dict and isinstance(value, dict):
-            return {key: _read(get_args(option)[1], item, f"{where}.{key}") for key, item in value.items()}
+            items = _dotted(value, where).items()
+            return {key: _read(get_args(option)[1], item, f"{where}.{key}") for key, item in items}
         if kind in (int, str, bool, NoneType) and type(value) is kind:
             return value
     allowed = " or ".join(_name(option) for option in options)
     raise ValueError(f"{where} must be {allowed}, got {value!r}")
+
+
+def _dotted(table: dict[str, Any], where: str) -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`: the entries of tables by one name, as on the command line."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        inner = _dotted(value, f"{where}.{key}") if isinstance(value, dict) else None
+        names = {key: value} if inner is None else {f"{key}.{name}": item for name, item in inner.items()}
+        if twice := flat.keys() & names.keys():
+            raise ValueError(f"{where}.{min(twice)} is set twice; leave one out")
+        flat |= names
+    return flat
 
 
 def _name(hint: Any) -> str:

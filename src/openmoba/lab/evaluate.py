@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ from openmoba.lab.windows import IGNORED, Windows
 _RESAMPLES = 1000
 
 Row = dict[str, Any]
+Sums = dict[str | int, tuple[np.ndarray, np.ndarray]]
+"""Part of the windows -> sums of losses and numbers of labels, each `[W]`; a range's name is its start."""
 TokenLosses = Callable[[Tensor, Tensor], Tensor]
 """(input_ids, labels) -> loss per token; a model after `attach_loss` is one."""
 
@@ -48,7 +51,8 @@ def evaluate_source(
         ValueError: no readable model, or settings that do not fit each other.
     """
     own = stored_config(source) if is_run(source) else RunConfig()
-    checked = RunConfig(data=data or own.data, eval=evaluation or own.eval)
+    settings = replace(evaluation or own.eval, every=None, count=None)  # when a run evaluates is its own matter
+    checked = RunConfig(data=data or own.data, eval=settings)
     checked.check()
     data, evaluation = checked.data, checked.eval
     folder = model_folder(source)
@@ -63,7 +67,7 @@ def evaluate_source(
     return summary(
         loss_WT,
         labelled_WT,
-        windows.full,
+        windows,
         evaluation.trailing or default,
         evaluation.position_range or default,
     )
@@ -104,35 +108,62 @@ def window_losses(
 
 
 def summary(
-    loss_WT: np.ndarray, labelled_WT: np.ndarray, full_W: np.ndarray, trailing: int, position_range: int
+    loss_WT: np.ndarray,
+    labelled_WT: np.ndarray,
+    windows: Windows,
+    trailing: int,
+    position_range: int,
+    *,
+    each_window: bool = True,
 ) -> Row:
     """The part of an evaluation record that follows from the losses.
 
     Returns:
-        `lm_loss`, `trailing_loss` (None without full windows), `position_loss` by range, the mean of each window
-        under `windows`, and 95 % intervals under `intervals` and in the ranges.
+        `lm_loss`, `trailing_loss` (None without full windows), `position_loss` by range (those that have labels),
+        `trailing`. With `each_window` also 95 % intervals, under `intervals` and in the ranges, and under `windows`
+        the means of each window to six digits: `document` (the number of the document it comes from), `lm`,
+        `trailing` (None where it does not reach the full length), and `positions`, a list with the loss of each
+        range of `position_loss` (None without labels there).
     """
     length = loss_WT.shape[1]
-    last = slice(length - trailing, length)
-    parts = {
-        "lm": (loss_WT, labelled_WT),
-        "trailing": (loss_WT[full_W, last], labelled_WT[full_W, last]),
+    starts = range(0, length, position_range)
+    parts: dict[str | int, slice] = {start: slice(start, start + position_range) for start in starts}
+    parts |= {"lm": slice(None), "trailing": slice(length - trailing, length)}
+    sums: Sums = {
+        name: (loss_WT[:, part].sum(1, dtype=np.float64), labelled_WT[:, part].sum(1)) for name, part in parts.items()
     }
-    sums = {name: (loss.sum(1, dtype=np.float64), labelled.sum(1)) for name, (loss, labelled) in parts.items()}
-    ranges = []
-    for start in range(0, length, position_range):
-        end = min(start + position_range, length)
-        totals = loss_WT[:, start:end].sum(1, dtype=np.float64), labelled_WT[:, start:end].sum(1)
-        if (loss := _mean(*totals)) is not None:
-            ranges.append({"start": start, "end": end, "loss": loss, "interval": bootstrap_interval(*totals)})
-    return {
+    total_W, count_W = sums["trailing"]
+    sums["trailing"] = (total_W * windows.full, count_W * windows.full)
+    ranges = [
+        {"start": start, "end": min(start + position_range, length), "loss": loss}
+        for start in starts
+        if (loss := _mean(*sums[start])) is not None
+    ]
+    row = {
         "lm_loss": _mean(*sums["lm"]),
         "trailing_loss": _mean(*sums["trailing"]),
         "position_loss": ranges,
-        "intervals": {name: bootstrap_interval(*totals) for name, totals in sums.items()},
-        "windows": {name: (total[count > 0] / count[count > 0]).tolist() for name, (total, count) in sums.items()},
         "trailing": trailing,
     }
+    return row | _each_window(sums, ranges, windows.documents) if each_window else row
+
+
+def _each_window(sums: Sums, ranges: list[Row], document_W: np.ndarray) -> Row:
+    positions = [_window_means(*sums[part["start"]]) for part in ranges]
+    return {
+        "position_loss": [part | {"interval": bootstrap_interval(*sums[part["start"]])} for part in ranges],
+        "intervals": {name: bootstrap_interval(*sums[name]) for name in ("lm", "trailing")},
+        "windows": {
+            "document": document_W.tolist(),
+            "lm": _window_means(*sums["lm"]),
+            "trailing": _window_means(*sums["trailing"]),
+            "positions": [list(means) for means in zip(*positions, strict=True)],
+        },
+    }
+
+
+def _window_means(total_W: np.ndarray, count_W: np.ndarray) -> list[float | None]:
+    return [float(f"{total / count:.6g}") if count else None for total, count in zip(total_W, count_W, strict=True)]
 
 
 def bootstrap_interval(total_W: np.ndarray, count_W: np.ndarray) -> list[float] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,19 +13,28 @@ import torch
 from openmoba.config import MobaConfig
 from openmoba.lab.checkpoint import newest_checkpoint
 from openmoba.lab.config import ModelConfig
+from openmoba.lab.overrides import check_rotation, replace_entries, transformers_config
 
 
 @dataclass(frozen=True)
 class Size:
-    """Widths and depth of a decoder."""
+    """Widths and depth of a decoder; `kv_heads` None gives every query head keys and values of its own."""
 
     hidden: int
     layers: int
     heads: int
     feed_forward: int
+    kv_heads: int | None = None
+
+    @property
+    def matrices(self) -> int:
+        """Parameters of all layers' matrices, which is all parameters but embeddings and norms."""
+        keys = (self.kv_heads or self.heads) * self.hidden // self.heads
+        return self.layers * self.hidden * (2 * self.hidden + 2 * keys + 3 * self.feed_forward)
 
 
 SIZES = {
+    # For CPUs: heads of 32, for which GPUs have no fast kernels; "base" and above have heads of 64.
     "nano": Size(64, 2, 2, 176),
     "micro": Size(96, 3, 3, 256),
     "tiny": Size(128, 4, 4, 344),
@@ -32,6 +43,22 @@ SIZES = {
     "base": Size(512, 8, 8, 1376),
     "medium": Size(768, 12, 12, 2048),
     "large": Size(1024, 16, 16, 2736),
+    # For GPUs, by their parameters without embeddings. Heads of 64, the feed-forward about 8/3 of the width; 2m, 5m,
+    # 9m, 17m and 32m are a ladder in steps of about two, 15m has the twelve layers that many hybrids want.
+    "2m": Size(192, 5, 3, 512),
+    "5m": Size(256, 6, 4, 704),
+    "9m": Size(320, 7, 5, 896),
+    "14m": Size(384, 8, 6, 1024),
+    "15m": Size(320, 12, 5, 896),
+    "17m": Size(384, 10, 6, 960),
+    "32m": Size(512, 10, 8, 1408),
+    "85m": Size(768, 12, 12, 2048),
+    # Heads of 128.
+    "32m-d128": Size(512, 10, 4, 1408),
+    "85m-d128": Size(768, 12, 6, 2048),
+    # Three query heads share the keys and values of one: 14m and 85m with fewer parameters.
+    "13m-gqa": Size(384, 8, 6, 1024, kv_heads=2),
+    "75m-gqa": Size(768, 12, 12, 2048, kv_heads=4),
     # The scaling-law models of arXiv 2502.13189, table 1. Their feed-forward widths are not published; these give
     # the published counts of parameters.
     "545m": Size(1792, 14, 14, 4864),
@@ -40,7 +67,7 @@ SIZES = {
     "1.5b": Size(2560, 20, 20, 6400),
     "2.1b": Size(2816, 22, 22, 7680),
 }
-"""Presets by name, in increasing order."""
+"""Presets by name, in increasing order within each group."""
 
 
 def build_model(config: ModelConfig, vocab_size: int, length: int, seed: int) -> Any:
@@ -61,20 +88,42 @@ def build_model(config: ModelConfig, vocab_size: int, length: int, seed: int) ->
         return AutoModelForCausalLM.from_config(entries, dtype=torch.float32)
 
 
+def check_model(config: ModelConfig, length: int, attention: MobaConfig | None) -> None:
+    """Raise ValueError unless there is such a model with such attention; takes no memory for its weights."""
+    with torch.device("meta"):
+        model = build_model(config, 64, length, 0)
+    check_rotation(model, config.overrides)
+    set_attention(model, attention)
+
+
 def load_model(source: str | Path, overrides: dict[str, Any] | None = None) -> Any:
     """The model of a folder or a hub name, its weights in fp32, with entries of its configuration replaced.
 
     Raises:
-        ValueError: there is none, its files are broken, or its weights are not safetensors.
+        ValueError: there is none, its files are broken, its weights are not safetensors, or an override does not
+            fit it.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     import openmoba.hf  # noqa: F401  registers the attention that a saved model may ask for
 
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            str(source), dtype=torch.float32, use_safetensors=True, **(overrides or {})
+    overrides = overrides or {}
+    with _reading(source):
+        config = AutoConfig.from_pretrained(str(source))
+    if overrides:
+        replace_entries(config, overrides, f"the model of {source}")
+    with _reading(source):
+        model = AutoModelForCausalLM.from_pretrained(
+            str(source), config=config, dtype=torch.float32, use_safetensors=True
         )
+    check_rotation(model, overrides)
+    return model
+
+
+@contextmanager
+def _reading(source: str | Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # the readers of JSON, safetensors and the hub have no common base of errors
         raise ValueError(f"{source} holds no readable model with safetensors weights ({error})") from error
 
@@ -102,8 +151,6 @@ def set_attention(model: Any, attention: MobaConfig | None) -> None:
 
 
 def _transformers_config(config: ModelConfig, vocab_size: int, length: int) -> Any:
-    from transformers import AutoConfig
-
     if config.size not in SIZES:
         raise ValueError(f"unknown model.size {config.size!r}; the sizes are {', '.join(SIZES)}")
     size = SIZES[config.size]
@@ -112,18 +159,11 @@ def _transformers_config(config: ModelConfig, vocab_size: int, length: int) -> A
         "hidden_size": size.hidden,
         "num_hidden_layers": size.layers,
         "num_attention_heads": size.heads,
-        "num_key_value_heads": size.heads,
+        "num_key_value_heads": size.kv_heads or size.heads,
         "head_dim": size.hidden // size.heads,
         "intermediate_size": size.feed_forward,
         "max_position_embeddings": length,
         "tie_word_embeddings": True,
         "use_cache": False,
     }
-    try:
-        known = AutoConfig.for_model(config.family)
-    except ValueError:
-        raise ValueError(f"unknown model.family {config.family!r}; give a transformers model_type") from None
-    unknown = sorted(name for name in config.overrides if not hasattr(known, name))
-    if unknown:
-        raise ValueError(f"model.overrides: a {config.family} configuration has no {', '.join(unknown)}")
-    return AutoConfig.for_model(config.family, **entries | config.overrides)
+    return transformers_config(config.family, entries, config.overrides)

@@ -27,13 +27,13 @@ class Convert:
     top_k: int
     """Blocks each query reads, its own included."""
     full_layers: str = "none"
-    """Layers that keep full attention: "none", "last:3", or indices such as "0,15,31"."""
+    """Layers that keep full attention: "none", "last:3", "first:3", "spread:3" (evenly), or indices: "0,15,31"."""
 
     def run(self) -> None:
         """Convert, and say how to load the result."""
-        from openmoba.hf.checkpoint import convert, parse_full_layers
+        from openmoba.hf.checkpoint import convert
 
-        settings = MobaConfig(self.block_size, self.top_k, parse_full_layers(self.full_layers))
+        settings = MobaConfig(self.block_size, self.top_k, self.full_layers)
         convert(self.model, self.out, settings)
         print(f'import openmoba.hf, then AutoModelForCausalLM.from_pretrained("{self.out}")')
 

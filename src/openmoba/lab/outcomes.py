@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from openmoba.config import count_full_layers
 from openmoba.lab.config import RunConfig, from_dict
 from openmoba.lab.fit import Difference, Fit, Interval, fit_runs, paired_difference
 from openmoba.lab.recipe import PlannedRun, Recipe
@@ -39,8 +40,7 @@ class Outcome:
     @property
     def full_layers(self) -> int:
         """How many layers a layer-wise hybrid keeps full."""
-        full = self.config.arm.full_layers
-        return full if isinstance(full, int) else len(full)
+        return count_full_layers(self.config.arm.full_layers)
 
     def loss(self, kind: Loss) -> float:
         """Final loss in nats; ValueError if no validation window reached the full length."""
@@ -54,7 +54,7 @@ class Outcome:
 
     def windows(self, kind: Loss) -> list[float]:
         """Final loss of every validation window, in nats; none for the trailing loss if all windows are shorter."""
-        return list(self.final["windows"][kind])
+        return [loss for loss in self.final["windows"][kind] if loss is not None]
 
 
 def read_outcomes(recipe: Recipe, study: Path) -> list[Outcome]:

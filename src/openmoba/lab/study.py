@@ -15,7 +15,7 @@ from typing import Any
 
 from openmoba.lab.claims import claim, holder
 from openmoba.lab.config import to_dict
-from openmoba.lab.model import SIZES
+from openmoba.lab.model import SIZES, check_model
 from openmoba.lab.progress import Progress, duration
 from openmoba.lab.recipe import RECIPE_FILE, PlannedRun, Recipe
 from openmoba.lab.records import Row, has_begun, read_json, write_json, write_text
@@ -43,6 +43,7 @@ def run_study(recipe: Recipe, study: Path, train: Train, reporter: Callable[[str
             "`openmoba study` once per GPU, each with its CUDA_VISIBLE_DEVICES"
         )
     check_folders(recipe, study)
+    check_models(recipe)
     study.mkdir(parents=True, exist_ok=True)
     write_text(study / RECIPE_FILE, recipe.text)
     clock = StudyClock(recipe, study)
@@ -80,6 +81,20 @@ def check_folders(recipe: Recipe, study: Path) -> None:
                 f"{file.parent} was made with another configuration ({changes}); "
                 "restore the recipe, choose another --out, or delete that folder to train it again"
             )
+
+
+def check_models(recipe: Recipe) -> None:
+    """Raise ValueError if a run's model cannot be built, or cannot have the attention of its arm."""
+    checked = []
+    for run in recipe.runs:
+        config = run.config(Path())
+        attention = config.arm.attention(0, config.train.steps)
+        if config.train.start_from is None and (config.model, config.data.length, attention) not in checked:
+            checked.append((config.model, config.data.length, attention))
+            try:
+                check_model(*checked[-1])
+            except ValueError as error:
+                raise ValueError(f"run {run.name}: {error}") from error
 
 
 def overview(recipe: Recipe, study: Path) -> str:
@@ -161,8 +176,7 @@ def _work(run: PlannedRun) -> float:
     config = run.config(Path())
     size = SIZES[config.model.size]
     matrices = size.layers * (4 * size.hidden**2 + 3 * size.hidden * size.feed_forward)
-    evaluations = config.train.steps // (config.eval.every or config.train.steps)
-    evaluated = evaluations * config.eval.windows * config.data.length
+    evaluated = len(config.evaluation_steps) * config.eval.windows * config.data.length
     tokens = config.tokens + evaluated / 3  # a forward pass is a third of a step
     return tokens * (matrices + config.data.vocab_size * size.hidden + 60_000 * size.layers)
 

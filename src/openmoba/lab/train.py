@@ -16,7 +16,7 @@ from openmoba.lab import records
 from openmoba.lab.checkpoint import checkpoint_step, newest_checkpoint, prune
 from openmoba.lab.config import RunConfig, stored_config, to_dict
 from openmoba.lab.data import Data, load_data, validation_windows
-from openmoba.lab.model import build_model, is_run, load_model, model_folder, set_attention
+from openmoba.lab.model import build_model, check_model, is_run, load_model, model_folder, set_attention
 from openmoba.lab.progress import Progress
 from openmoba.lab.provenance import provenance
 from openmoba.lab.windows import Windows
@@ -43,6 +43,7 @@ def run_training(config: RunConfig, folder: Path, *, progress: Progress | None =
         progress.note(f"{folder} is finished")
         return records.read_json(folder / "result.json")
     source = None if config.train.start_from is None else model_folder(config.train.start_from)
+    _check_model(config)
     data = load_data(config.data, start_from=source, progress=progress)
     valid = validation_windows(data.valid, config.eval.windows)
     _check_labels(config, data)
@@ -97,8 +98,7 @@ def _check_labels(config: RunConfig, data: Data) -> None:
 def _model(config: RunConfig, data: Data, source: Path | str | None) -> Any:
     """Fresh weights, or those of `source`, that fit the tokenizer and the windows."""
     if source is None:
-        return _fresh_model(config, len(data.tokenizer))
-    _check_origin(config)
+        return build_model(config.model, len(data.tokenizer), config.data.length, config.train.seed)
     model = load_model(source, config.model.overrides)
     entries = model.get_input_embeddings().weight.shape[0]
     if len(data.tokenizer) > entries:
@@ -115,21 +115,15 @@ def _model(config: RunConfig, data: Data, source: Path | str | None) -> Any:
     return model
 
 
-def _fresh_model(config: RunConfig, vocab_size: int) -> Any:
-    from huggingface_hub.errors import StrictDataclassError  # what transformers' configurations raise
+def _check_model(config: RunConfig) -> None:
+    """Raise ValueError if there is no such model, or the run that this one goes on from has another.
 
-    try:
-        return build_model(config.model, vocab_size, config.data.length, config.train.seed)
-    except StrictDataclassError as error:
-        raise ValueError(
-            f"model.overrides={config.model.overrides} make no {config.model.family} model of size "
-            f"{config.model.size}, correct or leave out the entry: {error.__cause__ or error}"
-        ) from error
-
-
-def _check_origin(config: RunConfig) -> None:
-    """A run that goes on from another run says the same model, since its records carry that name."""
-    start = Path(config.train.start_from or "")
+    A run that goes on from another run says the same model, since its records carry that name.
+    """
+    if config.train.start_from is None:
+        check_model(config.model, config.data.length, config.arm.attention(0, config.train.steps))
+        return
+    start = Path(config.train.start_from)
     if not is_run(start):
         return
     origin = stored_config(start).model
@@ -180,7 +174,7 @@ def _result(config: RunConfig, folder: Path, parameters: dict[str, int], data: D
         "params": parameters,
         "tokens": config.tokens,
         "compute": evaluation["compute"],
-        "eval": evaluation,
+        "eval": {key: value for key, value in evaluation.items() if key != "windows"},
         "data": {
             "training_windows": len(data.train),
             "epochs": config.train.steps * config.train.batch_size / len(data.train),

@@ -147,7 +147,13 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         model.eval()
         with autocast(self.args.device, self.args.bf16):
             losses = window_losses(model, self.valid, self.config.eval.batch_size, self.args.device)
-        row = summary(*losses, self.valid.full, self.config.trailing, self.config.position_range)
+        row = summary(
+            *losses,
+            self.valid,
+            self.config.trailing,
+            self.config.position_range,
+            each_window=self.state.global_step == self.config.train.steps,
+        )
         self.record({"kind": "eval", **row})
         logs = {f"eval_{name}": row[name] for name in ("lm_loss", "trailing_loss") if row[name] is not None}
         self.log(dict(logs))
@@ -179,6 +185,7 @@ class _RunCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, trainer: RunTrainer) -> None:
         self.trainer = trainer
+        self.evaluations = frozenset(trainer.config.evaluation_steps)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.clock.skip()
@@ -190,7 +197,7 @@ class _RunCallback(TrainerCallback):  # type: ignore[misc]
         config, step = self.trainer.config, state.global_step
         last = step == config.train.steps
         control.should_log = last or step % config.train.log_every == 0
-        control.should_evaluate = last or (config.eval.every is not None and step % config.eval.every == 0)
+        control.should_evaluate = step in self.evaluations
         control.should_save = last or step % config.train.checkpoint_every == 0
         if control.should_log or control.should_evaluate or control.should_save:
             self.trainer.check_loss()

@@ -1,0 +1,122 @@
+"""`model.overrides`: entries of a transformers configuration replaced, those inside a table too, and checked.
+
+transformers only warns of an entry that it does not know, and of some values not even that, and then trains
+another model than was asked for. Here each is an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+Entries = dict[str, Any]
+
+
+def transformers_config(family: str, entries: Entries, overrides: Entries) -> Any:
+    """The configuration of a fresh model of `family`: `entries`, with the overrides on top.
+
+    Args:
+        overrides: by name; a dot leads into a table, as in `rope_parameters.rope_theta`.
+
+    Raises:
+        ValueError: unknown family, or an override that it does not have or cannot take.
+    """
+    from transformers import AutoConfig
+
+    try:
+        known = AutoConfig.for_model(family)
+    except ValueError:
+        raise ValueError(f"unknown model.family {family!r}; give a transformers model_type") from None
+    with _refusing(overrides, f"a {family} model"):
+        config = AutoConfig.for_model(family, **entries | _replaced(known, overrides))
+        _check(config, overrides)
+    return config
+
+
+def replace_entries(config: Any, overrides: Entries, what: str) -> None:
+    """Put the overrides into the configuration of a trained model, which errors call `what`.
+
+    Raises:
+        ValueError: an override that it does not have or cannot take.
+    """
+    with _refusing(overrides, what):
+        for name, value in _replaced(config, overrides).items():
+            setattr(config, name, value)
+        config.validate()
+        _check(config, overrides)
+
+
+def check_rotation(model: Any, overrides: Entries) -> None:
+    """ValueError if a part of the head was to be rotated and the family rotates all of it regardless."""
+    share = overrides.get("rope_parameters.partial_rotary_factor", 1)
+    frequencies = [module.inv_freq for module in model.modules() if hasattr(module, "inv_freq")]
+    width = getattr(model.config, "head_dim", None)
+    if share != 1 and width and any(2 * len(frequency) == width for frequency in frequencies):
+        raise ValueError(
+            f"model.overrides: a {model.config.model_type} model rotates whole heads and ignores "
+            f"rope_parameters.partial_rotary_factor={share}; leave it out, or take a family that has it, such as glm"
+        )
+
+
+def _replaced(config: Any, overrides: Entries) -> Entries:
+    """The entries of `config` that change, tables as a whole; KeyError for one that it does not have."""
+    changed: Entries = {}
+    for name, value in overrides.items():
+        head, *path = name.split(".")
+        if not hasattr(config, head):
+            raise KeyError(f"the configuration has no {head}")
+        if not path:
+            changed[head] = value
+            continue
+        table = changed.setdefault(head, copy.deepcopy(getattr(config, head)))
+        for key in path[:-1]:
+            table = table.get(key) if isinstance(table, dict) else None
+        if not isinstance(table, dict):
+            raise KeyError(f"{name} leads into {'.'.join([head, *path[:-1]])}, which is no table there")
+        table[path[-1]] = value
+    return changed
+
+
+def _check(config: Any, overrides: Entries) -> None:
+    """What transformers leaves to the first forward pass, or computes NaN from."""
+    for name, value in overrides.items():
+        theta = name.split(".")[-1] == "rope_theta"
+        if theta and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf):
+            raise ValueError(f"{name} must be a number > 0, got {value!r}")
+    heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if shared is not None and (shared < 1 or heads % shared):
+        raise ValueError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={shared}")
+
+
+class _Refuse(logging.Handler):
+    """Turns a warning into an error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise ValueError(record.getMessage())
+
+
+@contextmanager
+def _refusing(overrides: Entries, what: str) -> Iterator[None]:
+    """Make one error of what transformers raises about overrides, and of what it would only warn of."""
+    from huggingface_hub.errors import StrictDataclassError  # what transformers' configurations raise
+
+    logger, refuse = logging.getLogger("transformers.modeling_rope_utils"), _Refuse()
+    level = logger.level
+    if overrides:
+        logger.addHandler(refuse)
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
+        said = reason.args[0] if reason and reason.args else error
+        raise ValueError(
+            f"model.overrides={overrides} do not fit {what}, correct or leave out the entry: {said}"
+        ) from error
+    finally:
+        logger.removeHandler(refuse)
+        logger.setLevel(level)
