@@ -1,11 +1,13 @@
 """A study whose runs are computed, not trained: known laws, noise per run, and windows of known difficulty."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from openmoba.lab.config import RunConfig, to_dict
+from openmoba.lab.identity import Known
 from openmoba.lab.progress import Progress
 
 LAWS = {"moba": (1.546, -0.108), "full": (1.464, -0.097), "hybrid": (1.50, -0.103)}
@@ -45,7 +47,7 @@ run = { train = { steps = 40, loss_tokens = 128 } }
 """
 
 
-def train(config: RunConfig, folder: Path, *, progress: Progress | None = None) -> dict:
+def train(config: RunConfig, folder: Path, *, progress: Progress | None = None, known: Sequence[Known] = ()) -> dict:
     """Stands in for `run_training`: writes a run's records, with losses from the arm's law."""
     size = config.model.size
     arm = f"{config.arm.name}{config.arm.full_layers}"

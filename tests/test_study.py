@@ -147,7 +147,7 @@ def test_run_of_another_configuration_is_refused_before_anything_runs(tmp_path: 
     recipe = parse_recipe(RECIPE, title="t")
     train(recipe.runs[5].config(tmp_path), tmp_path / recipe.runs[5].name)
     changed = parse_recipe(RECIPE.replace("steps = 200", "steps = 300"), title="t")
-    with pytest.raises(ValueError, match=r"train\.steps: 200 there, 300 here.*choose another --out") as error:
+    with pytest.raises(ValueError, match=r"train\.steps was 200 and is 300.*choose another --out") as error:
         run_study(changed, tmp_path, forbidden, silent)
     assert recipe.runs[5].name in str(error.value)
     assert run_study(recipe, tmp_path, train, silent) == len(recipe.runs) - 1
@@ -228,7 +228,7 @@ def test_special_settings_win_over_general_ones(tmp_path: Path) -> None:
 def test_runs_wait_for_what_they_start_from(tmp_path: Path) -> None:
     order = []
 
-    def note(config: Any, folder: Path, *, progress: Progress) -> dict[str, Any]:
+    def note(config: Any, folder: Path, **_: Any) -> dict[str, Any]:
         if config.train.start_from:
             assert (Path(config.train.start_from) / "result.json").exists()
         order.append(folder)

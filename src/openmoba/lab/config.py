@@ -268,6 +268,21 @@ def stored_config(folder: str | Path) -> RunConfig:
     return from_dict(RunConfig, read_json(Path(folder) / "config.json"))
 
 
+def changes(stored: RunConfig, wanted: RunConfig) -> list[str]:
+    """What makes `wanted` another run than `stored`: "train.steps was 100 and is 200".
+
+    Configurations are compared, not files: a setting that is newer than a stored file has its default there, and the
+    default of a new setting must be what runs did before it. Where the cache lies changes no run.
+    """
+    before, now = to_dict(stored), to_dict(wanted)
+    return [
+        f"{section}.{key} was {before[section][key]!r} and is {value!r}"
+        for section, values in now.items()
+        for key, value in values.items()
+        if (section, key) != ("data", "cache") and before[section][key] != value
+    ]
+
+
 def from_dict(kind: type[T], values: dict[str, Any], where: str = "") -> T:
     """Build the dataclass `kind` from plain values; left-out keys take their defaults.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import numpy as np
 
 from openmoba.lab.config import DataConfig
 from openmoba.lab.corpus import Corpus, open_corpus
+from openmoba.lab.identity import Identity, Known, documents_digest
 from openmoba.lab.progress import Progress
 from openmoba.lab.store import Survey, TokenStore, cached, survey, tokenise
-from openmoba.lab.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
+from openmoba.lab.tokenizer import byte_tokenizer, fingerprint, load_tokenizer, train_bpe
 from openmoba.lab.windows import Windows, cut_windows
 
 
@@ -24,57 +26,82 @@ class Data:
         train: windows of the training documents.
         valid: windows of the validation documents, which are none of the training documents.
         tokenizer: a fast tokenizer of the transformers library.
+        identity: what they are, see `openmoba.lab.identity`.
     """
 
     train: Windows
     valid: Windows
     tokenizer: Any
+    identity: Identity
 
 
 @dataclass(frozen=True)
 class _Split:
-    """Corpora and the numbers of the documents used, int64."""
+    """Corpora, the numbers of the documents used, int64, and the digests of these documents."""
 
     train: Corpus
     train_documents: np.ndarray
     valid: Corpus
     valid_documents: np.ndarray
+    identity: Identity
 
 
-def load_data(config: DataConfig, start_from: Path | str | None = None, progress: Progress | None = None) -> Data:
+def load_data(
+    config: DataConfig,
+    start_from: Path | str | None = None,
+    progress: Progress | None = None,
+    *,
+    resumed: Path | None = None,
+    known: Sequence[Known] = (),
+) -> Data:
     """Open, split and tokenise the documents, or find all that done in the cache.
 
     Args:
         start_from: folder or hub name of a model whose tokenizer `tokenizer="auto"` takes.
+        resumed: the checkpoint from which a run goes on, whose tokenizer is taken.
+        known: data that these must agree with; checked before the work that a difference would waste.
 
     Raises:
-        ValueError: no documents, or none that reaches the window's length, with the way out.
+        ValueError: no documents, or none that reaches the window's length, or others than those known, with the
+            way out.
     """
     progress = progress or Progress()
     cache = Path(config.cache).expanduser()
     split = _split(config, cache)
-    tokenizer = _tokenizer(config, split, start_from, cache, progress)
+    _check(split.identity, known, config)
+    tokenizer = load_tokenizer(resumed) if resumed else _tokenizer(config, split, start_from, cache, progress)
+    identity = {**split.identity, "tokenizer": fingerprint(tokenizer), "vocabulary": len(tokenizer)}
+    _check(identity, known, config)
     progress.note(f"tokens of {config.source}")
     store = tokenise(split.train, tokenizer, cache)
     valid_store = store if split.valid == split.train else tokenise(split.valid, tokenizer, cache)
-    return Data(
-        _windows(store, split.train_documents, config.length, f"{config.source} (training)"),
-        _windows(valid_store, split.valid_documents, config.length, f"{split.valid.name} (validation)"),
-        tokenizer,
-    )
+    train = _windows(store, split.train_documents, config.length, f"{config.source} (training)")
+    valid = _windows(valid_store, split.valid_documents, config.length, f"{split.valid.name} (validation)")
+    identity["training_windows"] = len(train)
+    _check(identity, known, config)
+    return Data(train, valid, tokenizer, identity)
 
 
-def load_validation(config: DataConfig, model: Path | str, progress: Progress | None = None) -> Windows:
-    """All validation windows, in the tokens of the model in the folder or of the hub name `model`."""
+def load_validation(
+    config: DataConfig, model: Path | str, progress: Progress | None = None, *, known: Sequence[Known] = ()
+) -> Windows:
+    """All validation windows, in the tokens of the model in the folder or of the hub name `model`.
+
+    Args:
+        known: data whose validation documents these must be.
+    """
     cache = Path(config.cache).expanduser()
     tokenizer = load_tokenizer(model)
-    (progress or Progress()).note(f"tokens of {config.valid or config.source}")
     if config.valid is None:
         split = _split(config, cache)
         corpus, documents = split.valid, split.valid_documents
+        _check({"valid": split.identity["valid"]}, known, config)
     else:
         corpus = open_corpus(config.valid, config.column)
-        documents = np.arange(len(_nonempty(corpus, cache).sizes))
+        surveyed = _nonempty(corpus, cache)
+        documents = np.arange(len(surveyed.sizes))
+        _check({"valid": documents_digest(surveyed.digests)}, known, config)
+    (progress or Progress()).note(f"tokens of {config.valid or config.source}")
     return _windows(tokenise(corpus, tokenizer, cache), documents, config.length, f"{corpus.name} (validation)")
 
 
@@ -113,12 +140,22 @@ def _split(config: DataConfig, cache: Path) -> _Split:
         documents, held = hold_out(surveyed, config.hold_out)
         if len(held) == 0:
             raise ValueError(f"{config.source} is one document, none is left for validation; set data.valid")
-        return _Split(train, documents, train, held)
+        return _Split(train, documents, train, held, _identity(surveyed, documents, surveyed, held))
     valid = open_corpus(config.valid, config.column)
     held_survey = _nonempty(valid, cache)
     _, unique = np.unique(surveyed.digests, return_index=True)
     fresh = unique[~np.isin(surveyed.digests[unique], held_survey.digests)]
-    return _Split(train, np.sort(fresh), valid, np.arange(len(held_survey.sizes)))
+    documents, held = np.sort(fresh), np.arange(len(held_survey.sizes))
+    return _Split(train, documents, valid, held, _identity(surveyed, documents, held_survey, held))
+
+
+def _identity(train: Survey, documents: np.ndarray, valid: Survey, held: np.ndarray) -> Identity:
+    return {"train": documents_digest(train.digests[documents]), "valid": documents_digest(valid.digests[held])}
+
+
+def _check(found: Identity, known: Sequence[Known], config: DataConfig) -> None:
+    for data in known:
+        data.check(found, config.source if config.valid is None else f"{config.source} or {config.valid}")
 
 
 def _nonempty(corpus: Corpus, cache: Path) -> Survey:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from openmoba.lab.config import DataConfig, EvalConfig, RunConfig, default_range, stored_config
 from openmoba.lab.data import load_validation, validation_windows
+from openmoba.lab.identity import OTHER_DOCUMENTS, known_of_run
 from openmoba.lab.loss import attach_loss
 from openmoba.lab.model import is_run, load_model, model_folder
 from openmoba.lab.progress import Progress
@@ -56,7 +57,8 @@ def evaluate_source(
     checked.check()
     data, evaluation = checked.data, checked.eval
     folder = model_folder(source)
-    windows = validation_windows(load_validation(data, folder, progress), evaluation.windows)
+    known = known_of_run(source, data, OTHER_DOCUMENTS, progress or Progress())
+    windows = validation_windows(load_validation(data, folder, progress, known=known), evaluation.windows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(folder)
     attach_loss(model)

@@ -25,6 +25,7 @@ from openmoba.lab.config import DataConfig, stored_config
 from openmoba.lab.data import load_validation
 from openmoba.lab.evaluate import autocast
 from openmoba.lab.figures import save
+from openmoba.lab.identity import OTHER_DOCUMENTS, Known, known_of_run
 from openmoba.lab.model import is_run, load_model, model_folder
 from openmoba.lab.progress import Progress
 from openmoba.lab.records import write_text
@@ -82,7 +83,10 @@ def measure_needle(
     folder = model_folder(source)
     if data is None:
         data = stored_config(source).data if is_run(source) else DataConfig()
-    haystacks = {length: _documents(replace(data, length=length), folder, samples, progress) for length in lengths}
+    known = known_of_run(source, data, OTHER_DOCUMENTS, progress)
+    haystacks = {
+        length: _documents(replace(data, length=length), folder, samples, progress, known) for length in lengths
+    }
     tokenizer, model = load_tokenizer(folder), load_model(folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     cells = []
@@ -156,9 +160,11 @@ def write_needle(cells: list[Cell], out: Path, *, title: str) -> list[Path]:
     return [table, *save(needle_chart(cells, title=title), out)]
 
 
-def _documents(data: DataConfig, folder: str | Path, samples: int, progress: Progress) -> list[Tensor]:
+def _documents(
+    data: DataConfig, folder: str | Path, samples: int, progress: Progress, known: list[Known]
+) -> list[Tensor]:
     """`samples` different stretches of `data.length` tokens, each from inside one document."""
-    windows = load_validation(data, folder, progress)
+    windows = load_validation(data, folder, progress, known=known)
     if len(windows) < samples:
         raise ValueError(
             f"the validation documents hold {len(windows)} stretches of {data.length} tokens, {samples} are asked for; "

@@ -10,8 +10,10 @@ from typing import Literal
 from openmoba.config import count_full_layers
 from openmoba.lab.config import RunConfig, from_dict
 from openmoba.lab.fit import Difference, Fit, Interval, fit_runs, paired_difference
+from openmoba.lab.identity import identity_in
 from openmoba.lab.recipe import PlannedRun, Recipe
 from openmoba.lab.records import Row, read, read_json
+from openmoba.lab.study_data import RunData, check_same_data, origin
 
 Loss = Literal["trailing", "lm"]
 
@@ -58,7 +60,11 @@ class Outcome:
 
 
 def read_outcomes(recipe: Recipe, study: Path) -> list[Outcome]:
-    """The finished runs of `recipe` in the folder `study`, in the recipe's order."""
+    """The finished runs of `recipe` in the folder `study`, in the recipe's order.
+
+    Raises:
+        ValueError: damaged records, or runs of the same documents by their settings that were trained on others.
+    """
     outcomes = []
     for run in recipe.runs:
         folder = study / run.name
@@ -66,6 +72,12 @@ def read_outcomes(recipe: Recipe, study: Path) -> list[Outcome]:
             result = read_json(folder / "result.json")
             evals = [row for row in read(folder / "metrics.jsonl") if row["kind"] == "eval"]
             outcomes.append(Outcome(run, from_dict(RunConfig, result["config"]), result, evals))
+    check_same_data(
+        [
+            RunData(str(study / o.run.name), o.config.data, origin(o.run, recipe, study), identity_in(o.result))
+            for o in outcomes
+        ]
+    )
     return outcomes
 
 

@@ -308,6 +308,15 @@ def _provenance(outcomes: Sequence[Outcome]) -> Iterator[str]:
         ("Versions", (", ".join(f"{k} {v}" for k, v in run.result["versions"].items()) for run in outcomes)),
     ):
         yield f"- {name}: {'; '.join(dict.fromkeys(values))}"
+    documents = dict.fromkeys(
+        f"training {run.result['data']['train'][:12]}, validation {run.result['data']['valid'][:12]}"
+        for run in outcomes
+        if "train" in run.result["data"]
+    )
+    if documents:
+        yield f"- Digests of the documents: {'; '.join(documents)}"
+    if older := sum("train" not in run.result["data"] for run in outcomes):
+        yield f"- {older} of {len(outcomes)} runs are older than the record of their data"
     yield f"- Training and evaluation, all runs: {sum(run.result['seconds'] for run in outcomes) / 60:.1f} minutes"
 
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from openmoba.lab.claims import claim, holder
-from openmoba.lab.config import to_dict
+from openmoba.lab.config import changes, stored_config, to_dict
 from openmoba.lab.model import SIZES, check_model
 from openmoba.lab.progress import Progress, duration
 from openmoba.lab.recipe import RECIPE_FILE, PlannedRun, Recipe
-from openmoba.lab.records import Row, has_begun, read_json, write_json, write_text
+from openmoba.lab.records import Row, has_begun, write_json, write_text
+from openmoba.lab.study_data import begun, check_same_data, known_data
 
 POLL_SECONDS = 1.0
 
@@ -34,8 +35,8 @@ def run_study(recipe: Recipe, study: Path, train: Train, reporter: Callable[[str
         reporter: label -> progress of what is so labelled.
 
     Raises:
-        ValueError: a run's folder holds a run of another configuration (nothing was trained then), a run failed,
-            or torchrun started this process.
+        ValueError: a run's folder holds a run of another configuration, or runs to be compared have different data
+            (nothing was trained then), a run failed, or torchrun started this process.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
@@ -66,21 +67,20 @@ def finished(run: PlannedRun, study: Path) -> bool:
 
 
 def check_folders(recipe: Recipe, study: Path) -> None:
-    """Raise ValueError if a run's folder was made with another configuration than the recipe's."""
+    """Raise ValueError if a run was made with another configuration than the recipe's, or runs with different data."""
     for run in recipe.runs:
-        file = study / run.name / "config.json"
-        if not file.exists() or not has_begun(file.parent):
+        folder = study / run.name
+        if not (folder / "config.json").exists() or not has_begun(folder):
             continue
-        stored, wanted = _flat(read_json(file)), _flat(to_dict(run.config(study)))
-        if run.after is not None and str(stored.get("train.start_from")).endswith(run.after):
-            stored["train.start_from"] = wanted["train.start_from"]  # the study's folder has moved as a whole
-        keys = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
-        if keys:
-            changes = "; ".join(f"{key}: {stored.get(key)!r} there, {wanted.get(key)!r} here" for key in keys)
+        stored, wanted = stored_config(folder), run.config(study)
+        if run.after is not None and str(stored.train.start_from).endswith(run.after):  # the study has moved as a whole
+            stored = replace(stored, train=replace(stored.train, start_from=wanted.train.start_from))
+        if changed := changes(stored, wanted):
             raise ValueError(
-                f"{file.parent} was made with another configuration ({changes}); "
+                f"{folder} was made with another configuration ({'; '.join(changed)}); "
                 "restore the recipe, choose another --out, or delete that folder to train it again"
             )
+    check_same_data(begun(recipe, study))
 
 
 def check_models(recipe: Recipe) -> None:
@@ -167,7 +167,8 @@ def _attempt(
             write_json(folder / "config.json", to_dict(config))  # `check_folders` let no more than a move pass
         progress = reporter(run.name)
         progress.note(f"run {recipe.runs.index(run) + 1} of {len(recipe.runs)}: {run.name}{_origin(run)}")
-        train(config, folder, progress=_RunProgress(run, config.train.steps, progress, clock))
+        shown = _RunProgress(run, config.train.steps, progress, clock)
+        train(config, folder, progress=shown, known=known_data(run, recipe, study))
         clock.finish(run)
     return True
 
@@ -193,11 +194,3 @@ def _state(run: PlannedRun, study: Path) -> str:
 
 def _origin(run: PlannedRun) -> str:
     return f", from {run.after}" if run.after else ""
-
-
-def _flat(tables: Row, prefix: str = "") -> dict[str, Any]:
-    """`{"train": {"steps": 1}}` as `{"train.steps": 1}`."""
-    flat: dict[str, Any] = {}
-    for key, value in tables.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

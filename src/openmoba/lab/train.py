@@ -1,6 +1,7 @@
 """One training run in one folder: started, resumed, or found finished.
 
 config.json     the run's configuration, written before the first step
+data.json       what it trains on: digests of documents and tokenizer, written with it
 metrics.jsonl   records of training and evaluation
 checkpoint-*/   weights, tokenizer, and the state to resume from
 result.json     the outcome, written last: a run that has one is finished
@@ -9,13 +10,15 @@ result.json     the outcome, written last: a run that has one is finished
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from openmoba.lab import records
 from openmoba.lab.checkpoint import checkpoint_step, newest_checkpoint, prune
-from openmoba.lab.config import RunConfig, stored_config, to_dict
+from openmoba.lab.config import RunConfig, changes, stored_config, to_dict
 from openmoba.lab.data import Data, load_data, validation_windows
+from openmoba.lab.identity import IDENTITY_FILE, OTHER_DOCUMENTS, Known, known_of_run, stored_identity
 from openmoba.lab.model import build_model, check_model, is_run, load_model, model_folder, set_attention
 from openmoba.lab.progress import Progress
 from openmoba.lab.provenance import provenance
@@ -24,15 +27,20 @@ from openmoba.lab.windows import Windows
 Row = dict[str, Any]
 
 
-def run_training(config: RunConfig, folder: Path, *, progress: Progress | None = None) -> Row:
+def run_training(
+    config: RunConfig, folder: Path, *, progress: Progress | None = None, known: Sequence[Known] = ()
+) -> Row:
     """Bring the run in `folder` to its end and return its result.
 
     A finished run is not trained again. A killed one goes on from its newest whole checkpoint, with the same
     records as if it had never stopped: what was recorded after that checkpoint is dropped and made again.
 
+    Args:
+        known: data that the run's must agree with, beside those that it began with and those of the run it starts from.
+
     Raises:
-        ValueError: bad configuration or data, a folder of another run, a loss that is not a number, a damaged
-            checkpoint, a full disk.
+        ValueError: bad configuration or data, a folder of another run, data that have changed, a loss that is not a
+            number, a damaged checkpoint, a full disk.
     """
     if progress is None or os.environ.get("RANK", "0") != "0":
         progress = Progress()
@@ -44,15 +52,19 @@ def run_training(config: RunConfig, folder: Path, *, progress: Progress | None =
         return records.read_json(folder / "result.json")
     source = None if config.train.start_from is None else model_folder(config.train.start_from)
     _check_model(config)
-    data = load_data(config.data, start_from=source, progress=progress)
+    checkpoint = newest_checkpoint(folder, progress)
+    # Documents that the run it starts from was trained on must not be validation documents of this one.
+    origin = known_of_run(config.train.start_from, config.data, OTHER_DOCUMENTS, progress)
+    known = [*_begun_with(folder, checkpoint, progress), *origin, *known]
+    data = load_data(config.data, start_from=source, progress=progress, resumed=checkpoint, known=known)
     valid = validation_windows(data.valid, config.eval.windows)
     _check_labels(config, data)
     model = _model(config, data, source)
     set_attention(model, config.arm.attention(0, config.train.steps))  # a model without these layers refuses
-    checkpoint = newest_checkpoint(folder, progress)
     trainer = _trainer(config, folder, model, data, valid, progress, _rows_until(folder, checkpoint))
     if not records.has_begun(folder):
         records.write_json(folder / "config.json", to_dict(config))
+        records.write_json(folder / IDENTITY_FILE, dict(data.identity))
     if checkpoint is not None:
         progress.note(f"{folder} goes on from step {checkpoint_step(checkpoint)}")
     if checkpoint is None or checkpoint_step(checkpoint) < config.train.steps:
@@ -71,15 +83,21 @@ def _check_folder(config: RunConfig, folder: Path) -> None:
         return
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds records but no config.json; restore it or use another folder")
-    wanted, found = to_dict(config), to_dict(stored_config(folder))
-    changed = [
-        f"{section}.{key} was {found[section][key]!r} and is {value!r}"
-        for section, values in wanted.items()
-        for key, value in values.items()
-        if found[section][key] != value
-    ]
+    changed = changes(stored_config(folder), config)
     if changed:
         raise ValueError(f"{folder} holds another run: {'; '.join(changed)}; use another folder")
+
+
+def _begun_with(folder: Path, checkpoint: Path | None, progress: Progress) -> list[Known]:
+    """The data that the run in the folder has begun with, if it has begun and says which."""
+    if not records.has_begun(folder):
+        return []
+    identity = dict(stored_identity(folder))
+    if not identity:
+        progress.note(f"{folder} has no {IDENTITY_FILE}: whether its documents are still the same is not known")
+    if checkpoint is not None:
+        identity.pop("tokenizer", None)  # that of the checkpoint is taken, which need not look the same when read back
+    return [Known(str(folder), identity, "restore it as it was, or train in another folder")]
 
 
 def _check_labels(config: RunConfig, data: Data) -> None:
@@ -166,6 +184,8 @@ def _result(config: RunConfig, folder: Path, parameters: dict[str, int], data: D
     evaluation = next(row for row in reversed(rows) if row["kind"] == "eval")
     last = next(row for row in reversed(rows) if row["kind"] == "train")
     start = config.train.start_from
+    # A run older than these records can't say now what it began with.
+    identity = stored_identity(folder)
     return {
         "config": to_dict(config),
         "arm": config.arm.name,
@@ -179,6 +199,7 @@ def _result(config: RunConfig, folder: Path, parameters: dict[str, int], data: D
             "training_windows": len(data.train),
             "epochs": config.train.steps * config.train.batch_size / len(data.train),
             "vocabulary": len(data.tokenizer),
+            **identity,
         },
         "seconds": last["seconds"],
         **provenance(),
