@@ -11,9 +11,9 @@ import pytest
 from openmoba.lab.config import DataConfig
 from openmoba.lab.corpus import open_corpus
 from openmoba.lab.data import Data, hold_out, load_data, validation_windows
-from openmoba.lab.store import Survey, cached
+from openmoba.lab.store import Survey, TokenStore, cached
 from openmoba.lab.tokenizer import byte_tokenizer, encode_chat, load_tokenizer, train_bpe
-from openmoba.lab.windows import IGNORED, TrainingWindows
+from openmoba.lab.windows import IGNORED, TrainingWindows, cut_windows
 
 CHAT = [
     {"role": "user", "content": "2+2?"},
@@ -61,6 +61,14 @@ def test_each_documents_windows_follow_one_another(tmp_path: Path) -> None:
     data = load(tmp_path, folder_of(tmp_path / "texts", [text, *documents(4, 40)]), hold_out=100)
     windows = texts_of(data, "train") + texts_of(data, "valid")
     assert [w for w in windows if w.isalpha()] == [text[:64], text[64:128], text[128:192]]
+
+
+def test_every_window_knows_its_document_and_keeps_it_when_few_are_taken() -> None:
+    starts = np.array([0, 30, 30, 41, 130])  # 30 tokens, none, 11, 89
+    windows = cut_windows(TokenStore(np.zeros(130, np.uint16), starts, None), np.array([0, 1, 2, 3]), 10)
+    assert windows.documents.tolist() == [0, 0, 2, *[3] * 8]
+    assert windows.documents.dtype == np.int64
+    assert windows.spread(3).documents.tolist() == [0, 3, 3]
 
 
 def test_held_out_documents_are_whole_disjoint_and_always_the_same(tmp_path: Path) -> None:

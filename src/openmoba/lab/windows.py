@@ -58,6 +58,11 @@ class Windows(Dataset[Window]):
         full: np.ndarray = self.ends - self.starts > self.length
         return full
 
+    @property
+    def documents(self) -> np.ndarray:
+        """The document that each window comes from, as its number in the store, int64 `[windows]`."""
+        return np.searchsorted(self.store.starts, self.starts, side="right") - 1
+
     def labelled(self, last: int) -> np.ndarray:
         """Which windows have a label among their last positions, bool `[windows]`."""
         some = [bool((self[i]["labels"][-last:] != IGNORED).any()) for i in range(len(self))]
