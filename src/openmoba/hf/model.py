@@ -36,6 +36,22 @@ def configure(model: Any, settings: MobaConfig | None) -> Any:
     return model
 
 
+def attend_fully(model: Any) -> Any:
+    """Give a model full attention everywhere, as MoBA's full layers compute it; saved, it is a plain model.
+
+    Unlike `configure(model, None)`, which leaves full attention to transformers, it prefers cuDNN's kernels, waits
+    for the device only to look at masks and positions that were given, and keeps packed rows apart everywhere.
+
+    Raises:
+        ValueError: if the model has attention that MoBA's full layers do not compute.
+    """
+    check_supported(model)
+    model.config.moba = None
+    model.set_attn_implementation(NAME)
+    prepare(model, None)
+    return model
+
+
 def check_supported(model: Any) -> None:
     """ValueError unless every attention layer of the model is causal over the whole past."""
     config, name = model.config, type(model).__name__

@@ -146,8 +146,12 @@ def model_folder(source: str | Path) -> str | Path:
 def set_attention(model: Any, attention: MobaConfig | None) -> None:
     """MoBA as configured, or full attention for None; at any time, also between two steps of training."""
     from openmoba.hf import configure
+    from openmoba.hf.model import attend_fully
 
-    configure(model, attention)
+    if attention is None:
+        attend_fully(model)
+    else:
+        configure(model, attention)
 
 
 def _transformers_config(config: ModelConfig, vocab_size: int, length: int) -> Any:

@@ -72,7 +72,7 @@ def run_training(
     if not trainer.is_world_process_zero():
         return {}
     prune(folder, keep=1)
-    result = _result(config, folder, trainer.shape.parameters, data)
+    result = _result(config, folder, trainer, data)
     records.write_json(folder / "result.json", result)
     return result
 
@@ -179,7 +179,7 @@ def _rows_until(folder: Path, checkpoint: Path | None) -> list[Row]:
     return kept
 
 
-def _result(config: RunConfig, folder: Path, parameters: dict[str, int], data: Data) -> Row:
+def _result(config: RunConfig, folder: Path, trainer: Any, data: Data) -> Row:
     rows = records.read(folder / "metrics.jsonl")
     evaluation = next(row for row in reversed(rows) if row["kind"] == "eval")
     last = next(row for row in reversed(rows) if row["kind"] == "train")
@@ -191,7 +191,8 @@ def _result(config: RunConfig, folder: Path, parameters: dict[str, int], data: D
         "arm": config.arm.name,
         "size": config.model.size if start is None or is_run(start) else Path(start).name,
         "seed": config.train.seed,
-        "params": parameters,
+        "params": trainer.shape.parameters,
+        "compiled": trainer.compiled,
         "tokens": config.tokens,
         "compute": evaluation["compute"],
         "eval": {key: value for key, value in evaluation.items() if key != "windows"},

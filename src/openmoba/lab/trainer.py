@@ -18,12 +18,13 @@ from transformers.utils.logging import disable_progress_bar
 from openmoba.config import MobaConfig
 from openmoba.lab import records
 from openmoba.lab.checkpoint import prune, seal
+from openmoba.lab.compile import compile_or_stay_eager
 from openmoba.lab.compute import Shape, training_compute
 from openmoba.lab.config import RunConfig, TrainConfig
 from openmoba.lab.evaluate import autocast, summary, window_losses
 from openmoba.lab.loss import attach_loss
 from openmoba.lab.model import set_attention
-from openmoba.lab.progress import Progress
+from openmoba.lab.progress import Progress, duration
 from openmoba.lab.windows import IGNORED, TrainingWindows, Windows
 
 
@@ -70,6 +71,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.model_accepts_loss_kwargs = True  # our loss is divided by the whole step's count already
         self.clock = _Clock(self.args.device, *spent)
         self._first_bad_step = torch.tensor(math.inf, device=self.args.device)
+        self.compiled = False
         self._attention: MobaConfig | str | None = "unset"
 
     def attend_as_configured(self, step: int) -> None:
@@ -78,6 +80,37 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         if wanted != self._attention:
             set_attention(self.accelerator.unwrap_model(self.model), wanted)
             self._attention = wanted
+
+    def compile_layers(self) -> None:
+        """Compile the layers if the run says so, with all graphs that it needs: before its time is measured."""
+        wanted = self.config.train.compile
+        self.compiled = wanted == "layers" or (wanted == "auto" and self.args.device.type == "cuda")
+        if not self.compiled:
+            return
+        start = time.perf_counter()
+        problem = compile_or_stay_eager(self.accelerator.unwrap_model(self.model), self._try_out)
+        self.compiled = problem is None
+        seconds = duration(time.perf_counter() - start)
+        outcome = f"layers compiled in {seconds}" if self.compiled else f"layers run eagerly, not compiled: {problem}"
+        self.progress.note(f"{outcome} (train.compile={wanted})")
+
+    def _try_out(self) -> None:
+        """Train and evaluate on one batch of every shape, with every attention of the run; leaves nothing behind."""
+        model, steps, evaluation = self.model_wrapped, self.config.train.steps, self.config.eval
+        for step in sorted({0, steps - 1}):
+            self.attend_as_configured(step)
+            windows = [self.train_dataset[i] for i in range(self.args.per_device_train_batch_size)]
+            batches, count = self.get_batch_samples(iter([self.data_collator(windows)]), 1, self.args.device)
+            model.train()
+            self.training_step(model, self._prepare_inputs(batches[0]), num_items_in_batch=count)
+            model.eval()
+            with autocast(self.args.device, self.args.bf16):
+                for size in {min(evaluation.batch_size, len(self.valid)), len(self.valid) % evaluation.batch_size} - {
+                    0
+                }:
+                    window_losses(model, self.valid.spread(size), evaluation.batch_size, self.args.device)
+        model.train()
+        model.zero_grad()
 
     def check_loss(self) -> None:
         """Raise ValueError if the loss of a step so far was not a number, on any device."""
@@ -188,6 +221,7 @@ class _RunCallback(TrainerCallback):  # type: ignore[misc]
         self.evaluations = frozenset(trainer.config.evaluation_steps)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.compile_layers()
         self.trainer.clock.skip()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
