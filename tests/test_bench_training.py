@@ -176,17 +176,20 @@ def test_watch_times_steps_after_the_warm_up() -> None:
 
 
 @pytest.mark.parametrize("fits", [100, 128, 200, 511, 1024, 70, 17])
-def test_longest_window_is_found_to_an_eighth(fits: int) -> None:
+@pytest.mark.parametrize("card", [False, True])
+def test_longest_window_is_found_to_an_eighth(fits: int, card: bool) -> None:
     tried: list[int] = []
 
     def attempt(tokens: int) -> Any:
         tried.append(tokens)
-        return longest.Longest(None, tokens, None, "out of memory" if tokens > fits else "")
+        seen = SimpleNamespace(peak_mb=10.0 + 3.0 * tokens)
+        return longest.Longest(None, tokens, seen, "out of memory" if tokens > fits else "")
 
-    found = longest._search(64, attempt, lambda best, tokens: False)
+    found = longest._search(64, attempt, lambda best, tokens: False, 10.0 + 3.0 * fits if card else None)
     assert (found.limit, found.tokens % 8) == ("out of memory", 0)
     assert found.tokens <= fits < found.tokens + max(8, found.tokens // 8) + 8
     assert len(tried) == len(set(tried))
+    assert len(tried) <= (5 if card else 9)
 
 
 def test_longest_window_ends_where_a_step_takes_too_long_or_nothing_fits() -> None:

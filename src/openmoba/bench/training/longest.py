@@ -1,9 +1,11 @@
-"""The longest window that fits: doubled until one does not, then bisected to an eighth."""
+"""The longest window that fits, to an eighth: longer and longer, as far as memory grows, then bisected."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+
+import torch
 
 from openmoba.bench.machine import Machine, failure, say
 from openmoba.bench.rows import length_name
@@ -52,28 +54,52 @@ def find_longest(case: TrainingCase, machine: Machine, seconds: float) -> Longes
         ratio = operations(case, loop.model, tokens) / operations(case, loop.model, best.tokens)
         return best.watch.times_ms[0] * ratio > 1000 * seconds
 
-    return _search(case.tokens, attempt, takes_too_long)
+    return _search(case.tokens, attempt, takes_too_long, _capacity_mb(machine.device))
 
 
-def _search(start: int, attempt: Callable[[int], Longest], takes_too_long: Callable[[Longest, int], bool]) -> Longest:
+def _search(
+    start: int,
+    attempt: Callable[[int], Longest],
+    takes_too_long: Callable[[Longest, int], bool],
+    capacity_mb: float | None = None,
+) -> Longest:
     """The longest that `attempt` says has no limit, with the limit of what is longer."""
-    best: Longest | None = None
+    fits: list[Longest] = []
     tokens, step = start, max(1, start // 8)
-    while True:
-        if best is not None and takes_too_long(best, tokens):
-            return replace(best, limit="time")
-        found = attempt(tokens)
+    while not (found := attempt(tokens)).limit:
+        fits.append(found)
+        wanted = [tokens for tokens in _longer(fits, capacity_mb, step) if not takes_too_long(found, tokens)]
+        if not wanted:
+            return replace(found, limit="time")
+        tokens = wanted[0]
+    limit = found.limit
+    while tokens - (low := fits[-1].tokens if fits else 0) > max(step, low // 8):
+        middle = (low + tokens) // 2 // step * step
+        found = attempt(middle)
         if found.limit:
-            break
-        best, tokens = found, 2 * tokens
-    fits, fails, limit = best.tokens if best else 0, tokens, found.limit
-    while fails - fits > max(step, fits // 8):
-        tokens = (fits + fails) // 2 // step * step
-        found = attempt(tokens)
-        if found.limit:
-            fails, limit = tokens, found.limit
+            tokens, limit = middle, found.limit
         else:
-            best, fits = found, tokens
-    if best is None:
-        raise ValueError(f"not even {fails} tokens fit: {limit}")
-    return replace(best, limit=limit)
+            fits.append(found)
+    if not fits:
+        raise ValueError(f"not even {tokens} tokens fit: {limit}")
+    return replace(fits[-1], limit=limit)
+
+
+def _longer(fits: Sequence[Longest], capacity_mb: float | None, step: int) -> list[int]:
+    """What to try next: what the memory of the last two leads to expect to fit, or twice the last."""
+    last = fits[-1]
+    if capacity_mb is None or len(fits) < 2:
+        return [2 * last.tokens]
+    before = fits[-2]
+    assert last.watch.peak_mb is not None
+    assert before.watch.peak_mb is not None
+    per_token = (last.watch.peak_mb - before.watch.peak_mb) / (last.tokens - before.tokens)
+    expected = int(last.tokens + (capacity_mb - last.watch.peak_mb) / max(per_token, 1e-9))
+    expected -= expected % max(step, last.tokens // 8)
+    nearest = last.tokens + max(step, last.tokens // 8)
+    return [max(nearest, min(expected, 16 * last.tokens)), 2 * last.tokens]
+
+
+def _capacity_mb(device: torch.device) -> float | None:
+    """What tensors may take of a GPU's memory; some is the driver's, and some is lost between them."""
+    return 0.96 * torch.cuda.mem_get_info(device)[1] / 1e6 if device.type == "cuda" else None
