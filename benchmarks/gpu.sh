@@ -3,7 +3,7 @@
 #
 #     benchmarks/gpu.sh results/h200 [minutes per grid] [commit]
 #
-# Needs torch, Triton and pytest, not the package. The same command goes on where it was stopped; with pytest-xdist the
+# Needs torch, Triton and pytest, not the package; training needs transformers as well. The same command goes on where it was stopped; with pytest-xdist the
 # tests compile in parallel. It fails if a test does. `sanitize` as a fourth argument adds compute-sanitizer, which is slow.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -27,6 +27,11 @@ grid headline attention.csv
 python3 -m openmoba.bench decode --lengths 32768 131072 524288 --out "$out/decode.csv" --commit "$commit"
 grid short short.csv
 grid peers attention.csv
+if python3 -c 'import transformers' 2>/dev/null; then
+    for name in headline eager trainer longest; do
+        python3 -m openmoba.bench training --grid "$name" --minutes "$minutes" --out "$out/training.csv" --commit "$commit"
+    done
+fi
 
 if [ "${4:-}" = sanitize ]; then
     export PYTHONPATH=src:tests

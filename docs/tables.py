@@ -18,7 +18,10 @@ from typing import NamedTuple
 
 from openmoba.bench.cases import GRIDS, PASSES, Case
 from openmoba.bench.contenders import CONTENDERS
-from openmoba.bench.table import Row, length_name, newest, read_rows
+from openmoba.bench.rows import length_name, newest, read_rows
+from openmoba.bench.table import Row
+from openmoba.bench.training.cases import TrainingRow
+from openmoba.bench.training.table import ARMS, comparison, longest_windows
 
 ROOT = Path(__file__).parent.parent
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -173,6 +176,57 @@ def prefill(machine: str) -> str:
     return "".join(lines)
 
 
+def training(machine: str) -> str:
+    """Training steps of the headline's models: what a user gains end to end."""
+    file = f"results/{machine}/training.csv"
+    rows = [row for row in newest(read_rows(ROOT / file, TrainingRow)) if not row.error]
+    head, cells = comparison(rows)
+    if not cells:
+        return ""
+    timed = [row for row in rows if row.kind == "loop"]
+    first = timed[0]
+    kernels = "`, `".join(dict.fromkeys(row.attention_kernel or "?" for row in timed if row.block_size is None))
+    return "\n".join(
+        (
+            "## Training on a GPU",
+            "",
+            f"One {first.device}, {first.power_limit_w:.0f} W: whole training steps, optimizer included, in tokens per "
+            f"second. Random weights and tokens, vocabulary {first.vocabulary}, windows of {length_name(first.tokens)} "
+            "tokens, fp32 weights under bf16 autocast, each decoder layer compiled. The columns from gain on compare "
+            f"MoBA {ARMS[0]} with full attention. Operations count attention at its real reads; MFU is their rate over "
+            f"that of an 8192^3 matrix product in the same run, {first.matrix_tflops:.0f} TFLOP/s. Full attention ran "
+            f"as `{kernels}`.",
+            "",
+            *_markdown(head, cells),
+            "",
+            f"Written by `openmoba bench training` at commit {_commits(timed)}, torch {first.torch}, Triton "
+            f"{first.triton}, transformers {first.transformers}. All rows are in [{file}]({file}).",
+            "",
+        )
+    )
+
+
+def longest(machine: str) -> str:
+    """The longest window that fits on one card."""
+    rows = newest(read_rows(ROOT / f"results/{machine}/training.csv", TrainingRow))
+    rows = [row for row in rows if row.kind == "longest" and not row.error]
+    head, cells = longest_windows(rows)
+    if not cells:
+        return ""
+    open_end = " `+`: a longer one was not tried, since a step would take too long." if "+" in str(cells) else ""
+    return "\n".join(
+        (
+            f"The longest window, in tokens, to an eighth, that one {rows[0].device} trains, one window a step, and "
+            f"how long that step takes.{open_end}",
+            "",
+            *_markdown(head, cells),
+            "",
+            f"Commit {_commits(rows)}.",
+            "",
+        )
+    )
+
+
 def attention_cpu() -> str:
     """MoBA and causal SDPA on a CPU, forward and backward."""
     path = ROOT / "results" / "cpu" / "attention.csv"
@@ -253,6 +307,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "flex_h200": partial(flex, "h200"),
     "decode_h200": partial(decode, "h200"),
     "prefill_h200": partial(prefill, "h200"),
+    "training_h200": partial(training, "h200"),
+    "longest_h200": partial(longest, "h200"),
     "attention_cpu": attention_cpu,
     "study": study,
 }
@@ -319,14 +375,14 @@ def _shown_rows(pairs: Sequence[Pair]) -> list[Row]:
     return [row for pair in pairs for row in (pair.both, pair.forward) if row]
 
 
-def _commits(rows: Iterable[Row]) -> str:
+def _commits(rows: Iterable[Row | TrainingRow]) -> str:
     """The commits that the rows of a table come from."""
     return " and ".join(dict.fromkeys(_short(row.commit) for row in rows))
 
 
 def _newest_rows(name: str) -> list[Row]:
     """The newest row of every case; none without the file."""
-    return newest(read_rows(ROOT / name))
+    return newest(read_rows(ROOT / name, Row))
 
 
 def _dense_contenders(name: str) -> str:

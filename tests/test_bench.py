@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import subprocess
 import sys
 import time
@@ -23,7 +24,8 @@ from openmoba.bench.cases import GRIDS, Case
 from openmoba.bench.charts import speedup_chart, time_chart
 from openmoba.bench.flex import TILE, choice_mask, flex_call
 from openmoba.bench.inputs import first_block_share, make_inputs
-from openmoba.bench.table import Row, append_row, markdown, read_rows
+from openmoba.bench.rows import append_row, read_rows
+from openmoba.bench.table import Row, markdown
 from openmoba.cli import main
 from openmoba.ops.reference import attention_mask
 
@@ -40,6 +42,7 @@ TINY_GRID = tuple(
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SECONDS", 0.0)
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)  # of everything the tests have imported: slow
 
 
 def run(out: Path, grid: tuple[Case, ...] = TINY_GRID, **options: Any) -> list[Row]:
@@ -53,7 +56,7 @@ def refuse(*_: Any) -> Any:
 def test_every_case_is_a_row_and_dense_attention_is_timed_once_per_shape(tmp_path: Path) -> None:
     out = tmp_path / "new" / "bench.csv"
     rows = run(out)
-    assert read_rows(out) == list(dict.fromkeys(rows))
+    assert read_rows(out, Row) == list(dict.fromkeys(rows))
     with out.open() as file:
         assert next(csv.reader(file)) == [field.name for field in fields(Row)]
     dense = {row.shape: row for row in rows if row.contender == "sdpa"}
@@ -82,10 +85,10 @@ def test_time_limit_stops_between_measurements_and_a_torn_row_is_measured_again(
     complete = run(out)
     whole = out.read_text()
     out.write_text(whole[: whole.rfind("\n", 0, -1) + 40])
-    assert len(read_rows(out)) == len(complete) - 1
+    assert len(read_rows(out, Row)) == len(complete) - 1
     again = run(out)
     assert [row.key for row in again] == [row.key for row in complete]
-    assert read_rows(out) == again
+    assert read_rows(out, Row) == again
 
 
 def test_failure_is_a_row_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +237,7 @@ def test_plot_refuses_what_is_no_benchmark(tmp_path: Path) -> None:
     other = tmp_path / "other.csv"
     other.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="other columns"):
-        read_rows(other)
+        read_rows(other, Row)
     with pytest.raises(ValueError, match="no row to draw"):
         speedup_chart([Row.of("moba", SMALL, error="out of memory")])
 
@@ -257,8 +260,8 @@ def test_both_commands_read_the_same_options(
     options = ["--grid", "cpu", "--contenders", "sdpa", "moba", "--minutes", "5"]
     module_main.main([*options, "--out", str(tmp_path / "module.csv")])
     assert main(["bench", "attention", *options, "--out", str(tmp_path / "command.csv")]) == 0
-    assert [row.key for row in read_rows(tmp_path / "module.csv")] == [
-        row.key for row in read_rows(tmp_path / "command.csv")
+    assert [row.key for row in read_rows(tmp_path / "module.csv", Row)] == [
+        row.key for row in read_rows(tmp_path / "command.csv", Row)
     ]
     assert "| 8 | 16/3 | 96 |" in capsys.readouterr().out
     assert main(["bench", "attention", "--grid", "none"]) == 2
@@ -285,4 +288,4 @@ def test_timing_needs_torch_alone() -> None:
 def test_rows_survive_text_with_commas_and_line_ends(tmp_path: Path) -> None:
     row = Row.of("moba", SMALL, error='RuntimeError: "a", b', p50_ms=1.5, samples=3)
     append_row(tmp_path / "rows.csv", row)
-    assert read_rows(tmp_path / "rows.csv") == [row]
+    assert read_rows(tmp_path / "rows.csv", Row) == [row]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from openmoba.bench import decode, timing
 from openmoba.bench.attention import Session
 from openmoba.bench.decode import CHUNK, DENSE, EAGER, GRAPH, Bench, Cache, Shape, check_chunk
 from openmoba.bench.decode_charts import prefill_chart, step_chart
-from openmoba.bench.table import append_row, read_rows
+from openmoba.bench.rows import append_row, read_rows
+from openmoba.bench.table import Row
 from openmoba.cli import main
 
 CPU = torch.device("cpu")
@@ -23,17 +25,18 @@ SMALL = Shape(64, 2, heads=4, kv_heads=2, head_dim=16, dtype="float32")
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SECONDS", 0.0)
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)  # of everything the tests have imported: slow
     monkeypatch.setattr(decode, "SETTINGS", ((16, 2), (8, 3)))
 
 
 def bench(out: Path) -> Bench:
-    return Bench(Session(CPU, "abc", read_rows(out)), out)
+    return Bench(Session(CPU, "abc", read_rows(out, Row)), out)
 
 
 def test_rows_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "decode.csv"
     rows = [*bench(out).decode(SMALL), *bench(out).prefill(replace(SMALL, batch=1), 32)]
-    assert read_rows(out) == rows
+    assert read_rows(out, Row) == rows
     assert [(row.contender, row.passes, row.block_size) for row in rows if row.contender == "moba"] == [
         *(("moba", EAGER, size) for size in (16, 8)),
         *(("moba", CHUNK, size) for size in (16, 16, 8, 8)),
@@ -81,7 +84,7 @@ def test_figures(tmp_path: Path) -> None:
             for name, settings, time in (("moba", (16, 2), 1.0), ("moba", (8, 3), 2.0), ("sdpa_flash", None, 3.0)):
                 append_row(out, replace(shape.row(name, GRAPH, settings), p50_ms=time * tokens, device="card"))
             append_row(out, replace(shape.row("moba", CHUNK, (16, 2)), p50_ms=9.0, device="card"))
-    rows = read_rows(out)
+    rows = read_rows(out, Row)
     panels = step_chart(rows).axes
     assert [panel.get_title() for panel in panels] == ["batch 1", "batch 2"]
     lines = {line.get_label(): list(line.get_ydata()) for line in panels[0].get_lines()}

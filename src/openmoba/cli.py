@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": ("openmoba.lab.model_commands:Convert", "make a MoBA checkpoint of a Llama, Qwen, Mistral ... one"),
     "bench attention": ("openmoba.bench.attention:Attention", "time MoBA against dense attention and sparse peers"),
     "bench decode": ("openmoba.bench.decode:Decode", "time decoding over a cache, and prefill in chunks"),
+    "bench training": ("openmoba.bench.training.command:Training", "time training steps by size, attention and length"),
     "bench plot": ("openmoba.bench.commands:Plot", "figures and table of a benchmark"),
 }
 """Subcommand -> (module:dataclass, what it does). The module is imported when the command is used."""

@@ -1,4 +1,7 @@
-"""`python -m openmoba.bench [attention | decode]`: the benchmarks on a machine that has torch and nothing else."""
+"""`python -m openmoba.bench [attention | decode | training]`: the benchmarks without the package installed.
+
+Attention and decoding need torch alone, training what the laboratory needs.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,13 @@ from typing import get_args, get_origin, get_type_hints
 
 from openmoba.bench.attention import Attention
 from openmoba.bench.decode import Decode
+from openmoba.bench.training.command import Training
 
-BENCHMARKS: dict[str, type[Attention | Decode]] = {"attention": Attention, "decode": Decode}
+BENCHMARKS: dict[str, type[Attention | Decode | Training]] = {
+    "attention": Attention,
+    "decode": Decode,
+    "training": Training,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kind = kinds[option.name]
         several = get_origin(kind) is tuple
         parser.add_argument(
-            f"--{option.name}",
+            f"--{option.name.replace('_', '-')}",
             default=option.default,
             type=(get_args(kind) or (kind,))[0],  # of `float | None` and `tuple[str, ...]`, the first
             nargs="+" if several else None,

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,9 +15,10 @@ import openmoba
 from openmoba.bench.cases import GRIDS, Case
 from openmoba.bench.contenders import CONTENDERS, LONGEST_QUADRATIC
 from openmoba.bench.inputs import Inputs, first_block_share, make_inputs
-from openmoba.bench.table import Row, append_row, markdown, read_rows
-from openmoba.bench.timing import Work, matrix_tflops, measure
-from openmoba.lab.provenance import provenance
+from openmoba.bench.machine import Machine, failure, say
+from openmoba.bench.rows import append_row, read_rows
+from openmoba.bench.table import Row, markdown
+from openmoba.bench.timing import Work, measure
 
 
 @dataclass(frozen=True)
@@ -55,23 +53,10 @@ class Attention:
 
 
 @dataclass
-class Session:
+class Session(Machine):
     """One process of a benchmark: the machine, and what was measured on it so far."""
 
-    device: torch.device
-    commit: str | None
     rows: list[Row]
-    machine: dict[str, Any] = field(init=False)
-    rates: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.machine = _machine(self.device, self.commit)
-
-    def matrix_tflops(self, dtype: str) -> float:
-        """The machine's matrix rate, measured once."""
-        if dtype not in self.rates:
-            self.rates[dtype] = matrix_tflops(getattr(torch, dtype), self.device)
-        return self.rates[dtype]
 
     def best_dense_ms(self, row: Row) -> float | None:
         """Median of the fastest dense contender on the shape of `row`."""
@@ -102,7 +87,7 @@ def run_benchmark(
         The rows of these cases and contenders, also those that were there.
     """
     start = time.monotonic()
-    session = Session(device, commit, read_rows(out))
+    session = Session(device, commit, read_rows(out, Row))
     present = _present(contenders, device)
     done = {row.key: row for row in session.rows}
     wanted: dict[tuple[Any, ...], Row] = {}
@@ -110,13 +95,13 @@ def run_benchmark(
         asked = Row.of(name, case, **session.machine)
         if asked.key not in done:
             if minutes is not None and time.monotonic() - start > 60 * minutes:
-                _say(f"stopped after {minutes:g} minutes; the same command goes on from here")
+                say(f"stopped after {minutes:g} minutes; the same command goes on from here")
                 break
             row = measure_row(name, case, session)
             append_row(out, row)
             session.rows.append(row)
             done[row.key] = row
-            _say(_progress(row))
+            say(_progress(row))
         wanted[asked.key] = done[asked.key]
     return list(wanted.values())
 
@@ -128,13 +113,8 @@ def measure_row(name: str, case: Case, session: Session) -> Row:
     try:
         row = _measured(name, case, session, row)
     except Exception as error:  # whatever kind a contender raises, others can still be timed
-        message = " ".join(str(error).split())[:200]
-        row = replace(row, error=f"{type(error).__name__}: {message}")
-    if row.error:
-        gc.collect()  # what the exception's frames held
-    if session.device.type == "cuda":
-        torch.cuda.synchronize()  # raises if the failure broke the device: nothing after it would be true
-        torch.cuda.empty_cache()
+        row = replace(row, error=failure(error))
+    session.tidy()
     return row
 
 
@@ -170,7 +150,7 @@ def _present(names: Iterable[str], device: torch.device) -> list[str]:
         if name in asked and reason is None:
             present.append(name)
         elif name in asked:
-            _say(f"left out: {name} ({reason})")
+            say(f"left out: {name} ({reason})")
     return present
 
 
@@ -185,35 +165,7 @@ def _tasks(cases: list[Case], names: list[str]) -> Iterator[tuple[str, Case]]:
                     yield name, case
 
 
-def _machine(device: torch.device, commit: str | None) -> dict[str, Any]:
-    """The columns that say where a row comes from."""
-    source = provenance()
-    on_gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else source["hardware"]["cpu"],
-        "power_limit_w": _power_limit(device) if on_gpu else None,
-        "torch": torch.__version__,
-        "triton": source["versions"].get("triton"),
-        "openmoba": openmoba.__version__,
-        "commit": commit or source["commit"],
-    }
-
-
-def _power_limit(device: torch.device) -> float | None:
-    """Watts, or None where the driver's tool does not say."""
-    gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    command = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits", "-i", gpu]
-    try:
-        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    except (OSError, subprocess.CalledProcessError, ValueError):
-        return None
-
-
 def _progress(row: Row) -> str:
     settings = "" if row.block_size is None else f" {row.block_size}/{row.top_k} {row.routing}"
     case = f"{row.contender:<10} {row.passes} D={row.head_dim} T={row.tokens} B={row.batch}{settings}"
     return f"{case}: {row.error or f'{row.p50_ms:.3f} ms'}"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

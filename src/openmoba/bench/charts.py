@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from openmoba.bench.contenders import CONTENDERS
-from openmoba.bench.table import Row, length_name, newest
+from openmoba.bench.rows import length_name, newest
+from openmoba.bench.table import Row
 from openmoba.lab.figures import BLUE, GREY, RED, STYLE
 
 LOOKS = {

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from openmoba.bench.table import Row, markdown, read_rows
+from openmoba.bench.rows import columns, read_columns, read_rows
+from openmoba.bench.table import Row, markdown
+from openmoba.bench.training import table as training
+from openmoba.bench.training.cases import TrainingRow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +23,7 @@ class Plot:
     """Draw a benchmark's figures, such as time against length and speed-up over dense, and print its table."""
 
     csv: tyro.conf.Positional[Path]
-    """File written by `openmoba bench attention` or `openmoba bench decode`."""
+    """File written by `openmoba bench attention`, `decode` or `training`."""
     out: Path | None = None
     """Folder of the figures; left out, that of the file."""
 
@@ -28,16 +31,27 @@ class Plot:
         """Draw, and print."""
         from openmoba.lab.figures import save
 
-        rows = read_rows(self.csv)
+        of_training = read_columns(self.csv) == columns(TrainingRow)
+        rows: Sequence[Any] = read_rows(self.csv, TrainingRow if of_training else Row)
         if not rows:
-            raise ValueError(f"{self.csv} holds no rows; run `openmoba bench attention` or `decode` first")
+            raise ValueError(f"{self.csv} holds no rows; run `openmoba bench attention`, `decode` or `training` first")
         folder = self.out or self.csv.parent
-        for name, chart in _charts(rows).items():
-            print(*save(chart(rows), folder / f"{self.csv.stem}-{name}"), sep="\n")
-        print(markdown(rows))
+        for name, chart in (_training_charts() if of_training else _charts(rows)).items():
+            path = folder / (f"{self.csv.stem}-{name}" if name else self.csv.stem)
+            print(*save(chart(rows), path), sep="\n")
+        print(training.markdown(rows) if of_training else markdown(rows))
 
 
-def _charts(rows: Sequence[Row]) -> Mapping[str, Callable[[Sequence[Row]], Figure]]:
+Charts = Mapping[str, "Callable[[Sequence[Any]], Figure]"]
+
+
+def _training_charts() -> Charts:
+    from openmoba.bench.training.chart import rate_chart
+
+    return {"": rate_chart}
+
+
+def _charts(rows: Sequence[Row]) -> Charts:
     from openmoba.bench.charts import speedup_chart, time_chart
     from openmoba.bench.decode import CHUNK, EAGER, GRAPH
     from openmoba.bench.decode_charts import prefill_chart, step_chart

@@ -9,8 +9,6 @@ Rows have the columns of the attention benchmark (`bench.table`); `passes` says 
 
 from __future__ import annotations
 
-import gc
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -22,7 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from openmoba.bench.attention import Session
-from openmoba.bench.table import Row, append_row, markdown, read_rows
+from openmoba.bench.machine import failure, say
+from openmoba.bench.rows import append_row, read_rows
+from openmoba.bench.table import Row, markdown
 from openmoba.bench.timing import Work, measure
 from openmoba.ops.api import moba_attention
 from openmoba.ops.decode import moba_decode
@@ -68,7 +68,7 @@ class Decode:
         if not torch.cuda.is_available():
             raise ValueError("openmoba bench decode needs a GPU")
         shapes = [Shape(tokens, batch) for batch in self.batches for tokens in self.lengths]
-        bench = Bench(Session(torch.device("cuda"), self.commit, read_rows(self.out)), self.out)
+        bench = Bench(Session(torch.device("cuda"), self.commit, read_rows(self.out, Row)), self.out)
         rows = [row for shape in shapes for row in bench.decode(shape)]
         if self.prefill:
             rows += bench.prefill(Shape(self.prefill, 1), self.chunk)
@@ -149,7 +149,7 @@ class Bench:
                 cache = Cache(shape, self.session.device)
             yield known or self._measure(row, self._step(cache, row))
         cache = None
-        _free(self.session.device)
+        self.session.tidy()
 
     def prefill(self, shape: Shape, chunk: int) -> Iterator[Row]:
         """One row per chunk of a prompt and per setting of MoBA."""
@@ -165,7 +165,7 @@ class Bench:
                 cache = Cache(shape, self.session.device)
             yield known or self._measure(row, self._chunk(cache, row, chunk))
         cache = None
-        _free(self.session.device)
+        self.session.tidy()
 
     def _known(self, row: Row) -> Row | None:
         asked = replace(row, **self.session.machine).key
@@ -206,12 +206,12 @@ class Bench:
             speedup = dense_ms / found.p50_ms if dense_ms else None
             row = replace(row, **vars(found), dense_ms=dense_ms, speedup=speedup)
         except Exception as error:  # whatever kind a backend raises, the others can still be timed
-            row = replace(row, error=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            row = replace(row, error=failure(error))
         append_row(self.out, row)
         self.session.rows.append(row)
         result = row.error or f"{row.p50_ms:.4f} ms"
-        print(f"{row.passes:<14} {row.contender:<22} {row.block_size or '':>4} B={row.batch} T={row.tokens}: {result}",
-              file=sys.stderr, flush=True)  # fmt: skip
+        case = f"{row.passes:<14} {row.contender:<22} {row.block_size or '':>4} B={row.batch} T={row.tokens}"
+        say(f"{case}: {result}")
         return row
 
     def _best_dense_ms(self, row: Row) -> float | None:
@@ -225,7 +225,7 @@ def check_chunk(chunk: int, out: Path) -> None:
     """Raise ValueError unless the chunks in `out`, the first of which ends after one chunk, are of this size."""
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
-    ends = [row.tokens for row in read_rows(out) if row.passes == CHUNK]
+    ends = [row.tokens for row in read_rows(out, Row) if row.passes == CHUNK]
     if ends and min(ends) != chunk:
         raise ValueError(
             f"{out} holds chunks of {min(ends)} tokens, got chunk={chunk}; write other chunks to another file (--out)"
@@ -248,10 +248,3 @@ def _replayed(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return out
 
     return replay
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from openmoba.bench.decode import CHUNK, EAGER, GRAPH
-from openmoba.bench.table import Row, length_name, newest
+from openmoba.bench.rows import length_name, newest
+from openmoba.bench.table import Row
 from openmoba.lab.figures import BLUE, RED, STYLE
 
 _MOBA: dict[str, Any] = {"color": BLUE, "marker": "o", "markersize": 5, "linewidth": 1.6}

@@ -1,22 +1,18 @@
-"""The rows of a benchmark: a CSV file that grows row by row and survives a kill, and a Markdown table of it."""
+"""The rows of the attention and decode benchmarks, and a Markdown table of them."""
 
 from __future__ import annotations
 
-import csv
-import io
-import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from openmoba.bench.cases import Case
 from openmoba.bench.contenders import CONTENDERS
-from openmoba.lab.records import write_text
+from openmoba.bench.rows import CsvRow, length_name
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(CsvRow):
     """One contender on one case. An empty cell is None: MoBA's settings for a dense contender, results of a failure.
 
     Attributes:
@@ -65,11 +61,6 @@ class Row:
     commit: str | None = None
     time: str | None = None
 
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, float):  # as many digits as the file keeps, so that a row read back is the same
-                object.__setattr__(self, name, float(f"{value:.6g}"))
-
     @classmethod
     def of(cls, contender: str, case: Case, **results: Any) -> Row:
         """The row of `contender` on `case`; dense attention is the same for all blocks and routings."""
@@ -80,7 +71,6 @@ class Row:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What was measured, where, and of which commit: a row with the same key need not be measured again."""
         return (self.contender, self.block_size, self.top_k, self.routing, *self.shape)
 
     @property
@@ -88,43 +78,6 @@ class Row:
         """What two rows must share to be compared."""
         size = (self.passes, self.tokens, self.batch, self.heads, self.kv_heads, self.head_dim, self.dtype)
         return (*size, self.device, self.commit)
-
-
-_FIELDS = {field.name: str(field.type) for field in fields(Row)}
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The whole rows of `path`; a torn last one is left out, a missing file has none.
-
-    Raises:
-        ValueError: the columns are not a benchmark's.
-    """
-    if not path.exists():
-        return []
-    reader = csv.DictReader(io.StringIO(_whole_lines(path)))
-    if reader.fieldnames is not None and list(reader.fieldnames) != list(_FIELDS):
-        raise ValueError(f"{path} has other columns than this version writes; give another file")
-    return [Row(**{name: _parse(text, _FIELDS[name]) for name, text in row.items()}) for row in reader]
-
-
-def newest(rows: Sequence[Row]) -> list[Row]:
-    """Of the last row's device, the last row of every case; a run that ended early leaves older ones beside it."""
-    last = {replace(row, commit=None).key: row for row in rows if row.device == rows[-1].device}
-    return [row for row in rows if last.get(replace(row, commit=None).key) is row]
-
-
-def append_row(path: Path, row: Row) -> None:
-    """Add one row, with the header before the first; on the disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and _whole_lines(path) != path.read_text():
-        write_text(path, _whole_lines(path))
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if file.tell() == 0:
-            writer.writerow(_FIELDS)
-        writer.writerow("" if value is None else value for value in asdict(row).values())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def markdown(rows: Iterable[Row]) -> str:
@@ -147,14 +100,6 @@ def markdown(rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
-def length_name(tokens: int) -> str:
-    """1536 -> "1536", 32768 -> "32K", 1048576 -> "1M"."""
-    for unit, size in (("M", 2**20), ("K", 2**10)):
-        if tokens % size == 0:
-            return f"{tokens // size}{unit}"
-    return str(tokens)
-
-
 def _results(row: Row) -> tuple[str, ...]:
     if row.error:
         return (row.error, "", "", "", "")
@@ -167,16 +112,3 @@ def _results(row: Row) -> tuple[str, ...]:
 
 def _length(row: Row) -> str:
     return length_name(row.tokens) if row.batch == 1 else f"{row.batch} x {length_name(row.tokens)}"
-
-
-def _whole_lines(path: Path) -> str:
-    text = path.read_text()
-    return text[: text.rfind("\n") + 1]
-
-
-def _parse(text: str, kind: str) -> Any:
-    if text == "":
-        return None
-    if kind.startswith("int"):
-        return int(text)
-    return float(text) if kind.startswith("float") else text

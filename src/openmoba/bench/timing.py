@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -73,10 +73,15 @@ def measure(work: Work, device: torch.device) -> Measurement:
     samples = [first_ms]
     if first_ms < SLOW_MS:
         samples = times_ms(work.run, min(MOST, max(FEWEST, int(SECONDS * 1000 / first_ms))))
-    quantiles = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
-    p20, p50, p80 = quantiles.tolist()
     forward_mb, backward_mb = (*peaks.megabytes, None, None)[:2]
-    return Measurement(p20, p50, p80, len(samples), forward_mb, backward_mb)
+    return Measurement(*quantiles(samples), len(samples), forward_mb, backward_mb)
+
+
+def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """The 20, 50 and 80 % quantiles."""
+    wanted = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    p20, p50, p80 = torch.tensor(samples, dtype=torch.float64).quantile(wanted).tolist()
+    return p20, p50, p80
 
 
 def matrix_tflops(dtype: torch.dtype, device: torch.device) -> float:

@@ -1,0 +1,75 @@
+"""The machine a benchmark runs on: the columns that say so, its matrix rate, and how it talks and tidies up."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import openmoba
+from openmoba.bench.timing import matrix_tflops
+from openmoba.lab.provenance import provenance
+
+
+@dataclass
+class Machine:
+    """A device, and the commit that is recorded with what is measured on it.
+
+    Attributes:
+        commit: recorded instead of the checkout's; None for what git says.
+        machine: the columns that say where a row comes from.
+    """
+
+    device: torch.device
+    commit: str | None
+    machine: dict[str, Any] = field(init=False)
+    rates: dict[str, float] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        source = provenance()
+        on_gpu = self.device.type == "cuda"
+        self.machine = {
+            "device": torch.cuda.get_device_name(self.device) if on_gpu else source["hardware"]["cpu"],
+            "power_limit_w": _power_limit(self.device) if on_gpu else None,
+            "torch": torch.__version__,
+            "triton": source["versions"].get("triton"),
+            "openmoba": openmoba.__version__,
+            "commit": self.commit or source["commit"],
+        }
+
+    def matrix_tflops(self, dtype: str) -> float:
+        """The machine's matrix rate, measured once."""
+        if dtype not in self.rates:
+            self.rates[dtype] = matrix_tflops(getattr(torch, dtype), self.device)
+        return self.rates[dtype]
+
+    def tidy(self) -> None:
+        """Give back the memory of what was measured, and of what a failure's frames held."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # raises if a failure broke the device: nothing after it would be true
+            torch.cuda.empty_cache()
+
+
+def failure(error: Exception) -> str:
+    """What a row's `error` says."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def say(text: str) -> None:
+    """Tell the user, apart from the table on the standard output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _power_limit(device: torch.device) -> float | None:
+    """Watts, or None where the driver's tool does not say."""
+    gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits", "-i", gpu]
+    try:
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        return None

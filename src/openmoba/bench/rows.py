@@ -1,0 +1,112 @@
+"""Rows of a CSV file that grows row by row and survives a kill; a kind of row is a frozen dataclass."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from openmoba.lab.records import write_text
+
+
+@dataclass(frozen=True)
+class CsvRow:
+    """One row. Its fields are the columns, of type int, float, bool or str, or None for an empty cell."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float):  # as many digits as the file keeps, so that a row read back is the same
+                object.__setattr__(self, name, float(f"{value:.6g}"))
+
+    @property
+    @abstractmethod
+    def key(self) -> tuple[Any, ...]:
+        """What was measured, where, and of which commit: a row with the same key need not be measured again."""
+
+
+R = TypeVar("R", bound=CsvRow)
+
+
+def columns(kind: type[CsvRow]) -> list[str]:
+    """Names of the columns."""
+    return [field.name for field in fields(kind)]
+
+
+def read_columns(path: Path) -> list[str]:
+    """Names of the columns of a file; none without it."""
+    return next(csv.reader(io.StringIO(_whole_lines(path))), []) if path.exists() else []
+
+
+def read_rows(path: Path, kind: type[R]) -> list[R]:
+    """The whole rows of `path`; a torn last one is left out, a missing file has none.
+
+    Raises:
+        ValueError: the columns are not those of `kind`.
+    """
+    if not path.exists():
+        return []
+    if read_columns(path) not in ([], columns(kind)):
+        raise ValueError(f"{path} has other columns than this version writes; give another file")
+    types = {field.name: str(field.type) for field in fields(kind)}
+    reader = csv.DictReader(io.StringIO(_whole_lines(path)))
+    return [kind(**{name: _parse(text, types[name]) for name, text in row.items()}) for row in reader]
+
+
+def newest(rows: Sequence[R]) -> list[R]:
+    """Of the last row's device, the last row of every case; a run that ended early leaves older ones beside it."""
+
+    def case(row: Any) -> tuple[Any, ...]:
+        return replace(row, commit=None).key  # type: ignore[no-any-return]
+
+    last: dict[tuple[Any, ...], R] = {}
+    for row in rows:
+        if _device(row) == _device(rows[-1]):
+            last[case(row)] = row
+    return [row for row in rows if last.get(case(row)) is row]
+
+
+def append_row(path: Path, row: CsvRow) -> None:
+    """Add one row, with the header before the first; on the disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and _whole_lines(path) != path.read_text():
+        write_text(path, _whole_lines(path))
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writerow(columns(type(row)))
+        writer.writerow("" if value is None else value for value in vars(row).values())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def length_name(tokens: int) -> str:
+    """1536 -> "1536", 32768 -> "32K", 1048576 -> "1M"."""
+    for unit, size in (("M", 2**20), ("K", 2**10)):
+        if tokens % size == 0:
+            return f"{tokens // size}{unit}"
+    return str(tokens)
+
+
+def _device(row: Any) -> str | None:
+    device: str | None = row.device
+    return device
+
+
+def _whole_lines(path: Path) -> str:
+    text = path.read_text()
+    return text[: text.rfind("\n") + 1]
+
+
+def _parse(text: str, kind: str) -> Any:
+    if text == "":
+        return None
+    if kind.startswith("bool"):
+        return text == "True"
+    if kind.startswith("int"):
+        return int(text)
+    return float(text) if kind.startswith("float") else text

@@ -1,0 +1,64 @@
+"""The figure of training: tokens per second over the size of the model, a line per attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from openmoba.bench.rows import length_name, newest
+from openmoba.bench.training.cases import TrainingRow
+from openmoba.lab.figures import BLUE, RED, STYLE
+
+_OTHERS = ("#009988", "#EE7733", "#EE3377", "#33BBEE")
+_MARKERS = "os^DvP"
+
+
+def rate_chart(rows: Sequence[TrainingRow]) -> Figure:
+    """Tokens per second over parameters, log-log, each line named at its end.
+
+    Of every size and attention the fastest micro-batch of compiled layers, in the family and at the length of most
+    rows; eager layers where none are compiled.
+    """
+    shown = _shown(rows)
+    if not shown:
+        raise ValueError("no row to draw: tokens per second over size need rows of kind 'loop' without an error")
+    arms = sorted({row.arm for row in shown}, key=lambda arm: (arm == "full", arm))
+    colours = dict(zip([arm for arm in arms if arm != "full"], (BLUE, *_OTHERS), strict=False)) | {"full": RED}
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set(xscale="log", yscale="log", xlabel="Parameters", ylabel="Tokens per second, optimizer included")
+        for arm, marker in zip(arms, _MARKERS, strict=False):
+            points = sorted((row.total, row.tokens_per_second) for row in shown if row.arm == arm)
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, color=colours[arm], marker=marker, linewidth=1.8)
+            name = "full attention" if arm == "full" else f"MoBA {arm}"
+            above = arm != arms[1] if len(arms) > 2 else True
+            axes.annotate(
+                name, (x[0], y[0]), xytext=(6, 8 if above else -16), textcoords="offset points", color=colours[arm]
+            )
+        sizes = {row.size: row.total for row in shown}
+        axes.set_xticks([total or 0 for total in sizes.values()], [size.upper() for size in sizes])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y / 1e6:g} M" if y >= 1e6 else f"{y / 1e3:g} K"))
+        axes.set_title(_title(shown[-1]), fontsize=11)
+    return figure
+
+
+def _shown(rows: Sequence[TrainingRow]) -> list[TrainingRow]:
+    timed = [row for row in newest(rows) if row.kind == "loop" and row.tokens_per_second and not row.checkpointing]
+    timed = [row for row in timed if row.layers == "compiled"] or timed
+    kinds = [(row.family, row.tokens) for row in timed]
+    timed = [row for row in timed if (row.family, row.tokens) == max(kinds, key=kinds.count)]
+    best: dict[tuple[str, str], TrainingRow] = {}
+    for row in sorted(timed, key=lambda row: row.tokens_per_second or 0):
+        best[row.size, row.arm] = row
+    return list(best.values())
+
+
+def _title(row: TrainingRow) -> str:
+    precision = "fp32 weights, bf16 autocast" if row.dtype == "bfloat16" else row.dtype
+    return f"{row.device}, {row.family}, windows of {length_name(row.tokens)} tokens, {precision}, {row.layers} layers"

@@ -1,0 +1,98 @@
+"""`openmoba bench training`: time training steps of every case of a grid, one CSV row each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from openmoba.bench.machine import Machine, say
+from openmoba.bench.rows import append_row, read_rows
+from openmoba.bench.training.cases import GRIDS, TrainingCase, TrainingRow
+from openmoba.bench.training.table import markdown, outcome
+
+
+@dataclass(frozen=True)
+class Training:
+    """Time training, optimizer included, by size, attention and length; the same command goes on where it stopped."""
+
+    grid: str = "headline"
+    """"headline" (five models, compiled layers), "eager" and "trainer" (the same, eager, and as `openmoba train`
+    makes steps), "sizes", "lengths" or "longest" (the longest window that fits) on a GPU; or "cpu"."""
+    only: tuple[str, ...] = ()
+    """Only cases with all of these words in their name, such as 14m 4x32K 512/3 qwen3."""
+    trace: Path | None = None
+    """Write a Chrome trace of three steps of the first case into this file (.json or .json.gz), and print what takes
+    longest, instead of timing the grid."""
+    step_seconds: float = 20.0
+    """longest: no window is tried of which a step would take longer."""
+    minutes: float | None = None
+    """Begin no further case after this time."""
+    out: Path = Path("training.csv")
+    """CSV file that rows are added to; what it holds for this commit and device is not measured again."""
+    commit: str | None = None
+    """Recorded instead of the checkout's, for a copy of its files; by default what git says."""
+
+    def run(self) -> None:
+        """Measure, and print a table."""
+        cases = self._cases()
+        device = torch.device("cuda" if torch.cuda.is_available() and self.grid != "cpu" else "cpu")
+        if self.grid != "cpu" and device.type == "cpu":
+            raise ValueError(f"grid {self.grid!r} needs a GPU; use the grid 'cpu'")
+        machine = Machine(device, self.commit)
+        if self.trace is not None:
+            from openmoba.bench.training.measure import trace
+
+            print(trace(cases[0], machine, self.trace))
+            return
+        rows = run_training_benchmark(cases, self.out, machine, minutes=self.minutes, step_seconds=self.step_seconds)
+        print(markdown(rows))
+
+    def _cases(self) -> list[TrainingCase]:
+        """The cases asked for."""
+        if self.grid not in GRIDS:
+            raise ValueError(f"grid must be one of {', '.join(GRIDS)}, got {self.grid!r}")
+        cases = [case for case in GRIDS[self.grid] if set(self.only) <= set(case.words)]
+        if not cases:
+            names = "\n".join(" ".join(case.words) for case in GRIDS[self.grid])
+            raise ValueError(
+                f"no case of the grid {self.grid!r} has all words of {' '.join(self.only)}; it has\n{names}"
+            )
+        if self.trace is not None and not self.trace.name.endswith((".json", ".json.gz")):
+            raise ValueError(f"trace must be a .json or .json.gz file, got {self.trace}")
+        return cases
+
+
+def run_training_benchmark(
+    cases: Sequence[TrainingCase],
+    out: Path,
+    machine: Machine,
+    *,
+    minutes: float | None = None,
+    step_seconds: float = 20.0,
+) -> list[TrainingRow]:
+    """Measure what `out` does not hold yet, and append it there.
+
+    Returns:
+        The rows of these cases, also those that were there.
+    """
+    from openmoba.bench.training.measure import blank, measure_case  # needs transformers
+
+    start = time.monotonic()
+    done = {row.key: row for row in read_rows(out, TrainingRow)}
+    wanted = []
+    for number, case in enumerate(cases, 1):
+        row = blank(case, machine)
+        if row.key not in done:
+            if minutes is not None and time.monotonic() - start > 60 * minutes:
+                say(f"stopped after {minutes:g} minutes; the same command goes on from here")
+                break
+            row = measure_case(case, machine, step_seconds)
+            append_row(out, row)
+            done[row.key] = row
+            say(f"{number}/{len(cases)} {' '.join(case.words)}: {outcome(row)}")
+        wanted.append(done[row.key])
+    return wanted

@@ -1,0 +1,179 @@
+"""Two ways to make training steps: the laboratory's loop bare, and `transformers.Trainer` as `openmoba train` uses it.
+
+Both train a model with random weights on random tokens: what a step costs does not depend on what is learned, but
+tokens must differ, since equal keys would all be chosen by the same rule of ties.
+"""
+
+# B windows, T tokens
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openmoba.bench.training.cases import VOCABULARY, TrainingCase
+from openmoba.lab.compile import compile_layers
+from openmoba.lab.compute import PFLOPS_DAY, Shape, training_compute
+from openmoba.lab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from openmoba.lab.evaluate import autocast
+from openmoba.lab.loss import attach_loss
+from openmoba.lab.model import build_model, set_attention
+from openmoba.lab.progress import Progress
+from openmoba.lab.store import TokenStore
+from openmoba.lab.windows import cut_windows
+
+# Low enough for every size to stay finite on tokens that cannot be learned.
+LEARNING_RATE = 1e-4
+_WINDOWS = 16
+
+
+class Loop(Protocol):
+    """A model in training."""
+
+    model: Any
+
+    def run(self, watch: Iterator[None]) -> None:
+        """One step for every item of `watch`, which is asked for one more before each step."""
+
+    def loss(self) -> float | None:
+        """Loss of the last step in nats per token, where the loop has it; ValueError if it is not finite."""
+
+
+class BareLoop:
+    """Forward, backward, clipping, optimizer."""
+
+    def __init__(self, case: TrainingCase, device: torch.device) -> None:
+        self.case, self.device = case, device
+        self.model = _model(case, device)
+        attach_loss(self.model)
+        if case.checkpointing:
+            self.model.gradient_checkpointing_enable()
+        if case.layers == "compiled":
+            compile_layers(self.model)  # after the loss is attached, which calls the model
+        settings = _settings(case)
+        self.clip = settings.clip
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self.give(case.tokens)
+
+    def give(self, tokens: int) -> None:
+        """Train on windows of `tokens` from now on."""
+        generator = torch.Generator().manual_seed(0)
+        ids_BT = torch.randint(VOCABULARY, (self.case.batch, tokens + 1), generator=generator).to(self.device)
+        self.windows = {"input_ids": ids_BT[:, :-1].contiguous(), "labels": ids_BT[:, 1:].contiguous()}
+        self.count = torch.tensor(self.case.batch * tokens, device=self.device)
+
+    def run(self, watch: Iterator[None]) -> None:
+        for _ in watch:
+            self.step()
+
+    def step(self) -> None:
+        """One step."""
+        with autocast(self.device, self.device.type == "cuda"):
+            loss: Tensor = self.model(**self.windows, count=self.count)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._loss = loss.detach()
+
+    def loss(self) -> float | None:
+        if not self._loss.isfinite():
+            raise ValueError(f"the loss became {float(self._loss)}")
+        return float(self._loss)
+
+
+class TrainerLoop:
+    """The steps of `openmoba train`, with its records; no evaluation, no checkpoint."""
+
+    def __init__(self, case: TrainingCase, device: torch.device) -> None:
+        self.case = case
+        self.model = _model(case, device)
+
+    def run(self, watch: Iterator[None]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = self._trainer(Path(folder))
+            trainer.add_callback(_callback(watch))
+            trainer.train()
+            trainer.check_loss()
+            if trainer.compiled != (self.case.layers == "compiled"):
+                raise RuntimeError("the layers could not be compiled")
+
+    def loss(self) -> float | None:
+        return None
+
+    def _trainer(self, folder: Path) -> Any:
+        from openmoba.lab.tokenizer import byte_tokenizer
+        from openmoba.lab.trainer import RunTrainer
+
+        case = self.case
+        config = RunConfig(
+            data=DataConfig(length=case.tokens),
+            model=ModelConfig(case.family, case.size),
+            arm=case.arm,
+            train=_settings(case),
+        )
+        tokens = np.random.default_rng(0).integers(VOCABULARY, size=_WINDOWS * case.tokens + 1, dtype=np.uint16)
+        store = TokenStore(tokens, np.asarray([0, len(tokens)]), None)
+        windows = cut_windows(store, np.asarray([0]), case.tokens)
+        return RunTrainer(config, folder, self.model, windows, windows, byte_tokenizer(), Progress(), (0.0, 0.0))
+
+
+def make_loop(case: TrainingCase, device: torch.device) -> BareLoop | TrainerLoop:
+    """The loop of a case's kind."""
+    return TrainerLoop(case, device) if case.kind == "trainer" else BareLoop(case, device)
+
+
+def operations(case: TrainingCase, model: Any, tokens: int) -> float:
+    """Floating-point operations of one step, by the convention `causal_exact`."""
+    compute = training_compute(Shape.of(model, tokens), case.arm, 1, 1, case.batch, 0.0)
+    return compute["causal_exact"] * PFLOPS_DAY
+
+
+def _settings(case: TrainingCase) -> TrainConfig:
+    """Those of a run, but for a length that is never reached."""
+    return TrainConfig(
+        steps=10**6,
+        batch_size=case.batch,
+        learning_rate=LEARNING_RATE,
+        checkpoint_every=10**6,
+        gradient_checkpointing=case.checkpointing,
+        compile="layers" if case.layers == "compiled" else "off",
+    )
+
+
+def _model(case: TrainingCase, device: torch.device) -> Any:
+    with device:
+        model = build_model(ModelConfig(case.family, case.size), VOCABULARY, case.tokens, seed=0)
+    set_attention(model, case.arm.attention(0, 1))
+    model.train()
+    return model
+
+
+def _callback(watch: Iterator[None]) -> Any:
+    from transformers import TrainerCallback
+
+    class Watched(TrainerCallback):  # type: ignore[misc]
+        """Asks for one more before each step, and ends the training when there is none."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            next(watch)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = next(watch, _END) is _END
+
+    return Watched()
+
+
+_END = object()
