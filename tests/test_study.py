@@ -57,7 +57,8 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     """The records without measured time."""
     rows = records.read(folder / "metrics.jsonl")
     for row in rows:
-        row.pop("seconds", None)
+        for name in ("seconds", "tokens_per_second", "mfu"):
+            row.pop(name, None)
         row["compute"].pop("accelerator_seconds")
     return rows
 

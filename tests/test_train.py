@@ -9,14 +9,17 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from openmoba import cli
 from openmoba.lab import records
+from openmoba.lab import trainer as trainer_module
 from openmoba.lab.checkpoint import damage, newest_checkpoint
 from openmoba.lab.claims import claim
 from openmoba.lab.config import ArmConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig, to_dict
@@ -55,7 +58,8 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     """The records without measured time."""
     rows = records.read(folder / "metrics.jsonl")
     for row in rows:
-        row.pop("seconds", None)
+        for name in ("seconds", "tokens_per_second", "mfu"):
+            row.pop(name, None)
         row["compute"].pop("accelerator_seconds")
     return rows
 
@@ -68,7 +72,7 @@ def test_a_run_leaves_its_records(config: RunConfig, finished: Path) -> None:
     assert [row["step"] for row in evaluations] == [6, 12]
     assert train[-1]["tokens"] == 12 * 4 * 64 == config.tokens
     assert train[-1]["loss"] < train[0]["loss"] - 0.5
-    assert set(train[0]) >= {"kind", "step", "tokens", "loss", "lr", "seconds", "compute"}
+    assert set(train[0]) >= {"kind", "step", "tokens", "loss", "lr", "seconds", "tokens_per_second", "mfu", "compute"}
     assert set(train[0]["compute"]) == {"6nd", "chinchilla", "causal_exact", "accelerator_seconds"}
     assert 0 < train[-1]["compute"]["accelerator_seconds"] < train[-1]["seconds"]
     assert [part["end"] for part in evaluations[0]["position_loss"]] == [16, 32, 48, 64]
@@ -84,6 +88,17 @@ def test_a_run_leaves_its_records(config: RunConfig, finished: Path) -> None:
     assert (result["arm"], result["size"], result["seed"]) == ("moba", "nano", 0)
     assert result["params"]["total"] > result["params"]["non_embedding"] > 0
     assert set(result) >= {"tokens", "compute", "versions", "hardware", "commit", "seconds"}
+
+
+def test_records_carry_the_speed_of_their_own_steps(config: RunConfig, finished: Path) -> None:
+    rows = [row for row in records.read(finished / "metrics.jsonl") if row["kind"] == "train"]
+    for before, row in pairwise([{"compute": {"accelerator_seconds": 0.0}}, *rows]):
+        seconds = row["compute"]["accelerator_seconds"] - before["compute"]["accelerator_seconds"]
+        assert row["tokens_per_second"] == pytest.approx(2 * 4 * 64 / seconds, rel=1e-3)
+        assert row["mfu"] is None, "nobody states the peak of this CPU"
+    speed = records.read_json(finished / "result.json")["speed"]
+    found = sorted(row["tokens_per_second"] for row in rows)
+    assert speed == {"tokens_per_second": pytest.approx((found[2] + found[3]) / 2), "mfu": None, "peak": None}
 
 
 def test_checkpoints_hold_safetensors_and_nothing_pickled_that_runs_code(finished: Path) -> None:
@@ -229,6 +244,37 @@ def test_options_of_memory_precision_and_logs_change_the_curve_by_rounding_at_mo
     losses = [[row["loss"] for row in curve(f) if row["kind"] == "train"] for f in (finished, tmp_path)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2 if "precision" in changes else 1e-5)
     assert bool(list(tmp_path.rglob("events.out.tfevents*"))) == ("tensorboard" in changes)
+
+
+@pytest.mark.parametrize("loss_tokens", [None, 16])
+def test_a_step_between_two_records_asks_the_device_for_nothing(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss_tokens: int | None
+) -> None:
+    """No number is read back, and no shape depends on values: on a GPU each would hold up the host."""
+    asked: list[tuple[int, str]] = []
+    now = -1
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2"):
+                asked.append((now, func.overloadpacket.__name__))
+            return func(*args, **(kwargs or {}))
+
+    plain = RunTrainer.attend_as_configured
+
+    def spy(trainer: RunTrainer, step: int) -> None:
+        nonlocal now
+        now = step
+        plain(trainer, step)
+
+    monkeypatch.setattr(RunTrainer, "attend_as_configured", spy)
+    load = trainer_module._stack
+    monkeypatch.setattr(trainer_module, "_stack", lambda windows: _outside(load, windows))  # is on the host anyway
+    settings = replace(TRAIN, steps=7, log_every=3, checkpoint_every=6, loss_tokens=loss_tokens)
+    quiet = replace(config, arm=ArmConfig("full"), train=settings, eval=replace(config.eval, every=None))
+    with Watch():
+        run_training(quiet, tmp_path)
+    assert {step for step, _ in asked} & set(range(7)) == {2, 5, 6}, asked
 
 
 def test_chat_is_fine_tuned_through_the_template(config: RunConfig, finished: Path, tmp_path: Path) -> None:
@@ -447,6 +493,12 @@ def _interrupt(config: RunConfig, folder: Path, step: int, monkeypatch: pytest.M
         patch.setattr(RunTrainer, "attend_as_configured", stop)
         with pytest.raises(KeyboardInterrupt):
             run_training(config, folder)
+
+
+def _outside(function: Any, *arguments: Any) -> Any:
+    """Call without the dispatch mode that is on."""
+    with _disable_current_modes():
+        return function(*arguments)
 
 
 def _environment() -> dict[str, str]:

@@ -25,16 +25,21 @@ _LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
 def attach_loss(model: Any) -> None:
-    """Make `model(input_ids, labels, count=None)` return losses in nats, whatever wraps the model.
+    """Make `model(input_ids, labels, count=None, places=None)` return losses in nats, whatever wraps the model.
 
     Distributed wrappers act around a model's `forward`, so the loss has to be made inside of it. Without `count`
     the result is the loss per token, fp32 `[batch, tokens]`, 0 where the label is IGNORED; with it, the sum of
     the losses divided by `count`, to be differentiated. `labels[:, t]` is the token after `input_ids[:, t]`.
+
+    `places` are the indices of the labels that are not IGNORED in the flattened batch, int64, or `slice(None)` if
+    none is; without them they are looked for, and the host waits until the device has found them.
     """
     plain_forward = model.forward
     linear = has_linear_head(model)
 
-    def forward(self: Any, input_ids: Tensor, labels: Tensor, count: Tensor | None = None) -> Tensor:
+    def forward(
+        self: Any, input_ids: Tensor, labels: Tensor, count: Tensor | None = None, places: Tensor | slice | None = None
+    ) -> Tensor:
         if not linear:
             logit_NV = plain_forward(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)
             losses = torch.nn.functional.cross_entropy(
@@ -43,27 +48,34 @@ def attach_loss(model: Any) -> None:
             return losses.view(labels.shape) if count is None else losses.sum() / count
         hidden = self.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         head = self.get_output_embeddings()
-        return linear_loss(hidden, head.weight, head.bias, labels, count)
+        return linear_loss(hidden, head.weight, head.bias, labels, count, places)
 
     model.forward = MethodType(forward, model)
 
 
 def linear_loss(
-    hidden: Tensor, weight_VC: Tensor, bias_V: Tensor | None, labels: Tensor, count: Tensor | None = None
+    hidden: Tensor,
+    weight_VC: Tensor,
+    bias_V: Tensor | None,
+    labels: Tensor,
+    count: Tensor | None = None,
+    places: Tensor | slice | None = None,
 ) -> Tensor:
     """Losses of `labels` `[batch, tokens]` under the logits `weight hidden + bias`, as `attach_loss` says.
 
     Positions with the label IGNORED are left out of the computation.
     """
-    kept_N = (labels.flatten() != IGNORED).nonzero()[:, 0]
-    h_NC, label_N = hidden.flatten(0, 1)[kept_N], labels.flatten()[kept_N]
+    if places is None:
+        places = (labels.flatten() != IGNORED).nonzero()[:, 0]
+    h_NC, label_N = hidden.flatten(0, 1)[places], labels.flatten()[places]
     if count is not None:
         return _MeanLoss.apply(h_NC, weight_VC, bias_V, label_N, count)  # type: ignore[no-any-return,no-untyped-call]
-    losses = torch.zeros(labels.numel(), device=labels.device)
+    losses, loss_N = torch.zeros(labels.numel(), device=labels.device), torch.empty(len(label_N), device=labels.device)
     weight_VC, bias_V = _as_computed(weight_VC, h_NC), None if bias_V is None else _as_computed(bias_V, h_NC)
     for rows in _chunks(label_N, len(weight_VC)):
         logit_NV = torch.nn.functional.linear(_as_computed(h_NC[rows], h_NC), weight_VC, bias_V).float()
-        losses[kept_N[rows]] = _losses(logit_NV, label_N[rows])[0]
+        loss_N[rows] = _losses(logit_NV, label_N[rows])[0]
+    losses[places] = loss_N
     return losses.view(labels.shape)
 
 

@@ -13,8 +13,12 @@ class Progress:
     def note(self, text: str) -> None:
         """A sentence about what is going on."""
 
-    def step(self, done: int, total: int, detail: str = "") -> None:
-        """`done` of `total` steps are finished; `detail` is a few words, such as the loss."""
+    def step(self, done: int, total: int, detail: str = "", share: float | None = None) -> None:
+        """`done` of `total` steps are finished; `detail` is a few words, such as the loss.
+
+        Args:
+            share: how much of the work that is, where steps differ in it; it makes the time left.
+        """
 
 
 class TerminalProgress(Progress):
@@ -26,18 +30,19 @@ class TerminalProgress(Progress):
 
     def __init__(self, label: str = "", stream: TextIO = sys.stderr) -> None:
         self.label, self.stream = label, stream
-        self._first: tuple[int, float] | None = None
+        self._first: tuple[float, float] | None = None
         self._open_line = False
 
     def note(self, text: str) -> None:
         self._end_line()
         print(text, file=self.stream, flush=True)
 
-    def step(self, done: int, total: int, detail: str = "") -> None:
+    def step(self, done: int, total: int, detail: str = "", share: float | None = None) -> None:
         now = time.monotonic()
-        if self._first is None or done < self._first[0]:
-            self._first = (done, now)
-        line = f"{self.label} {bar(done / total)} {done}/{total}{self._time_left(done, total, now)}  {detail}"
+        share = done / total if share is None else share
+        if self._first is None or share < self._first[0]:
+            self._first = (share, now)
+        line = f"{self.label} {bar(done / total)} {done}/{total}{self._time_left(share, now)}  {detail}"
         if self.stream.isatty():
             print(f"\r\033[K{line.strip()}", end="", file=self.stream, flush=True)
             self._open_line = True
@@ -46,12 +51,12 @@ class TerminalProgress(Progress):
         elif done >= total or done % max(1, total // 10) == 0:
             print(line.strip(), file=self.stream, flush=True)
 
-    def _time_left(self, done: int, total: int, now: float) -> str:
+    def _time_left(self, share: float, now: float) -> str:
         assert self._first is not None
         start, since = self._first
-        if done >= total or done == start:
+        if share >= 1 or share == start:
             return ""
-        return f", {duration((now - since) / (done - start) * (total - done))} left"
+        return f", {duration((now - since) / (share - start) * (1 - share))} left"
 
     def _end_line(self) -> None:
         if self._open_line:

@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from openmoba.lab.claims import claim, holder
-from openmoba.lab.config import changes, stored_config, to_dict
-from openmoba.lab.model import SIZES, check_model
+from openmoba.lab.config import RunConfig, changes, stored_config, to_dict
+from openmoba.lab.model import check_model
+from openmoba.lab.plan import planned_work
 from openmoba.lab.progress import Progress, duration
 from openmoba.lab.recipe import RECIPE_FILE, PlannedRun, Recipe
 from openmoba.lab.records import Row, has_begun, write_json, write_text
@@ -102,25 +103,32 @@ def overview(recipe: Recipe, study: Path) -> str:
     return "\n".join(f"{_state(run, study):9} {run.name}{_origin(run)}" for run in recipe.runs)
 
 
+def own_config(run: PlannedRun) -> RunConfig:
+    """The run's configuration without the run it starts from, which has the same model."""
+    config = run.config(Path())
+    return replace(config, train=replace(config.train, start_from=None)) if run.after else config
+
+
 class StudyClock:
     """Time left for a whole study, from the speed of this process so far.
 
-    Work is counted in multiply-adds of the matrices, plus an allowance per layer and token for what does not
-    shrink with the width (norms, kernel launches); runs that others finish meanwhile count as done.
+    Work is counted in operations, see `planned_work`; runs that others finish meanwhile count as done.
     """
 
     def __init__(self, recipe: Recipe, study: Path) -> None:
         self.recipe, self.study = recipe, study
+        self._work = {run.name: planned_work(own_config(run)) for run in recipe.runs}
         self._start: float | None = None
         self._own = 0.0
 
     def left(self, run: PlannedRun, share: float) -> str:
         """Share of the study that is done, and the time left, with `share` of `run` done by this process."""
-        own = self._own + share * _work(run)
+        part = share * self._work[run.name]
+        own = self._own + part
         if self._start is None:  # without the preparation of data, which runs after the first do not have
             self._start, self._skipped = time.monotonic(), own
-        total = sum(map(_work, self.recipe.runs))
-        done = sum(_work(other) for other in self.recipe.runs if finished(other, self.study)) + share * _work(run)
+        total = sum(self._work.values())
+        done = sum(self._work[other.name] for other in self.recipe.runs if finished(other, self.study)) + part
         text = f"study {done / total:.0%}"
         seconds = time.monotonic() - self._start
         if own == self._skipped:
@@ -129,7 +137,7 @@ class StudyClock:
 
     def finish(self, run: PlannedRun) -> None:
         """Count `run` as trained by this process."""
-        self._own += _work(run)
+        self._own += self._work[run.name]
 
 
 class _RunProgress(Progress):
@@ -141,10 +149,10 @@ class _RunProgress(Progress):
     def note(self, text: str) -> None:
         self.own.note(text)
 
-    def step(self, done: int, total: int, detail: str = "") -> None:
+    def step(self, done: int, total: int, detail: str = "", share: float | None = None) -> None:
         if total == self.steps:
-            detail = f"{detail}  {self.clock.left(self.run, done / total)}"
-        self.own.step(done, total, detail)
+            detail = f"{detail}  {self.clock.left(self.run, done / total if share is None else share)}"
+        self.own.step(done, total, detail, share)
 
 
 def _attempt(
@@ -171,15 +179,6 @@ def _attempt(
         train(config, folder, progress=shown, known=known_data(run, recipe, study))
         clock.finish(run)
     return True
-
-
-def _work(run: PlannedRun) -> float:
-    config = run.config(Path())
-    size = SIZES[config.model.size]
-    matrices = size.layers * (4 * size.hidden**2 + 3 * size.hidden * size.feed_forward)
-    evaluated = len(config.evaluation_steps) * config.eval.windows * config.data.length
-    tokens = config.tokens + evaluated / 3  # a forward pass is a third of a step
-    return tokens * (matrices + config.data.vocab_size * size.hidden + 60_000 * size.layers)
 
 
 def _holders(unfinished: list[PlannedRun], study: Path) -> str:

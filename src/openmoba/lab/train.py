@@ -16,6 +16,7 @@ from typing import Any
 
 from openmoba.lab import records
 from openmoba.lab.checkpoint import checkpoint_step, newest_checkpoint, prune
+from openmoba.lab.clock import median_speed
 from openmoba.lab.config import RunConfig, changes, stored_config, to_dict
 from openmoba.lab.data import Data, load_data, validation_windows
 from openmoba.lab.identity import IDENTITY_FILE, OTHER_DOCUMENTS, Known, known_of_run, stored_identity
@@ -182,7 +183,7 @@ def _rows_until(folder: Path, checkpoint: Path | None) -> list[Row]:
 def _result(config: RunConfig, folder: Path, trainer: Any, data: Data) -> Row:
     rows = records.read(folder / "metrics.jsonl")
     evaluation = next(row for row in reversed(rows) if row["kind"] == "eval")
-    last = next(row for row in reversed(rows) if row["kind"] == "train")
+    trained = [row for row in rows if row["kind"] == "train"]
     start = config.train.start_from
     # A run older than these records can't say now what it began with.
     identity = stored_identity(folder)
@@ -202,6 +203,7 @@ def _result(config: RunConfig, folder: Path, trainer: Any, data: Data) -> Row:
             "vocabulary": len(data.tokenizer),
             **identity,
         },
-        "seconds": last["seconds"],
+        "speed": median_speed(trained, trainer.speedometer.peak),
+        "seconds": trained[-1]["seconds"],
         **provenance(),
     }

@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from openmoba.config import MobaConfig
 from openmoba.lab import records
 from openmoba.lab.checkpoint import prune, seal
+from openmoba.lab.clock import Clock, Speedometer, peak_operations
 from openmoba.lab.compile import compile_or_stay_eager
 from openmoba.lab.compute import Shape, training_compute
 from openmoba.lab.config import RunConfig, TrainConfig
@@ -69,8 +70,9 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # our loss is divided by the whole step's count already
-        self.clock = _Clock(self.args.device, *spent)
-        self._first_bad_step = torch.tensor(math.inf, device=self.args.device)
+        self.clock = Clock(self.args.device, *spent)
+        self.speedometer = Speedometer(peak_operations(self.args.device, self.args.bf16, self.args.world_size))
+        self._unchecked: list[tuple[int, Tensor]] = []
         self.compiled = False
         self._attention: MobaConfig | str | None = "unset"
 
@@ -111,10 +113,15 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
                     window_losses(model, self.valid.spread(size), evaluation.batch_size, self.args.device)
         model.train()
         model.zero_grad()
+        self._unchecked.clear()
 
     def check_loss(self) -> None:
-        """Raise ValueError if the loss of a step so far was not a number, on any device."""
-        step = float(self.accelerator.gather(self._first_bad_step.reshape(1)).min())
+        """Raise ValueError if the loss of a step since the last check was not a number, on any device."""
+        steps, losses = zip(*self._unchecked, strict=True)
+        self._unchecked.clear()
+        bad = [step for step, fine in zip(steps, torch.stack(losses).isfinite().tolist(), strict=True) if not fine]
+        first = torch.tensor([min(bad, default=math.inf)], device=self.args.device)
+        step = float(self.accelerator.gather(first).min())
         if step < math.inf:
             raise ValueError(
                 f"{self.folder}: the loss was not a finite number at step {step:.0f}, nothing later is saved; "
@@ -126,13 +133,25 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         """Append a record, completed by step, tokens and compute."""
         if not self.is_world_process_zero():
             return
-        step, settings = self.state.global_step, self.config.train
-        compute = training_compute(
+        head = {"kind": row.pop("kind"), "step": self.state.global_step, "tokens": self.tokens}
+        records.append(self.folder / "metrics.jsonl", {**head, **row, "compute": self.compute()})
+
+    def start_clock(self) -> None:
+        """Measure time and speed from here on."""
+        self.speedometer.start(self.tokens, self.clock.trained, self.compute()["causal_exact"])
+        self.clock.skip()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained so far, over all devices."""
+        return self.state.global_step * self.config.train.batch_size * self.config.data.length  # type: ignore[no-any-return]
+
+    def compute(self, step: int | None = None) -> dict[str, float]:
+        """Compute of the first `step` steps, by all conventions; by default of those so far."""
+        step, settings = self.state.global_step if step is None else step, self.config.train
+        return training_compute(
             self.shape, self.config.arm, step, settings.steps, settings.batch_size, self.accelerator_seconds
         )
-        tokens = step * settings.batch_size * self.config.data.length
-        head = {"kind": row.pop("kind"), "step": step, "tokens": tokens}
-        records.append(self.folder / "metrics.jsonl", {**head, **row, "compute": compute})
 
     @property
     def accelerator_seconds(self) -> float:
@@ -144,25 +163,40 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         """The micro-batches of one step, and their number of labelled positions over all devices."""
         batches = list(islice(epoch_iterator, num_batches))
-        count = torch.stack([(batch["labels"] != IGNORED).sum() for batch in batches]).sum().to(device)
-        total: Tensor = self.accelerator.gather(count.reshape(1)).sum()
-        return batches, total
+        # Counted before they went to the device: neither the host nor the device waits for the other here.
+        count = torch.full((1,), sum(batch.pop("labelled") for batch in batches), device=device)
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(count)
+        return batches, count.sum()
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of one micro-batch; returns its share of the step's mean loss.
+
+        Does without what Trainer does here for other devices and optimizers: it took 1 ms of the host.
+        """
+        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
 
     def compute_loss(
         self,
         model: Any,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """This micro-batch's share of the step's mean loss, in nats per labelled position."""
         loss: Tensor = model(**inputs, count=num_items_in_batch)
-        step = torch.full_like(self._first_bad_step, self.state.global_step + 1)
-        found = torch.where(loss.detach().isfinite(), torch.inf, step)
-        self._first_bad_step = torch.minimum(self._first_bad_step, found)
+        self._unchecked.append((self.state.global_step + 1, loss.detach()))
         # Gradients are averaged over devices, and `count` is the sum over them.
         devices: int = self.args.world_size
-        return loss * devices
+        return loss * devices if devices > 1 else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """0: `compute` counts them, and Trainer's own count looks through the whole model at every step."""
+        return 0
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule of `learning_rate_factor`."""
@@ -191,6 +225,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         logs = {f"eval_{name}": row[name] for name in ("lm_loss", "trailing_loss") if row[name] is not None}
         self.log(dict(logs))
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics=logs)
+        model.train()
         self.clock.skip()
         return logs
 
@@ -222,7 +257,8 @@ class _RunCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.compile_layers()
-        self.trainer.clock.skip()
+        self.trainer.model_wrapped.train()
+        self.trainer.start_clock()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.attend_as_configured(state.global_step)
@@ -241,6 +277,8 @@ class _RunCallback(TrainerCallback):  # type: ignore[misc]
         if "loss" not in logs:
             return
         trainer = self.trainer
+        compute = trainer.compute()["causal_exact"]
+        speed = trainer.speedometer.read(trainer.tokens, trainer.clock.trained, compute)
         trainer.record(
             {
                 "kind": "train",
@@ -248,34 +286,11 @@ class _RunCallback(TrainerCallback):  # type: ignore[misc]
                 "lr": logs["learning_rate"],
                 "grad_norm": logs["grad_norm"],
                 "seconds": trainer.clock.seconds,
+                **speed,
             }
         )
-        trainer.progress.step(state.global_step, state.max_steps, f"loss {logs['loss']:.3f}")
-
-
-class _Clock:
-    """Wall seconds of the run, and of its training steps alone, over all attempts at it."""
-
-    def __init__(self, device: torch.device, seconds: float, trained: float) -> None:
-        self.device, self.trained = device, trained
-        self._start = time.perf_counter() - seconds
-        self._mark = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start
-
-    def tick(self) -> None:
-        """Count the time since the last mark as training."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.trained += now - self._mark
-        self._mark = now
-
-    def skip(self) -> None:
-        """Count the time since the last mark as something else."""
-        self._mark = time.perf_counter()
+        share = compute / trainer.compute(state.max_steps)["causal_exact"]
+        trainer.progress.step(state.global_step, state.max_steps, _told(logs, speed), share)
 
 
 def learning_rate_factor(step: int, steps: int, train: TrainConfig) -> float:
@@ -322,7 +337,9 @@ def training_arguments(config: RunConfig, folder: Path) -> Any:
         report_to="tensorboard" if train.tensorboard else "none",
         disable_tqdm=True,
         remove_unused_columns=False,
+        # Batches are copied to the device behind its back, which takes pinned memory.
         dataloader_pin_memory=cuda,
+        accelerator_config={"non_blocking": cuda},
     )
     # Without torchrun one process trains on one device; Trainer would split each batch over all it sees.
     arguments._n_gpu = min(arguments.n_gpu, 1)
@@ -338,5 +355,16 @@ def training_arguments(config: RunConfig, folder: Path) -> Any:
     return arguments
 
 
-def _stack(windows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {key: torch.stack([window[key] for window in windows]) for key in windows[0]}
+def _told(logs: dict[str, float], speed: dict[str, float | None]) -> str:
+    """What progress says of a step."""
+    mfu = "" if speed["mfu"] is None else f"  MFU {speed['mfu']:.0%}"
+    return f"loss {logs['loss']:.3f}  lr {logs['learning_rate']:.2g}  {speed['tokens_per_second']:,.0f} tokens/s{mfu}"
+
+
+def _stack(windows: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """A batch, with the places of its labels and how many there are, see `attach_loss`."""
+    batch: dict[str, Any] = {key: torch.stack([window[key] for window in windows]) for key in windows[0]}
+    labels = batch["labels"].flatten()
+    batch["places"] = (labels != IGNORED).nonzero()[:, 0] if (labels.numpy() == IGNORED).any() else slice(None)
+    batch["labelled"] = len(labels[batch["places"]])
+    return batch

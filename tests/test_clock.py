@@ -1,0 +1,100 @@
+"""Speed, its share of the peak, and the time left of a study."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from openmoba.lab.clock import PEAKS, Speedometer, median_speed, peak_operations
+from openmoba.lab.compute import PFLOPS_DAY, Shape, attention_flops, training_compute
+from openmoba.lab.config import ArmConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from openmoba.lab.model import build_model
+from openmoba.lab.plan import planned_shape, planned_work
+from openmoba.lab.progress import duration
+from openmoba.lab.recipe import parse_recipe
+from openmoba.lab.study import StudyClock
+
+RUN = RunConfig(
+    data=DataConfig(length=4096, vocab_size=300),
+    model=ModelConfig(size="nano"),
+    arm=ArmConfig("full", 64, 3),
+    train=TrainConfig(steps=100, batch_size=2),
+    eval=EvalConfig(windows=10),
+)
+
+
+def test_mfu_by_hand() -> None:
+    """3000 tokens of 2e9 operations each in 2 seconds are 3e12 a second, a tenth of the peak."""
+    meter = Speedometer(peak=3e13)
+    meter.start(1000, 5.0, 1e12 / PFLOPS_DAY)
+    assert meter.read(4000, 7.0, 7e12 / PFLOPS_DAY) == {"tokens_per_second": 1500, "mfu": 0.1}
+    assert meter.read(5000, 8.0, 7.3e12 / PFLOPS_DAY) == {"tokens_per_second": 1000, "mfu": 0.01}
+    assert Speedometer(peak=None).read(10, 1.0, 1.0) == {"tokens_per_second": 10, "mfu": None}
+
+
+def test_the_peak_is_stated_for_known_devices_in_bf16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    assert peak_operations(cuda, True, 2) == 2 * 989e12 == 2 * PEAKS["NVIDIA H200"]
+    assert peak_operations(cuda, False, 2) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200 NVL")  # which has another peak
+    assert peak_operations(cuda, True, 1) is None
+    assert peak_operations(torch.device("cpu"), True, 1) is None
+
+
+def test_the_speed_of_a_run_is_its_median_and_older_records_have_none() -> None:
+    rows = [{"tokens_per_second": speed, "mfu": None} for speed in (1.0, 90.0, 100.0)]
+    assert median_speed(rows, None) == {"tokens_per_second": 90.0, "mfu": None, "peak": None}
+    assert median_speed([{"loss": 1.0}], 9e14) == {"tokens_per_second": None, "mfu": None, "peak": 9e14}
+
+
+def test_work_counts_the_attention_as_it_is() -> None:
+    shape = planned_shape(RUN)
+    assert shape == Shape.of(build_model(RUN.model, 300, 64, 0), 4096)
+    moba = replace(RUN, arm=replace(RUN.arm, name="moba"))
+    saved = attention_flops(shape, None) - attention_flops(shape, moba.arm.attention(0, 100))
+    forward = 1 + 10 / (100 * 2) / 3  # one evaluation of 10 windows beside 200 of training
+    assert planned_work(RUN) - planned_work(moba) == pytest.approx(200 * saved * forward)
+    hybrid = replace(RUN, arm=replace(RUN.arm, name="hybrid"))
+    assert planned_work(moba) < planned_work(hybrid) < planned_work(RUN)
+    often = replace(RUN, eval=EvalConfig(windows=10, count=20))
+    assert planned_work(often) / planned_work(RUN) == pytest.approx((1 + 200 / 200 / 3) / forward)
+
+
+def test_the_time_left_of_a_study_counts_the_attention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """MoBA is cheaper: after it, more than half of the time of both arms is left."""
+    recipe = parse_recipe(
+        """
+        [run]
+        data = { length = 8192 }
+        train = { steps = 100 }
+        [sizes]
+        nano = { model = { size = "nano" } }
+        [arms]
+        moba = { name = "moba", block_size = 64, top_k = 2 }
+        full = { name = "full" }
+        [[stages]]
+        name = "one"
+        sizes = ["nano"]
+        arms = ["moba", "full"]
+        """,
+        title="study",
+    )
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    clock = StudyClock(recipe, tmp_path)
+    clock.left(recipe.runs[0], 0.0)
+    now = 100.0
+    first, second = (planned_work(run.config(tmp_path)) for run in recipe.runs)
+    assert second > 2 * first
+    left = duration(100 * second / first)
+    assert clock.left(recipe.runs[0], 1.0) == f"study {first / (first + second):.0%}, {left} left"
+
+
+def test_time_hybrids_have_more_than_a_tenth_of_the_work_in_their_last_tenth() -> None:
+    arm = ArmConfig("time_hybrid", 64, 2)
+    parts = [training_compute(planned_shape(RUN), arm, step, 100, 1, 0.0)["causal_exact"] for step in (90, 100)]
+    assert parts[0] / parts[1] < 0.85
