@@ -246,9 +246,9 @@ def test_options_of_memory_precision_and_logs_change_the_curve_by_rounding_at_mo
     assert bool(list(tmp_path.rglob("events.out.tfevents*"))) == ("tensorboard" in changes)
 
 
-@pytest.mark.parametrize("loss_tokens", [None, 16])
+@pytest.mark.parametrize(("arm", "loss_tokens"), [("full", None), ("hybrid", None), ("moba", 16)])
 def test_a_step_between_two_records_asks_the_device_for_nothing(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss_tokens: int | None
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: Any, loss_tokens: int | None
 ) -> None:
     """No number is read back, and no shape depends on values: on a GPU each would hold up the host."""
     asked: list[tuple[int, str]] = []
@@ -271,7 +271,7 @@ def test_a_step_between_two_records_asks_the_device_for_nothing(
     load = trainer_module._stack
     monkeypatch.setattr(trainer_module, "_stack", lambda windows: _outside(load, windows))  # is on the host anyway
     settings = replace(TRAIN, steps=7, log_every=3, checkpoint_every=6, loss_tokens=loss_tokens)
-    quiet = replace(config, arm=ArmConfig("full"), train=settings, eval=replace(config.eval, every=None))
+    quiet = replace(config, arm=ArmConfig(arm, 8, 2), train=settings, eval=replace(config.eval, every=None))
     with Watch():
         run_training(quiet, tmp_path)
     assert {step for step, _ in asked} & set(range(7)) == {2, 5, 6}, asked
