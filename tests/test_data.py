@@ -86,7 +86,7 @@ def test_held_out_documents_are_whole_disjoint_and_always_the_same(tmp_path: Pat
 def test_hold_out_takes_one_of_each_group_of_like_size_and_drops_copies() -> None:
     sizes = np.array([10, 11, 12, 13, 100, 110, 120, 130, 130])
     digests = np.array([5, 6, 7, 8, 4, 3, 2, 1, 1], dtype=np.uint64)
-    train, held = hold_out(Survey(sizes, digests), 4)
+    train, held = hold_out(Survey(sizes, digests, sizes), 4)
     assert held.tolist() == [0, 7]
     assert train.tolist() == [1, 2, 3, 4, 5, 6]
 

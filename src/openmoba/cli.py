@@ -11,6 +11,7 @@ from functools import partial
 from importlib import import_module
 
 COMMANDS = {
+    "corpus": ("openmoba.lab.corpus_commands:MakeCorpus", "say what documents a source holds, write them as Parquet"),
     "train": ("openmoba.lab.commands:Train", "train one model, or go on with it"),
     "evaluate": ("openmoba.lab.commands:Evaluate", "LM, position-wise and trailing loss of a run or a model"),
     "study": ("openmoba.lab.study_commands:Study", "train a recipe's runs, draw its charts, write its report"),

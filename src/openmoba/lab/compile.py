@@ -9,18 +9,21 @@ from typing import Any
 import torch
 
 from openmoba.hf.layers import is_attention
+from openmoba.lab.loss import compile_loss
 
 
 def compile_layers(model: Any) -> None:
-    """Compile every decoder layer of a transformers model in place; it happens when a layer first runs."""
+    """Compile every decoder layer and the loss of a model after `attach_loss`, in place, when each first runs."""
     for layer in decoder_layers(model):
         layer.compile(dynamic=False)
+    compile_loss(model, True)
 
 
 def uncompile_layers(model: Any) -> None:
-    """Run every decoder layer eagerly again."""
+    """Run every decoder layer and the loss eagerly again."""
     for layer in decoder_layers(model):
         layer._compiled_call_impl = None
+    compile_loss(model, False)
 
 
 def decoder_layers(model: Any) -> list[torch.nn.Module]:

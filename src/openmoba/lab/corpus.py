@@ -6,12 +6,13 @@ A document is a text, or a conversation: a list of messages `{"role": ..., "cont
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 Document = str | list[dict[str, str]]
 
@@ -19,9 +20,27 @@ Document = str | list[dict[str, str]]
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
+class Corpus(Protocol):
+    """Documents in a fixed order."""
+
+    @property
+    def name(self) -> str:
+        """What the user calls it."""
+
+    @property
+    def digest(self) -> str:
+        """Hash of the contents, hexadecimal: the same wherever the files lie and whenever they were written."""
+
+    def named(self) -> Iterator[tuple[str, Document]]:
+        """The documents that hold something, with their names, in order."""
+
+    def documents(self) -> Iterator[Document]:
+        """The documents alone."""
+
+
 @dataclass(frozen=True)
-class Corpus:
-    """Documents in a fixed order.
+class FileCorpus:
+    """Documents that are files, or rows of files.
 
     Attributes:
         name: as the user gave it.
@@ -46,8 +65,16 @@ class Corpus:
 
     def documents(self) -> Iterator[Document]:
         """All documents that hold something, in order."""
-        rows = map(_read_text, self.files) if self.kind == "text" else self._rows()
-        return (row for row in rows if row)
+        return (document for _, document in self.named())
+
+    def named(self) -> Iterator[tuple[str, Document]]:
+        """The documents with their names: a file's path below the folder of all files, or a row's number."""
+        if self.kind == "text":
+            folder = os.path.commonpath([path.parent for path in self.files])
+            rows = ((path.relative_to(folder).as_posix(), _read_text(path)) for path in self.files)
+        else:
+            rows = ((str(number), row) for number, row in enumerate(self._rows()))
+        return ((name, row) for name, row in rows if row)
 
     def _rows(self) -> Iterator[Any]:
         rows = load_rows(self.kind, [str(path) for path in self.files])
@@ -58,7 +85,7 @@ class Corpus:
         return (row[self.column] for row in rows.select_columns([self.column]))
 
 
-def open_corpus(source: str, column: str = "text") -> Corpus:
+def open_corpus(source: str, column: str = "text") -> FileCorpus:
     """The corpus that `source` names: "stdlib", a file, a folder, or a data set on the hub.
 
     Raises:
@@ -77,7 +104,7 @@ def open_corpus(source: str, column: str = "text") -> Corpus:
         files, kind = _hub_files(source), "arrow"
     if not files:
         raise ValueError(f"{source} holds no text, .jsonl or .parquet files")
-    return Corpus(source, tuple(files), kind, column)
+    return FileCorpus(source, tuple(files), kind, column)
 
 
 def load_rows(kind: str, files: list[str]) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,14 +68,13 @@ def load_data(
     """
     progress = progress or Progress()
     cache = Path(config.cache).expanduser()
-    split = _split(config, cache)
+    split = _split(config, cache, progress)
     _check(split.identity, known, config)
     tokenizer = load_tokenizer(resumed) if resumed else _tokenizer(config, split, start_from, cache, progress)
     identity = {**split.identity, "tokenizer": fingerprint(tokenizer), "vocabulary": len(tokenizer)}
     _check(identity, known, config)
-    progress.note(f"tokens of {config.source}")
-    store = tokenise(split.train, tokenizer, cache)
-    valid_store = store if split.valid == split.train else tokenise(split.valid, tokenizer, cache)
+    store = tokenise(split.train, tokenizer, cache, progress)
+    valid_store = store if split.valid == split.train else tokenise(split.valid, tokenizer, cache, progress)
     train = _windows(store, split.train_documents, config.length, f"{config.source} (training)")
     valid = _windows(valid_store, split.valid_documents, config.length, f"{split.valid.name} (validation)")
     identity["training_windows"] = len(train)
@@ -90,19 +90,20 @@ def load_validation(
     Args:
         known: data whose validation documents these must be.
     """
+    progress = progress or Progress()
     cache = Path(config.cache).expanduser()
     tokenizer = load_tokenizer(model)
     if config.valid is None:
-        split = _split(config, cache)
+        split = _split(config, cache, progress)
         corpus, documents = split.valid, split.valid_documents
         _check({"valid": split.identity["valid"]}, known, config)
     else:
         corpus = open_corpus(config.valid, config.column)
-        surveyed = _nonempty(corpus, cache)
+        surveyed = _nonempty(corpus, cache, progress)
         documents = np.arange(len(surveyed.sizes))
         _check({"valid": documents_digest(surveyed.digests)}, known, config)
-    (progress or Progress()).note(f"tokens of {config.valid or config.source}")
-    return _windows(tokenise(corpus, tokenizer, cache), documents, config.length, f"{corpus.name} (validation)")
+    store = tokenise(corpus, tokenizer, cache, progress)
+    return _windows(store, documents, config.length, f"{corpus.name} (validation)")
 
 
 def validation_windows(windows: Windows, count: int) -> Windows:
@@ -133,16 +134,16 @@ def hold_out(surveyed: Survey, every: int) -> tuple[np.ndarray, np.ndarray]:
     return np.setdiff1d(unique, held), np.sort(np.asarray(held, dtype=np.int64))
 
 
-def _split(config: DataConfig, cache: Path) -> _Split:
+def _split(config: DataConfig, cache: Path, progress: Progress) -> _Split:
     train = open_corpus(config.source, config.column)
-    surveyed = _nonempty(train, cache)
+    surveyed = _nonempty(train, cache, progress)
     if config.valid is None:
         documents, held = hold_out(surveyed, config.hold_out)
         if len(held) == 0:
             raise ValueError(f"{config.source} is one document, none is left for validation; set data.valid")
         return _Split(train, documents, train, held, _identity(surveyed, documents, surveyed, held))
     valid = open_corpus(config.valid, config.column)
-    held_survey = _nonempty(valid, cache)
+    held_survey = _nonempty(valid, cache, progress)
     _, unique = np.unique(surveyed.digests, return_index=True)
     fresh = unique[~np.isin(surveyed.digests[unique], held_survey.digests)]
     documents, held = np.sort(fresh), np.arange(len(held_survey.sizes))
@@ -158,8 +159,8 @@ def _check(found: Identity, known: Sequence[Known], config: DataConfig) -> None:
         data.check(found, config.source if config.valid is None else f"{config.source} or {config.valid}")
 
 
-def _nonempty(corpus: Corpus, cache: Path) -> Survey:
-    surveyed = survey(corpus, cache)
+def _nonempty(corpus: Corpus, cache: Path, progress: Progress) -> Survey:
+    surveyed = survey(corpus, cache, progress)
     if len(surveyed.sizes) == 0:
         raise ValueError(f"{corpus.name} has no documents with text in them; set data.source or data.valid to others")
     return surveyed
@@ -171,23 +172,32 @@ def _tokenizer(
     if config.tokenizer == "auto" and start_from is not None:
         return load_tokenizer(start_from)
     if config.tokenizer in ("auto", "bpe"):
-        return _trained_bpe(config, split, cache, progress)
-    return byte_tokenizer() if config.tokenizer == "bytes" else load_tokenizer(config.tokenizer)
+        return trained_bpe(split.train, split.train_documents, config.vocab_size, cache, progress)
+    return named_tokenizer(config.tokenizer)
 
 
-def _trained_bpe(config: DataConfig, split: _Split, cache: Path, progress: Progress) -> Any:
-    """A BPE of the training documents alone, kept in the cache."""
+def named_tokenizer(name: str) -> Any:
+    """The tokenizer "bytes", or that of a folder or hub name."""
+    return byte_tokenizer() if name == "bytes" else load_tokenizer(name)
+
+
+def trained_bpe(corpus: Corpus, documents: np.ndarray, vocab_size: int, cache: Path, progress: Progress) -> Any:
+    """A BPE of the documents of these numbers alone, kept in the cache."""
+
+    def texts() -> Iterator[str]:
+        place = dict(zip(documents.tolist(), np.cumsum(survey(corpus, cache, progress).sizes[documents]), strict=True))
+        total = int(max(place.values()))
+        for number, document in enumerate(corpus.documents()):
+            if number in place:
+                yield document if isinstance(document, str) else "\n".join(m["content"] for m in document)
+                progress.step(int(place[number]), total, "characters counted for the tokenizer")
 
     def write(folder: Path) -> None:
-        progress.note(f"training a tokenizer of {config.vocab_size} entries on {config.source}")
-        chosen = set(split.train_documents.tolist())
-        documents = (d for number, d in enumerate(split.train.documents()) if number in chosen)
-        texts = (d if isinstance(d, str) else "\n".join(m["content"] for m in d) for d in documents)
-        train_bpe(texts, config.vocab_size).save_pretrained(folder)
+        progress.note(f"training a tokenizer of {vocab_size} entries on {corpus.name}")
+        train_bpe(texts(), vocab_size).save_pretrained(folder)
 
-    held = "" if split.valid == split.train else f"-{split.valid.digest}"
-    name = f"bpe-{split.train.digest}-{config.vocab_size}-{config.hold_out}{held}"
-    return load_tokenizer(cached(cache, name, write))
+    chosen = hashlib.blake2b(documents.tobytes(), digest_size=8).hexdigest()
+    return load_tokenizer(cached(cache, f"bpe-{corpus.digest}-{chosen}-{vocab_size}", write))
 
 
 def _windows(store: TokenStore, documents: np.ndarray, length: int, name: str) -> Windows:

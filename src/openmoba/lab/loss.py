@@ -11,7 +11,7 @@ three matrix products remain: W h, and the gradients of h and W.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from openmoba.lab.windows import IGNORED
+
+ChunkGradient = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # Logits of one chunk: 16 MB of fp32 stay near a CPU's caches, a GPU wants larger products.
 _LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}
@@ -48,9 +50,19 @@ def attach_loss(model: Any) -> None:
             return losses.view(labels.shape) if count is None else losses.sum() / count
         hidden = self.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         head = self.get_output_embeddings()
-        return linear_loss(hidden, head.weight, head.bias, labels, count, places)
+        return linear_loss(hidden, head.weight, head.bias, labels, count, places, self.chunk_gradient)
 
     model.forward = MethodType(forward, model)
+    compile_loss(model, False)
+
+
+def compile_loss(model: Any, compiled: bool) -> None:
+    """Compile what `attach_loss` does with the logits of a chunk, in place, or take that back.
+
+    Eagerly it is eight passes over the logits in fp32, a fifth of a training step of a model of 14 M parameters on a
+    GPU; compiled, two reads and one write in 16 bits.
+    """
+    model.chunk_gradient = torch.compile(_chunk_gradient, dynamic=False) if compiled else _chunk_gradient
 
 
 def linear_loss(
@@ -60,16 +72,19 @@ def linear_loss(
     labels: Tensor,
     count: Tensor | None = None,
     places: Tensor | slice | None = None,
+    chunk_gradient: ChunkGradient | None = None,
 ) -> Tensor:
     """Losses of `labels` `[batch, tokens]` under the logits `weight hidden + bias`, as `attach_loss` says.
 
-    Positions with the label IGNORED are left out of the computation.
+    Positions with the label IGNORED are left out of the computation. `chunk_gradient` is `_chunk_gradient`, perhaps
+    compiled.
     """
     if places is None:
         places = (labels.flatten() != IGNORED).nonzero()[:, 0]
     h_NC, label_N = hidden.flatten(0, 1)[places], labels.flatten()[places]
     if count is not None:
-        return _MeanLoss.apply(h_NC, weight_VC, bias_V, label_N, count)  # type: ignore[no-any-return,no-untyped-call]
+        own = chunk_gradient or _chunk_gradient
+        return _MeanLoss.apply(h_NC, weight_VC, bias_V, label_N, count, own)  # type: ignore[no-any-return,no-untyped-call]
     losses, loss_N = torch.zeros(labels.numel(), device=labels.device), torch.empty(len(label_N), device=labels.device)
     weight_VC, bias_V = _as_computed(weight_VC, h_NC), None if bias_V is None else _as_computed(bias_V, h_NC)
     for rows in _chunks(label_N, len(weight_VC)):
@@ -100,7 +115,13 @@ class _MeanLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, label_N: Tensor, count: Tensor
+        ctx: Any,
+        h_NC: Tensor,
+        weight_VC: Tensor,
+        bias_V: Tensor | None,
+        label_N: Tensor,
+        count: Tensor,
+        chunk_gradient: ChunkGradient,
     ) -> Tensor:
         w_VC = _as_computed(weight_VC, h_NC)
         b_V = None if bias_V is None else _as_computed(bias_V, h_NC)
@@ -110,13 +131,8 @@ class _MeanLoss(torch.autograd.Function):
         db_V = None if bias_V is None else torch.zeros_like(bias_V)
         for rows in _chunks(label_N, len(w_VC)):
             x_NC = _as_computed(h_NC[rows], h_NC)
-            logit_NV = torch.nn.functional.linear(x_NC, w_VC, b_V).float()
-            losses, lse_N = _losses(logit_NV, label_N[rows])
-            total += losses.sum()
-            # d loss / d logit = softmax - one-hot
-            d_NV = logit_NV.sub_(lse_N[:, None]).exp_()
-            d_NV[torch.arange(len(d_NV), device=d_NV.device), label_N[rows]] -= 1
-            d_NV = d_NV.div_(count).to(w_VC.dtype)
+            loss, d_NV = chunk_gradient(torch.nn.functional.linear(x_NC, w_VC, b_V), label_N[rows], count)
+            total += loss
             dh_NC[rows] = d_NV @ w_VC
             dw_VC += d_NV.T @ x_NC
             if db_V is not None:
@@ -127,7 +143,15 @@ class _MeanLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dh_NC, dw_VC, db_V = ctx.saved_tensors
-        return dh_NC * dloss, dw_VC * dloss, None if db_V is None else db_V * dloss, None, None
+        return dh_NC * dloss, dw_VC * dloss, None if db_V is None else db_V * dloss, None, None, None
+
+
+def _chunk_gradient(logit_NV: Tensor, label_N: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of a chunk's losses, and the gradient of sum / count with respect to its logits, in their dtype."""
+    losses, lse_N = _losses(logit_NV.float(), label_N)
+    hit_NV = label_N[:, None] == torch.arange(logit_NV.shape[1], device=logit_NV.device)
+    d_NV = (logit_NV.float() - lse_N[:, None]).exp_().sub_(hit_NV.float()).div_(count)  # softmax - one-hot
+    return losses.sum(), d_NV.to(logit_NV.dtype)
 
 
 def _losses(logit_NV: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 from filelock import FileLock
 
 from openmoba.lab.corpus import Corpus, Document
+from openmoba.lab.progress import Progress
 from openmoba.lab.tokenizer import encode_chat, encode_texts, fingerprint
 
 _CHARACTERS_PER_BATCH = 8_000_000
@@ -47,29 +49,44 @@ class Survey:
     Attributes:
         sizes: characters of each document, int64 `[documents]`.
         digests: hash of each document, uint64 `[documents]`.
+        bytes: of each document in UTF-8, int64 `[documents]`.
     """
 
     sizes: np.ndarray
     digests: np.ndarray
+    bytes: np.ndarray
 
 
-def survey(corpus: Corpus, cache: Path) -> Survey:
+def survey(corpus: Corpus, cache: Path, progress: Progress) -> Survey:
     """Sizes and digests of the documents, kept in `cache`."""
 
     def write(folder: Path) -> None:
-        contents = [_content(document) for document in corpus.documents()]
-        digests = [hashlib.blake2b(content.encode(), digest_size=8).digest() for content in contents]
-        np.save(folder / "sizes.npy", np.asarray([len(content) for content in contents], dtype=np.int64))
-        np.save(folder / "digests.npy", np.frombuffer(b"".join(digests), dtype=np.uint64))
+        progress.note(f"reading {corpus.name}")
+        rows = np.fromiter(map(_measure, corpus.documents()), dtype=_MEASURES)
+        for name in _MEASURES.names or ():
+            np.save(folder / f"{name}.npy", rows[name])
 
-    folder = cached(cache, f"survey-{corpus.digest}", write)
-    return Survey(np.load(folder / "sizes.npy"), np.load(folder / "digests.npy"))
+    folder = cached(cache, f"documents-{corpus.digest}", write)
+    return Survey(**{name: np.load(folder / f"{name}.npy") for name in _MEASURES.names or ()})
 
 
-def tokenise(corpus: Corpus, tokenizer: Any, cache: Path) -> TokenStore:
-    """The corpus' token store, made in `cache` if it is not there yet."""
+_MEASURES = np.dtype([("sizes", np.int64), ("digests", np.uint64), ("bytes", np.int64)])
+
+
+def _measure(document: Document) -> tuple[int, int, int]:
+    """Characters, hash and bytes of a document."""
+    content = _content(document)
+    encoded = content.encode()
+    digest = hashlib.blake2b(encoded, digest_size=8).digest()
+    return len(content), int.from_bytes(digest, sys.byteorder), len(encoded)
+
+
+def tokenise(corpus: Corpus, tokenizer: Any, cache: Path, progress: Progress) -> TokenStore:
+    """Return the corpus' token store, made in `cache` if it is not there yet."""
     name = f"tokens-{corpus.digest}-{fingerprint(tokenizer)}"
-    folder = cached(cache, name, lambda folder: _write_store(corpus, tokenizer, folder))
+    folder = cached(
+        cache, name, lambda folder: _write_store(corpus, tokenizer, folder, survey(corpus, cache, progress), progress)
+    )
     written = folder / "written.npy"
     return TokenStore(
         np.load(folder / "tokens.npy", mmap_mode="r"),
@@ -95,9 +112,11 @@ def cached(cache: Path, name: str, write: Callable[[Path], None]) -> Path:
     return target
 
 
-def _write_store(corpus: Corpus, tokenizer: Any, folder: Path) -> None:
+def _write_store(corpus: Corpus, tokenizer: Any, folder: Path, surveyed: Survey, progress: Progress) -> None:
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-    lengths = []
+    lengths: list[int] = []
+    place_D = np.cumsum(surveyed.sizes)
+    progress.note(f"tokens of {corpus.name}")
     with (folder / "tokens.raw").open("wb") as tokens, (folder / "written.raw").open("wb") as written:
         for batch in _batches(corpus.documents()):
             for token_T, written_T in _encode(tokenizer, batch):
@@ -105,6 +124,7 @@ def _write_store(corpus: Corpus, tokenizer: Any, folder: Path) -> None:
                 if written_T is not None:
                     written.write(written_T.tobytes())
                 lengths.append(len(token_T))
+            progress.step(int(place_D[len(lengths) - 1]), int(place_D[-1]), "characters tokenised")
     np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
     _raw_to_npy(folder / "tokens.raw", dtype)
     _raw_to_npy(folder / "written.raw", np.dtype(bool))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def byte_tokenizer() -> Any:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
-    """Byte-level BPE of `vocab_size` entries, the end-of-text token included."""
+    """Train a byte-level BPE of `vocab_size` entries, the end-of-text token included, on texts read once."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -43,7 +44,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    # The library takes texts by the 256: pieces of them bound its memory, and keep all cores at work.
+    tokenizer.train_from_iterator((piece for text in texts for piece in cut_at_spaces(text)), trainer)
     return _wrap(tokenizer)
 
 
@@ -67,10 +69,55 @@ def fingerprint(tokenizer: Any) -> str:
 
 
 def encode_texts(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
-    """Tokens of each text, and the end-of-text token where the tokenizer has one; int64."""
+    """Tokens of each text, and the end-of-text token where the tokenizer has one; int64.
+
+    The cores share the texts, or pieces of them where the tokenizer makes the same tokens of those.
+    """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return [np.asarray(row + end, dtype=np.int64) for row in rows]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    cut = cut_at_spaces if _knows_words_by_spaces(backend) else _whole
+    pieces = [cut(text) for text in texts]
+    encoded = iter(backend.encode_batch_fast([p for parts in pieces for p in parts], add_special_tokens=False))
+    return [
+        np.concatenate([*(np.asarray(next(encoded).ids, dtype=np.int64) for _ in parts), np.asarray(end, np.int64)])
+        for parts in pieces
+    ]
+
+
+def cut_at_spaces(text: str, size: int = 1 << 16) -> list[str]:
+    """The text in pieces of `size` characters and those up to the next space or line end after a character that
+    is none, where a byte-level tokenizer's words end whatever follows."""
+    pieces, start = [], 0
+    while found := _WORD_END.search(text, start + max(1, size)):
+        pieces.append(text[start : found.start()])
+        start = found.start()
+    return [*pieces, text[start:]]
+
+
+_WORD_END = re.compile(r"(?<=\S)[ \n]")
+
+
+def _whole(text: str) -> list[str]:
+    return [text]
+
+
+def _knows_words_by_spaces(backend: Any) -> bool:
+    """Whether tokens never reach over the places where `cut_at_spaces` cuts, and do not depend on what is there.
+
+    True of GPT-2's byte-level words, as of the tokenizers made here; others, such as those that put a space before
+    each text, are not told apart.
+    """
+    settings = json.loads(backend.to_str())
+    words = settings["pre_tokenizer"] or {}
+    return (
+        settings["normalizer"] is None
+        and settings["model"]["type"] == "BPE"
+        and not settings["model"]["dropout"]
+        and (words.get("type"), words.get("add_prefix_space"), words.get("use_regex")) == ("ByteLevel", False, True)
+        and not any(t["lstrip"] or t["rstrip"] or re.search(r"\s", t["content"]) for t in settings["added_tokens"])
+    )
 
 
 def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[np.ndarray, np.ndarray]:
