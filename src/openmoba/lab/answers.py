@@ -104,7 +104,8 @@ def _law_ratios(outcomes: Sequence[Outcome], axis: str) -> Iterator[str]:
         compute = min(float(law.compute.max()) for law in pair)
         ratio = float(pair[0].law(compute) / pair[1].law(compute)) - 1
         low, high = (float(end[0]) - 1 for end in pair[0].ratio(pair[1], [compute]))
-        word = "resolved" if not low <= 0 <= high else "within noise"
+        several = len(pair[0].loss) >= 2 * len({run.run.size for run in own})
+        word = _word(not low <= 0 <= high, several)
         amount = (
             f"{compute:,.0f} accelerator seconds" if axis == "accelerator_seconds" else f"{compute:.3g} PFLOP/s-days"
         )

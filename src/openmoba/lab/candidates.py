@@ -58,10 +58,10 @@ class Standing:
         cost = f"{_thousands(self.tokens_per_second)} tokens/s"
         if self.key_share is not None:
             cost = f"{self.key_share:.1%} of keys, {cost}"
-        own = None if self.own is None else _percent(self.own.trailing, self.own.trailing_loss)
+        own = None if self.own is None else _level(self.own.trailing, self.own.trailing_loss)
         trailing, lm = (
-            _percent(self.plain.trailing, self.plain.trailing_loss),
-            _percent(self.plain.lm, self.plain.lm_loss),
+            _level(self.plain.trailing, self.plain.trailing_loss),
+            _level(self.plain.lm, self.plain.lm_loss),
         )
         return Candidate(self.runs[0].label, trailing, lm, own, cost)
 
@@ -78,7 +78,7 @@ def standings(runs: Sequence[Outcome]) -> list[Standing]:
         if full and own != full and {run.run.seed for run in own} & {run.run.seed for run in full}:
             fair = _fair(own[0].config.arm, runs)
             against = Against.of(own, fair, runs) if fair and fair not in (full, own) else None
-            found.append(Standing(own, Against.of(own, full, runs), against, key_share(own[0]), _speed(own)))
+            found.append(Standing(own, Against.of(own, full, runs), against, key_share(own[0]), tokens_per_second(own)))
     return sorted(found, key=lambda standing: standing.plain.trailing.mean if standing.plain.trailing else 0.0)
 
 
@@ -102,17 +102,29 @@ def standing_table(runs: Sequence[Outcome], found: Sequence[Standing]) -> Iterat
     yield _noise_sentence(runs, found[0].plain.trailing_loss)
 
 
-def key_share(run: Outcome) -> float | None:
+def key_share(run: Outcome, length: int | None = None) -> float | None:
     """Keys that the run's queries read in training, over all layers, of those that full attention reads.
 
     None for a model from outside the study, whose layers are not known.
+
+    Args:
+        length: only the first so many positions of a window; None for all.
     """
     if run.layers is None:
         return None
-    arm, length, steps = run.config.arm, run.config.data.length, run.config.train.steps
+    arm, steps = run.config.arm, run.config.train.steps
+    length = length or run.config.data.length
     sparse_layers = (run.layers - len(run.full_layers)) / run.layers
     sparse = sparse_layers * arm.switch_step(steps) / steps
     return 1 - sparse * (1 - moba_pairs(length, arm.block_size, arm.top_k) / causal_pairs(length))
+
+
+def percent(found: Difference, loss: float) -> str:
+    """A difference and its interval in percent of `loss`."""
+    level = _level(found, loss)
+    assert level is not None
+    bounds = f" [{level.interval.low:+.2f}, {level.interval.high:+.2f}]" if level.interval else ""
+    return f"{level.loss:+.2f}{bounds}"
 
 
 def _fair(arm: ArmConfig, runs: Sequence[Outcome]) -> list[Outcome]:
@@ -125,7 +137,8 @@ def _fair(arm: ArmConfig, runs: Sequence[Outcome]) -> list[Outcome]:
     return next((own for own in fulls if rest(own[0].config.arm) == rest(arm)), [])
 
 
-def _speed(runs: Sequence[Outcome]) -> float:
+def tokens_per_second(runs: Sequence[Outcome]) -> float:
+    """Training speed of one arm's runs, per device."""
     seconds = sum(run.final["compute"]["accelerator_seconds"] for run in runs)
     return float(sum(run.final["tokens"] for run in runs) / seconds)
 
@@ -152,15 +165,12 @@ def _cells(found: Difference | None, loss: float) -> list[str]:
     if found is None:
         return ["-", "-"]
     if found.interval is None:
-        return [f"{found.mean:+.4f}", f"{100 * found.mean / loss:+.2f}"]
+        return [f"{found.mean:+.4f}", percent(found, loss)]
     low, high = found.interval.low, found.interval.high
-    return [
-        f"{found.mean:+.4f} [{low:+.4f}, {high:+.4f}]",
-        f"{100 * found.mean / loss:+.2f} [{100 * low / loss:+.2f}, {100 * high / loss:+.2f}]",
-    ]
+    return [f"{found.mean:+.4f} [{low:+.4f}, {high:+.4f}]", percent(found, loss)]
 
 
-def _percent(found: Difference | None, loss: float) -> Level | None:
+def _level(found: Difference | None, loss: float) -> Level | None:
     if found is None:
         return None
     interval = found.interval and Interval(100 * found.interval.low / loss, 100 * found.interval.high / loss)

@@ -157,7 +157,7 @@ def _positions(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
         for own in shown
         if own != reference and _share_a_seed(own, reference)
     }
-    name = reference[0].label[:1].lower() + reference[0].label[1:]
+    name = _inside(reference[0].label)
     figure = panels.position_chart(
         reference[0].ranges,
         {own[0].label: [mean_loss(own, k) for k in ranges] for own in shown},
@@ -194,14 +194,14 @@ def _gains(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
         ranges,
         {names[size]: [mean_loss(own, k) for k in range(len(ranges))] for size, own in sizes.items()},
         {names[size]: [_level(gain(own, k, 0)) for k in range(len(ranges))] for size, own in sizes.items()},
-        title=f"Loss by position, {outcomes[0].label}, length {outcomes[0].config.data.length:,}",
+        title=f"Loss by position, {_inside(outcomes[0].label)}, length {outcomes[0].config.data.length:,}",
         loss_name="LM loss (nats)",
         difference_name=f"Difference from\npositions {span} (nats)",
     )
     counts = "; ".join(f"{size}: {behind(own, 0)}" for size, own in sizes.items())
     caption = (
-        f"Loss by position of {outcomes[0].label}, and its difference from that at the positions {span} of the same "
-        f"windows, with {LEVEL:.0%} intervals ({counts}). Below zero: what a longer context is good for."
+        f"Loss by position of {_inside(outcomes[0].label)}, and its difference from that at the positions {span} of "
+        f"the same windows, with {LEVEL:.0%} intervals ({counts}). Below zero: what a longer context is good for."
     )
     return Chart(stage, figures.save(figure, study / FOLDER / f"{stage.name}-positions"), caption)
 
@@ -224,6 +224,11 @@ def _candidates(stage: Stage, size: str, runs: list[Outcome], found: Sequence[St
     if noise is not None:
         caption += f" Grey: below {smallest:.2f} %, where two single seeds cannot be told apart."
     return Chart(stage, figures.save(figure, study / FOLDER / f"{stage.name}-{size}-candidates"), caption)
+
+
+def _inside(label: str) -> str:
+    """An arm's name inside a sentence: "Full attention" loses its capital, "MoBA" keeps it."""
+    return label[:1].lower() + label[1:] if label[1:2].islower() else label
 
 
 def _share_a_seed(first: Sequence[Outcome], second: Sequence[Outcome]) -> bool:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
@@ -22,6 +23,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from openmoba.lab.fit import Fit
 from openmoba.lab.resample import Interval
 
+TITLE_WIDTH = 68  # characters that fit on one line
 BLUE, RED, GREY = "#0077BB", "#CC3311", "#666666"
 
 AXES = {
@@ -98,7 +100,7 @@ def layers_chart(
         axes.set_xlim(-0.5, end)
         axes.margins(y=0.12)
         axes.grid(visible=False, axis="x")
-        axes.set(title=title, xlabel=layers_name, ylabel=loss_name)
+        axes.set(title=fill(title, TITLE_WIDTH), xlabel=layers_name, ylabel=loss_name)
         handles, names = axes.get_legend_handles_labels()
         figure.legend(handles[::-1], names[::-1], loc="outside lower center", ncols=3, handlelength=3)
     return figure
@@ -125,7 +127,7 @@ def scaling_chart(
     with chart_style():
         figure = new_figure(height=5.6)
         axes = figure.add_subplot()
-        axes.set(xscale="log", yscale="log", title=title, xlabel=AXES[axis], ylabel=loss_name)
+        axes.set(xscale="log", yscale="log", title=fill(title, TITLE_WIDTH), xlabel=AXES[axis], ylabel=loss_name)
         grid_P = _beyond([curve.compute[-1] for curve in curves])
         for arm, (colour, _, marker) in arm_styles(curve.arm for curve in curves).items():
             for curve in (curve for curve in curves if curve.arm == arm):
@@ -144,7 +146,12 @@ def scaling_chart(
         _frame(axes, curves, grid_P)
         _name_sizes(axes, curves)
         _plain_log_ticks(axes)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, handlelength=3)
+        handles, names = axes.get_legend_handles_labels()
+        order = sorted(range(len(names)), key=lambda place: " Projection: " in names[place])  # a column each
+        figure.legend(
+            [handles[place] for place in order], [names[place] for place in order],
+            loc="outside lower center", ncols=2 if laws else 4, handlelength=3,
+        )  # fmt: skip
     return figure
 
 
@@ -177,6 +184,13 @@ def chart_style() -> Iterator[None]:
 def new_figure(height: float = 4.8) -> Figure:
     """An empty figure as wide as a page, `height` inches high."""
     return Figure(figsize=(7.2, height), layout="constrained")
+
+
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """The legend of `axes` under the figure, in as many columns as its names leave room for."""
+    handles, names = axes.get_legend_handles_labels()
+    columns = min(4, max(1, 84 // (8 + max(map(len, names)))))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3)
 
 
 def error_bars(levels: Sequence[Level]) -> Any:

@@ -11,10 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from openmoba.lab.figures import BLUE, GREY, RED, Level, arm_styles, chart_style, error_bars, new_figure
+from openmoba.lab.figures import BLUE, GREY, RED, Level, arm_styles, chart_style, error_bars, legend_below, new_figure
 
 MOST_TICKS = 9
 PERCENT_TICKS = (-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50)
+TICK_ROOM = 0.09  # of the axis, for one number
 LINEAR_PERCENT = 2.0  # differences up to this are to scale, larger ones are drawn closer together
 
 
@@ -72,7 +73,7 @@ def position_chart(
         _position_ticks(lower, edges)
         for axes in (upper, lower):
             axes.locator_params(axis="y", nbins=6)
-        figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=4, handlelength=3)
+        legend_below(figure, upper)
     return figure
 
 
@@ -107,12 +108,13 @@ def candidates_chart(
         axes.set_yticks(range(len(candidates)), [item.name for item in candidates])
         axes.set_ylim(len(candidates) - 0.5, -0.5)
         axes.set(title=title, xlabel=difference_name)
+        axes.margins(x=0.08)
         _percent_ticks(axes)
         costs = axes.secondary_yaxis("right")
         costs.set_yticks(range(len(candidates)), [item.cost for item in candidates], fontsize=9, color=GREY)
         costs.tick_params(length=0)
         costs.spines["right"].set_visible(False)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        legend_below(figure, axes)
     return figure
 
 
@@ -134,6 +136,14 @@ def _percent_ticks(axes: Axes) -> None:
     low, high = axes.get_xlim()
     low, high = min(low, -LINEAR_PERCENT), max(high, LINEAR_PERCENT)
     axes.set_xlim(low, high)
-    axes.xaxis.set_major_locator(FixedLocator([tick for tick in PERCENT_TICKS if low <= tick <= high]))
+    place = dict(
+        zip(PERCENT_TICKS, axes.transScale.transform([(tick, 0) for tick in PERCENT_TICKS])[:, 0], strict=True)
+    )
+    width = np.diff(axes.transScale.transform([(low, 0), (high, 0)])[:, 0])[0]
+    shown = [0]
+    for tick in sorted(PERCENT_TICKS, key=abs):  # from zero outwards, where there is room for a number
+        if low <= tick <= high and min(abs(place[tick] - place[other]) for other in shown) > TICK_ROOM * width:
+            shown.append(tick)
+    axes.xaxis.set_major_locator(FixedLocator(sorted(shown)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0f}%".replace("-", "−") if value else "0"))
