@@ -203,7 +203,10 @@ def test_candidates_are_dots_with_intervals_beside_full_attention_and_the_noise(
     (line,) = [line for line in axes.get_lines() if line.get_label() == "Full attention"]
     assert (list(line.get_xdata()), to_hex(line.get_color())) == ([0, 0], RED.lower())
     assert [text.get_text() for text in axes.child_axes[0].get_yticklabels()] == ["8% of keys", "5% of keys"]
-    assert {"−2%", "0", "+2%", "+10%"} <= {text.get_text() for text in tick_labels(axes, "x")}
+    labels = sorted(tick_labels(axes, "x"), key=lambda text: text.get_window_extent().x0)
+    assert {"0", "+1%", "+2%", "+5%"} <= {text.get_text() for text in labels}
+    for one, two in pairwise(text.get_window_extent() for text in labels):
+        assert one.x1 < two.x0
 
 
 def test_arms_differ_in_colour_and_in_marker() -> None:
