@@ -12,7 +12,7 @@ import csv
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from openmoba.bench.rows import length_name, newest, read_rows
 from openmoba.bench.table import Row
 from openmoba.bench.training.cases import TrainingRow
 from openmoba.bench.training.table import ARMS, comparison, longest_windows
+from openmoba.lab import results
 
 ROOT = Path(__file__).parent.parent
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -268,33 +269,51 @@ def attention_cpu() -> str:
 
 
 def study() -> str:
-    """The charts of the committed study, with what its report says of their origin."""
-    report = ROOT / STUDY / "report.md"
-    if not report.exists():
+    """Charts A and B, from models of a realistic size if there are some, with what they say and where it comes from."""
+    found = _studies(ROOT)
+    if not found:
         return ""
-    text = report.read_text()
-    origin = dict(re.findall(r"^- (Commit|Hardware|Training and evaluation, all runs): (.*)$", text, re.MULTILINE))
-    charts = re.findall(r"!\[.*?\]\((\S+\.png)\)", text)
+    demo = found[0].folder == ROOT / DEMO
+    origin = f"What one `make demo` made, {results.provenance(found[0].outcomes)}" if demo else "Trained on a GPU"
+    folder = DEMO if demo else STUDIES
     return "\n".join(
         (
-            f"What one `make demo` made: [{text.splitlines()[0].removeprefix('# ')}]({STUDY}/report.md). "
-            f"{origin['Hardware']}; {origin['Training and evaluation, all runs']}; commit {_short(origin['Commit'])}. "
-            "The models are tiny; the report says what they can and cannot show.",
+            f"{origin}; the records are in [{folder}]({folder}). [docs/results.md](docs/results.md) has every study, "
+            "which setting to take, and what this does not show.",
             "",
-            *(f"![{CHARTS[name]}]({STUDY}/{chart})" for name in CHARTS for chart in charts if name in chart),
-            "",
+            results.headlines(found, ROOT),
         )
     )
 
 
-STUDY = "results/demo"
-CHARTS = {
-    "scaling-law": "Trailing loss over compute, with the fitted laws of MoBA and full attention",
-    "layerwise-hybrid": "Trailing loss over the number of full layers, between MoBA and full attention",
-}
+def experiments() -> str:
+    """Every study: its question, its figures and its answer; the demo last."""
+    found = _studies(ROOT)
+    demo = [] if any(study.folder == ROOT / DEMO for study in found) else results.read_studies([ROOT / DEMO])
+    return results.experiments([*found, *demo], ROOT / "docs")
+
+
+def settings() -> str:
+    """Which setting to take, by length and budget."""
+    return results.settings(_studies(ROOT), ROOT / "docs")
+
+
+def limits() -> str:
+    """What the studies do not show."""
+    return results.limits(_studies(ROOT))
+
+
+@cache
+def _studies(root: Path) -> list[results.Study]:
+    """The studies on a GPU; without one the demo."""
+    return results.read_studies(sorted((root / STUDIES).glob("*"))) or results.read_studies([root / DEMO])
+
+
+STUDIES = "results/h200/study"
+DEMO = "results/demo"
 FIGURES = {
     "results/h200/attention-speedup.png": "Times faster than the fastest dense attention, over length",
-    f"{STUDY}/figures/pretrain-scaling-law.png": CHARTS["scaling-law"],
+    f"{DEMO}/figures/pretrain-scaling-law.png": results.HEADLINES["scaling"],
 }
 """Path -> what it shows, the preferred one first."""
 
@@ -311,6 +330,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "longest_h200": partial(longest, "h200"),
     "attention_cpu": attention_cpu,
     "study": study,
+    "experiments": experiments,
+    "settings": settings,
+    "limits": limits,
 }
 
 HEADLINE = ("D", "block / top-k", "tokens", "forward", "both passes", "dense", "speed-up", "FlashMoBA")

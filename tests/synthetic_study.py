@@ -1,4 +1,4 @@
-"""A study whose runs are computed, not trained: known laws, noise per run, and windows of known difficulty."""
+"""A study whose runs are computed, not trained: known laws, noise per run, and documents of known difficulty."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ from openmoba.lab.progress import Progress
 
 LAWS = {"moba": (1.546, -0.108), "full": (1.464, -0.097), "hybrid": (1.50, -0.103)}
 PARAMETERS = {"small": 200_000, "medium": 500_000, "large": 1_200_000}
-WINDOWS = 24
+WINDOWS, DOCUMENTS, RANGES = 24, 8, 8
+LUCK = 0.002  # of a seed, as a share of the loss
 
 RECIPE = """
 title = "Synthetic study"
@@ -46,17 +47,39 @@ branch = "moba"
 run = { train = { steps = 40, loss_tokens = 128 } }
 """
 
+CANDIDATES = """
+title = "Short list"
+question = "Which setting is as good as full attention?"
+[run]
+data = { length = 1024 }
+arm = { block_size = 64, top_k = 3 }
+[sizes]
+large = { model = { size = "large" }, train = { steps = 400 } }
+[arms]
+full = { name = "full" }
+moba = { name = "moba" }
+fine = { name = "moba", block_size = 16, top_k = 9 }
+last-1 = { name = "hybrid", full_layers = 1 }
+last-3 = { name = "hybrid", full_layers = 3 }
+[[stages]]
+name = "candidates"
+sizes = ["large"]
+arms = ["full", "moba", "fine", "last-1", "last-3"]
+seeds = [0]
+more_seeds = { full = [1, 2], moba = [1, 2] }
+chart = "compare"
+"""
+
 
 def train(config: RunConfig, folder: Path, *, progress: Progress | None = None, known: Sequence[Known] = ()) -> dict:
     """Stands in for `run_training`: writes a run's records, with losses from the arm's law."""
     size = config.model.size
     arm = f"{config.arm.name}{config.arm.full_layers}"
     rng = np.random.default_rng([config.train.seed, PARAMETERS[size], *arm.encode()])
-    luck = np.exp(rng.normal(0, 0.002))
-    difficulty = np.random.default_rng(0).normal(0, 0.3, WINDOWS)
+    luck = np.exp(rng.normal(0, LUCK))
     rows = []
     for step in np.linspace(0, config.train.steps, 9)[1:].astype(int):
-        rows.append(_evaluation(config, int(step), luck, difficulty - difficulty.mean(), rng))
+        rows.append(_evaluation(config, int(step), luck, rng))
         if progress:
             progress.step(int(step), config.train.steps)
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +101,8 @@ def train(config: RunConfig, folder: Path, *, progress: Progress | None = None, 
     return result
 
 
-def _evaluation(config, step, luck, difficulty, rng):
+def _evaluation(config, step, luck, rng):
+    """An evaluation record; the last one keeps every window's losses."""
     parameters = PARAMETERS[config.model.size]
     tokens = step * config.train.batch_size * config.data.length
     compute = 6 * parameters * tokens / 8.64e19
@@ -89,25 +113,41 @@ def _evaluation(config, step, luck, difficulty, rng):
         a -= 0.015 * (full if isinstance(full, int) else len(full))
     final = a * (compute / share * 1e6) ** b  # the law holds for the end of a run
     loss = final * luck * (1 + 0.25 * (share**-0.6 - 1))
-    windows = loss + difficulty + rng.normal(0, 0.01, WINDOWS)
+    shape = 1.35 - 0.35 * (np.arange(RANGES) / (RANGES - 1)) ** 0.4
+    windows = _difficulty()[:, None] + loss * shape + rng.normal(0, 0.01, (WINDOWS, RANGES))
+    means = windows.mean(axis=0)
     return {
         "kind": "eval",
         "step": step,
         "tokens": tokens,
-        "lm_loss": float((1.1 * windows).mean()),
-        "trailing_loss": float(windows.mean()),
-        "position_loss": [
-            {"start": 128 * i, "end": 128 * (i + 1), "loss": loss * (1.35 - 0.35 * (i / 7) ** 0.4)} for i in range(8)
-        ],
-        "intervals": {
-            "lm": [1.1 * windows.min(), 1.1 * windows.max()],
-            "trailing": [windows.min(), windows.max()],
-        },
-        "windows": {"lm": (1.1 * windows).tolist(), "trailing": windows.tolist()},
+        "lm_loss": float(windows.mean()),
+        "trailing_loss": float(means[-1]),
+        "position_loss": [{"start": 128 * i, "end": 128 * (i + 1), "loss": float(means[i])} for i in range(RANGES)],
         "compute": {
             "6nd": compute,
             "chinchilla": 1.4 * compute,
             "causal_exact": 1.1 * compute,
             "accelerator_seconds": 60.0 * share,
         },
+        **(_windows(windows) if share == 1 else {}),
     }
+
+
+def _windows(windows):
+    lm, trailing = windows.mean(axis=1), windows[:, -1]
+    return {
+        "intervals": {"lm": [lm.min(), lm.max()], "trailing": [trailing.min(), trailing.max()]},
+        "windows": {
+            "document": (np.arange(WINDOWS) * DOCUMENTS // WINDOWS).tolist(),
+            "lm": lm.round(6).tolist(),
+            "trailing": trailing.round(6).tolist(),
+            "positions": windows.round(6).tolist(),
+        },
+    }
+
+
+def _difficulty():
+    """Of every window, most of it its document's; 0 on average, and the same for all runs."""
+    rng = np.random.default_rng(0)
+    difficulty = np.repeat(rng.normal(0, 0.3, DOCUMENTS), WINDOWS // DOCUMENTS) + rng.normal(0, 0.1, WINDOWS)
+    return difficulty - difficulty.mean()

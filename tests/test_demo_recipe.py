@@ -22,7 +22,7 @@ def configs(name: str) -> dict[str, PlannedRun]:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_is_valid_and_truly_sparse(path: Path) -> None:
     recipe = read_recipe(path)
-    assert {stage.chart for stage in recipe.stages} & {"scaling", "layers"}
+    assert {stage.chart for stage in recipe.stages} & {"scaling", "layers", "compare", "positions"}
     for run in recipe.runs:
         config = run.config(Path("study"))
         assert config.arm.top_k < config.data.length // config.arm.block_size / 2, run.name

@@ -14,11 +14,14 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from synthetic_study import CANDIDATES, RECIPE, train
+
 import openmoba
 from openmoba.bench.rows import append_row, read_rows
 from openmoba.bench.table import Row
 from openmoba.bench.training.cases import GRIDS as TRAINING_GRIDS
 from openmoba.bench.training.cases import TrainingRow, arm_name
+from openmoba.lab.recipe import parse_recipe
 
 ROOT = Path(__file__).parent.parent
 TRAINING = {"training_h200", "longest_h200"}
@@ -150,15 +153,47 @@ def test_tables_follow_their_files(tables: ModuleType, tmp_path: Path, monkeypat
         "moba,float32,16384,8,64,128,8,forward+backward,75.2,4,2,2,a CPU,c\n"
     )
     assert "| float32 | 128 / 8 | 16K | 75.2 | 300 | 4.0x |" in tables.attention_cpu()
-    report = tmp_path / "results" / "demo" / "report.md"
-    report.parent.mkdir()
-    report.write_text(
-        "# Title\n![a](figures/x-scaling-law.png)\n![b](figures/x-positions.png)\n\n- Commit: 0123456789abcdef\n"
-        "- Hardware: a CPU, 2 cores, 2 threads\n- Training and evaluation, all runs: 9.8 minutes\n"
-    )
-    assert "a CPU, 2 cores, 2 threads; 9.8 minutes; commit 0123456789." in tables.study()
-    assert "(results/demo/figures/x-scaling-law.png)" in tables.study()
-    assert "positions" not in tables.study()
+
+
+def test_results_follow_the_records_of_studies(
+    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    for name, text in (("chart-b", RECIPE), ("short-list", CANDIDATES)):
+        folder = tmp_path / tables.STUDIES / name
+        folder.mkdir(parents=True)
+        (folder / "recipe.toml").write_text(text)
+        for run in parse_recipe(text, title="t").runs:
+            train(run.config(folder), folder / run.name)
+        (folder / "figures").mkdir()
+        for figure in ("pretrain-scaling-law", "finetune-large-layerwise-hybrid", "candidates-large-candidates"):
+            if figure.partition("-")[0] in text:
+                (folder / "figures" / f"{figure}.png").touch()
+    page = tables.experiments()
+    order = [line for line in page.splitlines() if line.startswith(("###", "**", "!["))]
+    assert order == [
+        "### Short list",
+        "**Which setting is as good as full attention?**",
+        "![Short list, stage candidates](../results/h200/study/short-list/figures/candidates-large-candidates.png)",
+        "### Synthetic study",
+        "![Synthetic study, stage pretrain](../results/h200/study/chart-b/figures/pretrain-scaling-law.png)",
+        "![Synthetic study, stage finetune](../results/h200/study/chart-b/figures/finetune-large-layerwise-hybrid.png)",
+    ]
+    assert page.count("the trailing loss of MoBA lies +") == 2, "by operations; all sizes took the same seconds"
+    assert "8 documents, 24 windows, 2 seeds): **resolved**." in page
+    assert "large: of 4 sparse candidates last-3 has the lowest trailing loss: -0.0007 nats [" in page
+    assert "| MoBA | 3 | +0.1360 [" in page
+    assert "With 3 of 16 layers full (last-3) it is +0.0" in page
+    rows = [line.split(" | ") for line in tables.settings().splitlines()[2:]]
+    assert [row[0] for row in rows] == sorted((row[0] for row in rows), key=lambda cell: int(cell[2:].replace(",", "")))
+    assert [row[2] for row in rows if row[0] == "| 1,024"] == [
+        "last-1: blocks of 64, top-3, 1 of 16 layers full",
+        "last-3: blocks of 64, top-3, 3 of 16 layers full",
+    ]
+    assert "Models of 200,000 to 1,200,000 parameters" in tables.limits()
+    assert "documents of stdlib, 1 to 3 seeds of a run." in tables.limits()
+    assert "![Trailing loss over compute" in tables.study()
+    assert "(results/h200/study/chart-b/figures/finetune-large-layerwise-hybrid.png)" in tables.study()
 
 
 def test_changelog_begins_with_this_version() -> None:

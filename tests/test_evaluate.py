@@ -12,12 +12,12 @@ import torch
 from openmoba import cli
 from openmoba.lab import loss as loss_module
 from openmoba.lab.config import DataConfig, EvalConfig, ModelConfig
-from openmoba.lab.evaluate import bootstrap_interval, evaluate_source, summary, window_losses
+from openmoba.lab.evaluate import evaluate_source, summary, window_losses
 from openmoba.lab.loss import attach_loss, has_linear_head, linear_loss
 from openmoba.lab.model import build_model, load_model
 from openmoba.lab.store import TokenStore
 from openmoba.lab.tokenizer import byte_tokenizer
-from openmoba.lab.windows import IGNORED, Windows
+from openmoba.lab.windows import IGNORED, Windows, cut_windows
 
 
 @pytest.fixture
@@ -155,14 +155,15 @@ def test_the_records_of_a_study_at_32k_stay_below_5_mb() -> None:
     assert 60 * (final + 15 * earlier) < 4e6
 
 
-def test_bootstrap_interval_has_the_width_of_the_mean_and_weighs_windows_by_their_labels() -> None:
-    total = np.random.default_rng(1).normal(5.0, 1.0, 400)
-    low, high = bootstrap_interval(total, np.ones(400, dtype=int)) or (0, 0)
-    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.1)
-    assert low < total.mean() < high
-    weighted = bootstrap_interval(np.array([1.0, 90.0]), np.array([1, 9]))
-    assert weighted == pytest.approx([1.0, 10.0])
-    assert bootstrap_interval(np.ones(1), np.ones(1)) is None
+def test_intervals_of_a_record_are_over_documents() -> None:
+    loss = np.repeat(np.random.default_rng(1).normal(5.0, 1.0, 20), 5)[:, None] * np.ones((1, 4))
+    labelled, starts = np.ones((100, 4), dtype=bool), np.arange(21) * 21
+    together = cut_windows(TokenStore(np.zeros(starts[-1], np.uint16), starts, None), np.arange(20), 4)
+    widths = [
+        np.diff(summary(loss, labelled, windows, 2, 2)["intervals"]["lm"])[0]
+        for windows in (windows_of([5] * 100, 4), together)
+    ]
+    assert widths[1] / widths[0] == pytest.approx(5**0.5, rel=0.1), "five windows of a document tell as much as one"
 
 
 @pytest.fixture

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from openmoba.lab.figures import (
     AXES,
@@ -16,65 +20,93 @@ from openmoba.lab.figures import (
     RED,
     Curve,
     Level,
-    PositionRange,
     arm_styles,
     layers_chart,
-    position_chart,
     save,
     scaling_chart,
 )
-from openmoba.lab.fit import Interval, fit_runs
+from openmoba.lab.fit import fit_arms
 from openmoba.lab.needle import Cell, write_needle
+from openmoba.lab.panels import Candidate, candidates_chart, position_chart
+from openmoba.lab.resample import Interval
 
-HYBRID = {"1": Level(1.170, Interval(1.165, 1.176)), "3": Level(1.128), "5": Level(1.102), "10": Level(1.087)}
+HYBRID = {
+    "1 layer": Level(1.170, Interval(1.165, 1.176)),
+    "3 layers": Level(1.128),
+    "5 layers": Level(1.102),
+    "10 layers": Level(1.087),
+}
+COMPUTE = np.array([0.1, 0.5, 2.0])
 
 
 def chart_a() -> Figure:
     return layers_chart(
-        HYBRID, Level(1.085), Level(1.170, Interval(1.16, 1.18)),
+        HYBRID, 1.085, Level(1.170, Interval(1.16, 1.18)),
         title="t", layers_name="Full layers", loss_name="Trailing loss, last 2K",
     )  # fmt: skip
 
 
-def chart_b(axis: str = "6nd") -> Figure:
-    compute = np.array([0.1, 0.5, 2.0])
-    fits = {
-        "MoBA": fit_runs(compute, (1.546 * compute**-0.108)[:, None]),
-        "Full attention": fit_runs(compute, (1.464 * compute**-0.097)[:, None]),
-    }
+def chart_b(axis: str = "6nd", scale: float = 1.0) -> Figure:
+    compute = COMPUTE * scale
+    moba, full = fit_arms(
+        [compute, compute],
+        [(1.546 * COMPUTE**-0.108)[:, None], (1.464 * COMPUTE**-0.097)[:, None]],
+        [0],
+    )
     curves = [
-        Curve(arm, f"{n}M parameters", [c / 4, c / 2, c], [2 * loss, 1.3 * loss, loss])
-        for arm, law in fits.items()
+        Curve(arm, f"{n} M parameters", [c / 40, c / 4, c], [9.0, 1.3 * loss, loss])
+        for arm, law in (("MoBA", moba), ("Full attention", full))
         for n, c, loss in zip((1, 2, 3), compute, law.law(compute), strict=True)
     ]
-    return scaling_chart(curves, fits, title="t", loss_name="Trailing loss, length 32,768, last 2,048", axis=axis)
+    laws, differences = {"MoBA": moba, "Full attention": full}, {"MoBA": (moba, full)}
+    name = "Trailing loss, length 32,768, last 2,048"
+    return scaling_chart(curves, laws, differences, title="t", loss_name=name, axis=axis)
+
+
+def drawn(figure: Figure) -> list[Axes]:
+    """The figure's panels after drawing, when ticks and labels have their places."""
+    FigureCanvasAgg(figure).draw()
+    return figure.axes
+
+
+def tick_labels(axes: Axes, which: str) -> list[Text]:
+    ticks = getattr(axes, f"{which}axis")
+    low, high = sorted(ticks.get_view_interval())
+    return [
+        tick.label1
+        for tick in [*ticks.get_major_ticks(), *ticks.get_minor_ticks()]
+        if tick.label1.get_text() and low <= tick.get_loc() <= high
+    ]
 
 
 def test_chart_a_has_hybrid_dashed_blue_with_markers_between_two_solid_horizontal_lines() -> None:
     axes = chart_a().axes[0]
     lines = {line.get_label(): line for line in axes.get_lines()}
-    container = axes.containers[0]
-    hybrid = container.lines[0]
-    assert container.get_label() == "Layer-wise hybrid"
+    hybrid = lines["Layer-wise Hybrid"]
     assert (to_hex(hybrid.get_color()), hybrid.get_linestyle(), hybrid.get_marker()) == (BLUE.lower(), "--", "o")
-    for name, colour, loss in (("Full attention", RED, 1.085), ("MoBA", GREY, 1.170)):
+    for name, colour, loss in (("Full Attention", RED, 1.085), ("MoBA", GREY, 1.170)):
         assert (to_hex(lines[name].get_color()), lines[name].get_linestyle()) == (colour.lower(), "-")
         assert list(lines[name].get_ydata()) == [loss, loss]
 
 
 def test_chart_a_shows_full_layers_as_categories_in_the_order_given() -> None:
     axes = chart_a().axes[0]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "3", "5", "10"]
-    hybrid = axes.containers[0].lines[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1 layer", "3 layers", "5 layers", "10 layers"]
+    hybrid = next(line for line in axes.get_lines() if line.get_label() == "Layer-wise Hybrid")
     np.testing.assert_array_equal(hybrid.get_xdata(), range(4))
     np.testing.assert_array_equal(hybrid.get_ydata(), [1.170, 1.128, 1.102, 1.087])
     assert axes.get_yscale() == "linear"
 
 
-def test_chart_a_error_bars_are_the_intervals() -> None:
-    bars = chart_a().axes[0].containers[0].lines[2][0].get_segments()
-    np.testing.assert_allclose(bars[0][:, 1], [1.165, 1.176])
-    np.testing.assert_allclose(bars[1][:, 1], [1.128, 1.128])
+def test_chart_a_has_a_bar_for_every_difference_and_no_band() -> None:
+    """A band around one line would cover the other arms."""
+    axes = chart_a().axes[0]
+    moba, hybrid = (container.lines[2][0].get_segments() for container in axes.containers)
+    np.testing.assert_allclose(hybrid[0][:, 1], [1.165, 1.176])
+    np.testing.assert_allclose(hybrid[1][:, 1], [1.128, 1.128])
+    np.testing.assert_allclose(moba[0][:, 1], [1.16, 1.18])
+    assert moba[0][0, 0] > 3, "right of the last hybrid"
+    assert not axes.patches
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -89,22 +121,92 @@ def test_chart_b_is_log_log_with_solid_curves_and_dashed_laws(axis: str) -> None
         assert len(curves) == 3, "a solid curve per size"
         (law,) = [line for line in own if line.get_linestyle() == "--"]
         np.testing.assert_allclose(law.get_ydata(), a * law.get_xdata() ** b, rtol=1e-6)
+        assert law.get_xdata()[0] <= COMPUTE[0] / 2, "the law reaches beyond both ends"
+        assert law.get_xdata()[-1] >= COMPUTE[-1] * 2
         for curve in curves:
             end = curve.get_xdata()[-1], curve.get_ydata()[-1]
             assert end[1] == pytest.approx(a * end[0] ** b), "the law runs through the end points"
-    assert {text.get_text() for text in axes.texts} == {"1M parameters", "2M parameters", "3M parameters"}
+    assert {text.get_text() for text in axes.texts} == {"1 M parameters", "2 M parameters", "3 M parameters"}
 
 
-def test_position_chart_shows_the_difference_from_full_attention() -> None:
-    def ranges(*losses: float) -> list[PositionRange]:
-        return [PositionRange(128 * i, 128 * (i + 1), Level(loss)) for i, loss in enumerate(losses)]
+def test_chart_b_has_the_band_of_the_difference_around_moba_alone() -> None:
+    axes = chart_b().axes[0]
+    (band,) = axes.collections
+    assert to_hex(band.get_facecolor()[0]) == BLUE.lower()
+    compute, loss = band.get_paths()[0].vertices.T
+    np.testing.assert_allclose(loss, 1.546 * compute**-0.108, rtol=1e-6, err_msg="exact laws have no band")
 
-    figure = position_chart(
-        {"Full attention": ranges(3.0, 2.5), "MoBA": ranges(3.1, 2.7)}, "Full attention", title="t", loss_name="l"
-    )
-    lower = figure.axes[1]
-    np.testing.assert_allclose(lower.get_lines()[1].get_ydata(), [0.1, 0.2])
-    assert list(lower.get_xticks()) == [0, 128, 256]
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 40.0, 3000.0])
+def test_chart_b_labels_touch_neither_each_other_nor_an_axis(scale: float) -> None:
+    (axes,) = drawn(chart_b(scale=scale))
+    for which in "xy":
+        labels = sorted(tick_labels(axes, which), key=lambda text: getattr(text.get_window_extent(), f"{which}0"))
+        assert len(labels) >= 3
+        boxes = [text.get_window_extent() for text in labels]
+        for one, two in pairwise(boxes):
+            assert getattr(one, f"{which}1") < getattr(two, f"{which}0"), [text.get_text() for text in labels]
+    for text in axes.texts:
+        box = text.get_window_extent()
+        assert box.x0 > axes.bbox.x0, text.get_text()
+        assert box.y0 > axes.bbox.y0, text.get_text()
+
+
+def position_figure(intervals: bool = True) -> Figure:
+    def levels(*losses: float) -> list[Level]:
+        return [Level(loss, Interval(loss - 0.02, loss + 0.03) if intervals else None) for loss in losses]
+
+    ranges = [(2048 * i, 2048 * (i + 1)) for i in range(16)]
+    losses = {name: [3 + 0.1 * i] * 16 for i, name in enumerate(("Full attention", "MoBA", "last-1"))}
+    differences = {"MoBA": levels(*[0.1] * 16), "last-1": levels(*[0.2] * 16)}
+    return position_chart(ranges, losses, differences, title="t", loss_name="l", difference_name="d")
+
+
+def test_positions_have_the_difference_below_with_intervals_that_stand_side_by_side() -> None:
+    upper, lower = position_figure().axes
+    assert [line.get_label() for line in upper.get_lines()] == ["Full attention", "MoBA", "last-1"]
+    moba, last = (container.lines[2][0].get_segments() for container in lower.containers)
+    np.testing.assert_allclose(moba[0][:, 1], [0.08, 0.13])
+    np.testing.assert_allclose(last[0][:, 1], [0.18, 0.23])
+    assert 0 < moba[0][0, 0] < last[0][0, 0] < 2048, "within their range, apart"
+    plain = position_figure(intervals=False).axes[1].containers
+    assert plain[0].lines[0].get_xdata()[0] == plain[1].lines[0].get_xdata()[0], "nothing to keep apart"
+
+
+def test_positions_are_written_one_way_and_do_not_touch() -> None:
+    _, lower = drawn(position_figure())
+    labels = tick_labels(lower, "x")
+    assert [text.get_text() for text in labels] == [f"{4096 * i:,}" for i in range(9)]
+    for one, two in pairwise(text.get_window_extent() for text in labels):
+        assert one.x1 < two.x0
+    assert list(lower.xaxis.get_minorticklocs()) == [2048 * i for i in range(1, 16, 2)], "a line at every range"
+
+
+def test_candidates_are_dots_with_intervals_beside_full_attention_and_the_noise() -> None:
+    def level(percent: float) -> Level:
+        return Level(percent, Interval(percent - 0.5, percent + 0.5))
+
+    rows = [
+        Candidate("hybrid", level(0.7), level(0.5), None, "8% of keys"),
+        Candidate("keys", level(7.0), level(6.0), level(10.3), "5% of keys"),
+    ]
+    (axes,) = drawn(candidates_chart(rows, 0.4, title="t", difference_name="d"))
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["hybrid", "keys"]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first on top"
+    trailing, lm, own = axes.containers
+    assert list(trailing.lines[0].get_xdata()) == [0.7, 7.0]
+    assert list(lm.lines[0].get_xdata()) == [0.5, 6.0]
+    assert list(own.lines[0].get_xdata()) == [10.3]
+    np.testing.assert_allclose(trailing.lines[2][0].get_segments()[0][:, 0], [0.2, 1.2])
+    (band,) = axes.patches
+    assert (band.get_x(), band.get_x() + band.get_width()) == pytest.approx((-0.4, 0.4))
+    (line,) = [line for line in axes.get_lines() if line.get_label() == "Full attention"]
+    assert (list(line.get_xdata()), to_hex(line.get_color())) == ([0, 0], RED.lower())
+    assert [text.get_text() for text in axes.child_axes[0].get_yticklabels()] == ["8% of keys", "5% of keys"]
+    labels = sorted(tick_labels(axes, "x"), key=lambda text: text.get_window_extent().x0)
+    assert {"0", "+1%", "+2%", "+5%"} <= {text.get_text() for text in labels}
+    for one, two in pairwise(text.get_window_extent() for text in labels):
+        assert one.x1 < two.x0
 
 
 def test_arms_differ_in_colour_and_in_marker() -> None:

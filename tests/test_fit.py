@@ -3,11 +3,16 @@
 import numpy as np
 import pytest
 
-from openmoba.lab.fit import HUBER_DELTA, fit_power_law, fit_runs, mean_interval, paired_difference
+from openmoba.lab.fit import HUBER_DELTA, fit_arms, fit_power_law, fit_runs
 
 # a, b of the report's fits: MoBA and full, 8K language-model loss and 32K trailing loss
 REPORTED = [(2.625, -0.063), (2.622, -0.063), (1.546, -0.108), (1.464, -0.097)]
 COMPUTE = np.array([0.4, 0.87, 1.6, 2.9, 5.4])
+
+
+def fitted(compute, windows):
+    """A fit whose windows are all of different documents."""
+    return fit_runs(compute, windows, np.arange(len(windows[0])))
 
 
 def synthetic_windows(rng, a, b, *, run_noise, window_noise, compute=COMPUTE, windows=64):
@@ -39,19 +44,20 @@ def test_one_bad_run_does_not_move_the_law():
 def test_residuals_are_log_deviations_from_the_law():
     loss = 2.0 * COMPUTE**-0.1
     loss[4] *= 1.05
-    fit = fit_runs(COMPUTE, np.repeat(loss[:, None], 8, axis=1))
+    fit = fitted(COMPUTE, np.repeat(loss[:, None], 8, axis=1))
     np.testing.assert_allclose(fit.residual, np.log(fit.loss / fit.law(fit.compute)))
     assert fit.residual[4] == pytest.approx(np.log(1.05), abs=5e-3)
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_claim(monkeypatch):
-    monkeypatch.setattr("openmoba.lab.fit.REPLICATES", 400)
+    for module in ("fit", "resample"):
+        monkeypatch.setattr(f"openmoba.lab.{module}.REPLICATES", 400)
     rng = np.random.default_rng(5)
     compute = np.geomspace(0.1, 10, 12)
     inside = 0
-    for trial in range(25):
+    for _ in range(25):
         windows = synthetic_windows(rng, 2.6, -0.08, run_noise=0.004, window_noise=0.0, compute=compute)
-        fit = fit_runs(compute, windows, seed=trial)
+        fit = fitted(compute, windows)
         inside += -0.08 in fit.b and 2.6 in fit.a
     assert inside >= 20  # measured over 200 draws: both coefficients inside in 91 %
     assert fit.b.high - fit.b.low < 0.02, "an interval that covers by being wide shows nothing"
@@ -59,22 +65,42 @@ def test_intervals_cover_the_truth_about_as_often_as_they_claim(monkeypatch):
 
 def test_window_noise_alone_widens_the_intervals():
     rng = np.random.default_rng(1)
-    quiet = fit_runs(COMPUTE, synthetic_windows(rng, 2.6, -0.08, run_noise=0, window_noise=0.01))
-    noisy = fit_runs(COMPUTE, synthetic_windows(rng, 2.6, -0.08, run_noise=0, window_noise=0.3))
+    quiet = fitted(COMPUTE, synthetic_windows(rng, 2.6, -0.08, run_noise=0, window_noise=0.01))
+    noisy = fitted(COMPUTE, synthetic_windows(rng, 2.6, -0.08, run_noise=0, window_noise=0.3))
     assert noisy.a.high - noisy.a.low > 5 * (quiet.a.high - quiet.a.low)
 
 
-def test_band_holds_the_law_and_narrows_among_the_points():
+def test_the_ratio_of_two_laws_is_surer_than_either_and_narrowest_among_the_points():
     rng = np.random.default_rng(2)
-    fit = fit_runs(COMPUTE, synthetic_windows(rng, 2.6, -0.08, run_noise=0.01, window_noise=0.05))
-    low, high = fit.band([1.5, 100.0])
-    assert low[0] <= fit.law(1.5) <= high[0]
+    windows = synthetic_windows(rng, 2.6, -0.08, run_noise=0.01, window_noise=0.05)
+    worse = 1.02 * windows * np.exp(rng.normal(0, 0.001, (len(COMPUTE), 1)))
+    first, second = fit_arms([COMPUTE, COMPUTE], [worse, windows], np.arange(windows.shape[1]))
+    low, high = first.ratio(second, [1.5, 100.0])
+    assert low[0] < 1.02 < high[0]
+    assert high[0] < 1.025
     assert high[1] - low[1] > high[0] - low[0]
+    assert first.law(1.5) / second.law(1.5) == pytest.approx(1.02, abs=2e-3)
+    assert second.a.high - second.a.low > 5 * (high[0] - low[0])
+
+
+def test_arms_share_their_draws_whatever_their_compute():
+    windows = synthetic_windows(np.random.default_rng(8), 2.6, -0.08, run_noise=0.01, window_noise=0.05)
+    first, second = fit_arms([COMPUTE, 3 * COMPUTE], [windows, windows], np.arange(windows.shape[1]))
+    np.testing.assert_allclose(first.replicates[:, 1], second.replicates[:, 1], atol=1e-9)
+
+
+def test_windows_of_one_document_count_as_little_as_they_tell():
+    windows = np.repeat(
+        synthetic_windows(np.random.default_rng(9), 2.6, -0.08, run_noise=0, window_noise=0.3, windows=16), 4, axis=1
+    )
+    apart = fit_runs(COMPUTE, windows, np.arange(64))
+    together = fit_runs(COMPUTE, windows, np.repeat(np.arange(16), 4))
+    assert together.a.high - together.a.low > 1.6 * (apart.a.high - apart.a.low)
 
 
 def test_fit_repeats_with_the_same_seed():
     windows = synthetic_windows(np.random.default_rng(3), 2.6, -0.08, run_noise=0.01, window_noise=0.1)
-    np.testing.assert_array_equal(fit_runs(COMPUTE, windows).replicates, fit_runs(COMPUTE, windows).replicates)
+    np.testing.assert_array_equal(fitted(COMPUTE, windows).replicates, fitted(COMPUTE, windows).replicates)
 
 
 def huber_loss(compute, loss, log_a, b):
@@ -89,7 +115,7 @@ def test_runs_of_one_size_may_differ_a_little_in_compute(seed, jitter):
     sizes = np.repeat([40.0, 160.0, 500.0], 2)
     compute = sizes * np.exp(rng.normal(0, jitter, 6))
     windows = synthetic_windows(rng, 3.0, -0.1, run_noise=0.003, window_noise=0.3, compute=sizes)
-    fit = fit_runs(compute, windows + rng.normal(0, 0.05, windows.shape))
+    fit = fitted(compute, windows + rng.normal(0, 0.05, windows.shape))
     assert fit.b.low <= fit.law.b <= fit.b.high
     least = huber_loss(compute, fit.loss, np.log(fit.law.a), fit.law.b)
     for aside_a, aside_b in rng.normal(0, [1e-3, 2e-4], (200, 2)):
@@ -99,13 +125,13 @@ def test_runs_of_one_size_may_differ_a_little_in_compute(seed, jitter):
 
 def test_bisection_and_reweighting_find_the_same_lines(monkeypatch):
     windows = synthetic_windows(np.random.default_rng(7), 2.6, -0.08, run_noise=0.005, window_noise=0.1)
-    reweighted = fit_runs(COMPUTE, windows).replicates
+    reweighted = fitted(COMPUTE, windows).replicates
     monkeypatch.setattr("openmoba.lab.fit.REWEIGHTINGS", 0)
-    np.testing.assert_allclose(fit_runs(COMPUTE, windows).replicates, reweighted, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(fitted(COMPUTE, windows).replicates, reweighted, rtol=0, atol=1e-6)
 
 
 def test_two_runs_of_two_sizes_are_enough():
-    fit = fit_runs([1.0, 4.0], [[3.0, 3.2], [2.0, 2.2]])
+    fit = fitted([1.0, 4.0], [[3.0, 3.2], [2.0, 2.2]])
     np.testing.assert_allclose(fit.law([1.0, 4.0]), [3.1, 2.1])
 
 
@@ -120,25 +146,3 @@ def test_two_runs_of_two_sizes_are_enough():
 def test_unfittable_points_are_refused(compute, loss, names):
     with pytest.raises(ValueError, match=names):
         fit_power_law(compute, loss)
-
-
-def test_pairing_resolves_what_separate_intervals_cannot():
-    rng = np.random.default_rng(4)
-    difficulty = rng.normal(2.0, 0.5, 60)
-    better = difficulty + rng.normal(0, 0.01, 60)
-    worse = difficulty + 0.02 + rng.normal(0, 0.01, 60)
-    difference = paired_difference([worse], [better])
-    assert difference.resolved
-    assert difference.mean == pytest.approx(0.02, abs=0.005)
-    assert 0.02 in difference.interval
-    assert mean_interval([worse]).low < mean_interval([better]).high, "unpaired, the two overlap"
-
-
-def test_equal_arms_and_disagreeing_seeds_stay_unresolved():
-    rng = np.random.default_rng(6)
-    difficulty = rng.normal(2.0, 0.5, 60)
-    noise = [difficulty + rng.normal(0, 0.05, 60) for _ in range(2)]
-    assert not paired_difference([noise[0]], [noise[1]]).resolved
-    disagreeing = paired_difference([difficulty + 0.10, difficulty - 0.01], [difficulty, difficulty])
-    assert not disagreeing.resolved
-    assert disagreeing.per_seed == pytest.approx((0.10, -0.01))

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import synthetic_study
 from matplotlib.figure import Figure
-from synthetic_study import RECIPE, train
+from synthetic_study import CANDIDATES, DOCUMENTS, RANGES, RECIPE, WINDOWS, train
 
 from openmoba import cli
-from openmoba.lab import figures
+from openmoba.lab import figures, panels, resample
+from openmoba.lab import fit as fitting
+from openmoba.lab.candidates import key_share, standings
 from openmoba.lab.charts import describe_sparsity
 from openmoba.lab.figures import Level
-from openmoba.lab.outcomes import by, difference, fit, read_outcomes
+from openmoba.lab.outcomes import by, difference, fit, read_outcomes, seed_noise
 from openmoba.lab.progress import Progress
 from openmoba.lab.recipe import Recipe, parse_recipe
 from openmoba.lab.report import write_report
@@ -30,6 +33,21 @@ def make(out: Path, text: str = RECIPE) -> Recipe:
     recipe = parse_recipe(text, title="t")
     run_study(recipe, out, train, silent)
     return recipe
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_replicates() -> Iterator[None]:
+    """Enough to tell a resolved difference from noise."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (fitting, resample):
+            patch.setattr(module, "REPLICATES", 300)
+        yield
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports whose figures are made but not written, which takes most of the time."""
+    monkeypatch.setattr(figures, "save", lambda figure, path: [path.with_name(f"{path.name}.png")])
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +100,7 @@ def test_real_differences_are_resolved(study: Path) -> None:
     assert all("above Full attention" in line and "**resolved**" in line for line in comparisons(study))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_equal_arms_are_within_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(synthetic_study.LAWS, "moba", synthetic_study.LAWS["full"])
     write_report(make(tmp_path), tmp_path, "6nd")
@@ -91,6 +110,7 @@ def test_equal_arms_are_within_noise(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all("**within noise**" in line for line in exponents)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_seed_is_said_to_be_one_seed(tmp_path: Path) -> None:
     write_report(make(tmp_path, RECIPE.replace("seeds = [0, 1]", "seeds = [0]")), tmp_path, "6nd")
     report = (tmp_path / "report.md").read_text()
@@ -99,15 +119,19 @@ def test_one_seed_is_said_to_be_one_seed(tmp_path: Path) -> None:
     assert "**resolved on these windows**, for this one seed" in report
 
 
-def test_seeds_are_counted_by_stage(study: Path, tmp_path: Path) -> None:
-    assert "over the 2 seeds of a run." in (study / "report.md").read_text()
+@pytest.mark.usefixtures("undrawn")
+def test_the_noise_of_seeds_is_said_by_stage_and_size(study: Path, tmp_path: Path) -> None:
+    report = (study / "report.md").read_text()
+    assert "small in stage pretrain: 0.0" in report
+    assert "nats between the seeds of full, moba; " in report
+    assert "one seed" not in report
     before, _, after = RECIPE.rpartition("seeds = [0, 1]")
     write_report(make(tmp_path, f"{before}seeds = [0]{after}"), tmp_path, "6nd")
     report = (tmp_path / "report.md").read_text()
-    assert "over the seeds (2 in stage pretrain, 1 in stage finetune) of a run." in report
-    assert "Every run of stage finetune was trained with one seed." in report
+    assert "Every run of large in stage finetune was trained with one seed." in report
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_settings_are_those_of_the_arms_that_have_blocks(tmp_path: Path) -> None:
     text = RECIPE.replace("arm = { block_size = 64, top_k = 3 }", "")
     text = text.replace('"moba" }', '"moba", block_size = 32, top_k = 5 }')
@@ -120,6 +144,7 @@ def test_settings_are_those_of_the_arms_that_have_blocks(tmp_path: Path) -> None
     assert describe_sparsity(runs["full"]) == "full attention alone"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_hybrids_with_equally_many_full_layers_are_all_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[list[str]] = []
     draw = figures.layers_chart
@@ -132,9 +157,10 @@ def test_hybrids_with_equally_many_full_layers_are_all_shown(tmp_path: Path, mon
     write_report(make(tmp_path / "counts"), tmp_path / "counts", "6nd")
     text = RECIPE.replace("last-3", "first").replace("full_layers = 3", "full_layers = [0]")
     write_report(make(tmp_path / "indices", text), tmp_path / "indices", "6nd")
-    assert shown == [["1", "2", "3"], ["last-1", "first", "last-2"]]
+    assert shown == [["1 layer", "2 layers", "3 layers"], ["last-1", "first", "last-2"]]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_windows_shorter_than_the_length_leave_a_report_of_the_lm_loss(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,22 +169,21 @@ def test_windows_shorter_than_the_length_leave_a_report_of_the_lm_loss(
     for path in tmp_path.glob("*/*/metrics.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         for row in rows:
-            row["trailing_loss"] = row["intervals"]["trailing"] = None
-            row["windows"]["trailing"] = []
+            row["trailing_loss"] = None
+        rows[-1]["intervals"]["trailing"] = None
+        rows[-1]["windows"]["trailing"] = [None] * WINDOWS
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_report(recipe, tmp_path, "6nd")
+    files = write_report(recipe, tmp_path, "6nd")
     report = (tmp_path / "report.md").read_text()
     assert "none of their validation windows reaches data.length=1,024; the scaling chart, which shows it, is" in report
-    assert sorted(path.name for path in tmp_path.glob("figures/*.png")) == [
-        "finetune-positions.png",
-        "pretrain-positions.png",
-    ]
+    assert [file.name for file in files] == ["report.md", "pretrain-positions.png", "finetune-positions.png"]
     assert len([line for line in report.splitlines() if line.startswith("| ") and " | - | " in line]) == 22
     assert {line.partition(", ")[2].partition(":")[0] for line in comparisons(tmp_path)} == {"LM loss"}
     assert cli.main(["fit", str(tmp_path)]) == 0
     assert "trailing" not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_report_of_unfinished_study_says_so(tmp_path: Path) -> None:
     recipe = parse_recipe(RECIPE, title="t")
     for run in recipe.runs[:3]:
@@ -172,6 +197,7 @@ def test_report_says_what_small_models_cannot_show(study: Path) -> None:
     assert "1,200,000 parameters" in report
     assert "cannot confirm or refute" in report
     assert "positions 896-1,024 differs from that at 128-256 by -0." in report
+    assert f"{DOCUMENTS} documents, {WINDOWS} windows, 2 seeds" in report
 
 
 def test_differences_pair_windows_and_seeds(study: Path) -> None:
@@ -184,6 +210,94 @@ def test_differences_pair_windows_and_seeds(study: Path) -> None:
     assert len(both.per_seed) == 2
     assert one.per_seed == both.per_seed[1:]
     assert difference(arms["moba"][:1], arms["full"][1:], "trailing") is None
+
+
+def test_the_noise_of_seeds_widens_intervals_of_single_seeds(tmp_path: Path) -> None:
+    runs = read_outcomes(make(tmp_path, CANDIDATES), tmp_path)
+    arms, noise = by("arm", runs), seed_noise(runs, "trailing")
+    assert noise is not None
+    assert noise.freedom == 4
+    without, within = (difference(arms["last-3"], arms["full"], "trailing", n) for n in (None, noise))
+    assert without is not None
+    assert within is not None
+    assert without.interval is not None
+    assert within.interval is not None
+    assert within.mean == without.mean
+    widths = [found.high - found.low for found in (without.interval, within.interval)]
+    assert widths[1] > max(widths[0], 1.8 * noise.smallest_difference(1))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_short_lists_say_distance_cost_and_the_smallest_difference_that_can_be_seen(tmp_path: Path) -> None:
+    recipe = make(tmp_path, CANDIDATES)
+    files = write_report(recipe, tmp_path, "6nd")
+    assert [file.name for file in files[1:]] == ["candidates-large-candidates.png", "candidates-positions.png"]
+    outcomes = read_outcomes(recipe, tmp_path)
+    found = standings(outcomes)
+    assert found[0].runs[0].run.arm == "last-3"
+    assert {standing.runs[0].run.arm for standing in found} == {"moba", "fine", "last-1", "last-3"}
+    shares = {standing.runs[0].run.arm: standing.key_share for standing in found}
+    assert shares["last-3"] == pytest.approx(shares["moba"] + 3 / 16 * (1 - shares["moba"]))
+    pairs = sum(min(t % 64 + 1 + 128, t + 1) for t in range(1024)) / sum(t + 1 for t in range(1024))
+    assert shares["moba"] == pytest.approx(pairs)
+    assert key_share(by("arm", outcomes)["full"][0]) == 1
+    report = (tmp_path / "report.md").read_text()
+    noise = seed_noise(outcomes, "trailing")
+    assert noise is not None
+    assert f"lets one see is {2.776445 * noise.sd * 2**0.5:.4f} nats" in report
+    assert "t · s · √(2 / seeds)" in report
+    best = found[0].plain.trailing
+    assert best is not None
+    assert f"| last-3 | 1 | {best.mean:+.4f} [" in report
+    assert "of 4 sparse candidates last-3 has the lowest trailing loss" in report
+    assert "**Which setting is as good as full attention?**" in report
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_one_arm_shows_what_each_size_gains_from_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict[str, Any]] = []
+    draw = panels.position_chart
+
+    def record(ranges: Any, losses: Any, differences: Any, **kwargs: Any) -> Figure:
+        shown.append({"losses": losses, "differences": differences, **kwargs})
+        return draw(ranges, losses, differences, **kwargs)
+
+    monkeypatch.setattr(panels, "position_chart", record)
+    text = RECIPE[: RECIPE.index('[[stages]]\nname = "finetune"')].replace('"moba"]', '"]').replace(', "]', "]")
+    write_report(make(tmp_path, text.replace('chart = "scaling"', "")), tmp_path, "6nd")
+    ((names, gains), difference_name) = (shown[0]["losses"], shown[0]["differences"]), shown[0]["difference_name"]
+    assert list(names) == ["small, 200 K parameters", "medium, 500 K parameters", "large, 1.2 M parameters"]
+    assert "positions 0-128" in difference_name
+    for levels in gains.values():
+        assert [level.loss == 0 for level in levels] == [True] + [False] * (RANGES - 1)
+        assert all(level.interval.low < level.loss < level.interval.high < 0 for level in levels[1:])
+    report = (tmp_path / "report.md").read_text()
+    assert "large: the loss at positions 896-1,024 is -0.6" in report
+    assert "far context counts." in report
+
+
+def test_records_with_a_mean_for_every_range_and_no_documents_are_read(tmp_path: Path) -> None:
+    """As results/demo has them, made before windows kept their documents and ranges."""
+    study = Path(__file__).parents[1] / "results" / "demo"
+    recipe = parse_recipe((study / "recipe.toml").read_text(), title="t")
+    runs = by("arm", [run for run in read_outcomes(recipe, study) if run.run.stage.name == "finetune"])
+    found = difference(runs["moba"], runs["full"], "trailing")
+    assert found is not None
+    assert found.interval is not None
+    assert found.mean == pytest.approx(0.0997, abs=1e-4)
+    by_range = difference(runs["moba"], runs["full"], 7)
+    assert by_range is not None
+    assert by_range.mean == pytest.approx(found.mean, abs=1e-4)
+    assert by_range.interval is None, "a mean over all windows has no spread to draw from"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_runs_on_different_windows_are_not_compared(tmp_path: Path) -> None:
+    recipe = make(tmp_path, CANDIDATES)
+    path = tmp_path / "candidates" / "large-moba-seed0" / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"document": [0, 0, 0, 1', '"document": [0, 0, 1, 1'))
+    with pytest.raises(ValueError, match=r"large-moba-seed0 and .* were not measured on the same validation windows"):
+        write_report(recipe, tmp_path, "6nd")
 
 
 def test_fit_and_plot_work_on_the_folder_alone(study: Path, capsys: pytest.CaptureFixture[str]) -> None:

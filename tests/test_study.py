@@ -167,11 +167,15 @@ def test_run_of_another_configuration_is_refused_before_anything_runs(tmp_path: 
         ('branch = "moba"', "", r"last-1, last-2, last-3 are not in stage 'pretrain'; set branch"),
         ("seeds = [0, 1]\nchart = \"layers\"", "seeds = [0, 7]\nchart = \"layers\"", r"lacks the seeds \[7\]"),
         ("seeds = [0, 1]\nchart = \"layers\"", "seeds = []\nchart = \"layers\"", r"without repetitions, got \[\]"),
+        ('chart = "scaling"', "more_seeds = { tiny = [2] }", r"more_seeds: unknown 'tiny'; allowed are small, medium"),
+        ('chart = "scaling"', "more_seeds = { large = [2], moba = [2] }", r"give moba of size large a seed twice"),
+        ('chart = "layers"', "more_seeds = { last-1 = [2] }", r"last-1 .* from moba of stage .*lacks the seeds \[2\]"),
         ('name = "finetune"', 'name = "pretrain"', r"two stages are called 'pretrain'"),
-        ('chart = "scaling"', 'chart = "pie"', r"stages\.chart must be 'scaling' or 'layers'"),
+        ('chart = "scaling"', 'chart = "pie"', r"stages\.chart must be 'scaling' or 'layers' or 'compare' or"),
         ('size = "small"', 'size = "smol"', r"unknown model\.size 'smol'"),
         ('title = "Synthetic study"', "title =", r"Invalid value"),
         ('title = "Synthetic study"', "title = 3", r"title must be"),
+        ('title = "Synthetic study"', "question = 3", r"question must be a text, got 3"),
         ('full = { name = "full" }', "full = {}", r"arms\.full does not say its kind"),
         ('full = { name = "full" }', 'full = "full"', r"arms\.full must be a table of options, got 'full'"),
         ("full_layers = 3", "full_layers = 20", r"large-last-3-seed0: full_layers=20 exceeds .* 16 layers"),
@@ -208,6 +212,22 @@ def test_dry_run_lists_runs_and_trains_none(tmp_path: Path, capsys: pytest.Captu
     assert len(lines) == 22
     assert lines[-1] == "missing   finetune/large-last-3-seed1, from pretrain/large-moba-seed1"
     assert not (tmp_path / "out").exists()
+
+
+def test_some_arms_and_sizes_have_more_seeds() -> None:
+    more = "more_seeds = { moba = [2], small = [7] }"
+    runs = parse_recipe(RECIPE.replace('chart = "scaling"', more), title="t").runs
+    seeds = {
+        (size, arm): [run.seed for run in runs if (run.stage.name, run.size, run.arm) == ("pretrain", size, arm)]
+        for size in ("small", "large")
+        for arm in ("full", "moba")
+    }
+    assert seeds == {
+        ("small", "full"): [0, 1, 7],
+        ("small", "moba"): [0, 1, 7, 2],
+        ("large", "full"): [0, 1],
+        ("large", "moba"): [0, 1, 2],
+    }
 
 
 def test_layers_of_a_model_from_outside_the_study_are_not_known() -> None:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from openmoba.lab import figures
-from openmoba.lab.figures import Curve, Level, PositionRange
-from openmoba.lab.fit import LEVEL, Interval
-from openmoba.lab.outcomes import Outcome, by, difference, fit, mean_loss, moba_settings, of_kind
+from openmoba.lab import figures, panels
+from openmoba.lab.candidates import Standing, standings
+from openmoba.lab.figures import Curve, Level
+from openmoba.lab.outcomes import (
+    Outcome,
+    behind,
+    by,
+    difference,
+    fit,
+    fit_pair,
+    gain,
+    mean_loss,
+    moba_settings,
+    of_kind,
+    seed_noise,
+)
 from openmoba.lab.recipe import Recipe, Stage
+from openmoba.lab.resample import LEVEL, Difference
 
 FOLDER = "figures"
+MOST_CURVES = 6  # that a reader can follow in one panel
 
 
 @dataclass(frozen=True)
@@ -25,7 +39,7 @@ class Chart:
 
 
 def draw_charts(recipe: Recipe, outcomes: Sequence[Outcome], study: Path, axis: str) -> list[Chart]:
-    """Draw what each stage asks for, if its runs have a trailing loss, and its largest model's loss by position.
+    """Draw what each stage asks for, if its runs have a trailing loss, and its loss by position.
 
     Args:
         axis: compute convention of the scaling chart, a key of `figures.AXES`.
@@ -38,14 +52,16 @@ def draw_charts(recipe: Recipe, outcomes: Sequence[Outcome], study: Path, axis: 
     charts = []
     for stage in recipe.stages:
         own = [outcome for outcome in outcomes if outcome.run.stage == stage]
-        sizes, trailing = by("size", own), all(run.windows("trailing") for run in own)
+        sizes, trailing = by("size", own), all(run.has("trailing") for run in own)
         if stage.chart == "scaling" and sizes and trailing:
             charts.append(_scaling(stage, own, study, axis))
         for size, runs in sizes.items():
             if stage.chart == "layers" and trailing and any(run.config.arm.name == "hybrid" for run in runs):
                 charts.append(_layers(stage, size, runs, study))
+            if stage.chart == "compare" and trailing and (found := standings(runs)):
+                charts.append(_candidates(stage, size, runs, found, study))
         if sizes:
-            charts.append(_positions(stage, list(sizes.values())[-1], study))
+            charts.append(_gains(stage, own, study) if len(by("arm", own)) == 1 else _positions(stage, own, study))
     return charts
 
 
@@ -62,78 +78,166 @@ def describe_sparsity(outcomes: Sequence[Outcome]) -> str:
 
 def _layers(stage: Stage, size: str, runs: list[Outcome], study: Path) -> Chart:
     full, moba = of_kind(runs, "full"), of_kind(runs, "moba")
+    reference, noise = full or moba, seed_noise(runs, "trailing")
+
+    def level(own: list[Outcome]) -> Level:
+        found = difference(own, reference, "trailing", noise)
+        if found is None:
+            return Level(mean_loss(own, "trailing"))
+        line = mean_loss(reference, "trailing")
+        return Level(line + found.mean, found.interval and found.interval + line)
+
     hybrids = by("arm", (run for run in runs if run.config.arm.name == "hybrid")).values()
-    ordered = sorted(hybrids, key=lambda own: own[0].full_layers)
+    ordered = sorted(hybrids, key=lambda own: len(own[0].full_layers))
     names, layers_name = _hybrid_names([own[0] for own in ordered])
     figure = figures.layers_chart(
-        dict(zip(names, (_level(own, moba) for own in ordered), strict=True)),
-        _level(full, []) if full else None,
-        _level(moba, full) if moba else None,
+        dict(zip(names, map(level, ordered), strict=True)),
+        mean_loss(full, "trailing") if full else None,
+        level(moba) if moba else None,
         title=f"Layer-wise hybrid, {_model(runs[0])}, {describe_sparsity(runs)}",
         layers_name=layers_name,
         loss_name=f"Trailing LM loss (nats)\n{describe_trailing(runs[0])}",
     )
-    return Chart(
-        stage,
-        figures.save(figure, study / FOLDER / f"{stage.name}-{size}-layerwise-hybrid"),
-        f"Trailing loss over the layers with full attention ({size}). Bars: {LEVEL:.0%} interval of "
-        "the difference from MoBA; grey band: that of MoBA's difference from full attention; on the same windows.",
-    )
+    caption = f"Trailing loss over the layers with full attention ({size}; {behind(runs, 'trailing')})."
+    if reference:
+        caption += (
+            f" Bars: {LEVEL:.0%} interval of the difference from {reference[0].label}, on the same windows: a bar "
+            "that does not reach its line is resolved from it."
+        )
+    return Chart(stage, figures.save(figure, study / FOLDER / f"{stage.name}-{size}-layerwise-hybrid"), caption)
 
 
 def _hybrid_names(hybrids: Sequence[Outcome]) -> tuple[list[str], str]:
     """The hybrids' names on the chart, all different, and the axis' name: counts of last layers, or the arms."""
-    full = [run.config.arm.full_layers for run in hybrids]
-    if all(isinstance(layers, int) for layers in full) and len(set(full)) == len(full):
-        return [str(layers) for layers in full], "Number of full-attention layers (the last ones)"
+    layers = hybrids[0].layers
+    counts = [len(run.full_layers) for run in hybrids]
+    last = all(
+        run.full_layers == frozenset(range((layers or 1000) - len(run.full_layers), layers or 1000)) for run in hybrids
+    )
+    if last and len(set(counts)) == len(counts):
+        of = f" of {layers}" if layers else ""
+        names = [f"{count} layer{'s' * (count != 1)}" for count in counts]
+        return names, f"Number of full-attention layers (the last{of})"
     return [run.label for run in hybrids], "Arm, by its number of full-attention layers"
 
 
 def _scaling(stage: Stage, runs: list[Outcome], study: Path, axis: str) -> Chart:
-    laws = {own[0].label: fit(own, "trailing", axis) for own in by("arm", runs).values()}
+    arms, full = by("arm", runs).values(), of_kind(runs, "full")
+    laws = {own[0].label: fit(own, "trailing", axis) for own in arms}
+    pairs = {own[0].label: fit_pair(own, full, "trailing", axis) for own in arms if full and own[0] != full[0]}
     figure = figures.scaling_chart(
         [_curve(run, axis) for run in runs],
         {arm: law for arm, law in laws.items() if law},
+        {arm: pair for arm, pair in pairs.items() if pair},
         title=f"Scaling law, {describe_sparsity(runs)}",
         loss_name=f"Trailing LM loss (nats)\n{describe_trailing(runs[0])}",
         axis=axis,
     )
-    return Chart(
-        stage,
-        figures.save(figure, study / FOLDER / f"{stage.name}-scaling-law"),
-        "Trailing loss along every run (solid) and the fitted laws through their ends (dashed), with the laws' "
-        f"pointwise {LEVEL:.0%} bootstrap bands over runs and windows.",
+    caption = (
+        "Trailing loss along every run (solid) and the fitted laws through their ends (dashed; "
+        f"{behind(runs, 'trailing')})."
     )
+    if any(pairs.values()):
+        caption += (
+            f" Bands: pointwise {LEVEL:.0%} interval of a law's difference from that of full attention, over runs, "
+            "documents and windows: a band that does not touch the red line is resolved from it."
+        )
+    return Chart(stage, figures.save(figure, study / FOLDER / f"{stage.name}-scaling-law"), caption)
 
 
-def _positions(stage: Stage, runs: list[Outcome], study: Path) -> Chart:
-    arms = {own[0].label: _position_ranges(own) for own in by("arm", runs).values()}
-    full = of_kind(runs, "full")
-    reference = full[0].label if full else next(iter(arms))
-    figure = figures.position_chart(
-        arms,
-        reference,
+def _positions(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
+    """Loss by position of the largest size's arms, and their differences from full attention."""
+    size, runs = list(by("size", outcomes).items())[-1]
+    arms = by("arm", runs)
+    reference = of_kind(runs, "full") or next(iter(arms.values()))
+    shown = _most_telling(arms, reference)
+    ranges = range(len(reference[0].ranges))
+    differences = {
+        own[0].label: [_level(difference(own, reference, k, seed_noise(runs, k))) for k in ranges]
+        for own in shown
+        if own != reference and _share_a_seed(own, reference)
+    }
+    name = _inside(reference[0].label)
+    figure = panels.position_chart(
+        reference[0].ranges,
+        {own[0].label: [mean_loss(own, k) for k in ranges] for own in shown},
+        differences,
         title=f"Loss by position, {_model(runs[0])}, length {runs[0].config.data.length:,}",
         loss_name="LM loss (nats)",
+        difference_name=f"Difference from\n{name} (nats)",
     )
-    caption = f"Loss by position ({runs[0].run.size}), and the difference from {reference[:1].lower()}{reference[1:]}."
-    if len(stage.seeds) > 1:
-        caption += " Bars: range over seeds."
-    return Chart(
-        stage,
-        figures.save(figure, study / FOLDER / f"{stage.name}-positions"),
-        caption,
-    )
+    caption = f"Loss by position ({size}), and the difference from {name} ({behind(runs, 0)})."
+    if any(level.interval for levels in differences.values() for level in levels):
+        caption = f"{caption} Bars: {LEVEL:.0%} interval, on the same windows."
+    if len(shown) < len(arms):
+        caption += f" Of {len(arms)} arms those with the lowest trailing loss are shown."
+    return Chart(stage, figures.save(figure, study / FOLDER / f"{stage.name}-positions"), caption)
 
 
-def _level(own: list[Outcome], reference: list[Outcome]) -> Level:
-    """An arm's trailing loss; its bar is that of the paired difference from `reference`, if there is one."""
-    loss = mean_loss(own, "trailing")
-    against = difference(own, reference, "trailing")
-    if against is None:
-        return Level(loss)
-    shift = loss - against.mean
-    return Level(loss, Interval(against.interval.low + shift, against.interval.high + shift))
+def _most_telling(arms: Mapping[str, list[Outcome]], reference: list[Outcome]) -> list[list[Outcome]]:
+    """The reference, MoBA, and of the others those with the lowest last range, in the order of the arms."""
+
+    def rank(own: list[Outcome]) -> tuple[bool, float]:
+        return own[0].label not in (reference[0].label, "MoBA"), mean_loss(own, len(own[0].ranges) - 1)
+
+    kept = sorted(arms.values(), key=rank)[:MOST_CURVES]
+    return [own for own in arms.values() if own in kept]
+
+
+def _gains(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
+    """Loss by position of every size of one arm, and what each gains over the first range."""
+    sizes = by("size", outcomes)
+    ranges = outcomes[0].ranges
+    names = {size: f"{size}, {_model(own[0])}" for size, own in sizes.items()}
+    span = f"{ranges[0][0]:,}-{ranges[0][1]:,}"
+    figure = panels.position_chart(
+        ranges,
+        {names[size]: [mean_loss(own, k) for k in range(len(ranges))] for size, own in sizes.items()},
+        {names[size]: [_level(gain(own, k, 0)) for k in range(len(ranges))] for size, own in sizes.items()},
+        title=f"Loss by position, {_inside(outcomes[0].label)}, length {outcomes[0].config.data.length:,}",
+        loss_name="LM loss (nats)",
+        difference_name=f"Difference from\npositions {span} (nats)",
+    )
+    counts = "; ".join(f"{size}: {behind(own, 0)}" for size, own in sizes.items())
+    caption = (
+        f"Loss by position of {_inside(outcomes[0].label)}, and its difference from that at the positions {span} of "
+        f"the same windows, with {LEVEL:.0%} intervals ({counts}). Below zero: what a longer context is good for."
+    )
+    return Chart(stage, figures.save(figure, study / FOLDER / f"{stage.name}-positions"), caption)
+
+
+def _candidates(stage: Stage, size: str, runs: list[Outcome], found: Sequence[Standing], study: Path) -> Chart:
+    noise = seed_noise(runs, "trailing")
+    base = mean_loss(of_kind(runs, "full"), "trailing")
+    smallest = None if noise is None else 100 * noise.smallest_difference(1) / base
+    figure = panels.candidates_chart(
+        [standing.candidate for standing in found],
+        smallest,
+        title=f"Candidates, {_model(runs[0])}, {describe_trailing(runs[0])}",
+        difference_name="Loss against full attention, on the same windows",
+    )
+    caption = (
+        f"Every candidate's loss against full attention ({size}; {behind(runs, 'trailing')}). Bars: {LEVEL:.0%} "
+        "interval of the paired difference. To the right: keys read over all layers, of those that full attention "
+        f"reads, and training speed. The axis is to scale up to {panels.LINEAR_PERCENT:.0f} %."
+    )
+    if noise is not None:
+        caption += f" Grey: below {smallest:.2f} %, where two single seeds cannot be told apart."
+    return Chart(stage, figures.save(figure, study / FOLDER / f"{stage.name}-{size}-candidates"), caption)
+
+
+def _inside(label: str) -> str:
+    """An arm's name inside a sentence: "Full attention" loses its capital, "MoBA" keeps it."""
+    return label[:1].lower() + label[1:] if label[1:2].islower() else label
+
+
+def _share_a_seed(first: Sequence[Outcome], second: Sequence[Outcome]) -> bool:
+    return bool({run.run.seed for run in first} & {run.run.seed for run in second})
+
+
+def _level(found: Difference | None) -> Level:
+    assert found is not None, "position ranges have losses"
+    return Level(found.mean, found.interval)
 
 
 def _curve(run: Outcome, axis: str) -> Curve:
@@ -141,19 +245,10 @@ def _curve(run: Outcome, axis: str) -> Curve:
     return Curve(run.label, _model(run), [row["compute"][axis] for row in rows], [row["trailing_loss"] for row in rows])
 
 
-def _position_ranges(own: list[Outcome]) -> list[PositionRange]:
-    ranges = []
-    for rows in zip(*(run.final["position_loss"] for run in own), strict=True):
-        losses = [row["loss"] for row in rows]
-        spread = Interval(min(losses), max(losses)) if len(losses) > 1 else None
-        ranges.append(PositionRange(rows[0]["start"], rows[0]["end"], Level(sum(losses) / len(losses), spread)))
-    return ranges
-
-
 def _model(run: Outcome) -> str:
     """Parameters without embeddings, as a person says them."""
     count = float(run.result["params"]["non_embedding"])
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if count >= limit:
-            return f"{count / limit:.3g}{unit} parameters"
+            return f"{count / limit:.3g} {unit} parameters"
     return f"{count:.0f} parameters"

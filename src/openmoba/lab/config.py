@@ -7,7 +7,9 @@ are their JSON form, as stored in a run's `config.json` and written in recipes; 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -18,6 +20,8 @@ from openmoba.lab.records import read_json
 ARMS = ("full", "moba", "hybrid", "time_hybrid")
 
 T = TypeVar("T")
+
+_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)  # annotations are text, slow to evaluate
 
 
 @dataclass(frozen=True)
@@ -291,7 +295,7 @@ def from_dict(kind: type[T], values: dict[str, Any], where: str = "") -> T:
     Raises:
         ValueError: unknown key or value of a wrong type, with its dotted name and what is allowed.
     """
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     if not isinstance(values, dict):
         raise ValueError(f"{where or kind.__name__} must be a table with keys {', '.join(hints)}, got {values!r}")
     unknown = sorted(set(values) - set(hints))

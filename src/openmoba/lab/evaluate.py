@@ -1,4 +1,4 @@
-"""Evaluation: LM loss, position-wise loss and trailing loss, with bootstrap intervals over windows.
+"""Evaluation: LM loss, position-wise loss and trailing loss, with intervals over documents and their windows.
 
     LM loss         mean cross-entropy in nats over all labelled positions of the windows
     position-wise   the same by range of positions
@@ -26,9 +26,8 @@ from openmoba.lab.identity import OTHER_DOCUMENTS, known_of_run
 from openmoba.lab.loss import attach_loss
 from openmoba.lab.model import is_run, load_model, model_folder
 from openmoba.lab.progress import Progress
+from openmoba.lab.resample import mean_interval
 from openmoba.lab.windows import IGNORED, Windows
-
-_RESAMPLES = 1000
 
 Row = dict[str, Any]
 Sums = dict[str | int, tuple[np.ndarray, np.ndarray]]
@@ -153,8 +152,8 @@ def summary(
 def _each_window(sums: Sums, ranges: list[Row], document_W: np.ndarray) -> Row:
     positions = [_window_means(*sums[part["start"]]) for part in ranges]
     return {
-        "position_loss": [part | {"interval": bootstrap_interval(*sums[part["start"]])} for part in ranges],
-        "intervals": {name: bootstrap_interval(*sums[name]) for name in ("lm", "trailing")},
+        "position_loss": [part | {"interval": _bounds(*sums[part["start"]], document_W)} for part in ranges],
+        "intervals": {name: _bounds(*sums[name], document_W) for name in ("lm", "trailing")},
         "windows": {
             "document": document_W.tolist(),
             "lm": _window_means(*sums["lm"]),
@@ -168,14 +167,9 @@ def _window_means(total_W: np.ndarray, count_W: np.ndarray) -> list[float | None
     return [float(f"{total / count:.6g}") if count else None for total, count in zip(total_W, count_W, strict=True)]
 
 
-def bootstrap_interval(total_W: np.ndarray, count_W: np.ndarray) -> list[float] | None:
-    """95 % percentile interval of sum(total) / sum(count) over resampled windows; None below two windows."""
-    total_W, count_W = total_W[count_W > 0], count_W[count_W > 0]
-    if len(total_W) < 2:
-        return None
-    draws = np.random.default_rng(0).integers(len(total_W), size=(_RESAMPLES, len(total_W)))
-    low, high = np.quantile(total_W[draws].sum(1) / count_W[draws].sum(1), [0.025, 0.975])
-    return [float(low), float(high)]
+def _bounds(total_W: np.ndarray, count_W: np.ndarray, document_W: np.ndarray) -> list[float] | None:
+    interval = mean_interval(total_W, count_W, document_W)
+    return None if interval is None else [interval.low, interval.high]
 
 
 def _mean(total_W: np.ndarray, count_W: np.ndarray) -> float | None:

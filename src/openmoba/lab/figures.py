@@ -1,4 +1,4 @@
-"""The charts: layer-wise hybrid (chart A), scaling law (chart B), and loss by position.
+"""The charts: layer-wise hybrid (chart A) and scaling law (chart B); `openmoba.lab.panels` has the others.
 
 Arms differ in colour, line style and marker, so that the charts survive grey printing and colour-blind eyes
 (colours of Paul Tol's "vibrant" scheme). Every function returns a figure; `save` writes it as PNG and SVG.
@@ -11,16 +11,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from openmoba.lab.fit import Fit, Interval
+from openmoba.lab.fit import Fit
+from openmoba.lab.resample import Interval
 
+TITLE_WIDTH = 68  # characters that fit on one line
 BLUE, RED, GREY = "#0077BB", "#CC3311", "#666666"
 
 AXES = {
@@ -47,7 +50,7 @@ STYLE: Any = {  # matplotlib types the keys of its settings one by one
 
 @dataclass(frozen=True)
 class Level:
-    """One arm's loss in nats, with the interval its error bar or band shows; None draws no bar."""
+    """A loss, or a difference of losses, in nats, with the interval that its bar shows; None draws no bar."""
 
     loss: float
     interval: Interval | None = None
@@ -63,18 +66,9 @@ class Curve:
     loss: Sequence[float]
 
 
-@dataclass(frozen=True)
-class PositionRange:
-    """Loss of one arm at the positions `start` to `end - 1`."""
-
-    start: int
-    end: int
-    level: Level
-
-
 def layers_chart(
     hybrid: Mapping[str, Level],
-    full: Level | None,
+    full: float | None,
     moba: Level | None,
     *,
     title: str,
@@ -85,89 +79,87 @@ def layers_chart(
 
     Args:
         hybrid: what names a hybrid's full layers -> loss, in the order to show.
-        full, moba: the two horizontal lines; None leaves one out.
+        full, moba: the two horizontal lines; None leaves one out. MoBA's bar stands at the end of its line.
         layers_name: what the names of `hybrid` say.
     """
-    with _style():
-        figure = _figure()
+    with chart_style():
+        figure = new_figure()
         axes = figure.add_subplot()
+        end = len(hybrid) - 0.5
+        bars: Any = {"fmt": "none", "capsize": 4, "linewidth": 2}
         if moba:
-            _horizontal(axes, moba, GREY, "MoBA")
+            axes.axhline(moba.loss, color=GREY, linewidth=2, label="MoBA")
+            axes.errorbar([end - 0.15], [moba.loss], yerr=error_bars([moba]), color=GREY, **bars)
+        if full is not None:
+            axes.axhline(full, color=RED, linewidth=2, label="Full Attention")
         levels = list(hybrid.values())
-        axes.errorbar(
-            range(len(levels)), [level.loss for level in levels], yerr=_error_bars(levels),
-            color=BLUE, linestyle="--", marker="o", markersize=8, linewidth=2, capsize=4,
-            label="Layer-wise hybrid",
-        )  # fmt: skip
-        if full:
-            _horizontal(axes, full, RED, "Full attention")
+        losses = [level.loss for level in levels]
+        axes.plot(losses, color=BLUE, linestyle="--", marker="o", markersize=8, linewidth=2, label="Layer-wise Hybrid")
+        axes.errorbar(range(len(levels)), losses, yerr=error_bars(levels), color=BLUE, **bars)
         axes.set_xticks(range(len(levels)), list(hybrid))
-        axes.set_xlim(-0.5, len(levels) - 0.5)
+        axes.set_xlim(-0.5, end)
+        axes.margins(y=0.12)
         axes.grid(visible=False, axis="x")
-        axes.set(title=title, xlabel=layers_name, ylabel=loss_name)
-        figure.legend(loc="outside lower center", ncols=3, handlelength=3)
+        axes.set(title=fill(title, TITLE_WIDTH), xlabel=layers_name, ylabel=loss_name)
+        handles, names = axes.get_legend_handles_labels()
+        figure.legend(handles[::-1], names[::-1], loc="outside lower center", ncols=3, handlelength=3)
     return figure
 
 
-def scaling_chart(curves: Sequence[Curve], fits: Mapping[str, Fit], *, title: str, loss_name: str, axis: str) -> Figure:
+def scaling_chart(
+    curves: Sequence[Curve],
+    laws: Mapping[str, Fit],
+    differences: Mapping[str, tuple[Fit, Fit]],
+    *,
+    title: str,
+    loss_name: str,
+    axis: str,
+) -> Figure:
     """Chart B: every run's loss over its compute, and each arm's fitted law through the end points.
 
     Args:
-        curves: one per run, arms named as in `fits`.
-        fits: arm -> law through the ends of its curves; an arm without a law shows its curves only.
+        curves: one per run, arms named as in `laws`.
+        laws: arm -> law through the ends of its curves; an arm without a law shows its curves only.
+        differences: arm -> its law and that of the arm it is compared with, of `fit_arms`. The band around the arm's
+            law is the interval of their ratio, laid on the other's law.
         axis: a compute convention, a key of `AXES`.
     """
-    with _style():
-        figure = _figure()
+    with chart_style():
+        figure = new_figure(height=5.6)
         axes = figure.add_subplot()
-        axes.set(xscale="log", yscale="log", title=title, xlabel=AXES[axis], ylabel=loss_name)
-        ends = [curve.compute[-1] for curve in curves]
-        grid_P = np.geomspace(min(ends) / 2, max(ends) * 2, 100)
+        axes.set(xscale="log", yscale="log", title=fill(title, TITLE_WIDTH), xlabel=AXES[axis], ylabel=loss_name)
+        grid_P = _beyond([curve.compute[-1] for curve in curves])
         for arm, (colour, _, marker) in arm_styles(curve.arm for curve in curves).items():
             for curve in (curve for curve in curves if curve.arm == arm):
-                axes.plot(curve.compute, curve.loss, color=colour, linewidth=1.5, alpha=0.8)
-                axes.plot(curve.compute[-1], curve.loss[-1], color=colour, marker=marker, markersize=7)
-            axes.plot([], [], color=colour, marker=marker, linewidth=1.5, label=arm)
-            if arm in fits:
-                _law(axes, fits[arm], grid_P, colour, arm)
+                axes.plot(curve.compute, curve.loss, color=colour, linewidth=1.3, alpha=0.8)
+                axes.plot(curve.compute[-1], curve.loss[-1], color=colour, marker=marker, markersize=6)
+            axes.plot([], [], color=colour, marker=marker, linewidth=1.3, label=arm)
+            if arm in laws:
+                law = laws[arm].law
+                name = f"{arm} Projection: {law.a:.3g} · C$^{{{law.b:.3f}}}$"
+                axes.plot(grid_P, law(grid_P), color=colour, linestyle="--", linewidth=1.6, label=name)
+            if arm in differences:
+                own, other = differences[arm]
+                low_P, high_P = own.ratio(other, grid_P)
+                level_P = other.law(grid_P)
+                axes.fill_between(grid_P, level_P * low_P, level_P * high_P, color=colour, alpha=0.18, linewidth=0)
+        _frame(axes, curves, grid_P)
         _name_sizes(axes, curves)
         _plain_log_ticks(axes)
-        axes.legend()
-    return figure
-
-
-def position_chart(
-    arms: Mapping[str, Sequence[PositionRange]], reference: str, *, title: str, loss_name: str
-) -> Figure:
-    """Loss by position, and below it what every arm loses against the arm `reference`.
-
-    Args:
-        arms: arm's name -> its ranges, the same for all arms.
-    """
-    with _style():
-        figure = _figure(height=6.4)
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-        base = np.array([item.level.loss for item in arms[reference]])
-        for arm, (colour, line, marker) in arm_styles(arms).items():
-            levels = [item.level for item in arms[arm]]
-            loss = np.array([level.loss for level in levels])
-            centre = [(item.start + item.end) / 2 for item in arms[arm]]
-            look = {"color": colour, "linestyle": line, "marker": marker, "markersize": 6, "linewidth": 1.6}
-            upper.errorbar(centre, loss, yerr=_error_bars(levels), capsize=3, label=arm, **look)
-            lower.plot(centre, loss - base, **look)
-        upper.set(title=title, ylabel=loss_name)
-        figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=5, handlelength=3)
-        lower.set(xlabel="Position in the window (tokens)", ylabel=f"Difference from\n{reference.lower()} (nats)")
-        lower.set_xticks([arms[reference][0].start, *(item.end for item in arms[reference])])
-        lower.locator_params(axis="y", nbins=5)
+        handles, names = axes.get_legend_handles_labels()
+        order = sorted(range(len(names)), key=lambda place: " Projection: " in names[place])  # a column each
+        figure.legend(
+            [handles[place] for place in order], [names[place] for place in order],
+            loc="outside lower center", ncols=2 if laws else 4, handlelength=3,
+        )  # fmt: skip
     return figure
 
 
 def arm_styles(arms: Iterable[str]) -> dict[str, tuple[str, Any, str]]:
     """Colour, dash pattern and marker of every arm: full attention red, MoBA blue, others as they come."""
-    others = cycle(
-        [("#EE7733", "--", "^"), ("#009988", "-.", "D"), ("#EE3377", ":", "v"), ("#33BBEE", (0, (5, 1)), "P")]
-    )
+    dashes = ["--", "-.", ":", (0, (5, 1))]
+    colours = ["#EE7733", "#009988", "#EE3377", "#33BBEE", "#AA3377", "#888800", "#444444"]
+    others = zip(cycle(colours), cycle(dashes), cycle("^DvPX<>p*h"), strict=False)
     fixed = {"Full attention": (RED, "-", "s"), "MoBA": (BLUE, "-", "o")}
     return {arm: fixed.get(arm) or next(others) for arm in dict.fromkeys(arms)}
 
@@ -176,42 +168,51 @@ def save(figure: Figure, path: Path) -> list[Path]:
     """Write `path`.png and `path`.svg, dots in its name kept; the same figure gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files = [path.with_name(f"{path.name}{suffix}") for suffix in (".png", ".svg")]
-    with _style():
+    with chart_style():
         figure.savefig(files[0], dpi=160)
         figure.savefig(files[1], metadata={"Date": None})
     return files
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def chart_style() -> Iterator[None]:
+    """The settings that all charts are drawn with."""
     with mpl.rc_context(STYLE):
         yield
 
 
-def _figure(height: float = 4.8) -> Figure:
+def new_figure(height: float = 4.8) -> Figure:
+    """An empty figure as wide as a page, `height` inches high."""
     return Figure(figsize=(7.2, height), layout="constrained")
 
 
-def _horizontal(axes: Axes, level: Level, colour: str, label: str) -> None:
-    axes.axhline(level.loss, color=colour, linewidth=2, label=label)
-    if level.interval is not None:
-        axes.axhspan(level.interval.low, level.interval.high, color=colour, alpha=0.12, linewidth=0)
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """The legend of `axes` under the figure, in as many columns as its names leave room for."""
+    handles, names = axes.get_legend_handles_labels()
+    columns = min(4, max(1, 84 // (8 + max(map(len, names)))))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3)
 
 
-def _error_bars(levels: Sequence[Level]) -> Any:
-    """[2, N] distances below and above, or None when no level has an interval."""
-    if all(level.interval is None for level in levels):
-        return None
+def error_bars(levels: Sequence[Level]) -> Any:
+    """[2, N] distances below and above; 0 for a level without an interval."""
     bounds = [level.interval or Interval(level.loss, level.loss) for level in levels]
     below = [max(0.0, level.loss - bound.low) for level, bound in zip(levels, bounds, strict=True)]
     above = [max(0.0, bound.high - level.loss) for level, bound in zip(levels, bounds, strict=True)]
     return [below, above]
 
 
-def _law(axes: Axes, fit: Fit, grid_P: np.ndarray[Any, Any], colour: str, name: str) -> None:
-    label = f"{name} projection: {fit.law.a:.3g} · C$^{{{fit.law.b:.3f}}}$"
-    axes.plot(grid_P, fit.law(grid_P), color=colour, linestyle="--", linewidth=1.6, label=label)
-    axes.fill_between(grid_P, *fit.band(grid_P), color=colour, alpha=0.10, linewidth=0)
+def _beyond(ends: Sequence[float]) -> np.ndarray[Any, Any]:
+    """Amounts of compute from below the least of `ends` to above the largest."""
+    reach = max(2.0, (max(ends) / min(ends)) ** 0.2)
+    return np.geomspace(min(ends) / reach, max(ends) * reach, 100)
+
+
+def _frame(axes: Axes, curves: Sequence[Curve], grid_P: np.ndarray[Any, Any]) -> None:
+    """Show the ends and what leads to them; curves begin at the loss of a random model, far above."""
+    shown = [loss for curve in curves for c, loss in zip(curve.compute, curve.loss, strict=True) if c >= grid_P[0] / 4]
+    ends = [curve.loss[-1] for curve in curves]
+    axes.set_xlim(grid_P[0] / 5, grid_P[-1] * 1.2)
+    axes.set_ylim(min(ends) * 0.9, min(max(shown) * 1.03, max(ends) * 1.7))
 
 
 def _name_sizes(axes: Axes, curves: Sequence[Curve]) -> None:
@@ -219,13 +220,24 @@ def _name_sizes(axes: Axes, curves: Sequence[Curve]) -> None:
     for size in dict.fromkeys(curve.size for curve in curves):
         lowest = min((curve for curve in curves if curve.size == size), key=lambda curve: curve.loss[-1])
         axes.annotate(
-            size, (lowest.compute[-1], lowest.loss[-1]), xytext=(-4, -8), ha="right", va="top", fontsize=9.5,
+            size, (lowest.compute[-1], lowest.loss[-1]), xytext=(-2, -10), ha="right", va="top", fontsize=9,
             textcoords="offset points", color=GREY,
         )  # fmt: skip
 
 
 def _plain_log_ticks(axes: Axes) -> None:
-    """Losses as plain numbers; a log axis of less than a decade would otherwise have hardly a label."""
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)))
+    """Few plain numbers; a log axis of less than a decade would otherwise have hardly a label, or two that touch."""
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if low >= 1 else _power(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _power(value: float) -> str:
+    """A number as a multiple of a power of ten, for matplotlib."""
+    exponent = int(np.floor(np.log10(value) + 1e-9))
+    factor = value / 10.0**exponent
+    return f"$10^{{{exponent}}}$" if abs(factor - 1) < 1e-6 else f"${factor:.0f}\\cdot10^{{{exponent}}}$"

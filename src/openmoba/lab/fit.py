@@ -1,10 +1,9 @@
-"""Power laws `L = a * C^b` through the end points of runs, and differences between arms.
+"""Power laws `L = a * C^b` through the end points of runs, with bootstrap intervals over runs and validation windows.
 
-Both carry bootstrap intervals over validation windows. Every run is measured on the same windows, so one draw
-serves all runs of a replicate: what is hard for one arm is hard for the other, and cancels.
+Every run is measured on the same windows, so one draw of `openmoba.lab.resample` serves all runs of a replicate.
 """
 
-# R bootstrap replicates, N runs, S seeds, W validation windows, P points of a grid
+# R bootstrap replicates, N runs, A arms, W validation windows, P points of a grid
 
 from __future__ import annotations
 
@@ -12,12 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Floats = NDArray[np.float64]
+from openmoba.lab.resample import LEVEL, REPLICATES, Floats, Interval, window_shares
 
-REPLICATES = 2000
-LEVEL = 0.95
 HUBER_DELTA = 1e-3  # in log loss, as in Hoffmann et al. 2022 (arXiv 2203.15556, appendix D.3)
 REWEIGHTINGS, SETTLED = 200, 1e-9  # steps of the Huber fit, and the change of a coefficient that ends them
 LEAST_SPAN = 0.05  # of the runs' log compute; runs of one size differ by less, in measured seconds
@@ -33,23 +30,6 @@ class PowerLaw:
 
     def __call__(self, compute: ArrayLike) -> Floats:
         return np.asarray(self.a * np.asarray(compute, dtype=np.float64) ** self.b)
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A bootstrap percentile interval of confidence `LEVEL`."""
-
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, samples: ArrayLike) -> Interval:
-        tail = (1 - LEVEL) / 2
-        low, high = np.quantile(np.asarray(samples, dtype=np.float64), [tail, 1 - tail])
-        return cls(float(low), float(high))
-
-    def __contains__(self, value: float) -> bool:
-        return self.low <= value <= self.high
 
 
 @dataclass(frozen=True)
@@ -72,32 +52,13 @@ class Fit:
     residual: Floats
     replicates: Floats
 
-    def band(self, compute_P: ArrayLike) -> tuple[Floats, Floats]:
-        """Lower and upper ends, each [P], of the law's pointwise interval at `compute_P`."""
+    def ratio(self, other: Fit, compute_P: ArrayLike) -> tuple[Floats, Floats]:
+        """Ends, each [P], of the pointwise interval of this law over `other`, fitted with it by `fit_arms`."""
         tail = (1 - LEVEL) / 2
-        log_loss_RP = self.replicates[:, :1] + self.replicates[:, 1:] * np.log(compute_P)[None]
-        low_P, high_P = np.exp(np.quantile(log_loss_RP, [tail, 1 - tail], axis=0))
+        line_R2 = self.replicates - other.replicates
+        log_ratio_RP = line_R2[:, :1] + line_R2[:, 1:] * np.log(compute_P)[None]
+        low_P, high_P = np.exp(np.quantile(log_ratio_RP, [tail, 1 - tail], axis=0))
         return low_P, high_P
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Loss of one arm minus that of another, both measured on the same windows.
-
-    Attributes:
-        mean: over seeds and windows, in nats.
-        interval: over resampled seeds and windows.
-        per_seed: the difference of every seed that both arms have.
-        resolved: the interval excludes zero. With two or three seeds that takes seeds that agree on the sign.
-    """
-
-    mean: float
-    interval: Interval
-    per_seed: tuple[float, ...]
-
-    @property
-    def resolved(self) -> bool:
-        return 0.0 not in self.interval
 
 
 def fit_power_law(compute: ArrayLike, loss: ArrayLike) -> PowerLaw:
@@ -115,57 +76,37 @@ def fit_power_law(compute: ArrayLike, loss: ArrayLike) -> PowerLaw:
     return PowerLaw(float(np.exp(log_a)), float(b))
 
 
-def fit_runs(compute: ArrayLike, windows: ArrayLike, *, seed: int = 0) -> Fit:
+def fit_runs(compute: ArrayLike, windows: ArrayLike, documents: ArrayLike) -> Fit:
     """`fit_power_law` with intervals from a bootstrap over runs and validation windows.
 
     Args:
         compute: [N] compute of every run.
         windows: [N, W] every run's loss on every validation window.
-        seed: of the bootstrap's random generator.
+        documents: [W] a number per window, equal for windows of one document.
 
-    A replicate draws N runs and W windows with replacement; a draw of runs that have all about the same compute
-    determines no line and is drawn again. Arms with equally many runs, given in the same order of sizes and
-    seeds, see the same draws, so the replicates of their fits are paired.
+    A replicate draws N runs and the windows with replacement; a draw of runs that have all about the same compute
+    determines no line and is drawn again.
     """
-    windows_NW = np.asarray(windows, dtype=np.float64)
-    loss_N = windows_NW.mean(axis=1)
-    log_compute_N, log_loss_N = _logarithms(compute, loss_N)
-    law = fit_power_law(compute, loss_N)
-    rng = np.random.default_rng(seed)
-    loss_RN = _draw_shares(rng, windows_NW.shape[1]) @ windows_NW.T
-    count_RN = _draw_runs(rng, log_compute_N)
-    lines_R2 = _huber_lines(log_compute_N, np.log(loss_RN), count_RN)
-    return Fit(
-        law=law,
-        a=Interval.of(np.exp(lines_R2[:, 0])),
-        b=Interval.of(lines_R2[:, 1]),
-        compute=np.exp(log_compute_N),
-        loss=loss_N,
-        residual=log_loss_N - np.log(law(compute)),
-        replicates=lines_R2,
-    )
+    return fit_arms([compute], [windows], documents)[0]
 
 
-def mean_interval(windows: ArrayLike, *, seed: int = 0) -> Interval:
-    """Interval of the mean of [S, W] window losses, over resampled seeds and windows."""
-    windows_SW = np.asarray(windows, dtype=np.float64)
-    rng = np.random.default_rng(seed)
-    share_RS, share_RW = (_draw_shares(rng, count) for count in windows_SW.shape)
-    return Interval.of(np.einsum("rs,sw,rw->r", share_RS, windows_SW, share_RW))
-
-
-def paired_difference(first: Sequence[ArrayLike], second: Sequence[ArrayLike], *, seed: int = 0) -> Difference:
-    """How much larger the first arm's loss is than the second's.
+def fit_arms(compute: Sequence[ArrayLike], windows: Sequence[ArrayLike], documents: ArrayLike) -> list[Fit]:
+    """`fit_runs` of several arms that share every draw, so the replicates of their laws are paired.
 
     Args:
-        first, second: [S][W] window losses of the seeds that both arms have, in the same order.
+        compute, windows: [A][N] and [A][N, W], as in `fit_runs`; the n-th runs of all arms are partners, of the same
+            size and seed.
     """
-    difference_SW = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-    return Difference(
-        mean=float(difference_SW.mean()),
-        interval=mean_interval(difference_SW, seed=seed),
-        per_seed=tuple(float(value) for value in difference_SW.mean(axis=1)),
-    )
+    compute_AN, windows_ANW = (np.asarray(values, dtype=np.float64) for values in (compute, windows))
+    laws = [fit_power_law(*points) for points in zip(compute_AN, windows_ANW.mean(axis=2), strict=True)]
+    share_RW, count_RN = window_shares(documents), _draw_runs(np.log(compute_AN))
+    fits = []
+    for law, compute_N, windows_NW in zip(laws, compute_AN, windows_ANW, strict=True):
+        loss_N = windows_NW.mean(axis=1)
+        lines_R2 = _huber_lines(np.log(compute_N), np.log(share_RW @ windows_NW.T), count_RN)
+        bounds = Interval.of(np.exp(lines_R2[:, 0])), Interval.of(lines_R2[:, 1])
+        fits.append(Fit(law, *bounds, compute_N, loss_N, np.log(loss_N / law(compute_N)), lines_R2))
+    return fits
 
 
 def _logarithms(compute: ArrayLike, loss: ArrayLike) -> tuple[Floats, Floats]:
@@ -181,22 +122,19 @@ def _logarithms(compute: ArrayLike, loss: ArrayLike) -> tuple[Floats, Floats]:
     return np.log(compute_N), np.log(loss_N)
 
 
-def _draw_shares(rng: np.random.Generator, count: int) -> Floats:
-    """[R, count] what share of a replicate each of `count` things makes up; rows sum to one."""
-    return rng.multinomial(count, np.full(count, 1 / count), size=REPLICATES) / count
-
-
-def _draw_runs(rng: np.random.Generator, log_compute_N: Floats) -> Floats:
-    """[R, N] how often each run was drawn; every row spans at least `LEAST_SPAN` of what all runs span."""
-    runs = len(log_compute_N)
+def _draw_runs(log_compute_AN: Floats) -> Floats:
+    """[R, N] how often each run was drawn; in every arm a row spans `LEAST_SPAN` of what its runs span."""
+    rng = np.random.default_rng(0)
+    runs = log_compute_AN.shape[1]
+    least_A = LEAST_SPAN * np.ptp(log_compute_AN, axis=1)
     count_RN = np.zeros((REPLICATES, runs))
     pending = np.arange(REPLICATES)
     while len(pending):
         count_RN[pending] = rng.multinomial(runs, np.full(runs, 1 / runs), size=len(pending))
-        drawn = count_RN[pending] > 0
-        highest = np.where(drawn, log_compute_N, -np.inf).max(axis=1)
-        lowest = np.where(drawn, log_compute_N, np.inf).min(axis=1)
-        pending = pending[highest - lowest < LEAST_SPAN * np.ptp(log_compute_N)]
+        drawn_R1N = count_RN[pending][:, None] > 0
+        highest_RA = np.where(drawn_R1N, log_compute_AN, -np.inf).max(axis=2)
+        lowest_RA = np.where(drawn_R1N, log_compute_AN, np.inf).min(axis=2)
+        pending = pending[(highest_RA - lowest_RA < least_A).any(axis=1)]
     return count_RN
 
 

@@ -1,5 +1,7 @@
 """What the finished runs of a study measured, and the comparisons and fits made of it."""
 
+# W validation windows
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -7,15 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from openmoba.config import count_full_layers
+import numpy as np
+
 from openmoba.lab.config import RunConfig, from_dict
-from openmoba.lab.fit import Difference, Fit, Interval, fit_runs, paired_difference
+from openmoba.lab.fit import Fit, fit_arms, fit_runs
 from openmoba.lab.identity import identity_in
+from openmoba.lab.model import SIZES
 from openmoba.lab.recipe import PlannedRun, Recipe
 from openmoba.lab.records import Row, read, read_json
+from openmoba.lab.resample import Difference, Floats, Interval, Numbers, SeedNoise, paired_difference
 from openmoba.lab.study_data import RunData, check_same_data, origin
 
-Loss = Literal["trailing", "lm"]
+Loss = Literal["trailing", "lm"] | int
+"""Trailing loss, LM loss, or that of a position range, by its number from 0."""
 
 ARM_NAMES = {"full": "Full attention", "moba": "MoBA"}
 
@@ -40,13 +46,37 @@ class Outcome:
         return ARM_NAMES.get(self.run.arm, self.run.arm)
 
     @property
-    def full_layers(self) -> int:
-        """How many layers a layer-wise hybrid keeps full."""
-        return count_full_layers(self.config.arm.full_layers)
+    def layers(self) -> int | None:
+        """Layers of the model; None if it comes from outside the study."""
+        if self.config.train.start_from is not None and self.run.after is None:
+            return None
+        layers = self.config.model.overrides.get("num_hidden_layers", SIZES[self.config.model.size].layers)
+        return int(layers or 0)
+
+    @property
+    def full_layers(self) -> frozenset[int]:
+        """Layers whose attention is full; of a model from outside the study, as if it had 1,000 layers."""
+        layers = self.layers or 1000
+        attention = self.config.arm.attention(0, self.config.train.steps)
+        return frozenset(range(layers)) if attention is None else attention.full_layer_indices(layers)
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """First position of every position range, and the one after its last."""
+        return [(row["start"], row["end"]) for row in self.final["position_loss"]]
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether the final evaluation kept the loss of every window's ranges; old records have their means alone."""
+        return "positions" in self.final["windows"]
+
+    def has(self, kind: Loss) -> bool:
+        """Whether a validation window has this loss; none has a trailing loss if all are shorter than the length."""
+        return bool((~np.isnan(self.windows(kind))).any())
 
     def loss(self, kind: Loss) -> float:
-        """Final loss in nats; ValueError if no validation window reached the full length."""
-        loss = self.final[f"{kind}_loss"]
+        """Final loss in nats, a mean over tokens; ValueError if no validation window has it."""
+        loss = self.final["position_loss"][kind]["loss"] if isinstance(kind, int) else self.final[f"{kind}_loss"]
         if loss is None:
             raise ValueError(
                 f"{self.run.name} has no trailing loss, since none of its validation windows reaches "
@@ -54,9 +84,21 @@ class Outcome:
             )
         return float(loss)
 
-    def windows(self, kind: Loss) -> list[float]:
-        """Final loss of every validation window, in nats; none for the trailing loss if all windows are shorter."""
-        return [loss for loss in self.final["windows"][kind] if loss is not None]
+    def windows(self, kind: Loss) -> Floats:
+        """Final loss of every validation window, float64 `[W]` in nats, NaN where a window lacks it.
+
+        Records made before windows kept their position ranges give one mean over all windows for a range.
+        """
+        if not isinstance(kind, int):
+            return np.asarray(self.final["windows"][kind], dtype=np.float64)  # None becomes NaN
+        if not self.has_positions:
+            return np.asarray([self.loss(kind)])
+        return np.asarray([losses[kind] for losses in self.final["windows"]["positions"]], dtype=np.float64)
+
+    def documents(self, kind: Loss) -> Numbers:
+        """The document of every one of these windows, int64 `[W]`; each its own where the records do not say."""
+        documents = self.final["windows"].get("document")
+        return np.asarray(range(len(self.windows(kind))) if documents is None else documents, dtype=np.int64)
 
 
 def read_outcomes(recipe: Recipe, study: Path) -> list[Outcome]:
@@ -82,10 +124,11 @@ def read_outcomes(recipe: Recipe, study: Path) -> list[Outcome]:
 
 
 def by(key: str, outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
-    """Outcomes grouped by `key`: "arm" or "size", by its name in the recipe, in order of appearance."""
+    """Outcomes grouped by `key`: "arm", "size" or "stage", by its name in the recipe, in order of appearance."""
     groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        groups.setdefault(getattr(outcome.run, key), []).append(outcome)
+        name = outcome.run.stage.name if key == "stage" else getattr(outcome.run, key)
+        groups.setdefault(name, []).append(outcome)
     return groups
 
 
@@ -93,6 +136,21 @@ def of_kind(outcomes: Iterable[Outcome], arm: str) -> list[Outcome]:
     """The runs of the first arm of the kind "full", "moba", ...; empty without one."""
     own = [outcome for outcome in outcomes if outcome.config.arm.name == arm]
     return [outcome for outcome in own if outcome.run.arm == own[0].run.arm]
+
+
+def behind(outcomes: Sequence[Outcome], kind: Loss, seeds: int | None = None) -> str:
+    """How many documents, windows and seeds stand behind a number of these runs, in words.
+
+    Args:
+        seeds: None counts those of the runs.
+    """
+    first, seeds = outcomes[0], seeds or len({outcome.run.seed for outcome in outcomes})
+    kind = "lm" if isinstance(kind, int) and not first.has_positions else kind
+    documents = first.documents(kind)[~np.isnan(first.windows(kind))]
+    counts = [(len(set(documents.tolist())), "document"), (len(documents), "window"), (seeds, "seed")]
+    if "document" not in first.final["windows"]:
+        del counts[0]
+    return ", ".join(f"{count:,} {name}{'s' * (count != 1)}" for count, name in counts)
 
 
 def moba_settings(outcomes: Iterable[Outcome]) -> list[tuple[int, int, int]]:
@@ -107,33 +165,69 @@ def mean_loss(outcomes: Sequence[Outcome], kind: Loss) -> float:
     return sum(outcome.loss(kind) for outcome in outcomes) / len(outcomes)
 
 
-def difference(first: Sequence[Outcome], second: Sequence[Outcome], kind: Loss) -> Difference | None:
+def seed_noise(outcomes: Iterable[Outcome], kind: Loss) -> SeedNoise | None:
+    """The noise of seeds, pooled over the arms that have several; None if none has.
+
+    Args:
+        outcomes: the runs of one stage and one size.
+    """
+    measured = [outcome for outcome in outcomes if outcome.has(kind)]
+    arms = by("arm", measured).values()
+    return SeedNoise.of([float(np.nanmean(outcome.windows(kind))) for outcome in own] for own in arms)
+
+
+def difference(
+    first: Sequence[Outcome], second: Sequence[Outcome], kind: Loss, noise: SeedNoise | None = None
+) -> Difference | None:
     """Loss of the first arm minus that of the second, over the seeds that both have.
 
     None without such a seed, or without windows that have this loss.
 
     Args:
         first, second: the runs of two arms of one stage and one size.
+        noise: `seed_noise` of that stage and size, which the interval then holds.
+
+    Raises:
+        ValueError: the runs of a pair were not measured on the same windows.
     """
-    own = {outcome.run.seed: outcome.windows(kind) for outcome in first}
-    other = {outcome.run.seed: outcome.windows(kind) for outcome in second}
-    seeds = sorted(own.keys() & other.keys())
-    if not any(own[seed] for seed in seeds):
+    own, other = ({run.run.seed: run for run in runs} for runs in (first, second))
+    pairs = [(own[seed], other[seed]) for seed in sorted(own.keys() & other.keys())]
+    if not pairs or not all(run.has(kind) for pair in pairs for run in pair):
         return None
-    return paired_difference([own[seed] for seed in seeds], [other[seed] for seed in seeds])
+    documents = _common_documents([run for pair in pairs for run in pair], kind)
+    firsts, seconds = zip(*((one.windows(kind), two.windows(kind)) for one, two in pairs), strict=True)
+    return paired_difference(firsts, seconds, documents, noise)
+
+
+def gain(outcomes: Sequence[Outcome], later: int, earlier: int) -> Difference:
+    """Loss of one arm at a position range minus that at an earlier range of the same windows, over its seeds."""
+    documents = _common_documents(outcomes, later)
+    first, second = ([outcome.windows(number) for outcome in outcomes] for number in (later, earlier))
+    return paired_difference(first, second, documents)
 
 
 def fit(outcomes: Sequence[Outcome], kind: Loss, axis: str) -> Fit | None:
     """The law through the ends of one arm's runs; None if they do not differ in compute or lack this loss."""
-    return _fit(outcomes, [outcome.windows(kind) for outcome in outcomes], axis)
+    if not _fittable(outcomes, kind, axis):
+        return None
+    documents = _common_documents(outcomes, kind)
+    windows, documents = _whole(np.stack([outcome.windows(kind) for outcome in outcomes]), documents)
+    return fit_runs(_compute(outcomes, axis), windows, documents)
 
 
-def position_fits(outcomes: Sequence[Outcome], axis: str) -> list[tuple[int, int, Fit | None]]:
-    """`fit` for the loss of every position range: (start, end, law). Its bootstrap is over runs alone."""
-    ranges = zip(*(outcome.final["position_loss"] for outcome in outcomes), strict=True)
-    return [
-        (rows[0]["start"], rows[0]["end"], _fit(outcomes, [[row["loss"]] for row in rows], axis)) for rows in ranges
-    ]
+def fit_pair(first: Sequence[Outcome], second: Sequence[Outcome], kind: Loss, axis: str) -> tuple[Fit, Fit] | None:
+    """`fit` of two arms with the same draws, over the sizes and seeds that both have."""
+    own, other = ({(run.run.size, run.run.seed): run for run in runs} for runs in (first, second))
+    pairs = [(run, other[key]) for key, run in own.items() if key in other]
+    arms = [[pair[arm] for pair in pairs] for arm in (0, 1)]
+    if not all(_fittable(runs, kind, axis) for runs in arms):
+        return None
+    documents = _common_documents([*arms[0], *arms[1]], kind)
+    windows = np.stack([outcome.windows(kind) for runs in arms for outcome in runs])
+    windows, documents = _whole(windows, documents)
+    by_arm = list(windows.reshape(2, len(pairs), -1))
+    one, two = fit_arms([_compute(runs, axis) for runs in arms], by_arm, documents)
+    return one, two
 
 
 def slope_difference(first: Fit, second: Fit) -> Interval:
@@ -141,6 +235,27 @@ def slope_difference(first: Fit, second: Fit) -> Interval:
     return Interval.of(first.replicates[:, 1] - second.replicates[:, 1])
 
 
-def _fit(outcomes: Sequence[Outcome], windows: list[list[float]], axis: str) -> Fit | None:
-    compute = [outcome.final["compute"][axis] for outcome in outcomes]
-    return fit_runs(compute, windows) if len(set(compute)) > 1 and all(windows) else None
+def _fittable(outcomes: Sequence[Outcome], kind: Loss, axis: str) -> bool:
+    return len(set(_compute(outcomes, axis))) > 1 and all(outcome.has(kind) for outcome in outcomes)
+
+
+def _compute(outcomes: Sequence[Outcome], axis: str) -> list[float]:
+    return [outcome.final["compute"][axis] for outcome in outcomes]
+
+
+def _whole(windows_NW: Floats, document_W: Numbers) -> tuple[Floats, Numbers]:
+    """The windows that have this loss."""
+    whole_W = ~np.isnan(windows_NW).any(axis=0)
+    return windows_NW[:, whole_W], document_W[whole_W]
+
+
+def _common_documents(outcomes: Sequence[Outcome], kind: Loss) -> Numbers:
+    """The documents of the windows that all these runs were measured on."""
+    first = outcomes[0].documents(kind)
+    for other in outcomes[1:]:
+        if not np.array_equal(other.documents(kind), first):
+            raise ValueError(
+                f"{outcomes[0].run.name} and {other.run.name} were not measured on the same validation windows, so "
+                "they cannot be compared; train one of them again with the other's data"
+            )
+    return first

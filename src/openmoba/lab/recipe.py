@@ -2,6 +2,7 @@
 
 ```toml
 title = "Hybrids on novels"
+question = "How many full layers does it take?"   # what the study answers, for its report; may be left out
 
 [run]                                     # tables of RunConfig, for every run
 data = { source = "novels.parquet", length = 8192 }
@@ -24,13 +25,14 @@ name = "pretrain"
 sizes = ["small"]
 arms = ["full", "moba"]
 seeds = [0, 1]
-chart = "scaling"                         # also drawn: "layers", or no chart
+chart = "scaling"                         # also "layers", "compare"; loss by position is always drawn
 
 [[stages]]
 name = "finetune"
 sizes = ["small"]
 arms = ["full", "moba", "last-3"]
-seeds = [0, 1]
+seeds = [0]
+more_seeds = { full = [1], moba = [1] }   # of some arms or sizes
 chart = "layers"
 after = "pretrain"                        # each arm goes on from its own run of that stage, and
 branch = "moba"                           # an arm that the stage does not have branches from this one
@@ -44,6 +46,7 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,9 +67,14 @@ class Stage:
     sizes: tuple[str, ...]
     arms: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
-    chart: Literal["scaling", "layers"] | None = None
+    more_seeds: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    chart: Literal["scaling", "layers", "compare", "positions"] = "positions"
     after: str | None = None
     branch: str | None = None
+
+    def seeds_of(self, size: str, arm: str) -> tuple[int, ...]:
+        """The seeds of one arm at one size."""
+        return self.seeds + tuple(seed for key in (size, arm) for seed in self.more_seeds.get(key, ()))
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,7 @@ class Recipe:
     """A checked recipe and all its runs, dependencies first."""
 
     title: str
+    question: str
     text: str
     stages: tuple[Stage, ...]
     runs: tuple[PlannedRun, ...]
@@ -123,9 +132,11 @@ def parse_recipe(text: str, *, title: str, source: str | None = None) -> Recipe:
     tables = tomllib.loads(text)
     if source is not None:
         tables = _merge(tables, {"run": {"data": {"source": source}}})
-    _check_names("the recipe", tables, ("title", "run", "sizes", "arms", "stages"))
-    if not isinstance(title := tables.get("title", title), str):
-        raise ValueError(f"title must be a text, got {title!r}")
+    _check_names("the recipe", tables, ("title", "question", "run", "sizes", "arms", "stages"))
+    title, question = (tables.get(key, default) for key, default in (("title", title), ("question", "")))
+    for key, value in (("title", title), ("question", question)):
+        if not isinstance(value, str):
+            raise ValueError(f"{key} must be a text, got {value!r}")
     for key in ("sizes", "arms", "stages"):
         if not tables.get(key):
             raise ValueError(f"the recipe has no {key}; openmoba.lab.recipe shows an example")
@@ -139,7 +150,7 @@ def parse_recipe(text: str, *, title: str, source: str | None = None) -> Recipe:
         for run in _stage_runs(stage, stages, tables, table.get("run", {})):
             runs[run.name] = run
             _check_config(run, runs)
-    return Recipe(title, text, tuple(stages.values()), tuple(runs.values()))
+    return Recipe(title, question, text, tuple(stages.values()), tuple(runs.values()))
 
 
 def _stage_runs(stage: Stage, stages: dict[str, Stage], tables: Table, special: Table) -> list[PlannedRun]:
@@ -149,7 +160,7 @@ def _stage_runs(stage: Stage, stages: dict[str, Stage], tables: Table, special: 
             merged = tables.get("run", {})
             for layer in (tables["sizes"][size], special, {"arm": tables["arms"][arm]}):
                 merged = _merge(merged, layer)
-            for seed in stage.seeds:
+            for seed in stage.seeds_of(size, arm):
                 after = None
                 if stage.after is not None:
                     earlier = arm if arm in stages[stage.after].arms else stage.branch
@@ -192,20 +203,35 @@ def _check_stage(stage: Stage, earlier: dict[str, Stage], tables: Table) -> None
         values = getattr(stage, key)
         if not values or len(set(values)) < len(values):
             raise ValueError(f"{where}: {key} must be a list without repetitions, got {list(values)}")
-    if stage.after is None:
-        return
-    _check_names(f"{where}: after", [stage.after], earlier)
-    start = earlier[stage.after]
-    for key in ("sizes", "seeds"):
-        missing = [value for value in getattr(stage, key) if value not in getattr(start, key)]
-        if missing:
-            raise ValueError(f"{where}: stage {start.name!r}, which it goes on from, lacks the {key} {missing}")
+    _check_names(f"{where}: more_seeds", stage.more_seeds, [*stage.sizes, *stage.arms])
+    for size, arm in product(stage.sizes, stage.arms):
+        seeds = stage.seeds_of(size, arm)
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{where}: seeds and more_seeds give {arm} of size {size} a seed twice, {list(seeds)}")
+    if stage.after is not None:
+        _check_names(f"{where}: after", [stage.after], earlier)
+        _check_origins(stage, earlier[stage.after], where)
+
+
+def _check_origins(stage: Stage, start: Stage, where: str) -> None:
+    """Raise ValueError unless every run of `stage` has one in `start` to go on from."""
+    missing = [size for size in stage.sizes if size not in start.sizes]
+    if missing:
+        raise ValueError(f"{where}: stage {start.name!r}, which it goes on from, lacks the sizes {missing}")
     new_arms = [arm for arm in stage.arms if arm not in start.arms]
     if new_arms and stage.branch not in start.arms:
         raise ValueError(
             f"{where}: the arms {', '.join(new_arms)} are not in stage {start.name!r}; set branch to the arm "
             f"they branch from ({', '.join(start.arms)}), got {stage.branch!r}"
         )
+    for size, arm in product(stage.sizes, stage.arms):
+        origin = arm if arm in start.arms else str(stage.branch)
+        lacking = [seed for seed in stage.seeds_of(size, arm) if seed not in start.seeds_of(size, origin)]
+        if lacking:
+            raise ValueError(
+                f"{where}: {arm} of size {size} goes on from {origin} of stage {start.name!r}, which lacks the seeds "
+                f"{lacking}"
+            )
 
 
 def _check_config(run: PlannedRun, runs: dict[str, PlannedRun]) -> None:

@@ -6,26 +6,28 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from openmoba.lab.answers import LOSSES, answers, comparisons, slopes, use_of_context
+from openmoba.lab.candidates import standing_table, standings
 from openmoba.lab.charts import Chart, draw_charts
 from openmoba.lab.claims import claim
-from openmoba.lab.fit import LEVEL, Difference, Fit, Interval
 from openmoba.lab.outcomes import (
     Loss,
     Outcome,
+    behind,
     by,
-    difference,
     fit,
+    fit_pair,
     moba_settings,
     of_kind,
-    position_fits,
     read_outcomes,
+    seed_noise,
     slope_difference,
 )
 from openmoba.lab.recipe import Recipe, Stage
 from openmoba.lab.records import write_text
+from openmoba.lab.resample import LEVEL, Interval
 
 REPORT_FILE = "report.md"
-LOSSES: dict[Loss, str] = {"lm": "LM loss", "trailing": "trailing loss"}
 
 # Smallest model, its tokens, and the window of arXiv 2502.13189's scaling law.
 REPORTED_PARAMETERS, REPORTED_TOKENS, REPORTED_LENGTH = 545e6, 10.8e9, 32768
@@ -76,6 +78,8 @@ def _report(
 ) -> Iterator[str]:
     yield f"# {recipe.title}"
     yield ""
+    if recipe.question:
+        yield f"**{recipe.question}**\n"
     yield from _setting(outcomes)
     if len(outcomes) < len(recipe.runs):
         yield f"\n**{len(outcomes)} of {len(recipe.runs)} runs are finished**; what follows is of these alone."
@@ -90,9 +94,14 @@ def _report(
         for chart in (chart for chart in charts if chart.stage == stage):
             yield f"\n![{chart.caption}]({chart.files[0].relative_to(study)})\n\n*{chart.caption}*"
         yield from _without_trailing(stage, own)
-        yield from _use_of_context(own)
-        yield "\n### Comparisons\n"
-        yield from _comparisons(own)
+        for sentence in (*answers(own, axis), use_of_context(own)):
+            if sentence:
+                yield f"\n{sentence}"
+        if stage.chart == "compare":
+            yield from _candidates(own)
+        if sentences := list(comparisons(own)):
+            yield "\n### Comparisons\n"
+            yield from (f"- {sentence}" for sentence in sentences)
         if stage.chart == "scaling":
             yield from _laws(own, axis)
         yield "\n### Runs\n"
@@ -103,15 +112,17 @@ def _report(
 
 def _setting(outcomes: Sequence[Outcome]) -> Iterator[str]:
     first = outcomes[0]
-    data, length, windows = first.config.data, first.config.data.length, len(first.windows("lm"))
+    data, length = first.config.data, first.config.data.length
     settings = [f"blocks of {size}, top-{top_k} of {blocks} blocks" for size, top_k, blocks in moba_settings(outcomes)]
     moba = f"MoBA: {'; '.join(settings)}. " if settings else ""
     yield (
         f"Documents: {data.source}. Windows of {length:,} tokens from inside single documents, vocabulary "
-        f"{first.result['data']['vocabulary']:,}. {moba}Losses in nats per token on {windows} validation windows of "
-        f"held-out documents; the trailing loss is that of the last {first.config.trailing:,} positions. "
+        f"{first.result['data']['vocabulary']:,}. {moba}Losses in nats per token on held-out "
+        f"documents ({behind([first], 'lm')} for a run); the trailing loss is that of the last "
+        f"{first.config.trailing:,} positions. "
         f"Comparisons and laws count every window equally. "
-        f"Compute in PFLOP/s-days (8.64e19 operations). All intervals: {LEVEL:.0%}, bootstrap."
+        f"Compute in PFLOP/s-days (8.64e19 operations). All intervals: {LEVEL:.0%}, by a bootstrap over "
+        "documents and their windows."
     )
 
 
@@ -139,21 +150,23 @@ def _scale(outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 
 def _seeds(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """Over how many seeds the intervals are, by stage where that differs."""
-    stages: dict[str, set[int]] = {}
-    for outcome in outcomes:
-        stages.setdefault(outcome.run.stage.name, set()).add(outcome.run.seed)
-    counts = {name: len(seeds) for name, seeds in stages.items()}
-    if max(counts.values()) > 1:
-        several = ", ".join(f"{count} in stage {name}" for name, count in counts.items())
-        seeds = f"the {max(counts.values())} seeds" if len(set(counts.values())) == 1 else f"the seeds ({several})"
-        yield f"\nIntervals are over validation windows and over {seeds} of a run."
-    if min(counts.values()) == 1:
-        single = [name for name, count in counts.items() if count == 1]
-        runs = "Every run" if len(single) == len(counts) else f"Every run of stage {', '.join(single)}"
+    """What noise of seeds the intervals hold, by stage and size."""
+    known, unknown = [], []
+    for runs in by("stage", outcomes).values():
+        for size, own in by("size", runs).items():
+            noise, place = seed_noise(own, "lm"), f"{size} in stage {own[0].run.stage.name}"
+            if noise is None:
+                unknown.append(place)
+            else:
+                several = [arm for arm, same in by("arm", own).items() if len(same) > 1]
+                known.append(f"{place}: {noise.sd:.4f} nats between the seeds of {', '.join(several)}")
+    if known:
+        yield f"\nDifferences hold the noise of seeds, pooled over the arms with several ({'; '.join(known)}; LM loss)."
+    if unknown:
+        which = f" of {', '.join(unknown)}" if known else ""
         yield (
-            f"\n{runs} was trained with one seed. Intervals are over validation windows alone and do not hold the "
-            "luck of initialisation and of the order of data; differences of a few hundredths of a nat may "
+            f"\nEvery run{which} was trained with one seed. Intervals are over documents and windows alone and do not "
+            "hold the luck of initialisation and of the order of data; differences of a few hundredths of a nat may "
             "change sign with another seed."
         )
 
@@ -175,56 +188,21 @@ def _stage_sentence(stage: Stage, outcomes: Sequence[Outcome]) -> str:
 
 def _without_trailing(stage: Stage, outcomes: Sequence[Outcome]) -> Iterator[str]:
     """Why a stage lacks a trailing loss, and with it the chart that it asks for."""
-    short = [outcome for outcome in outcomes if not outcome.windows("trailing")]
+    short = [outcome for outcome in outcomes if not outcome.has("trailing")]
     if short:
-        chart = f"; the {stage.chart} chart, which shows it, is left out" if stage.chart else ""
+        chart = f"; the {stage.chart} chart, which shows it, is left out" if stage.chart != "positions" else ""
         yield (
             f"\nThere is no trailing loss of {len(short)} of these runs, since none of their validation windows "
             f"reaches data.length={short[0].config.data.length:,}{chart}."
         )
 
 
-def _use_of_context(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """What full attention gains from a longer context, the most that leaving blocks out could cost."""
-    full = of_kind(list(by("size", outcomes).values())[-1], "full")
-    if not full or len(full[0].final["position_loss"]) < 3:
-        return
-    ranges = list(zip(*(run.final["position_loss"] for run in full), strict=True))
-    (early, early_loss), (late, late_loss) = (
-        (rows[0], sum(row["loss"] for row in rows) / len(rows)) for rows in (ranges[1], ranges[-1])
-    )
-    span, before = (f"{row['start']:,}-{row['end']:,}" for row in (late, early))
-    yield (
-        f"\nUse of context: with full attention ({full[0].run.size}) the loss at positions {span} differs from that at "
-        f"{before} by {late_loss - early_loss:+.4f} nats. The lower, the more the model gains from far context, and "
-        "the more it can lose by leaving blocks out."
-    )
-
-
-def _comparisons(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """A sentence on every arm against full attention, and on every other against MoBA, by size and loss."""
-    for runs in by("size", outcomes).values():
-        full, moba = of_kind(runs, "full"), of_kind(runs, "moba")
-        for reference in (full, moba):
-            for own in by("arm", runs).values():
-                if not reference or own[0].config.arm.name in ("full", reference[0].config.arm.name):
-                    continue
-                for kind in LOSSES:
-                    found = difference(own, reference, kind)
-                    if found is not None:
-                        yield f"- {_verdict(own[0], reference[0], kind, found)}"
-
-
-def _verdict(own: Outcome, reference: Outcome, kind: Loss, found: Difference) -> str:
-    way = "above" if found.mean > 0 else "below"
-    seeds, windows = len(found.per_seed), len(own.windows(kind))
-    measured = f"{found.interval.low:+.4f} to {found.interval.high:+.4f} over {windows} windows"
-    if seeds > 1:
-        measured += f" and {seeds} seeds; by seed {', '.join(f'{value:+.4f}' for value in found.per_seed)}"
-    return (
-        f"{own.run.size}, {LOSSES[kind]}: {own.label} is {abs(found.mean):.4f} nats {way} "
-        f"{reference.label} ({measured}): {_word(found.resolved, seeds)}."
-    )
+def _candidates(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    for size, runs in by("size", outcomes).items():
+        found = standings(runs)
+        if found:
+            yield f"\n### Candidates ({size}; {behind(runs, 'trailing')})\n"
+            yield from standing_table(runs, found)
 
 
 def _laws(outcomes: Sequence[Outcome], axis: str) -> Iterator[str]:
@@ -233,27 +211,12 @@ def _laws(outcomes: Sequence[Outcome], axis: str) -> Iterator[str]:
         return
     yield f"\n### Fitted laws, L = a · C^b, C by the convention {axis}\n"
     yield from rows
-    full, moba = of_kind(outcomes, "full"), of_kind(outcomes, "moba")
-    if not (full and moba):
-        return
-    for kind, name in LOSSES.items():
-        laws = fit(moba, kind, axis), fit(full, kind, axis)
-        if laws[0] and laws[1] and len(laws[0].compute) == len(laws[1].compute):
-            yield f"\n- {_slopes(name, slope_difference(laws[0], laws[1]), len({run.run.seed for run in full}))}"
-    yield from _position_laws(moba, full, axis)
-
-
-def _slopes(name: str, found: Interval, seeds: int) -> str:
-    return (
-        f"{name[:1].upper()}{name[1:]}: MoBA's exponent minus full attention's lies in {found.low:+.4f} to "
-        f"{found.high:+.4f}: {_word(0.0 not in found, seeds)}."
-    )
-
-
-def _word(resolved: bool, seeds: int) -> str:
-    if not resolved:
-        return "**within noise**"
-    return "**resolved**" if seeds > 1 else "**resolved on these windows**, for this one seed"
+    full = of_kind(outcomes, "full")
+    for own in by("arm", outcomes).values():
+        if full and own != full:
+            yield ""
+            yield from (f"- {sentence}" for sentence in slopes(own, full, axis))
+            yield from _position_laws(own, full, axis)
 
 
 def _fits(outcomes: Sequence[Outcome], axis: str) -> list[str]:
@@ -270,14 +233,22 @@ def _fits(outcomes: Sequence[Outcome], axis: str) -> list[str]:
     return list(_table(["arm", "loss", "a", "b", "runs", "largest residual"], rows)) if rows else []
 
 
-def _position_laws(moba: Sequence[Outcome], full: Sequence[Outcome], axis: str) -> Iterator[str]:
-    def text(law: Fit | None) -> list[str]:
-        return [f"{law.law.a:.4g}", f"{law.law.b:.4f}"] if law else ["", ""]
+def _position_laws(own: Sequence[Outcome], full: Sequence[Outcome], axis: str) -> Iterator[str]:
+    """Both arms' laws of every position range, and the interval of the difference of their exponents."""
+    yield f"\n{own[0].label} and full attention by position:\n"
+    rows = []
+    for number, (start, end) in enumerate(own[0].ranges):
+        pair = fit_pair(own, full, number, axis)
+        if pair is not None:
+            found = slope_difference(*pair)
+            cells = [text for law in pair for text in (f"{law.law.a:.4g}", f"{law.law.b:.4f} {_bounds(law.b)}")]
+            rows.append([f"{start:,}-{end:,}", *cells, _bounds(found)])
+    name = own[0].label
+    yield from _table(["positions", f"{name} a", f"{name} b", "full a", "full b", "difference of b"], rows)
 
-    yield "\nBy position:\n"
-    pairs = zip(position_fits(moba, axis), position_fits(full, axis), strict=True)
-    rows = [[f"{start:,}-{end:,}", *text(first), *text(second)] for (start, end, first), (_, _, second) in pairs]
-    yield from _table(["positions", "MoBA a", "MoBA b", "full a", "full b"], rows)
+
+def _bounds(interval: Interval) -> str:
+    return f"[{interval.low:.4f}, {interval.high:.4f}]"
 
 
 def _runs(outcomes: Sequence[Outcome]) -> Iterator[str]:
@@ -294,7 +265,7 @@ def _runs(outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 
 def _loss_cell(run: Outcome, kind: Loss) -> str:
-    if not run.windows(kind):
+    if not run.has(kind):
         return "-"
     interval = run.final["intervals"][kind]
     bounds = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""

@@ -1,0 +1,190 @@
+"""What a study's numbers say, in sentences: comparisons, laws, the use of context, and one answer per stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from openmoba.lab.candidates import standings
+from openmoba.lab.outcomes import (
+    Loss,
+    Outcome,
+    behind,
+    by,
+    difference,
+    fit_pair,
+    gain,
+    mean_loss,
+    of_kind,
+    seed_noise,
+    slope_difference,
+)
+from openmoba.lab.resample import Difference, Interval
+
+LOSSES: dict[Loss, str] = {"lm": "LM loss", "trailing": "trailing loss"}
+
+
+def answers(outcomes: Sequence[Outcome], axis: str) -> list[str]:
+    """What the runs of one stage say to its question, each sentence with its interval.
+
+    Args:
+        axis: compute convention of the laws.
+    """
+    if len(by("arm", outcomes)) == 1:
+        return [_gained(own) for own in by("size", outcomes).values() if len(own[0].ranges) > 2]
+    chart, sentences = outcomes[0].run.stage.chart, []
+    if chart == "scaling":
+        sentences = list(_law_ratios(outcomes, axis))
+    for runs in by("size", outcomes).values():
+        if chart == "layers":
+            sentences += _closing(runs)
+        if chart == "compare":
+            sentences += _nearest(runs)
+    return sentences
+
+
+def comparisons(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """A sentence on every arm against full attention, and on every other against MoBA, by size and loss."""
+    for runs in by("size", outcomes).values():
+        full, moba = of_kind(runs, "full"), of_kind(runs, "moba")
+        for reference in (full, moba):
+            for own in by("arm", runs).values():
+                if not reference or own in (full, reference):
+                    continue
+                for kind in LOSSES:
+                    found = difference(own, reference, kind, seed_noise(runs, kind))
+                    if found is not None:
+                        yield _verdict(own[0], reference[0], kind, found)
+
+
+def slopes(moba: Sequence[Outcome], full: Sequence[Outcome], axis: str) -> Iterator[str]:
+    """How an arm's exponent differs from that of full attention, by loss."""
+    for kind, name in LOSSES.items():
+        if pair := fit_pair(moba, full, kind, axis):
+            found, several = slope_difference(*pair), len({run.run.seed for run in full}) > 1
+            yield (
+                f"{name[:1].upper()}{name[1:]}: {moba[0].label}'s exponent minus full attention's lies in "
+                f"{found.low:+.4f} to {found.high:+.4f}: {_word(0.0 not in found, several)}."
+            )
+
+
+def use_of_context(outcomes: Sequence[Outcome]) -> str | None:
+    """What full attention gains from a longer context, the most that leaving blocks out could cost."""
+    full = of_kind(list(by("size", outcomes).values())[-1], "full")
+    if not full or len(full[0].ranges) < 3:
+        return None
+    last = len(full[0].ranges) - 1
+    found = gain(full, last, 1)
+    span, before = (_span(full[0], number) for number in (last, 1))
+    return (
+        f"Use of context: with full attention ({full[0].run.size}) the loss at positions {span} differs from that at "
+        f"{before} by {found.mean:+.4f} nats{_in(found.interval)}. The lower, the more the model gains from far "
+        "context, and the more it can lose by leaving blocks out."
+    )
+
+
+def _gained(own: Sequence[Outcome]) -> str:
+    """Whether one arm of one size uses its context: near, and far."""
+    last = len(own[0].ranges) - 1
+    near, far = gain(own, last, 0), gain(own, last, last // 2)
+    word = "counts" if far.interval is not None and far.interval.high < 0 else "is not seen to count"
+    return (
+        f"{own[0].run.size}: the loss at positions {_span(own[0], last)} is {_signed(near)} from that at "
+        f"{_span(own[0], 0)}, and {_signed(far)} from that at {_span(own[0], last // 2)} ({behind(own, last)}): far "
+        f"context {word}."
+    )
+
+
+def _law_ratios(outcomes: Sequence[Outcome], axis: str) -> Iterator[str]:
+    """How far every arm's law lies from that of full attention, at the most compute that both have spent."""
+    full = of_kind(outcomes, "full")
+    for own in by("arm", outcomes).values():
+        pair = fit_pair(own, full, "trailing", axis) if full and own != full else None
+        if pair is None:
+            continue
+        compute = min(float(law.compute.max()) for law in pair)
+        ratio = float(pair[0].law(compute) / pair[1].law(compute)) - 1
+        low, high = (float(end[0]) - 1 for end in pair[0].ratio(pair[1], [compute]))
+        several = len(pair[0].loss) >= 2 * len({run.run.size for run in own})
+        word = _word(not low <= 0 <= high, several)
+        amount = (
+            f"{compute:,.0f} accelerator seconds" if axis == "accelerator_seconds" else f"{compute:.3g} PFLOP/s-days"
+        )
+        yield (
+            f"At an equal {amount} ({axis}) the trailing loss of {own[0].label} lies {ratio:+.2%} [{low:+.2%}, "
+            f"{high:+.2%}] from that of full attention, by the laws of {len(pair[0].loss)} runs each "
+            f"({behind(own, 'trailing')}): {word}."
+        )
+
+
+def _closing(runs: Sequence[Outcome]) -> Iterator[str]:
+    """How much of the gap between MoBA and full attention the hybrids close."""
+    full, moba = of_kind(runs, "full"), of_kind(runs, "moba")
+    noise = seed_noise(runs, "trailing")
+    gap = difference(moba, full, "trailing", noise)
+    if gap is None:
+        return
+    base = mean_loss(full, "trailing")
+    yield (
+        f"{runs[0].run.size}: MoBA in every layer costs {_signed(gap)} ({gap.mean / base:+.2%}) in trailing loss "
+        f"({behind(runs, 'trailing')})."
+    )
+    hybrids = by("arm", (run for run in runs if run.config.arm.name == "hybrid")).values()
+    for own in sorted(hybrids, key=lambda own: len(own[0].full_layers)):
+        found = difference(own, full, "trailing", noise)
+        if found is not None:
+            of = f" of {own[0].layers}" if own[0].layers else ""
+            yield (
+                f"With {len(own[0].full_layers)}{of} layers full ({own[0].label}) it is {_signed(found)} "
+                f"({found.mean / base:+.2%}), {1 - found.mean / gap.mean:.0%} of the gap closed."
+            )
+
+
+def _nearest(runs: Sequence[Outcome]) -> Iterator[str]:
+    """The candidate nearest to full attention that reads less than all keys."""
+    sparse = [found for found in standings(runs) if found.key_share is not None and found.key_share < 1]
+    sparse = [found for found in sparse if found.plain.trailing is not None]
+    if not sparse:
+        return
+    best = sparse[0]
+    against, name = (best.own, "full attention with the same keys") if best.own else (best.plain, "full attention")
+    found, loss = against.trailing, against.trailing_loss
+    if found is None:
+        return
+    yield (
+        f"{runs[0].run.size}: of {len(sparse)} sparse candidates {best.runs[0].label} has the lowest trailing loss: "
+        f"{_signed(found)} ({found.mean / loss:+.2%}) from {name} ({behind(best.runs, 'trailing')}), with "
+        f"{best.key_share:.1%} of the keys read: {_word(found.resolved, found.noise is not None)}."
+    )
+
+
+def _verdict(own: Outcome, reference: Outcome, kind: Loss, found: Difference) -> str:
+    way = "above" if found.mean > 0 else "below"
+    seeds = len(found.per_seed)
+    measured = behind([own], kind, seeds)
+    if found.interval is not None:
+        measured = f"{found.interval.low:+.4f} to {found.interval.high:+.4f} over {measured}"
+    if seeds > 1:
+        measured += f"; by seed {', '.join(f'{value:+.4f}' for value in found.per_seed)}"
+    return (
+        f"{own.run.size}, {LOSSES[kind]}: {own.label} is {abs(found.mean):.4f} nats {way} "
+        f"{reference.label} ({measured}): {_word(found.resolved, found.noise is not None)}."
+    )
+
+
+def _word(resolved: bool, seeds_known: bool) -> str:
+    if not resolved:
+        return "**within noise**"
+    return "**resolved**" if seeds_known else "**resolved on these windows**, for this one seed"
+
+
+def _signed(found: Difference) -> str:
+    return f"{found.mean:+.4f} nats{_in(found.interval)}"
+
+
+def _in(interval: Interval | None) -> str:
+    return "" if interval is None else f" [{interval.low:+.4f}, {interval.high:+.4f}]"
+
+
+def _span(run: Outcome, number: int) -> str:
+    start, end = run.ranges[number]
+    return f"{start:,}-{end:,}"
