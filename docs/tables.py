@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from openmoba.bench.cases import GRIDS, PASSES, Case
-from openmoba.bench.contenders import CONTENDERS
+from openmoba.bench.cited import Beside, beside
+from openmoba.bench.contenders import contender_label
 from openmoba.bench.rows import length_name, newest, read_rows
-from openmoba.bench.table import Row
+from openmoba.bench.table import Row, compared, dense_names
 from openmoba.bench.training.cases import TrainingRow
 from openmoba.bench.training.table import ARMS, comparison, longest_windows
 from openmoba.lab import results
@@ -60,8 +61,8 @@ def attention(machine: str) -> str:
         (
             f"One {last.device}, {last.power_limit_w:.0f} W, bf16, batch 1, 32 query and 8 key/value heads, causal, "
             "normal random inputs. Medians in ms of the whole public call, choice of blocks included. The columns from "
-            "dense on compare both passes, or the forward where it alone was measured. Dense attention, timed up to "
-            f"256K tokens: {_dense_contenders(file)}.",
+            "dense on compare both passes, or the forward where it alone was measured. "
+            f"{_dense(_shown_rows(pairs), file)}",
             "",
             *_markdown(HEADLINE, [pair.cells for pair in pairs]),
             "",
@@ -76,7 +77,8 @@ def attention(machine: str) -> str:
 
 def kernels(machine: str) -> str:
     """The same with the share of the roofline and the extra memory."""
-    pairs = _headline(f"results/{machine}/attention.csv")
+    file = f"results/{machine}/attention.csv"
+    pairs = _headline(file)
     if not pairs:
         return ""
     last = pairs[0].shown
@@ -86,8 +88,8 @@ def kernels(machine: str) -> str:
             *_markdown(head, [(*pair.cells, *pair.costs) for pair in pairs]),
             "",
             f"{last.device}, {last.power_limit_w:.0f} W. Medians in ms. The columns from dense on are of both passes, "
-            "or of the forward where it alone was measured; MB are extra memory, 10^6 bytes. Commit "
-            f"{_commits(_shown_rows(pairs))}, torch {last.torch}, Triton {last.triton}.",
+            f"or of the forward where it alone was measured. {_dense(_shown_rows(pairs), file)} MB are extra memory, "
+            f"10^6 bytes. Commit {_commits(_shown_rows(pairs))}, torch {last.torch}, Triton {last.triton}.",
             "",
         )
     )
@@ -95,8 +97,8 @@ def kernels(machine: str) -> str:
 
 def short(machine: str) -> str:
     """Short sequences, where the host counts as much as the GPU."""
-    measured = _measured(f"results/{machine}/short.csv", "moba", "short")
-    rows = [row for row in measured.values() if row.dense_ms]
+    file = f"results/{machine}/short.csv"
+    rows = [row for row in _measured(file, "moba", "short").values() if row.dense_ms]
     if not rows:
         return ""
     head = ("D", "tokens", "block / top-k", "MoBA", "dense", "MoBA - dense", "MoBA / dense", "path")
@@ -113,7 +115,8 @@ def short(machine: str) -> str:
         )
         for row in rows
     ]
-    origin = f"{rows[0].device}, forward and backward, medians in ms. Commit {_commits(rows)}.\n"
+    dense = _dense(rows, file)
+    origin = f"{rows[0].device}, forward and backward, medians in ms. {dense} Commit {_commits(rows)}.\n"
     return "\n".join((*_markdown(head, cells), "", origin))
 
 
@@ -135,6 +138,51 @@ def flex(machine: str) -> str:
     return "\n".join((*_markdown(head, cells), "", origin))
 
 
+def peers(machine: str) -> str:
+    """A sentence about the contenders that were timed apart, at one case of the headline."""
+    for row, *others in _beside(machine):
+        if (row.head_dim, row.tokens) == (128, 2**17):
+            found = [peer for peer in others if peer]
+            took = " and ".join(
+                f"{peer.label} took {_number(peer.ms)} ms, {peer.ms / (row.p50_ms or 1):.1f} times as long as "
+                f"{_blocks(row)} above"
+                for peer in found
+            )
+            first = found[0]
+            return (
+                f"Timed apart, on {first.date}, on one {first.device} with torch {first.torch}: for both passes at "
+                f"{length_name(row.tokens)} tokens, D {row.head_dim}, {took}. [docs/kernels.md](docs/kernels.md) has "
+                "more lengths.\n"
+            )
+    return ""
+
+
+def cited(machine: str) -> str:
+    """MoBA beside contenders that were timed apart."""
+    lines = _beside(machine)
+    if not lines:
+        return ""
+    head = ("D", "block / top-k", "tokens", "MoBA", *lines[0].names, "ratio", "ratio")
+    cells = [
+        (
+            line.row.head_dim,
+            _blocks(line.row),
+            length_name(line.row.tokens),
+            _ms(line.row),
+            *(_number(peer.ms if peer else None) for peer in line.peers),
+            *line.ratios,
+        )
+        for line in lines
+    ]
+    first = next(peer for line in lines for peer in line.peers if peer)
+    origin = (
+        f"Forward and backward, ms. MoBA: commit {_commits(line.row for line in lines)}. The others: {first.device}, "
+        f"torch {first.torch}, {first.date}, by a script that was not kept; all figures are in "
+        f"[results/{machine}/{CITED}](../results/{machine}/{CITED}).\n"
+    )
+    return "\n".join((*_markdown(head, cells), "", origin))
+
+
 def decode(machine: str) -> str:
     """A decoding step over a cache."""
     file = f"results/{machine}/decode.csv"
@@ -143,7 +191,7 @@ def decode(machine: str) -> str:
     if not steps:
         return ""
     first = steps[0]
-    head = ("batch", "block / top-k", "cached tokens", "MoBA", "fastest dense", "speed-up")
+    head = ("batch", "block / top-k", "cached tokens", "MoBA", "dense", "speed-up")
     cells = [
         (r.batch, _blocks(r), length_name(r.tokens), _ms(r), _dense_ms(r), _speedup(r))
         for r in sorted(steps, key=lambda row: (row.batch, row.tokens))
@@ -151,8 +199,8 @@ def decode(machine: str) -> str:
     return "\n".join(
         (
             f"One attention layer, one token per sequence: one {first.device}, bf16, {first.heads} query and "
-            f"{first.kv_heads} key/value heads, D {first.head_dim}. Medians in ms, replayed from a CUDA graph; dense "
-            "attention is the fastest of SDPA's backends.",
+            f"{first.kv_heads} key/value heads, D {first.head_dim}. Medians in ms, replayed from a CUDA graph. "
+            f"{_dense(steps, file)}",
             "",
             *_markdown(head, cells),
             "",
@@ -309,10 +357,11 @@ def _studies(root: Path) -> list[results.Study]:
     return results.read_studies(sorted((root / STUDIES).glob("*"))) or results.read_studies([root / DEMO])
 
 
+CITED = "cited-peers.csv"
 STUDIES = "results/h200/study"
 DEMO = "results/demo"
 FIGURES = {
-    "results/h200/attention-speedup.png": "Times faster than the fastest dense attention, over length",
+    "results/h200/attention-speedup.png": "Times faster than dense attention over length, by block size and top-k",
     f"{DEMO}/figures/pretrain-scaling-law.png": results.HEADLINES["scaling"],
 }
 """Path -> what it shows, the preferred one first."""
@@ -324,6 +373,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels_h100": partial(kernels, "h100"),
     "short_h200": partial(short, "h200"),
     "flex_h200": partial(flex, "h200"),
+    "peers_h200": partial(peers, "h200"),
+    "cited_h200": partial(cited, "h200"),
     "decode_h200": partial(decode, "h200"),
     "prefill_h200": partial(prefill, "h200"),
     "training_h200": partial(training, "h200"),
@@ -387,6 +438,13 @@ def _headline(name: str) -> list[Pair]:
     return pairs
 
 
+def _beside(machine: str) -> list[Beside]:
+    """The headline's cases of which there are figures of others."""
+    rows = [pair.both for pair in _headline(f"results/{machine}/attention.csv") if pair.both]
+    timed = {row.contender for row in _newest_rows(f"results/{machine}/attention.csv") if row.p50_ms}
+    return beside(rows, ROOT / f"results/{machine}/{CITED}", timed)
+
+
 def _measured(name: str, contender: str, grid: str) -> dict[Case, Row]:
     """A contender's rows of a grid by case, in the grid's order, failures left out."""
     rows = {replace(row, device=None, commit=None).key: row for row in _newest_rows(name) if row.error is None}
@@ -404,13 +462,17 @@ def _commits(rows: Iterable[Row | TrainingRow]) -> str:
 
 def _newest_rows(name: str) -> list[Row]:
     """The newest row of every case; none without the file."""
-    return newest(read_rows(ROOT / name, Row))
+    rows = newest(read_rows(ROOT / name, Row))
+    return [compared(row, rows) for row in rows]
 
 
-def _dense_contenders(name: str) -> str:
-    """Which were timed; the fastest of them counts."""
-    timed = dict.fromkeys(CONTENDERS[row.contender] for row in _newest_rows(name) if row.error is None)
-    return "; ".join(contender.label for contender in timed if contender.kind == "dense")
+def _dense(rows: Sequence[Row], name: str) -> str:
+    """A sentence: which dense attention `rows` are compared with, and which others were slower."""
+    timed = [row for row in _newest_rows(name) if row.block_size is None and row.passes in {row.passes for row in rows}]
+    fastest = dense_names(rows, timed)
+    others = dict.fromkeys(row.contender for row in timed if row.p50_ms and row.contender not in fastest)
+    slower = f", faster than {'; '.join(map(contender_label, others))}" if others else ""
+    return f"Dense attention is {'; '.join(map(contender_label, fastest)) or 'not timed'}{slower}."
 
 
 def _by_setting(rows: Iterable[Row]) -> list[list[Row]]:

@@ -9,7 +9,9 @@ import sys
 import time
 from dataclasses import fields, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,11 +23,11 @@ from openmoba.bench import __main__ as module_main
 from openmoba.bench import attention, cases, contenders, timing
 from openmoba.bench.attention import run_benchmark
 from openmoba.bench.cases import GRIDS, Case
-from openmoba.bench.charts import speedup_chart, time_chart
+from openmoba.bench.charts import speedup_chart, spread, time_chart
 from openmoba.bench.flex import TILE, choice_mask, flex_call
 from openmoba.bench.inputs import first_block_share, make_inputs
 from openmoba.bench.rows import append_row, read_rows
-from openmoba.bench.table import Row, markdown
+from openmoba.bench.table import Row, compared, dense_names, markdown
 from openmoba.cli import main
 from openmoba.ops.reference import attention_mask
 
@@ -215,8 +217,74 @@ def test_figures_and_table_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixtu
         "SDPA": [96, 160],
     }
     (curve, _) = speedup_chart(rows).axes[0].lines
-    expected = [r.speedup for r in rows if r.contender == "moba" and (r.passes, r.routing) == ("forward", "random")]
-    assert list(curve.get_ydata()) == expected
+    both = [row for row in rows if (row.passes, row.routing) == ("forward+backward", "random")]
+    assert list(curve.get_ydata()) == [row.speedup for row in both if row.contender == "moba"]
+
+
+def dense_and_moba(head_dim: int, tokens: int, commit: str = "c", **times: float) -> list[Row]:
+    """A row of each contender, of both passes; MoBA's with three settings."""
+    case = replace(SMALL, head_dim=head_dim, tokens=tokens, passes="forward+backward")
+    origin = {"commit": commit, "device": "card", "torch": "2"}
+    settings = [replace(case, block_size=block) for block in (16, 32, 64)]
+    moba = [Row.of("moba", case, p50_ms=1.0 + i / 50, **origin) for i, case in enumerate(settings)]
+    return [*(Row.of(name, case, p50_ms=ms, **origin) for name, ms in times.items()), *moba]
+
+
+def test_speedup_figure_is_one_panel_whose_lines_are_named_and_differ() -> None:
+    rows = [
+        row
+        for width in (64, 128)
+        for tokens, ms in ((1024, 2.0), (2048, 8.0))
+        for row in dense_and_moba(width, tokens, sdpa_cudnn=ms, sdpa_flash=2 * ms)
+    ]
+    (axes,) = speedup_chart(rows).axes
+    lines = [line for line in axes.lines if not line.get_label().startswith("_")]
+    assert len({line.get_color() for line in lines}) == len({line.get_marker() for line in lines}) == 3
+    assert [text.get_text() for text in axes.texts] == ["openmoba 64/3", "openmoba 32/3", "openmoba 16/3"]
+    heights = [text.xy[1] for text in axes.texts]
+    low, high = axes.get_ylim()
+    assert all(b / a > (high / low) ** 0.05 for a, b in pairwise(heights))
+    assert "(SDPA/cuDNN)" in axes.get_ylabel()
+    assert "head width 128" in axes.get_title()
+
+
+def test_labels_are_spread_around_where_they_belong() -> None:
+    assert list(spread([1.0, 10.0, 100.0], 2.0)) == [1.0, 10.0, 100.0]
+    assert list(spread([10.0, 10.0], 4.0)) == pytest.approx([5.0, 20.0])
+    middle = (5.0 * 10.0 * 10.0) ** (1 / 3)
+    assert list(spread([5.0, 10.0, 10.0], 2.0)) == pytest.approx([middle / 2, middle, middle * 2])
+
+
+def test_rows_are_compared_with_dense_attention_that_was_timed_later() -> None:
+    """As fast as any of the same shape, device and torch, whatever our commit; the last row of each contender."""
+    rows = dense_and_moba(64, 1024, "old", sdpa_cudnn=5.0)
+    later = dense_and_moba(64, 1024, "new", sdpa_cudnn=4.0, fa4=3.0)
+    other = [replace(row, torch="3", p50_ms=0.5) for row in later] + dense_and_moba(128, 1024, sdpa_flash=0.1)
+    moba = rows[-1]
+    assert compared(moba, rows).dense_ms == 5.0
+    assert compared(moba, [*rows, *later, *other]).dense_ms == 3.0
+    assert compared(moba, [*rows, *later]).speedup == pytest.approx(3.0 / moba.p50_ms, rel=1e-5)
+    assert compared(rows[0], rows).dense_ms is None
+    assert compared(replace(moba, dense_ms=9.0, speedup=9.0), []).speedup is None
+    assert dense_names([moba], [*rows, *later]) == ["fa4"]
+    assert contenders.contender_label("sdpa_efficient_grouped") == "SDPA/memory-efficient with grouped queries"
+
+
+def test_flash_attention_4_is_called_as_its_package_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`flash_attn.cute.flash_attn_func(q, k, v, causal=...)` of `[batch, tokens, heads, width]`, heads grouped."""
+
+    def flash_attn_func(q: Any, k: Any, v: Any, causal: bool = False) -> Any:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+        return out.transpose(1, 2), None
+
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    module = ModuleType("flash_attn.cute")
+    module.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
+    inputs = make_inputs(SMALL, CPU)
+    found, expected = (contenders.CONTENDERS[name].build(SMALL, inputs, None)() for name in ("fa4", "sdpa"))
+    torch.testing.assert_close(found, expected)
 
 
 def test_figures_show_the_newest_row_of_each_case_and_the_usual_heads() -> None:

@@ -88,7 +88,7 @@ def test_figures(tmp_path: Path) -> None:
     panels = step_chart(rows).axes
     assert [panel.get_title() for panel in panels] == ["batch 1", "batch 2"]
     lines = {line.get_label(): list(line.get_ydata()) for line in panels[0].get_lines()}
-    assert lines == {"openmoba 8/3": [128, 256], "openmoba 16/2": [64, 128], "fastest dense": [192, 384]}
+    assert lines == {"openmoba 8/3": [128, 256], "openmoba 16/2": [64, 128], "dense, SDPA/flash": [192, 384]}
     assert "64" in prefill_chart(rows).axes[0].get_ylabel()
     assert main(["bench", "plot", str(out)]) == 0
     assert {path.name for path in tmp_path.glob("*.png")} == {"decode-step.png", "decode-prefill.png"}

@@ -106,11 +106,21 @@ def test_tables_follow_their_files(tables: ModuleType, tmp_path: Path, monkeypat
     second = "| 128 | 128 / 8 | 32K | 7.00 | 16.0 | - | - | - |"
     assert f"{first}\n{second}\n\n" in tables.attention("h200")
     assert f"{first} - | - | - |\n{second} 40% | 60 | 90 |\n\n" in tables.kernels("h200")
+    assert "Dense attention is SDPA/cuDNN." in tables.attention("h200")
+    (tmp_path / "results" / "h200" / "cited-peers.csv").write_text(
+        "contender,version,head_dim,tokens,block_size,top_k,forward_ms,backward_ms,device,torch,date\n"
+        "fa4,beta,128,8192,,,1,3,a GPU,2.11,2026-11-21\n"
+        "fa4,beta,128,131072,,,10,30,a GPU,2.11,2026-11-21\n"
+        "flash_moba,2.0,128,8192,128,8,2,4,a GPU,2.11,2026-11-21\n"
+    )
+    assert tables.peers("h200") == ""
+    assert "| 128 | 128 / 8 | 8K | 2.00 | 4.00 | 2.0x |" in tables.cited("h200")  # FlashMoBA was timed above
+    append_row(path, Row.of("moba", replace(case, tokens=2**17), p50_ms=2.0, commit="new", **origin))
+    assert "FlashAttention 4 beta took 40.0 ms, 20.0 times as long as 128 / 8 above" in tables.peers("h200")
     path = tmp_path / "results" / "h200" / "short.csv"
     for commit, short in zip(("older", "newer"), tables.GRIDS["short"], strict=False):
-        append_row(
-            path, Row.of("moba", short, p50_ms=1.5, dense_ms=1.25, commit=commit, path="triton blocks", **origin)
-        )
+        append_row(path, Row.of("sdpa_cudnn", short, p50_ms=1.25, commit=commit, **origin))
+        append_row(path, Row.of("moba", short, p50_ms=1.5, commit=commit, path="triton blocks", **origin))
     assert "| 1.50 | 1.25 | +0.25 | 1.20 | blocks |" in tables.short("h200")
     assert "Commit older and newer." in tables.short("h200")
     path = tmp_path / "results" / "h200" / "attention.csv"
@@ -120,12 +130,15 @@ def test_tables_follow_their_files(tables: ModuleType, tmp_path: Path, monkeypat
     assert "| 2.00 | 10.0 | 5.0x |" in tables.flex("h200")
     assert "Commit newer and older." in tables.flex("h200")
     path = tmp_path / "results" / "h200" / "decode.csv"
-    step = Row.of("moba", case, p50_ms=0.02, dense_ms=0.2, speedup=10.0, commit="c", **origin)
-    append_row(path, replace(step, passes="decode", tokens=2**17, batch=16))
+    step = Row.of("moba", case, p50_ms=0.02, commit="c", **origin)
+    shown = replace(step, passes="decode", tokens=2**17, batch=16)
+    append_row(path, shown)
+    append_row(path, replace(shown, contender="sdpa_flash_grouped", block_size=None, top_k=None, p50_ms=0.2))
     for tokens in (2**17, 2**16):
         append_row(path, replace(step, passes="prefill chunk", tokens=tokens, p50_ms=tokens / 2**14))
     written = tables.decode("h200")
     assert "| 16 | 128 / 8 | 128K | 0.020 | 0.200 | 10.0x |" in written
+    assert "Dense attention is SDPA/flash with grouped queries." in written
     first_and_last = (
         "128K tokens in chunks of 64K, block / top-k 128 / 8, takes 4.00 ms for the first chunk and 8.00 ms"
     )
@@ -204,7 +217,7 @@ def test_changelog_begins_with_this_version() -> None:
 def test_sparse_calls_are_faster_than_dense_ones_from_8k_tokens_on() -> None:
     """As the README says of the H200's rows."""
     assert (
-        "From 8K tokens on it is faster than dense attention at every setting measured"
+        "From 8K tokens on it is faster than cuDNN's dense attention at every setting measured"
         in (ROOT / "README.md").read_text()
     )
     sparse = [

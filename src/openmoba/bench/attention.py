@@ -17,7 +17,7 @@ from openmoba.bench.contenders import CONTENDERS, LONGEST_QUADRATIC
 from openmoba.bench.inputs import Inputs, first_block_share, make_inputs
 from openmoba.bench.machine import Machine, failure, say
 from openmoba.bench.rows import append_row, read_rows
-from openmoba.bench.table import Row, markdown
+from openmoba.bench.table import Row, compared, markdown
 from openmoba.bench.timing import Work, measure
 
 
@@ -57,15 +57,6 @@ class Session(Machine):
     """One process of a benchmark: the machine, and what was measured on it so far."""
 
     rows: list[Row]
-
-    def best_dense_ms(self, row: Row) -> float | None:
-        """Median of the fastest dense contender on the shape of `row`."""
-        times = [
-            other.p50_ms
-            for other in self.rows
-            if CONTENDERS[other.contender].kind == "dense" and other.shape == row.shape and other.p50_ms is not None
-        ]
-        return min(times, default=None)
 
 
 def run_benchmark(
@@ -133,8 +124,7 @@ def _measured(name: str, case: Case, session: Session, row: Row) -> Row:
     row = replace(row, **vars(found), matrix_tflops=rate)
     operations = case.operations(dense=contender.kind == "dense", scores=contender.kind == "moba")
     row = replace(row, roofline=operations / (rate * 1e9 * found.p50_ms))
-    dense_ms = None if contender.kind == "dense" else session.best_dense_ms(row)
-    return replace(row, dense_ms=dense_ms, speedup=dense_ms / found.p50_ms if dense_ms else None)
+    return compared(row, session.rows)
 
 
 def _path(case: Case, inputs: Inputs) -> str:

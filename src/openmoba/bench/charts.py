@@ -1,50 +1,102 @@
-"""Figures of a benchmark: time against length, and speed-up over the fastest dense attention.
+"""Figures of the attention benchmark: speed-up over dense attention, and time against length.
 
-One panel per head width and kind of pass. A contender has a colour and a marker, MoBA's settings a line style.
+MoBA's settings have a colour each, in the order of their block sizes; other contenders have one of their own, and a
+line style per setting. Both differ in their markers.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from itertools import cycle
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from openmoba.bench.contenders import CONTENDERS
+from openmoba.bench.cases import PASSES
+from openmoba.bench.contenders import contender_label
 from openmoba.bench.rows import length_name, newest
-from openmoba.bench.table import Row
+from openmoba.bench.table import Row, compared, dense_names
 from openmoba.lab.figures import BLUE, GREY, RED, STYLE
 
-LOOKS = {
-    "moba": (BLUE, "o"),
+# Of Paul Tol's schemes; in grey, they and the markers still differ.
+_SETTINGS = ((BLUE, "o"), ("#33BBEE", "s"), ("#009988", "^"), ("#882255", "D"), ("#EE7733", "v"), ("#332288", "P"))
+_OTHERS = {
     "sdpa_cudnn": (RED, "s"),
     "sdpa": (RED, "s"),
     "sdpa_flash": (GREY, "D"),
     "fa4": ("#EE3377", "P"),
-    "flash_moba": ("#EE7733", "^"),
-    "flex": ("#009988", "v"),
+    "flash_moba": ("#999933", "X"),
+    "flex": ("#BBBBBB", "<"),
 }
-LINES = ("-", "--", ":", "-.", (0, (5, 1)))
+_LINES = ("-", "--", ":", "-.", (0, (5, 1)))
+
+
+class Line(NamedTuple):
+    """One contender with one of MoBA's settings, None for dense attention."""
+
+    contender: str
+    block_size: int | None
+    top_k: int | None
+
+    @property
+    def label(self) -> str:
+        """Its name in a figure."""
+        setting = "" if self.block_size is None else f" {self.block_size}/{self.top_k}"
+        return contender_label(self.contender) + setting
 
 
 def time_chart(rows: Sequence[Row]) -> Figure:
-    """Median time of one sequence over its length, log-log, all contenders; random routing."""
+    """Median time of one sequence over its length, log-log, all contenders; a panel per width and kind of pass."""
     times = {row: row.p50_ms / row.batch for row in _main_slice(rows) if row.p50_ms is not None}
-    return _chart(times, "Time per sequence (ms)")
+    _check(times, "times need rows of any contender")
+    passes = [kind for kind in PASSES if kind in {row.passes for row in times}]
+    widths = sorted({row.head_dim for row in times})
+    looks = _looks(times)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(1.2 + 5.4 * len(widths), 0.9 + 3.9 * len(passes)), layout="constrained")
+        panels = figure.subplots(len(passes), len(widths), sharex=True, squeeze=False)
+        for row_of_panels, kind in zip(panels, passes, strict=True):
+            for axes, width in zip(row_of_panels, widths, strict=True):
+                part = {row: y for row, y in times.items() if (row.passes, row.head_dim) == (kind, width)}
+                _curves(axes, part, looks)
+                axes.set_title(f"{_passes(kind)}, head width {width}")
+        for axes in panels[-1]:
+            axes.set_xlabel("Tokens")
+        _ticks(panels[-1], sorted({row.tokens for row in times}))
+        figure.supylabel("Time per sequence (ms)", fontsize=11)
+        figure.suptitle(_title(next(iter(times))), fontsize=11)
+        _legend(figure, [line.label for line in looks])
+    return figure
 
 
 def speedup_chart(rows: Sequence[Row]) -> Figure:
-    """How many times faster than the fastest dense attention of the same commit; random routing."""
-    speedups = {row: row.speedup for row in _main_slice(rows) if row.speedup is not None}
-    figure = _chart(speedups, "Times faster than the fastest dense attention")
-    for axes in figure.axes:
+    """How many times faster MoBA is than the fastest dense attention timed, which the axis names.
+
+    One panel, of the widest heads and both passes where they were timed. A line is named at its end.
+    """
+    main = _main_slice(rows)
+    speedups = {row: row.speedup for row in (compared(row, main) for row in main) if row.speedup is not None}
+    speedups = {row: y for row, y in speedups.items() if row.contender == "moba"}
+    _check(speedups, "speed-ups need rows of MoBA and of dense attention")
+    shown = max((PASSES.index(row.passes), row.head_dim) for row in speedups)
+    speedups = {row: y for row, y in speedups.items() if (PASSES.index(row.passes), row.head_dim) == shown}
+    dense = dict.fromkeys(contender_label(name) for name in dense_names(speedups, main))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.6, 4.8), layout="constrained")
+        axes = figure.add_subplot()
+        _curves(axes, speedups, _looks(speedups))
         axes.axhline(1.0, color=GREY, linewidth=1)
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set(xlabel="Tokens", ylabel=f"Times faster than dense attention\n({'; '.join(dense)})")
+        _ticks([axes], sorted({row.tokens for row in speedups}))
+        _name_lines(axes)
+        first = next(iter(speedups))
+        what = f"{_passes(first.passes)}, head width {first.head_dim}, block size / top-k"
+        axes.set_title(f"{what}\n{_title(first)}", fontsize=11)
     return figure
 
 
@@ -65,49 +117,73 @@ def _kind(row: Row) -> tuple[str, int, int]:
     return (row.dtype, row.heads, row.kv_heads)
 
 
-def _chart(values: Mapping[Row, float], label: str) -> Figure:
+def _check(values: Mapping[Row, float], needs: str) -> None:
     if not values:
-        raise ValueError(f"no row to draw: {label!r} needs rows of MoBA and of dense attention without an error")
-    passes = sorted({row.passes for row in values})
-    widths = sorted({row.head_dim for row in values})
-    settings = sorted({(row.block_size, row.top_k) for row in values if row.block_size is not None})
-    lines = {(None, None): "-"} | dict(zip(settings, cycle(LINES)))
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(1.2 + 5.4 * len(widths), 0.9 + 3.9 * len(passes)), layout="constrained")
-        panels = figure.subplots(len(passes), len(widths), sharex=True, squeeze=False)
-        for row_of_panels, kind in zip(panels, passes, strict=True):
-            for axes, width in zip(row_of_panels, widths, strict=True):
-                part = {row: y for row, y in values.items() if (row.passes, row.head_dim) == (kind, width)}
-                _panel(axes, part, lines)
-                axes.set_title(f"{kind.replace('+', ' + ')}, head width {width}")
-        for axes in panels[-1]:
-            axes.set_xlabel("Tokens")
-        _ticks(panels[-1], sorted({row.tokens for row in values}))
-        figure.supylabel(label, fontsize=11)
-        figure.suptitle(_title(next(iter(values))), fontsize=11)
-        _legend(figure, [_label(name, setting) for name in LOOKS for setting in lines])
-    return figure
+        raise ValueError(f"no row to draw: {needs} without an error")
 
 
-def _panel(axes: Axes, values: Mapping[Row, float], lines: Mapping[Any, Any]) -> None:
+def _line(row: Row) -> Line:
+    return Line(row.contender, row.block_size, row.top_k)
+
+
+def _looks(rows: Iterable[Row]) -> dict[Line, dict[str, Any]]:
+    """How each line is drawn, MoBA's first."""
+    lines = {_line(row) for row in rows}
+    own = sorted(line for line in lines if line.contender == "moba")
+    looks = {line: _look(*look, "-") for line, look in zip(own, _SETTINGS, strict=False)}
+    for name, look in _OTHERS.items():
+        others = sorted(line for line in lines if line.contender == name)
+        looks |= {line: _look(*look, style) for line, style in zip(others, _LINES, strict=False)}
+    return looks
+
+
+def _look(colour: str, marker: str, style: Any) -> dict[str, Any]:
+    return {"color": colour, "marker": marker, "linestyle": style, "markersize": 5, "linewidth": 1.6}
+
+
+def _curves(axes: Axes, values: Mapping[Row, float], looks: Mapping[Line, dict[str, Any]]) -> None:
     axes.set(xscale="log", yscale="log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    for name, (colour, marker) in LOOKS.items():
-        for setting, line in lines.items():
-            points = {
-                row.tokens: y
-                for row, y in values.items()
-                if row.contender == name and (row.block_size, row.top_k) == setting
-            }
-            if points:
-                x, y = zip(*sorted(points.items()), strict=True)
-                look: Any = {"color": colour, "marker": marker, "linestyle": line, "markersize": 5, "linewidth": 1.6}
-                axes.plot(x, y, label=_label(name, setting), **look)
+    for line, look in looks.items():
+        points = {row.tokens: y for row, y in values.items() if _line(row) == line}
+        if points:
+            x, y = zip(*sorted(points.items()), strict=True)
+            axes.plot(x, y, label=line.label, **look)
 
 
-def _label(name: str, setting: tuple[int | None, int | None]) -> str:
-    block_size, top_k = setting
-    return CONTENDERS[name].label + ("" if block_size is None else f" {block_size}/{top_k}")
+def _name_lines(axes: Axes) -> None:
+    """Each line's label beside its last point, moved up or down where two would touch."""
+    named = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
+    ends = sorted((line.get_xydata()[-1].tolist(), line) for line in named)  # type: ignore[union-attr, index]
+    ends.sort(key=lambda end: end[0][1])
+    low, high = axes.get_ylim()
+    gap = (high / low) ** 0.052
+    heights = list(spread([y for (_, y), _ in ends], gap))
+    for ((x, _), line), y in zip(ends, heights, strict=True):
+        axes.annotate(
+            str(line.get_label()), (x, y), xytext=(9, 0), textcoords="offset points", va="center",
+            color=line.get_color(), annotation_clip=False,
+        )  # fmt: skip
+
+
+def spread(values: Sequence[float], ratio: float) -> Iterator[float]:
+    """Ascending values, each at least `ratio` times the one before; groups that touch stay around their middle."""
+    groups: list[list[float]] = []
+    for value in values:
+        groups.append([value])
+        while len(groups) > 1 and _bottom(groups[-1], ratio) < _bottom(groups[-2], ratio) * ratio ** len(groups[-2]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    for group in groups:
+        bottom = _bottom(group, ratio)
+        yield from (bottom * ratio**i for i in range(len(group)))
+
+
+def _bottom(group: Sequence[float], ratio: float) -> float:
+    """Where a group of values begins if they are `ratio` apart and keep their geometric mean."""
+    product = 1.0
+    for i, value in enumerate(group):
+        product *= (value / ratio**i) ** (1 / len(group))
+    return product
 
 
 def _legend(figure: Figure, order: Sequence[str]) -> None:
@@ -129,6 +205,10 @@ def _ticks(panels: Sequence[Axes], lengths: Sequence[int]) -> None:
     for axes in panels:
         axes.set_xticks(lengths, names, fontsize=9)
         axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _passes(kind: str) -> str:
+    return kind.replace("+", " + ")
 
 
 def _title(row: Row) -> str:

@@ -140,8 +140,8 @@ def _openmoba() -> str:
 
 
 CONTENDERS = {
-    "sdpa_cudnn": Contender("SDPA, cuDNN", "dense", ("cuda",), _sdpa(SDPBackend.CUDNN_ATTENTION), "torch", _cudnn),
-    "sdpa_flash": Contender("SDPA, flash", "dense", ("cuda",), _sdpa(SDPBackend.FLASH_ATTENTION), "torch", _torch),
+    "sdpa_cudnn": Contender("SDPA/cuDNN", "dense", ("cuda",), _sdpa(SDPBackend.CUDNN_ATTENTION), "torch", _cudnn),
+    "sdpa_flash": Contender("SDPA/flash", "dense", ("cuda",), _sdpa(SDPBackend.FLASH_ATTENTION), "torch", _torch),
     "sdpa": Contender("SDPA", "dense", ("cpu",), _sdpa(None), "torch", _torch),
     "fa4": Contender(
         "FlashAttention 4", "dense", ("cuda",), _fa4, "flash_attn.cute", _package("flash-attn-4", "flash-attn")
@@ -153,3 +153,12 @@ CONTENDERS = {
     "flex": Contender("FlexAttention, same choice", "mask", ("cuda",), _flex, "torch", _torch),
 }
 """Name -> contender. Dense ones come first, so that a row can say how it compares with the best of them."""
+
+_GROUPED = "_grouped"
+
+
+def contender_label(name: str) -> str:
+    """A contender's name in figures and tables; the decode benchmark has some of its own."""
+    if name.endswith(_GROUPED):
+        return f"{contender_label(name.removesuffix(_GROUPED))} with grouped queries"
+    return CONTENDERS[name].label if name in CONTENDERS else {"sdpa_efficient": "SDPA/memory-efficient"}[name]

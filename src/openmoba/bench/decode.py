@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from openmoba.bench.attention import Session
 from openmoba.bench.machine import failure, say
 from openmoba.bench.rows import append_row, read_rows
-from openmoba.bench.table import Row, markdown
+from openmoba.bench.table import Row, compared, markdown
 from openmoba.bench.timing import Work, measure
 from openmoba.ops.api import moba_attention
 from openmoba.ops.decode import moba_decode
@@ -202,9 +202,7 @@ class Bench:
         row = replace(row, **self.session.machine, time=now)
         try:
             found = measure(Work(build()), self.session.device)
-            dense_ms = self._best_dense_ms(row)
-            speedup = dense_ms / found.p50_ms if dense_ms else None
-            row = replace(row, **vars(found), dense_ms=dense_ms, speedup=speedup)
+            row = compared(replace(row, **vars(found)), self.session.rows)
         except Exception as error:  # whatever kind a backend raises, the others can still be timed
             row = replace(row, error=failure(error))
         append_row(self.out, row)
@@ -213,12 +211,6 @@ class Bench:
         case = f"{row.passes:<14} {row.contender:<22} {row.block_size or '':>4} B={row.batch} T={row.tokens}"
         say(f"{case}: {result}")
         return row
-
-    def _best_dense_ms(self, row: Row) -> float | None:
-        if row.contender in DENSE:
-            return None
-        rows = [other for other in self.session.rows if other.contender in DENSE and other.shape == row.shape]
-        return min((other.p50_ms for other in rows if other.p50_ms is not None), default=None)
 
 
 def check_chunk(chunk: int, out: Path) -> None:

@@ -10,13 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from openmoba.bench.contenders import contender_label
 from openmoba.bench.decode import CHUNK, EAGER, GRAPH
 from openmoba.bench.rows import length_name, newest
-from openmoba.bench.table import Row
+from openmoba.bench.table import Row, dense_names
 from openmoba.lab.figures import BLUE, RED, STYLE
 
 _MOBA: dict[str, Any] = {"color": BLUE, "marker": "o", "markersize": 5, "linewidth": 1.6}
-_DENSE: dict[str, Any] = {"color": RED, "marker": "s", "markersize": 5, "linewidth": 1.6, "label": "fastest dense"}
+_DENSE: dict[str, Any] = {"color": RED, "marker": "s", "markersize": 5, "linewidth": 1.6}
 _LINES = ("-", "--", ":", "-.")
 
 
@@ -34,7 +35,8 @@ def step_chart(rows: Sequence[Row]) -> Figure:
                 if row.block_size is None and row.p50_ms is not None:
                     dense[row.tokens] = min(row.p50_ms, dense.get(row.tokens, row.p50_ms))
             if dense:
-                axes.plot(*zip(*sorted(dense.items()), strict=True), **_DENSE)
+                names = "; ".join(map(contender_label, dense_names([row for row in panel if row.block_size], panel)))
+                axes.plot(*zip(*sorted(dense.items()), strict=True), label=f"dense, {names}", **_DENSE)
             axes.set(xscale="log", yscale="log", title=f"batch {batch}", xlabel="Cached tokens")
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.yaxis.set_minor_formatter(NullFormatter())

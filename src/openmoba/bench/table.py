@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from openmoba.bench.cases import Case
@@ -18,7 +18,7 @@ class Row(CsvRow):
     Attributes:
         p20_ms, p50_ms, p80_ms: quantiles of `samples` timings of the whole call.
         forward_mb, backward_mb: peak memory of the pass above what it began with, 10^6 bytes.
-        dense_ms: median of the fastest dense contender on this shape, of the same commit and device.
+        dense_ms: median of the fastest dense contender on this shape, device and torch that had been timed by then.
         speedup: `dense_ms / p50_ms`.
         matrix_tflops: rate of a large matrix product in this run, 10^12 operations per second.
         roofline: operations the call has to do over what `matrix_tflops` could have done in `p50_ms`.
@@ -78,6 +78,32 @@ class Row(CsvRow):
         """What two rows must share to be compared."""
         size = (self.passes, self.tokens, self.batch, self.heads, self.kv_heads, self.head_dim, self.dtype)
         return (*size, self.device, self.commit)
+
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """The shape wherever the commit is of no matter: dense attention is none of ours."""
+        return (*self.shape[:-1], self.torch)
+
+
+def fastest_dense(row: Row, rows: Iterable[Row]) -> Row | None:
+    """The fastest dense contender on the shape, device and torch of `row`, of the last row of each."""
+    dense = (other for other in rows if other.block_size is None and other.p50_ms and other.setting == row.setting)
+    last = {other.contender: other for other in dense}
+    return min(last.values(), key=lambda other: other.p50_ms or 0, default=None)
+
+
+def compared(row: Row, rows: Iterable[Row]) -> Row:
+    """`row` with `dense_ms` and `speedup` by the dense contenders of `rows`; none for a dense contender itself."""
+    dense = None if row.block_size is None else fastest_dense(row, rows)
+    if dense is None or not dense.p50_ms or not row.p50_ms:
+        return replace(row, dense_ms=None, speedup=None)
+    return replace(row, dense_ms=dense.p50_ms, speedup=dense.p50_ms / row.p50_ms)
+
+
+def dense_names(rows: Iterable[Row], timed: Sequence[Row]) -> list[str]:
+    """The dense contenders that `rows` are compared with: for each the fastest of `timed`."""
+    found = (fastest_dense(row, timed) for row in rows)
+    return list(dict.fromkeys(row.contender for row in found if row is not None))
 
 
 def markdown(rows: Iterable[Row]) -> str:
