@@ -13,8 +13,12 @@ import torch
 
 
 def provenance() -> dict[str, Any]:
-    """`{"versions", "hardware", "commit"}` of this process; the commit is None outside a checkout."""
-    return {"versions": _versions(), "hardware": _hardware(), "commit": _commit()}
+    """`{"versions", "hardware", "commit"}` of this process.
+
+    The commit is that of the checkout; of a copy of its files without history, what OPENMOBA_COMMIT says, or None.
+    """
+    commit = _commit() or os.environ.get("OPENMOBA_COMMIT")
+    return {"versions": _versions(), "hardware": _hardware(), "commit": commit}
 
 
 def _versions() -> dict[str, str]:
