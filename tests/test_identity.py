@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import tiny_config, write_texts
 
 from openmoba import cli
 from openmoba.lab import data as data_module
 from openmoba.lab import records
 from openmoba.lab.checkpoint import newest_checkpoint
-from openmoba.lab.config import ArmConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from openmoba.lab.config import RunConfig
 from openmoba.lab.evaluate import evaluate_source
 from openmoba.lab.identity import Known, stored_identity
 from openmoba.lab.needle import measure_needle
@@ -29,25 +30,10 @@ OLD_STUDY = Path(__file__).parent / "data" / "study-de9d508"
 """Two finished runs as commit de9d508 wrote them, without weights; the documents were those of `write_texts`."""
 
 
-def write_texts(folder: Path, count: int = 8) -> None:
-    folder.mkdir(exist_ok=True)
-    for n in range(count):
-        (folder / f"{n}.txt").write_text("".join(f"{i} times {n} is {i * n}, " for i in range(40)))
-
-
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
     """Four steps on a BPE of its own documents, which a test may change."""
-    write_texts(tmp_path / "texts")
-    return RunConfig(
-        data=DataConfig(
-            str(tmp_path / "texts"), hold_out=4, tokenizer="bpe", vocab_size=270, length=32, cache=str(tmp_path / "c")
-        ),
-        model=ModelConfig(size="nano", overrides={"hidden_size": 16, "intermediate_size": 16, "head_dim": 8}),
-        arm=ArmConfig("full"),
-        train=TrainConfig(steps=4, batch_size=2, log_every=2, checkpoint_every=2),
-        eval=EvalConfig(windows=4, trailing=8, position_range=16),
-    )
+    return tiny_config(tmp_path, tokenizer="bpe")
 
 
 def cut_at_step_2(config: RunConfig, folder: Path) -> None:
@@ -85,7 +71,7 @@ def test_a_cut_run_goes_on_with_its_checkpoints_tokenizer_and_with_no_other_docu
 ) -> None:
     cut_at_step_2(config, tmp_path / "run")
     write_texts(tmp_path / "texts", 13)
-    shutil.rmtree(tmp_path / "c")
+    shutil.rmtree(tmp_path / "cache")
     monkeypatch.setattr(data_module, "train_bpe", None)  # the checkpoint's is there
     with pytest.raises(ValueError, match=r"run were others: training documents .*train in another folder"):
         run_training(config, tmp_path / "run")

@@ -17,6 +17,8 @@ from synthetic_study import RECIPE, train
 from openmoba import cli
 from openmoba.lab import records
 from openmoba.lab.claims import claim, holder
+from openmoba.lab.config import RunConfig
+from openmoba.lab.errors import DivergenceError
 from openmoba.lab.progress import Progress
 from openmoba.lab.recipe import parse_recipe, read_recipe
 from openmoba.lab.study import overview, run_study
@@ -182,6 +184,11 @@ def test_run_of_another_configuration_is_refused_before_anything_runs(tmp_path: 
         ("length = 1024", "length = 100", r"loss_tokens=128 is more than a window of data\.length=100"),
         ('name = "finetune"', "", r"a stage must be a table with a name"),
         ("run = { train = { steps = 40, loss_tokens = 128 } }", "run = 3", r"and its run a table"),
+        ('name = "pretrain"', 'name = "../pretrain"', r"stage '\.\./pretrain' is a part of a folder's name.*rename it"),
+        ('name = "pretrain"', 'name = "/tmp/pretrain"', r"stage '/tmp/pretrain' is a part of"),
+        ("small = { model", '"../small" = { model', r"sizes\.\.\./small is a part of a folder's name"),
+        ('full = { name = "full" }', '"/full" = { name = "full" }', r"arms\./full is a part of"),
+        ('full = { name = "full" }', '".." = { name = "full" }', r"arms\.\.\. is a part of"),
         ("run = { train = { steps = 40, loss_tokens = 128 } }", "run = { train = 3 }", r"train must be a table .* 3"),
     ],
 )  # fmt: skip
@@ -268,6 +275,43 @@ def test_a_failed_run_stops_the_study_and_releases_its_claim(tmp_path: Path) -> 
         run_study(recipe, tmp_path, fail, silent)
     with claim(tmp_path / recipe.runs[0].name) as mine:
         assert mine
+
+
+def test_a_run_that_diverges_is_marked_and_the_study_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def diverge(config: RunConfig, folder: Path, **_: Any) -> dict[str, Any]:
+        tried.append(folder.name)
+        if config.train.learning_rate > 1:
+            records.append(folder / "metrics.jsonl", {"kind": "train", "step": 1})
+            raise DivergenceError("the gradient was not a finite number at step 2; lower train.learning_rate=1e+30")
+        return train(config, folder)
+
+    monkeypatch.setattr("openmoba.lab.train.run_training", diverge)
+    text = RECIPE.replace("train = { steps = 400 }", "train = { steps = 400, learning_rate = 1e30 }")
+    path, out = tmp_path / "r.toml", tmp_path / "out"
+    path.write_text(text)
+    for _ in range(2):  # what failed is not tried again
+        assert cli.main(["study", str(path), "--out", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert "4 of 22 runs failed. 10 that start from them were not trained." in error
+        assert "pretrain/large-full-seed0: the gradient was not a finite number at step 2; lower" in error
+        assert (out / "report.md").exists()
+        assert len(tried) == 12
+    assert "failed    pretrain/large-full-seed0" in overview(read_recipe(path), out)
+    path.write_text(RECIPE)
+    assert cli.main(["study", str(path), "--out", str(out)]) == 0
+    assert len(tried) == 12 + 14
+    assert not list(out.rglob("failed.json"))
+
+
+def test_leftovers_in_a_study_are_removed(tmp_path: Path) -> None:
+    left = tmp_path / ".report.md.999999999"
+    left.write_text("#")
+    run_study(parse_recipe(RECIPE, title="t"), tmp_path, train, silent)
+    assert not left.exists()
 
 
 def test_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

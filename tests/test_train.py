@@ -24,8 +24,9 @@ from openmoba.lab.checkpoint import damage, newest_checkpoint
 from openmoba.lab.claims import claim
 from openmoba.lab.config import ArmConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig, to_dict
 from openmoba.lab.model import SIZES, build_model
+from openmoba.lab.schedule import learning_rate_factor
 from openmoba.lab.train import run_training
-from openmoba.lab.trainer import RunTrainer, learning_rate_factor
+from openmoba.lab.trainer import RunTrainer
 
 TRAIN = TrainConfig(steps=12, batch_size=4, log_every=2, checkpoint_every=4, learning_rate=5e-3)
 
@@ -141,7 +142,8 @@ def test_a_killed_run_goes_on_with_the_same_records(config: RunConfig, finished:
     unfinished = folder / "checkpoint-10"
     unfinished.mkdir()
     (unfinished / "model.safetensors").write_bytes(b"torn")
-    records.append(folder / "metrics.jsonl", {"kind": "train", "step": 11, "loss": 0.0, "compute": {}})
+    dropped = {"kind": "train", "step": 11, "loss": 0.0, "seconds": 0.0, "compute": {"accelerator_seconds": 0.0}}
+    records.append(folder / "metrics.jsonl", dropped)
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(b'{"kind": "tra')
     run_training(config, folder)

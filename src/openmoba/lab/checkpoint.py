@@ -1,14 +1,18 @@
-"""Checkpoints of a run: sealed when they are whole, checked before they are used.
+"""Checkpoints of a run: sealed when they are whole, checked before they are used, kept while somebody reads them.
 
 Trainer writes `checkpoint-STEP` file by file, so a kill may leave a part of one. The last thing written is the
-seal: the size of every file. Weights are safetensors; optimizer and random states are read with
+seal: size and hash of every file. Weights are safetensors; optimizer and random states are read with
 `torch.load(weights_only=True)`, which runs no code.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from openmoba.lab.progress import Progress
@@ -26,26 +30,39 @@ def seal(checkpoint: Path) -> None:
     """Declare the files of a checkpoint whole, once they are on the disk."""
     # Trainer's pickled arguments: this laboratory never reads them, and nobody should have to trust them.
     (checkpoint / "training_args.bin").unlink(missing_ok=True)
-    sizes = {}
-    for path in sorted(checkpoint.iterdir()):
+    sizes, hashes = {}, {}
+    for path in sorted(path for path in checkpoint.iterdir() if path.name != SEAL):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        sizes[path.name] = path.stat().st_size
-    write_json(checkpoint / SEAL, {"files": sizes})
+        sizes[path.name], hashes[path.name] = path.stat().st_size, _hash(path)
+    write_json(checkpoint / SEAL, {"files": sizes, "blake2b": hashes})
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole."""
+def damage(checkpoint: Path, *, contents: bool = True) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole.
+
+    Args:
+        contents: read the files too, where the seal has their hashes; otherwise look at their sizes alone.
+    """
     try:
-        sizes = read_json(checkpoint / SEAL)["files"]
-    except (ValueError, KeyError):
+        found = read_json(checkpoint / SEAL)
+        sizes, hashes = found["files"].items(), found.get("blake2b", {})
+    except (ValueError, KeyError, AttributeError):
         return "it was not finished"
-    for name, size in sizes.items():
+    for name, size in sizes:
         path = checkpoint / name
-        found = path.stat().st_size if path.exists() else None
-        if found != size:
-            return f"{name} has {found} bytes, not {size}" if path.exists() else f"{name} is missing"
+        if not path.exists():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+        if contents and name in hashes and _hash(path) != hashes[name]:
+            return f"{name} is not what was written (its hash differs)"
     return None
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -55,30 +72,67 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def newest_checkpoint(run: Path, progress: Progress | None = None) -> Path | None:
+    """The run's newest whole checkpoint, for whoever trains the run; see `newest_held`."""
+    with newest_held(run, progress) as checkpoint:
+        return checkpoint
+
+
+@contextmanager
+def newest_held(run: Path, progress: Progress | None = None) -> Iterator[Path | None]:
     """The run's newest whole checkpoint; None if it has no checkpoints but unfinished ones.
+
+    Training beside it does not prune the checkpoint in the body of the `with`. Damaged ones are passed over, with a
+    note.
 
     Raises:
         ValueError: finished checkpoints are there, and all of them are damaged.
     """
-    problems = []
-    for checkpoint in checkpoints(run):
-        problem = damage(checkpoint)
-        if problem is None:
-            return checkpoint
-        (progress or Progress()).note(f"{checkpoint} is not used: {problem}")
-        if (checkpoint / SEAL).exists():
-            problems.append(f"{checkpoint}: {problem}")
-    if problems:
+    problems: list[str] = []
+    for checkpoint in (listed := checkpoints(run)):
+        with _locked(checkpoint, fcntl.LOCK_SH):
+            finished = (checkpoint / SEAL).exists()
+            problem = damage(checkpoint)
+            if problem is None:
+                yield checkpoint
+                return
+        if checkpoint.exists():
+            (progress or Progress()).note(f"{checkpoint} is not used: {problem}")
+            problems += [f"{checkpoint}: {problem}"] * finished
+    if checkpoints(run) != listed:  # training went on meanwhile
+        with newest_held(run, progress) as newer:
+            yield newer
+    elif problems:
         raise ValueError(
             f"no usable checkpoint ({'; '.join(problems)}); restore the files, "
             f"or delete the folder {run} to start the run again"
         )
-    return None
+    else:
+        yield None
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete all checkpoints but the newest `keep` whole ones: older steps, and parts that a kill left."""
-    whole = [checkpoint for checkpoint in checkpoints(run) if damage(checkpoint) is None]
+    """Delete all checkpoints but the newest `keep` whole ones: older steps, and parts that a kill left.
+
+    One that is being read stays until a later call.
+    """
+    whole = [checkpoint for checkpoint in checkpoints(run) if damage(checkpoint, contents=False) is None]
     for checkpoint in checkpoints(run):
         if checkpoint not in whole[:keep]:
-            shutil.rmtree(checkpoint)
+            with _locked(checkpoint, fcntl.LOCK_EX | fcntl.LOCK_NB) as mine:
+                if mine:
+                    shutil.rmtree(checkpoint)
+
+
+@contextmanager
+def _locked(checkpoint: Path, how: int) -> Iterator[bool]:
+    """A lock on the seal, which a kill lets go of as well; False if another process has one. Parts need none."""
+    with ExitStack() as stack:
+        try:
+            mode = "r+b" if how & fcntl.LOCK_EX else "rb"
+            fcntl.flock(stack.enter_context((checkpoint / SEAL).open(mode)), how)
+        except BlockingIOError:
+            yield False
+            return
+        except FileNotFoundError:
+            pass
+        yield True

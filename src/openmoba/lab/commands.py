@@ -74,12 +74,12 @@ class Evaluate:
 
     def as_stored(self) -> Evaluate:
         """With the settings of the run that is measured."""
+        from openmoba.lab.data import data_of_run
         from openmoba.lab.model import is_run
 
         if not is_run(self.source):
             return self
-        config = stored_config(self.source)
-        return replace(self, data=config.data, eval=config.eval)
+        return replace(self, data=data_of_run(self.source), eval=stored_config(self.source).eval)
 
     def run(self) -> None:
         """Measure, and print a table."""

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from openmoba.lab.config import DataConfig
+from openmoba.lab.config import DataConfig, stored_config
 from openmoba.lab.corpus import Corpus, open_corpus
 from openmoba.lab.identity import Identity, Known, documents_digest
 from openmoba.lab.progress import Progress
-from openmoba.lab.store import Survey, TokenStore, cached, survey, tokenise
+from openmoba.lab.store import Survey, TokenStore, cached, is_cache, survey, tokenise
 from openmoba.lab.tokenizer import byte_tokenizer, fingerprint, load_tokenizer, train_bpe
 from openmoba.lab.windows import Windows, cut_windows
 
@@ -104,6 +104,16 @@ def load_validation(
         _check({"valid": documents_digest(surveyed.digests)}, known, config)
     store = tokenise(corpus, tokenizer, cache, progress)
     return _windows(store, documents, config.length, f"{corpus.name} (validation)")
+
+
+def data_of_run(run: Path | str) -> DataConfig:
+    """The data settings of the run in the folder `run`, to measure it.
+
+    Its cache is used where it is one already. Elsewhere the default is: a run from another machine, or by a stranger,
+    does not say where folders are made here.
+    """
+    data = stored_config(run).data
+    return data if is_cache(Path(data.cache).expanduser()) else replace(data, cache=DataConfig().cache)
 
 
 def validation_windows(windows: Windows, count: int) -> Windows:

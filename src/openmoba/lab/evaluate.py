@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from openmoba.lab.config import DataConfig, EvalConfig, RunConfig, default_range, stored_config
-from openmoba.lab.data import load_validation, validation_windows
+from openmoba.lab.data import data_of_run, load_validation, validation_windows
 from openmoba.lab.identity import OTHER_DOCUMENTS, known_of_run
 from openmoba.lab.loss import attach_loss
 from openmoba.lab.model import is_run, load_model, model_folder
@@ -51,15 +51,17 @@ def evaluate_source(
         ValueError: no readable model, or settings that do not fit each other.
     """
     own = stored_config(source) if is_run(source) else RunConfig()
+    if data is None:
+        data = data_of_run(source) if is_run(source) else own.data
     settings = replace(evaluation or own.eval, every=None, count=None)  # when a run evaluates is its own matter
-    checked = RunConfig(data=data or own.data, eval=settings)
+    checked = RunConfig(data=data, eval=settings)
     checked.check()
-    data, evaluation = checked.data, checked.eval
-    folder = model_folder(source)
+    evaluation = checked.eval
     known = known_of_run(source, data, OTHER_DOCUMENTS, progress or Progress())
-    windows = validation_windows(load_validation(data, folder, progress, known=known), evaluation.windows)
+    with model_folder(source, progress) as folder:
+        windows = validation_windows(load_validation(data, folder, progress, known=known), evaluation.windows)
+        model = load_model(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(folder)
     attach_loss(model)
     model.to(device).eval()
     with autocast(device, bf16=device.type == "cuda"):

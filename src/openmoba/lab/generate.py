@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, TextStreamer
 
 import openmoba.hf  # noqa: F401  registers the attention that a saved model may ask for
-from openmoba.lab.model import model_folder
+from openmoba.lab.model import check_finite, model_folder
+from openmoba.lab.progress import Progress
 from openmoba.lab.tokenizer import load_tokenizer
 
 
@@ -49,6 +50,7 @@ def generate_text(
     temperature: float = 0.0,
     seed: int = 0,
     prefill_chunk: int | None = None,
+    progress: Progress | None = None,
 ) -> Speed:
     """Stream a continuation of `prompt` to standard output.
 
@@ -60,8 +62,8 @@ def generate_text(
     Raises:
         ValueError: no readable model, or a prompt without tokens.
     """
-    folder = model_folder(source)
-    tokenizer, model = load_tokenizer(folder), _load(folder)
+    with model_folder(source, progress) as folder:
+        tokenizer, model = load_tokenizer(folder), _load(folder)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     length = inputs["input_ids"].shape[1]
     if length == 0:
@@ -100,6 +102,7 @@ def _load(folder: str | Path) -> Any:
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder} holds no readable model with safetensors weights ({error})") from error
+    check_finite(model, folder)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from openmoba.config import MobaConfig
-from openmoba.lab.checkpoint import newest_checkpoint
+from openmoba.lab.checkpoint import newest_held
 from openmoba.lab.config import ModelConfig
 from openmoba.lab.overrides import check_rotation, replace_entries, transformers_config
+from openmoba.lab.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ def load_model(source: str | Path, overrides: dict[str, Any] | None = None) -> A
     """The model of a folder or a hub name, its weights in fp32, with entries of its configuration replaced.
 
     Raises:
-        ValueError: there is none, its files are broken, its weights are not safetensors, or an override does not
-            fit it.
+        ValueError: there is none, its files are broken, its weights are not safetensors or no numbers, or an
+            override does not fit it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -117,6 +118,7 @@ def load_model(source: str | Path, overrides: dict[str, Any] | None = None) -> A
             str(source), config=config, dtype=torch.float32, use_safetensors=True
         )
     check_rotation(model, overrides)
+    check_finite(model, source)
     return model
 
 
@@ -128,19 +130,34 @@ def _reading(source: str | Path) -> Iterator[None]:
         raise ValueError(f"{source} holds no readable model with safetensors weights ({error})") from error
 
 
+def check_finite(model: Any, source: str | Path) -> None:
+    """Raise ValueError if a weight of the model of `source` is NaN or infinite, as after training that diverged."""
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"{source}: {name} holds NaN or infinity, so the model says nothing; use an earlier checkpoint, or "
+                "train it again with a lower learning rate"
+            )
+
+
 def is_run(source: str | Path) -> bool:
     """Whether `source` is the folder of a run, not that of a model or a hub name."""
     return (Path(source) / "metrics.jsonl").exists()
 
 
-def model_folder(source: str | Path) -> str | Path:
-    """Where a run's model lies: its newest whole checkpoint; anything else is returned as it is."""
+@contextmanager
+def model_folder(source: str | Path, progress: Progress | None = None) -> Iterator[str | Path]:
+    """Where a run's model lies: its newest whole checkpoint, held for the body of the `with`.
+
+    Anything that is no run's folder is returned as it is.
+    """
     if not is_run(source):
-        return source
-    checkpoint = newest_checkpoint(Path(source))
-    if checkpoint is None:
-        raise ValueError(f"{source} is a run without a whole checkpoint; run `openmoba train {source}` first")
-    return checkpoint
+        yield source
+        return
+    with newest_held(Path(source), progress) as checkpoint:
+        if checkpoint is None:
+            raise ValueError(f"{source} is a run without a whole checkpoint; run `openmoba train {source}` first")
+        yield checkpoint
 
 
 def set_attention(model: Any, attention: MobaConfig | None) -> None:

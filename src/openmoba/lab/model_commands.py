@@ -10,7 +10,7 @@ import tyro
 
 from openmoba.config import MobaConfig
 from openmoba.lab.commands import make_parent
-from openmoba.lab.config import DataConfig, stored_config
+from openmoba.lab.config import DataConfig
 from openmoba.lab.progress import TerminalProgress
 
 
@@ -70,6 +70,7 @@ class Generate:
             temperature=self.temperature,
             seed=self.seed,
             prefill_chunk=self.prefill_chunk,
+            progress=TerminalProgress("generate"),
         )
         print(speed, file=sys.stderr)
 
@@ -95,9 +96,10 @@ class Needle:
 
     def as_stored(self) -> Needle:
         """With the documents of the run that is measured."""
+        from openmoba.lab.data import data_of_run
         from openmoba.lab.model import is_run
 
-        return replace(self, data=stored_config(self.source).data) if is_run(self.source) else self
+        return replace(self, data=data_of_run(self.source)) if is_run(self.source) else self
 
     def run(self) -> None:
         """Measure, and write the table and the charts."""

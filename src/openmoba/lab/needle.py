@@ -21,8 +21,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from openmoba.lab.config import DataConfig, stored_config
-from openmoba.lab.data import load_validation
+from openmoba.lab.config import DataConfig
+from openmoba.lab.data import data_of_run, load_validation
 from openmoba.lab.evaluate import autocast
 from openmoba.lab.figures import save
 from openmoba.lab.identity import OTHER_DOCUMENTS, Known, known_of_run
@@ -80,14 +80,14 @@ def measure_needle(
     if depths < 1 or samples < 1 or not lengths:
         raise ValueError(f"needs a length, a depth and a sample, got {lengths}, {depths} and {samples}")
     progress = progress or Progress()
-    folder = model_folder(source)
     if data is None:
-        data = stored_config(source).data if is_run(source) else DataConfig()
+        data = data_of_run(source) if is_run(source) else DataConfig()
     known = known_of_run(source, data, OTHER_DOCUMENTS, progress)
-    haystacks = {
-        length: _documents(replace(data, length=length), folder, samples, progress, known) for length in lengths
-    }
-    tokenizer, model = load_tokenizer(folder), load_model(folder)
+    with model_folder(source, progress) as folder:
+        haystacks = {
+            length: _documents(replace(data, length=length), folder, samples, progress, known) for length in lengths
+        }
+        tokenizer, model = load_tokenizer(folder), load_model(folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     cells = []
     grid = [(length, float(depth)) for length in lengths for depth in np.linspace(0, 1, depths)]

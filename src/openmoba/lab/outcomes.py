@@ -11,12 +11,13 @@ from typing import Literal
 
 import numpy as np
 
-from openmoba.lab.config import RunConfig, from_dict
+from openmoba.lab.config import RunConfig
 from openmoba.lab.fit import Fit, fit_arms, fit_runs
+from openmoba.lab.history import evaluations, read_result
 from openmoba.lab.identity import identity_in
 from openmoba.lab.model import SIZES
 from openmoba.lab.recipe import PlannedRun, Recipe
-from openmoba.lab.records import Row, read, read_json
+from openmoba.lab.records import Row
 from openmoba.lab.resample import Difference, Floats, Interval, Numbers, SeedNoise, paired_difference
 from openmoba.lab.study_data import RunData, check_same_data, origin
 
@@ -111,9 +112,8 @@ def read_outcomes(recipe: Recipe, study: Path) -> list[Outcome]:
     for run in recipe.runs:
         folder = study / run.name
         if (folder / "result.json").exists():
-            result = read_json(folder / "result.json")
-            evals = [row for row in read(folder / "metrics.jsonl") if row["kind"] == "eval"]
-            outcomes.append(Outcome(run, from_dict(RunConfig, result["config"]), result, evals))
+            config, result = read_result(folder)
+            outcomes.append(Outcome(run, config, result, evaluations(folder, config, result)))
     check_same_data(
         [
             RunData(str(study / o.run.name), o.config.data, origin(o.run, recipe, study), identity_in(o.result))

@@ -44,6 +44,7 @@ A stage trains sizes x arms x seeds. What is more special wins: [run], then the 
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import dataclass, field
 from itertools import product
@@ -188,6 +189,9 @@ def _check_shape(tables: Table) -> None:
             raise ValueError(f"arms.{name} does not say its kind; set name to one of {', '.join(ARMS)}")
     if not isinstance(tables["stages"], list):
         raise ValueError(f"stages must be tables in double brackets, [[stages]], got {tables['stages']!r}")
+    for key in ("sizes", "arms"):
+        for name in tables[key]:
+            _check_name(f"{key}.{name}", name)
     for stage in tables["stages"]:
         if not isinstance(stage, dict) or "name" not in stage or not isinstance(stage.get("run", {}), dict):
             raise ValueError(f"a stage must be a table with a name, and its run a table, got {stage!r}")
@@ -195,6 +199,7 @@ def _check_shape(tables: Table) -> None:
 
 def _check_stage(stage: Stage, earlier: dict[str, Stage], tables: Table) -> None:
     where = f"stage {stage.name!r}"
+    _check_name(where, stage.name)
     if stage.name in earlier:
         raise ValueError(f"two stages are called {stage.name!r}; give each its own name")
     _check_names(f"{where}: sizes", stage.sizes, tables["sizes"])
@@ -254,6 +259,14 @@ def _layers(run: PlannedRun, runs: dict[str, PlannedRun]) -> int | None:
     config = run.config(Path())
     layers = config.model.overrides.get("num_hidden_layers", SIZES[config.model.size].layers)
     return layers if isinstance(layers, int) and config.train.start_from is None else None
+
+
+def _check_name(where: str, name: str) -> None:
+    """Raise ValueError unless `name` can be a part of a run's folder, inside the study's."""
+    if not re.fullmatch(r"[\w+=-][\w.+=-]*", name):
+        raise ValueError(
+            f"{where} is a part of a folder's name, so it takes letters, digits and _ - + = ., not {name!r}; rename it"
+        )
 
 
 def _check_names(where: str, names: Any, allowed: Any) -> None:

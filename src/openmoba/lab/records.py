@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 Row = dict[str, Any]
 
@@ -67,6 +67,56 @@ def read_json(path: Path) -> Row:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
     return value
+
+
+def restore(files: Mapping[Path, bytes | None]) -> None:
+    """Give each file the content that it had; None removes it."""
+    for path, content in files.items():
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            _replace(path, content)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a writer that was killed left in `folder`: files written aside by a process that is no more."""
+    for path in folder.glob(".*"):
+        name, _, process = path.name.rpartition(".")
+        if name.strip(".") and process.isdecimal() and path.is_file() and not _runs(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def expect(value: Any, shape: Any, where: str) -> None:
+    """Raise ValueError, with the place of what is wrong, unless `value` has the types of `shape` at its places.
+
+    Args:
+        shape: a type, of which float takes whole numbers too, or a table of such shapes; more keys may be there.
+    """
+    if not isinstance(shape, Mapping):
+        kinds = shape | int if float in (shape, *get_args(shape)) else shape
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise ValueError(f"{where} is not {_say(shape)} but {value!r:.40}; restore the file from a copy")
+        return
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is not a table but {value!r:.40}; restore the file from a copy")
+    for key, inner in shape.items():
+        if key not in value:
+            raise ValueError(f"{where} has no {key!r}; restore the file from a copy")
+        expect(value[key], inner, f"{where}: {key}")
+
+
+def _say(kind: Any) -> str:
+    return " or ".join(getattr(option, "__name__", str(option)) for option in get_args(kind) or (kind,))
 
 
 def _rows(path: Path) -> Iterator[Row]:

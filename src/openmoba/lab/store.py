@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,9 @@ def tokenise(corpus: Corpus, tokenizer: Any, cache: Path, progress: Progress) ->
 def cached(cache: Path, name: str, write: Callable[[Path], None]) -> Path:
     """The folder `name` of `cache`, filled by `write` unless it is there; one process at a time does that."""
     target = cache / name
-    try:
+    if target.exists():  # a cache that is complete may be read-only
+        return target
+    with _writing_to(cache):
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{name}.lock"):
             if not target.exists():
@@ -107,9 +110,24 @@ def cached(cache: Path, name: str, write: Callable[[Path], None]) -> Path:
                 partial.mkdir()
                 write(partial)
                 partial.rename(target)
-    except OSError as error:
-        raise ValueError(f"cannot write {target}: {error.strerror}; set data.cache to another folder") from error
     return target
+
+
+@contextmanager
+def _writing_to(cache: Path) -> Iterator[None]:
+    """Say that the cache cannot be written, if it is the cache: documents and libraries have files elsewhere."""
+    try:
+        yield
+    except OSError as error:
+        named = Path(error.filename) if isinstance(error.filename, str) else cache
+        if cache not in (named, *named.parents):
+            raise
+        raise ValueError(f"cannot write {cache}: {error.strerror}; set data.cache to another folder") from error
+
+
+def is_cache(folder: Path) -> bool:
+    """Whether something was kept in `folder` before."""
+    return any(folder.glob("survey-*"))
 
 
 def _write_store(corpus: Corpus, tokenizer: Any, folder: Path, surveyed: Survey, progress: Progress) -> None:

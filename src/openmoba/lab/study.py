@@ -8,27 +8,33 @@ started again, and any number of processes may work through it at once.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from openmoba.lab.claims import claim, holder
-from openmoba.lab.config import RunConfig, changes, stored_config, to_dict
+from openmoba.lab.claims import CLAIM_FILE, claim, holder
+from openmoba.lab.config import RunConfig, changes, from_dict, stored_config, to_dict
+from openmoba.lab.errors import DivergenceError
 from openmoba.lab.model import check_model
 from openmoba.lab.plan import planned_work
 from openmoba.lab.progress import Progress, duration
 from openmoba.lab.recipe import RECIPE_FILE, PlannedRun, Recipe
-from openmoba.lab.records import Row, has_begun, write_json, write_text
+from openmoba.lab.records import Row, expect, has_begun, read_json, remove_leftovers, write_json, write_text
 from openmoba.lab.study_data import begun, check_same_data, known_data
 
 POLL_SECONDS = 1.0
+FAILED_FILE = "failed.json"
+"""In the folder of a run that failed: the reason, and the configuration with which it did."""
 
 Train = Callable[..., Row]
 
 
 def run_study(recipe: Recipe, study: Path, train: Train, reporter: Callable[[str], Progress]) -> int:
-    """Train every run of `recipe` that is not finished; returns how many this process trained.
+    """Train every run of `recipe` that is not finished; returns how many this process worked on.
+
+    A run that diverges is marked as failed, for its configuration, and the others go on: see `failures`.
 
     Args:
         study: the study's folder; runs lie in it by their names.
@@ -47,11 +53,12 @@ def run_study(recipe: Recipe, study: Path, train: Train, reporter: Callable[[str
     check_folders(recipe, study)
     check_models(recipe)
     study.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(study)
     write_text(study / RECIPE_FILE, recipe.text)
     clock = StudyClock(recipe, study)
     trained = 0
     waiting = False
-    while unfinished := [run for run in recipe.runs if not finished(run, study)]:
+    while unfinished := _to_do(recipe, study):
         if any(_attempt(run, recipe, study, train, reporter, clock) for run in unfinished):
             trained, waiting = trained + 1, False
             continue
@@ -67,16 +74,47 @@ def finished(run: PlannedRun, study: Path) -> bool:
     return (study / run.name / "result.json").exists()
 
 
+def failure(run: PlannedRun, study: Path) -> str | None:
+    """Why the run failed with the configuration that it has now; None if it did not."""
+    file = study / run.name / FAILED_FILE
+    if not file.exists():
+        return None
+    found = read_json(file)
+    expect(found, {"reason": str, "config": dict}, str(file))
+    return None if _changes(from_dict(RunConfig, found["config"]), run, study) else str(found["reason"])
+
+
+def failures(recipe: Recipe, study: Path) -> str | None:
+    """What failed, why, and what to do, in one text; None if nothing did."""
+    reasons = {run.name: reason for run in recipe.runs if (reason := failure(run, study)) is not None}
+    if not reasons:
+        return None
+    missing = sum(not finished(run, study) for run in recipe.runs) - len(reasons)
+    after = f" {missing} that start from them were not trained." if missing else ""
+    return (
+        f"{len(reasons)} of {len(recipe.runs)} runs failed.{after}\n"
+        + "\n".join(f"{name}: {reason}" for name, reason in reasons.items())
+        + f"\nChange these settings in the recipe and start it again with --out {study}: runs that failed are then "
+        "trained anew, the others stay"
+    )
+
+
+def _to_do(recipe: Recipe, study: Path) -> list[PlannedRun]:
+    """The runs that are not finished, and neither failed nor start from one that did."""
+    failed: set[str] = set()
+    for run in recipe.runs:  # dependencies first
+        if failure(run, study) is not None or run.after in failed:
+            failed.add(run.name)
+    return [run for run in recipe.runs if run.name not in failed and not finished(run, study)]
+
+
 def check_folders(recipe: Recipe, study: Path) -> None:
     """Raise ValueError if a run was made with another configuration than the recipe's, or runs with different data."""
     for run in recipe.runs:
         folder = study / run.name
-        if not (folder / "config.json").exists() or not has_begun(folder):
-            continue
-        stored, wanted = stored_config(folder), run.config(study)
-        if run.after is not None and str(stored.train.start_from).endswith(run.after):  # the study has moved as a whole
-            stored = replace(stored, train=replace(stored.train, start_from=wanted.train.start_from))
-        if changed := changes(stored, wanted):
+        if not (folder / "config.json").exists() or not has_begun(folder) or (folder / FAILED_FILE).exists():
+            continue  # what failed is trained anew with another configuration
+        if changed := _changes(stored_config(folder), run, study):
             raise ValueError(
                 f"{folder} was made with another configuration ({'; '.join(changed)}); "
                 "restore the recipe, choose another --out, or delete that folder to train it again"
@@ -96,6 +134,14 @@ def check_models(recipe: Recipe) -> None:
                 check_model(*checked[-1])
             except ValueError as error:
                 raise ValueError(f"run {run.name}: {error}") from error
+
+
+def _changes(stored: RunConfig, run: PlannedRun, study: Path) -> list[str]:
+    """What differs between the configuration `stored` of a run and that of the recipe."""
+    wanted = run.config(study)
+    if run.after is not None and str(stored.train.start_from).endswith(run.after):  # the study may move as a whole
+        stored = replace(stored, train=replace(stored.train, start_from=wanted.train.start_from))
+    return changes(stored, wanted)
 
 
 def overview(recipe: Recipe, study: Path) -> str:
@@ -168,17 +214,33 @@ def _attempt(
     if run.after is not None and not (study / run.after / "result.json").exists():
         return False
     with claim(folder) as mine:
-        if not mine or finished(run, study):
+        if not mine or finished(run, study) or failure(run, study) is not None:
             return False
         config = run.config(study)
+        if (folder / FAILED_FILE).exists():
+            _clear(folder)
         if (folder / "config.json").exists():
             write_json(folder / "config.json", to_dict(config))  # `check_folders` let no more than a move pass
         progress = reporter(run.name)
         progress.note(f"run {recipe.runs.index(run) + 1} of {len(recipe.runs)}: {run.name}{_origin(run)}")
         shown = _RunProgress(run, config.train.steps, progress, clock)
-        train(config, folder, progress=shown, known=known_data(run, recipe, study))
+        try:
+            train(config, folder, progress=shown, known=known_data(run, recipe, study))
+        except DivergenceError as error:
+            write_json(folder / FAILED_FILE, {"reason": str(error), "config": to_dict(config)})
+            progress.note(f"{run.name} failed: {error}")
+            return True
         clock.finish(run)
     return True
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run that failed left, but for the claim that this process holds on it."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != CLAIM_FILE:
+            path.unlink()
 
 
 def _holders(unfinished: list[PlannedRun], study: Path) -> str:
@@ -188,6 +250,8 @@ def _holders(unfinished: list[PlannedRun], study: Path) -> str:
 def _state(run: PlannedRun, study: Path) -> str:
     if finished(run, study):
         return "finished"
+    if failure(run, study) is not None:
+        return "failed"
     return "begun" if (study / run.name / "config.json").exists() else "missing"
 
 

@@ -41,7 +41,7 @@ class Study:
         import time
 
         from openmoba.lab.recipe import read_recipe
-        from openmoba.lab.study import check_folders, overview, run_study
+        from openmoba.lab.study import check_folders, failures, finished, overview, run_study
         from openmoba.lab.train import run_training
 
         recipe = read_recipe(self.recipe, self.source)
@@ -52,7 +52,11 @@ class Study:
             return
         start = time.monotonic()
         run_study(recipe, out, run_training, TerminalProgress)
-        _write_report(recipe, out, self.axis)
+        failed = failures(recipe, out)
+        if any(finished(run, out) for run in recipe.runs):
+            _write_report(recipe, out, self.axis)
+        if failed:
+            raise ValueError(failed)
         print(f"all {len(recipe.runs)} runs are finished, {duration(time.monotonic() - start)} in this process")
 
 

@@ -10,20 +10,22 @@ result.json     the outcome, written last: a run that has one is finished
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from openmoba.lab import records
-from openmoba.lab.checkpoint import checkpoint_step, newest_checkpoint, prune
+from openmoba.lab.checkpoint import checkpoint_step, checkpoints, newest_checkpoint, prune
 from openmoba.lab.clock import median_speed
 from openmoba.lab.config import RunConfig, changes, stored_config, to_dict
 from openmoba.lab.data import Data, load_data, validation_windows
+from openmoba.lab.history import METRICS_FILE, RESULT_FILE, history, history_until
 from openmoba.lab.identity import IDENTITY_FILE, OTHER_DOCUMENTS, Known, known_of_run, stored_identity
 from openmoba.lab.model import build_model, check_model, is_run, load_model, model_folder, set_attention
 from openmoba.lab.progress import Progress
 from openmoba.lab.provenance import provenance
-from openmoba.lab.windows import Windows
+from openmoba.lab.schedule import check_lengthening
 
 Row = dict[str, Any]
 
@@ -43,50 +45,110 @@ def run_training(
         ValueError: bad configuration or data, a folder of another run, data that have changed, a loss that is not a
             number, a damaged checkpoint, a full disk.
     """
-    if progress is None or os.environ.get("RANK", "0") != "0":
+    if progress is None or not _is_first():
         progress = Progress()
     config.check()
     folder.mkdir(parents=True, exist_ok=True)
-    _check_folder(config, folder)
-    if (folder / "result.json").exists():
+    if _is_first():
+        records.remove_leftovers(folder)
+    longer = _check_folder(config, folder)
+    if (folder / RESULT_FILE).exists() and not longer:
         progress.note(f"{folder} is finished")
-        return records.read_json(folder / "result.json")
-    source = None if config.train.start_from is None else model_folder(config.train.start_from)
+        return records.read_json(folder / RESULT_FILE)
     _check_model(config)
     checkpoint = newest_checkpoint(folder, progress)
-    # Documents that the run it starts from was trained on must not be validation documents of this one.
-    origin = known_of_run(config.train.start_from, config.data, OTHER_DOCUMENTS, progress)
-    known = [*_begun_with(folder, checkpoint, progress), *origin, *known]
-    data = load_data(config.data, start_from=source, progress=progress, resumed=checkpoint, known=known)
-    valid = validation_windows(data.valid, config.eval.windows)
-    _check_labels(config, data)
-    model = _model(config, data, source)
-    set_attention(model, config.arm.attention(0, config.train.steps))  # a model without these layers refuses
-    trainer = _trainer(config, folder, model, data, valid, progress, _rows_until(folder, checkpoint))
-    if not records.has_begun(folder):
-        records.write_json(folder / "config.json", to_dict(config))
-        records.write_json(folder / IDENTITY_FILE, dict(data.identity))
-    if checkpoint is not None:
-        progress.note(f"{folder} goes on from step {checkpoint_step(checkpoint)}")
-    if checkpoint is None or checkpoint_step(checkpoint) < config.train.steps:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer, data = _prepare(config, folder, checkpoint, progress, known)
+    with _begun(config, data, folder):
+        if checkpoint is not None:
+            progress.note(f"{folder} goes on from step {checkpoint_step(checkpoint)}")
+        if checkpoint is None or checkpoint_step(checkpoint) < config.train.steps:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if not trainer.is_world_process_zero():
         return {}
     prune(folder, keep=1)
     result = _result(config, folder, trainer, data)
-    records.write_json(folder / "result.json", result)
+    records.write_json(folder / RESULT_FILE, result)
     return result
 
 
-def _check_folder(config: RunConfig, folder: Path) -> None:
-    """Raise ValueError if a run of another configuration has begun in the folder."""
-    if not records.has_begun(folder):
+def _is_first() -> bool:
+    """Whether this is the process that speaks and writes, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _prepare(
+    config: RunConfig, folder: Path, checkpoint: Path | None, progress: Progress, known: Sequence[Known]
+) -> tuple[Any, Data]:
+    """Check all settings, read the data, and build the model and what trains it."""
+    from openmoba.lab.trainer import RunTrainer, training_arguments  # transformers.Trainer takes seconds to import
+
+    training_arguments(config, folder)  # refuses before the data are read
+    rows = _history(folder, config, checkpoint)
+    with _origin(config, progress) as source:
+        # Documents that the run it starts from was trained on must not be validation documents of this one.
+        origin = known_of_run(config.train.start_from, config.data, OTHER_DOCUMENTS, progress)
+        known = [*_begun_with(folder, checkpoint, progress), *origin, *known]
+        model = None if source is None else _start(config, source)
+        data = load_data(config.data, start_from=source, progress=progress, resumed=checkpoint, known=known)
+        valid = validation_windows(data.valid, config.eval.windows)
+        _check_labels(config, data)
+    if model is None:
+        model = build_model(config.model, len(data.tokenizer), config.data.length, config.train.seed)
+        set_attention(model, config.arm.attention(0, config.train.steps))
+    _check_vocabulary(config, model, data)
+    trained = [row for row in rows if row["kind"] == "train"]
+    spent = (trained[-1]["seconds"], trained[-1]["compute"]["accelerator_seconds"]) if trained else (0.0, 0.0)
+    return RunTrainer(config, folder, model, data.train, valid, data.tokenizer, progress, spent), data
+
+
+@contextmanager
+def _origin(config: RunConfig, progress: Progress) -> Iterator[Path | str | None]:
+    """Where the model lies that the run starts from, None for fresh weights."""
+    if config.train.start_from is None:
+        yield None
         return
+    with model_folder(config.train.start_from, progress) as source:
+        yield source
+
+
+@contextmanager
+def _begun(config: RunConfig, data: Data, folder: Path) -> Iterator[None]:
+    """The run's settings and data on the disk for the body of the `with`, and after it unless nothing came of it.
+
+    A start that fails before its first record leaves what was there: settings that failed are no defaults of the next.
+    """
+    files = {folder / "config.json": to_dict(config), folder / IDENTITY_FILE: dict(data.identity)}
+    begun = records.has_begun(folder)
+    before = {path: path.read_bytes() if path.exists() else None for path in files}
+    if _is_first():
+        if begun:  # longer than before, or moved: what its data are is said already
+            (folder / RESULT_FILE).unlink(missing_ok=True)
+            files.popitem()
+        for path, content in files.items():
+            records.write_json(path, content)
+    try:
+        yield
+    except Exception:
+        if _is_first() and not begun and not records.has_begun(folder):
+            records.restore(before)
+        raise
+
+
+def _check_folder(config: RunConfig, folder: Path) -> bool:
+    """Whether a shorter run of this configuration has begun in the folder; ValueError if another one has."""
+    if not records.has_begun(folder):
+        return False
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds records but no config.json; restore it or use another folder")
-    changed = changes(stored_config(folder), config)
-    if changed:
-        raise ValueError(f"{folder} holds another run: {'; '.join(changed)}; use another folder")
+    stored = stored_config(folder)
+    if not changes(stored, config):
+        return False
+    try:
+        newest = checkpoints(folder)
+        check_lengthening(stored, config, checkpoint_step(newest[0]) if newest else 0)
+    except ValueError as error:
+        raise ValueError(f"{folder} holds another run: {error}; use another folder") from error
+    return True
 
 
 def _begun_with(folder: Path, checkpoint: Path | None, progress: Progress) -> list[Known]:
@@ -114,24 +176,26 @@ def _check_labels(config: RunConfig, data: Data) -> None:
         )
 
 
-def _model(config: RunConfig, data: Data, source: Path | str | None) -> Any:
-    """Fresh weights, or those of `source`, that fit the tokenizer and the windows."""
-    if source is None:
-        return build_model(config.model, len(data.tokenizer), config.data.length, config.train.seed)
+def _start(config: RunConfig, source: Path | str) -> Any:
+    """The model of `source`, which has the positions and the layers that are asked for."""
     model = load_model(source, config.model.overrides)
-    entries = model.get_input_embeddings().weight.shape[0]
-    if len(data.tokenizer) > entries:
-        raise ValueError(
-            f"the tokenizer has {len(data.tokenizer)} entries, the model of {source} has {entries}; "
-            "use its own with data.tokenizer=auto"
-        )
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and config.data.length > longest:
         raise ValueError(
             f"data.length={config.data.length} exceeds the {longest} positions of the model of {source}; shorten "
             "it, or extend the model with model.overrides (max_position_embeddings, rope_parameters)"
         )
+    set_attention(model, config.arm.attention(0, config.train.steps))
     return model
+
+
+def _check_vocabulary(config: RunConfig, model: Any, data: Data) -> None:
+    entries = model.get_input_embeddings().weight.shape[0]
+    if len(data.tokenizer) > entries:
+        raise ValueError(
+            f"the tokenizer has {len(data.tokenizer)} entries, the model of {config.train.start_from} has {entries}; "
+            "use its own with data.tokenizer=auto"
+        )
 
 
 def _check_model(config: RunConfig) -> None:
@@ -153,35 +217,17 @@ def _check_model(config: RunConfig) -> None:
         )
 
 
-def _trainer(
-    config: RunConfig,
-    folder: Path,
-    model: Any,
-    data: Data,
-    valid: Windows,
-    progress: Progress,
-    rows: list[Row],
-) -> Any:
-    from openmoba.lab.trainer import RunTrainer  # transformers.Trainer takes seconds to import
-
-    trained = [row for row in rows if row["kind"] == "train"]
-    spent = (trained[-1]["seconds"], trained[-1]["compute"]["accelerator_seconds"]) if trained else (0.0, 0.0)
-    return RunTrainer(config, folder, model, data.train, valid, data.tokenizer, progress, spent)
-
-
-def _rows_until(folder: Path, checkpoint: Path | None) -> list[Row]:
+def _history(folder: Path, config: RunConfig, checkpoint: Path | None) -> list[Row]:
     """The records up to the checkpoint; those after it are dropped, since they will be made again."""
-    path = folder / "metrics.jsonl"
     step = 0 if checkpoint is None else checkpoint_step(checkpoint)
-    rows = records.read(path)
-    kept = [row for row in rows if row["step"] <= step]
-    if len(kept) < len(rows):
-        records.keep(path, kept)
+    kept = history_until(folder, config, step)
+    if _is_first() and len(kept) < len(history(folder)):
+        records.keep(folder / METRICS_FILE, kept)
     return kept
 
 
 def _result(config: RunConfig, folder: Path, trainer: Any, data: Data) -> Row:
-    rows = records.read(folder / "metrics.jsonl")
+    rows = history_until(folder, config, config.train.steps)
     evaluation = next(row for row in reversed(rows) if row["kind"] == "eval")
     trained = [row for row in rows if row["kind"] == "train"]
     start = config.train.start_from

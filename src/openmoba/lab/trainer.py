@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from itertools import islice
 from pathlib import Path
@@ -21,11 +22,13 @@ from openmoba.lab.checkpoint import prune, seal
 from openmoba.lab.clock import Clock, Speedometer, peak_operations
 from openmoba.lab.compile import compile_or_stay_eager
 from openmoba.lab.compute import Shape, training_compute
-from openmoba.lab.config import RunConfig, TrainConfig
+from openmoba.lab.config import RunConfig
+from openmoba.lab.errors import DivergenceError
 from openmoba.lab.evaluate import autocast, summary, window_losses
 from openmoba.lab.loss import attach_loss
 from openmoba.lab.model import set_attention
 from openmoba.lab.progress import Progress, duration
+from openmoba.lab.schedule import learning_rate_factor
 from openmoba.lab.windows import IGNORED, TrainingWindows, Windows
 
 
@@ -116,18 +119,22 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._unchecked.clear()
 
     def check_loss(self) -> None:
-        """Raise ValueError if the loss of a step since the last check was not a number, on any device."""
+        """Raise DivergenceError if the loss of a step since the last check was not a number, on any device."""
         steps, losses = zip(*self._unchecked, strict=True)
         self._unchecked.clear()
         bad = [step for step, fine in zip(steps, torch.stack(losses).isfinite().tolist(), strict=True) if not fine]
         first = torch.tensor([min(bad, default=math.inf)], device=self.args.device)
         step = float(self.accelerator.gather(first).min())
         if step < math.inf:
-            raise ValueError(
-                f"{self.folder}: the loss was not a finite number at step {step:.0f}, nothing later is saved; "
-                f"lower train.learning_rate={self.config.train.learning_rate}, lower train.clip="
-                f"{self.config.train.clip}, or use train.precision=fp32"
-            )
+            raise self.diverged("loss", step)
+
+    def diverged(self, what: str, step: float) -> DivergenceError:
+        """The error that says which number was none, and what to lower."""
+        return DivergenceError(
+            f"{self.folder}: the {what} was not a finite number at step {step:.0f}, nothing later is saved; "
+            f"lower train.learning_rate={self.config.train.learning_rate}, lower train.clip="
+            f"{self.config.train.clip}, or use train.precision=fp32"
+        )
 
     def record(self, row: dict[str, Any]) -> None:
         """Append a record, completed by step, tokens and compute."""
@@ -231,6 +238,9 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def _save_checkpoint(self, *args: Any) -> None:
         checkpoint = self.folder / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero() and checkpoint.exists():
+            shutil.rmtree(checkpoint)  # damaged, else training would have gone on from it
+        self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(*args)
             self.accelerator.wait_for_everyone()
@@ -277,6 +287,8 @@ class _RunCallback(TrainerCallback):  # type: ignore[misc]
         if "loss" not in logs:
             return
         trainer = self.trainer
+        if not math.isfinite(logs["grad_norm"]):
+            raise trainer.diverged("gradient", state.global_step)
         compute = trainer.compute()["causal_exact"]
         speed = trainer.speedometer.read(trainer.tokens, trainer.clock.trained, compute)
         trainer.record(
@@ -291,17 +303,6 @@ class _RunCallback(TrainerCallback):  # type: ignore[misc]
         )
         share = compute / trainer.compute(state.max_steps)["causal_exact"]
         trainer.progress.step(state.global_step, state.max_steps, _told(logs, speed), share)
-
-
-def learning_rate_factor(step: int, steps: int, train: TrainConfig) -> float:
-    """Learning rate of step `step` (from 0) of `steps`, as a share of the peak."""
-    warmup = round(train.warmup * steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    decay = (1 - train.warmup if train.schedule == "cosine" else train.decay) * steps
-    passed = max(0.0, step - (steps - decay)) / max(decay, 1)
-    shape = (1 + math.cos(math.pi * passed)) / 2 if train.schedule == "cosine" else 1 - passed
-    return train.final_learning_rate + (1 - train.final_learning_rate) * shape
 
 
 def training_arguments(config: RunConfig, folder: Path) -> Any:

@@ -1,0 +1,372 @@
+"""Runs that go on: nothing is missing, nothing sticks from a failed start, longer only where no step would change."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_config
+
+from openmoba import cli
+from openmoba.lab import data as data_module
+from openmoba.lab import records
+from openmoba.lab import train as train_module
+from openmoba.lab.checkpoint import checkpoints, damage, newest_checkpoint, newest_held, prune, seal
+from openmoba.lab.config import ArmConfig, EvalConfig, RunConfig, TrainConfig
+from openmoba.lab.errors import DivergenceError
+from openmoba.lab.evaluate import evaluate_source
+from openmoba.lab.generate import generate_text
+from openmoba.lab.history import evaluations, history_until, read_result
+from openmoba.lab.needle import measure_needle
+from openmoba.lab.progress import Progress
+from openmoba.lab.schedule import check_lengthening
+from openmoba.lab.train import run_training
+from openmoba.lab.trainer import RunTrainer
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("root")
+
+
+@pytest.fixture(scope="module")
+def config(root: Path) -> RunConfig:
+    return tiny_config(root)
+
+
+@pytest.fixture(scope="module")
+def trained(config: RunConfig, root: Path) -> Path:
+    """That run, finished, with its checkpoints of steps 2 and 4."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "prune", lambda *_, **__: None)
+        run_training(config, root / "run")
+    return root / "run"
+
+
+@pytest.fixture
+def finished(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture
+def cut(finished: Path) -> Path:
+    """The same without its result."""
+    (finished / "result.json").unlink()
+    return finished
+
+
+@pytest.fixture
+def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    said: list[str] = []
+    monkeypatch.setattr(Progress, "note", lambda self, text: said.append(text))
+    return said
+
+
+def drop(folder: Path, kind: str, step: int) -> None:
+    rows = records.read(folder / "metrics.jsonl")
+    records.keep(folder / "metrics.jsonl", [row for row in rows if (row["kind"], row["step"]) != (kind, step)])
+
+
+@pytest.mark.parametrize(("kind", "step"), [("train", 2), ("train", 4), ("eval", 4)])
+def test_a_run_does_not_go_on_over_a_lost_record(config: RunConfig, cut: Path, kind: str, step: int) -> None:
+    drop(cut, kind, step)
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl lacks the .* of step {step}, though .* is at step 4; rest"):
+        run_training(config, cut)
+
+
+def test_a_record_twice_is_named(config: RunConfig, cut: Path) -> None:
+    records.append(cut / "metrics.jsonl", records.read(cut / "metrics.jsonl")[0])
+    with pytest.raises(ValueError, match=r"record of training of step 2 comes after that of step 4"):
+        run_training(config, cut)
+
+
+def test_a_result_without_its_evaluation_is_not_drawn(finished: Path) -> None:
+    config, result = read_result(finished)
+    assert [row["step"] for row in evaluations(finished, config, result)] == [4]
+    rows = records.read(finished / "metrics.jsonl")
+    records.keep(finished / "metrics.jsonl", [row | {"lm_loss": 5.0} if row["kind"] == "eval" else row for row in rows])
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: the evaluation of step 4 says lm_loss=5\.0, .*result\.json"):
+        evaluations(finished, config, result)
+    records.keep(finished / "metrics.jsonl", rows[:-1])
+    with pytest.raises(ValueError, match=r"metrics\.jsonl lacks the evaluation of step 4, though .*result\.json is of"):
+        evaluations(finished, config, result)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{}", "line 2 has no 'kind'"),
+        ('{"kind": "eval", "step": 4}', "line 2 has no 'lm_loss'"),
+        ('{"kind": "train", "step": "4"}', "line 2: step is not int but '4'"),
+        ('{"kind": "other", "step": 4}', "line 2: unknown kind 'other'"),
+        ('{"kind": "train", "step": 4, "loss": 1, "seconds": 1, "compute": []}', r"compute is not a table but \[\]"),
+    ],
+)
+def test_records_that_are_none_are_named(config: RunConfig, finished: Path, line: str, message: str) -> None:
+    first = (finished / "metrics.jsonl").read_text().splitlines()[0]
+    (finished / "metrics.jsonl").write_text(f"{first}\n{line}\n")
+    with pytest.raises(ValueError, match=message):
+        history_until(finished, config, 4)
+
+
+def test_a_result_that_is_none_is_named(finished: Path) -> None:
+    for content, message in (("{}", "has no 'config'"), ('{"config": {"model": 3}}', "has no 'params'")):
+        (finished / "result.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"result\.json {message}"):
+            read_result(finished)
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json", "tokenizer.json"])
+def test_corruption_of_the_same_size_falls_back_to_the_older_checkpoint(cut: Path, notes: list[str], name: str) -> None:
+    flip_a_byte(cut / "checkpoint-4" / name)
+    assert newest_checkpoint(cut, Progress()) == cut / "checkpoint-2"
+    assert notes == [f"{cut / 'checkpoint-4'} is not used: {name} is not what was written (its hash differs)"]
+    assert damage(cut / "checkpoint-4", contents=False) is None
+
+
+def test_whoever_measures_a_damaged_run_is_told(cut: Path, notes: list[str]) -> None:
+    flip_a_byte(cut / "checkpoint-4" / "model.safetensors")
+    evaluate_source(str(cut), progress=Progress())
+    assert f"{cut / 'checkpoint-4'} is not used" in notes[0]
+
+
+def test_a_damaged_run_goes_on_from_the_older_checkpoint(config: RunConfig, cut: Path, trained: Path) -> None:
+    flip_a_byte(cut / "checkpoint-4" / "optimizer.pt")
+    run_training(config, cut)
+    lost, kept = ([row["loss"] for row in records.read(f / "metrics.jsonl") if "loss" in row] for f in (cut, trained))
+    assert lost == kept
+
+
+def test_a_seal_without_hashes_is_one_of_an_older_run(cut: Path) -> None:
+    seal_file = cut / "checkpoint-4" / "complete.json"
+    records.write_json(seal_file, {"files": records.read_json(seal_file)["files"]})
+    assert newest_checkpoint(cut) == cut / "checkpoint-4"
+    seal_file.write_text('{"files": 3}')
+    assert newest_checkpoint(cut) == cut / "checkpoint-2"
+
+
+def test_weights_that_are_no_numbers_are_one_error(finished: Path) -> None:
+    weights = finished / "checkpoint-4" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    seal(finished / "checkpoint-4")
+    with pytest.raises(ValueError, match=r"model\.norm\.weight holds NaN or infinity.*use an earlier checkpoint"):
+        evaluate_source(str(finished))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight holds NaN"):
+        measure_needle(finished, lengths=(32,), depths=1, samples=1)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight holds NaN"):
+        generate_text(finished, "2 times", max_new_tokens=2)
+
+
+def test_a_checkpoint_that_is_read_is_not_pruned(cut: Path) -> None:
+    shutil.copytree(cut / "checkpoint-4", cut / "checkpoint-6")
+    with newest_held(cut) as held:
+        assert held == cut / "checkpoint-6"
+        shutil.copytree(cut / "checkpoint-4", cut / "checkpoint-8")  # as training goes on
+        prune(cut, keep=1)
+        assert checkpoints(cut) == [cut / "checkpoint-8", held]
+    prune(cut, keep=1)
+    assert checkpoints(cut) == [cut / "checkpoint-8"]
+
+
+def test_a_checkpoint_that_was_pruned_meanwhile_is_not_missed(cut: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = damage
+
+    def late(checkpoint: Path) -> str | None:
+        if checkpoint.name == "checkpoint-4" and checkpoint.exists():
+            checkpoint.rename(cut / "checkpoint-6")  # the reader has listed it, and it is there no more
+        return plain(checkpoint)
+
+    monkeypatch.setattr("openmoba.lab.checkpoint.damage", late)
+    assert newest_checkpoint(cut) == cut / "checkpoint-2", "an older one that is whole will do"
+    shutil.rmtree(cut / "checkpoint-2")
+    (cut / "checkpoint-6").rename(cut / "checkpoint-4")
+    assert newest_checkpoint(cut) == cut / "checkpoint-6"
+
+
+def test_a_start_that_fails_leaves_no_settings(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(RunTrainer, "training_step", fail)
+    with pytest.raises(RuntimeError):
+        run_training(config, tmp_path / "run")
+    assert list((tmp_path / "run").glob("*.json")) == []
+    given = tmp_path / "run" / "config.json"
+    given.write_text("{}")
+    with pytest.raises(RuntimeError):
+        run_training(config, tmp_path / "run")
+    assert given.read_text() == "{}", "what was there before stays"
+
+
+def test_leftovers_of_a_killed_writer_are_removed(config: RunConfig, finished: Path) -> None:
+    left, other = finished / ".config.json.999999999", finished / f".result.json.{os.getpid()}"
+    for path in (left, other, finished / ".hidden", finished / ".5"):
+        path.write_text("{")
+    run_training(config, finished)
+    assert not left.exists()
+    assert other.exists(), "its writer lives"
+    assert (finished / ".hidden").exists()
+    assert (finished / ".5").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("model", {"size": "huge"}, r"unknown model\.size 'huge'"),
+        ("model", {"family": "lama"}, r"unknown model\.family 'lama'"),
+        ("arm", {"name": "hybrid", "full_layers": 9}, r"full_layers=9 exceeds the model's 2 layers"),
+        ("train", {"micro_batch_size": 3}, r"train\.batch_size=2 does not divide"),
+        ("train", {"fsdp": True}, r"train\.fsdp needs GPUs"),
+        ("train", {"start_from": "/nowhere/model"}, "/nowhere/model"),
+    ],
+)
+def test_settings_are_checked_before_the_data_are_read(
+    config: RunConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    section: str,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.setattr(train_module, "load_data", None)
+    wrong = replace(config, **{section: replace(getattr(config, section), **changes)})
+    with pytest.raises(ValueError, match=message):
+        run_training(wrong, tmp_path / "run")
+
+
+def test_a_model_to_start_from_is_checked_before_the_data_are_read(
+    config: RunConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "load_data", None)
+    start = replace(config, train=replace(config.train, start_from=str(finished)))
+    with pytest.raises(ValueError, match=r"data\.length=40 exceeds the 32 positions"):
+        run_training(replace(start, data=replace(start.data, length=40)), tmp_path / "new")
+    with pytest.raises(ValueError, match=r"full_layers=9 exceeds"):
+        run_training(replace(start, arm=ArmConfig("hybrid", full_layers=9)), tmp_path / "new")
+
+
+def test_a_gradient_that_is_no_number_is_divergence(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunTrainer, "_clip_grad_norm", lambda *_: torch.tensor(torch.nan))
+    with pytest.raises(DivergenceError, match=r"the gradient was not a finite number at step 2.*lower train\.learning"):
+        run_training(config, tmp_path / "run")
+    assert records.read(tmp_path / "run" / "metrics.jsonl") == []
+
+
+CONSTANT = {"schedule": "wsd", "decay": 0.0, "warmup": 0.0}
+
+
+def test_a_run_is_lengthened_into_the_run_that_it_would_have_been(root: Path, tmp_path: Path) -> None:
+    long = tiny_config(root, **CONSTANT, steps=6)
+    run_training(long, tmp_path / "long")
+    run_training(tiny_config(root, **CONSTANT), tmp_path / "run")
+    assert cli.main(["train", str(tmp_path / "run"), "--train.steps", "6"]) == 0
+    once, twice = (records.read(tmp_path / name / "metrics.jsonl") for name in ("long", "run"))
+    assert [row["loss"] for row in once if "loss" in row] == [row["loss"] for row in twice if "loss" in row]
+    assert once[-1]["windows"] == twice[-1]["windows"]
+    assert records.read_json(tmp_path / "run" / "config.json")["train"]["steps"] == 6
+    assert records.read_json(tmp_path / "run" / "result.json")["eval"]["step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "done", "message"),
+    [
+        ({}, {"steps": 300}, 100, r"steps was 200 and is 300, so the learning rate of step 1 would have been"),
+        ({"schedule": "wsd"}, {"steps": 400, "schedule": "wsd"}, 100, r"with train\.warmup=0\.025 for as many steps"),
+        ({"schedule": "wsd"}, {"steps": 400, "schedule": "wsd", "warmup": 0.025}, 100, None),
+        ({"schedule": "wsd"}, {"steps": 400, "schedule": "wsd", "warmup": 0.025}, 161, r"rate of step 162 would have"),
+        ({}, {"steps": 300}, 0, None),
+        (CONSTANT, {**CONSTANT, "steps": 100}, 100, r"^train\.steps was 200 and is 100$"),
+        (CONSTANT, {**CONSTANT, "steps": 400, "beta1": 0.8}, 100, r"^train\.beta1 was 0\.9 and is 0\.8$"),
+        (CONSTANT, {**CONSTANT, "steps": 400}, 200, None),
+    ],
+)
+def test_longer_only_where_no_step_would_change(
+    before: dict[str, Any], after: dict[str, Any], done: int, message: str | None
+) -> None:
+    stored, wanted = (RunConfig(train=TrainConfig(**settings)) for settings in (before, after))
+    if message is None:
+        check_lengthening(stored, wanted, done)
+        return
+    with pytest.raises(ValueError, match=message):
+        check_lengthening(stored, wanted, done)
+
+
+def test_longer_runs_switch_and_are_evaluated_at_the_same_steps() -> None:
+    stored, wanted = (RunConfig(train=TrainConfig(**CONSTANT, steps=steps)) for steps in (200, 400))
+    timed = ArmConfig("time_hybrid", switch_at=0.5)
+    with pytest.raises(ValueError, match=r"give the arm\.switch_at that says the same, 0\.25"):
+        check_lengthening(replace(stored, arm=timed), replace(wanted, arm=timed), 150)
+    check_lengthening(replace(stored, arm=timed), replace(wanted, arm=replace(timed, switch_at=0.25)), 150)
+    check_lengthening(replace(stored, arm=timed), replace(wanted, arm=timed), 50)
+    with pytest.raises(ValueError, match=r"so step 20, which is done, would have been evaluated"):
+        check_lengthening(stored, replace(wanted, eval=EvalConfig(every=20)), 150)
+    with pytest.raises(ValueError, match=r"step 2, which is done, would have been evaluated"):
+        check_lengthening(replace(stored, eval=EvalConfig(count=3)), replace(wanted, eval=EvalConfig(count=10)), 150)
+
+
+def test_a_warm_cache_may_be_read_only(config: RunConfig, root: Path, tmp_path: Path, trained: Path) -> None:
+    cache = shutil.copytree(root / "cache", tmp_path / "cache")
+    for path in (cache, *cache.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    for lock in cache.glob("*.lock"):
+        assert not os.access(lock, os.W_OK) or os.geteuid() == 0
+    before = sorted(path.stat().st_mtime_ns for path in (cache, *cache.rglob("*")))
+    data_module.load_data(replace(config.data, cache=str(cache)))
+    assert sorted(path.stat().st_mtime_ns for path in (cache, *cache.rglob("*"))) == before, "nothing was written"
+
+
+def test_a_folder_elsewhere_is_not_said_to_be_the_cache(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", "/home/nobody/.cache/datasets")
+
+    with pytest.raises(PermissionError, match=r"/home/nobody/\.cache"):
+        data_module.cached(tmp_path / "cache", "name", write)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot write .*cache: Not a directory; set data\.cache"):
+        data_module.cached(tmp_path / "file" / "cache", "name", write)
+
+
+def test_a_strangers_run_makes_no_cache_where_it_says(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stored = records.read_json(finished / "config.json")
+    stored["data"]["cache"] = str(tmp_path / "somewhere")
+    records.write_json(finished / "config.json", stored)
+    assert cli.main(["evaluate", str(finished)]) == 0
+    evaluate_source(str(finished))
+    assert not (tmp_path / "somewhere").exists()
+    assert (tmp_path / ".data").exists()
+
+
+def test_evaluations_say_what_they_need(trained: Path) -> None:
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["kind"], row["step"]) for row in rows] == [("train", 2), ("train", 4), ("eval", 4)]
+
+
+def test_a_checkpoint_written_again_is_whole(config: RunConfig, cut: Path) -> None:
+    flip_a_byte(cut / "checkpoint-4" / "optimizer.pt")
+    (cut / "checkpoint-4" / "stray").write_text("of the damaged one")
+    run_training(config, cut)
+    assert newest_checkpoint(cut) == cut / "checkpoint-4"
+    assert not (cut / "checkpoint-4" / "stray").exists()

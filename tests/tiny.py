@@ -1,0 +1,29 @@
+"""A run of a second: four steps of a model of two narrow layers, on documents that a test writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from openmoba.lab.config import ArmConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+
+
+def write_texts(folder: Path, count: int = 8) -> None:
+    folder.mkdir(exist_ok=True)
+    for n in range(count):
+        (folder / f"{n}.txt").write_text("".join(f"{i} times {n} is {i * n}, " for i in range(40)))
+
+
+def tiny_config(root: Path, *, tokenizer: str = "bytes", **train: Any) -> RunConfig:
+    """Records at steps 2 and 4, a checkpoint at both, an evaluation at the end; documents and cache below `root`."""
+    write_texts(root / "texts")
+    settings = {"steps": 4, "batch_size": 2, "log_every": 2, "checkpoint_every": 2} | train
+    return RunConfig(
+        data=DataConfig(
+            str(root / "texts"), hold_out=4, tokenizer=tokenizer, vocab_size=270, length=32, cache=str(root / "cache")
+        ),
+        model=ModelConfig(size="nano", overrides={"hidden_size": 16, "intermediate_size": 16, "head_dim": 8}),
+        arm=ArmConfig("full"),
+        train=TrainConfig(**settings),
+        eval=EvalConfig(windows=4, trailing=8, position_range=16),
+    )
