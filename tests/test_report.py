@@ -77,7 +77,7 @@ def test_report_lists_every_run_with_compute_by_all_conventions(study: Path) -> 
     rows = [line for line in report.splitlines() if line.startswith(("| small", "| medium", "| large"))]
     assert len(rows) == 22
     run = next(row for row in rows if row.startswith("| large | Full attention | 1 | 1,200,000 | 1,638,400"))
-    assert all(f"| {value} |" in run for value in ("1.37e-07", "1.91e-07", "1.5e-07", "60"))
+    assert all(f"| {value} |" in run for value in ("1.37e-07", "1.91e-07", "1.5e-07", "60", "50,000", "42%"))
 
 
 def test_laws_that_made_the_runs_are_found_again(study: Path) -> None:
@@ -285,6 +285,7 @@ def test_records_with_a_mean_for_every_range_and_no_documents_are_read(tmp_path:
     assert found is not None
     assert found.interval is not None
     assert found.mean == pytest.approx(0.0997, abs=1e-4)
+    assert runs["full"][0].tokens_per_second == pytest.approx(204_800 / 15, rel=0.05)
     by_range = difference(runs["moba"], runs["full"], 7)
     assert by_range is not None
     assert by_range.mean == pytest.approx(found.mean, abs=1e-4)

@@ -62,6 +62,17 @@ class Outcome:
         return frozenset(range(layers)) if attention is None else attention.full_layer_indices(layers)
 
     @property
+    def tokens_per_second(self) -> float:
+        """Speed of training, over all devices; of records that do not hold it, the mean with what it takes to start."""
+        speed = (self.result.get("speed") or {}).get("tokens_per_second")
+        return float(speed or self.final["tokens"] / self.final["compute"]["accelerator_seconds"])
+
+    @property
+    def mfu(self) -> float | None:
+        """Share of the devices' peak that training reached; None where it is not known."""
+        return (self.result.get("speed") or {}).get("mfu")
+
+    @property
     def ranges(self) -> list[tuple[int, int]]:
         """First position of every position range, and the one after its last."""
         return [(row["start"], row["end"]) for row in self.final["position_loss"]]

@@ -258,10 +258,11 @@ def _runs(outcomes: Sequence[Outcome]) -> Iterator[str]:
         conventions = [f"{compute[name]:.3g}" for name in ("6nd", "chinchilla", "causal_exact")]
         rows.append(
             [run.run.size, run.label, str(run.run.seed), f"{run.result['params']['non_embedding']:,}",
-             f"{run.result['tokens']:,}", *losses, *conventions, f"{compute['accelerator_seconds']:.0f}"]
+             f"{run.result['tokens']:,}", *losses, *conventions, f"{compute['accelerator_seconds']:.0f}",
+             f"{run.tokens_per_second:,.0f}", "-" if run.mfu is None else f"{run.mfu:.0%}"]
         )  # fmt: skip
     heads = ["size", "arm", "seed", "parameters without embeddings", "tokens", *LOSSES.values()]
-    yield from _table([*heads, "6ND", "Chinchilla", "causal-exact", "accelerator s"], rows)
+    yield from _table([*heads, "6ND", "Chinchilla", "causal-exact", "accelerator s", "tokens/s", "MFU"], rows)
 
 
 def _loss_cell(run: Outcome, kind: Loss) -> str:
