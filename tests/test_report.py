@@ -301,6 +301,21 @@ def test_runs_on_different_windows_are_not_compared(tmp_path: Path) -> None:
         write_report(recipe, tmp_path, "6nd")
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_a_stage_beside_another_is_compared_with_its_runs(tmp_path: Path) -> None:
+    text = RECIPE[: RECIPE.index('[[stages]]\nname = "finetune"')]
+    stage = '[[stages]]\nname = "hybrids"\nsizes = ["large"]\narms = ["last-1", "last-2"]\nseeds = [0, 1]\n'
+    recipe = make(tmp_path, f'{text}{stage}chart = "layers"\nbeside = "pretrain"\n')
+    files = write_report(recipe, tmp_path, "6nd")
+    assert [file.name for file in files[3:]] == ["hybrids-large-layerwise-hybrid.png", "hybrids-positions.png"]
+    report = (tmp_path / "report.md").read_text()
+    hybrids = report[report.index("## Stage hybrids") :]
+    assert "4 runs; compared with Full attention, MoBA of stage pretrain." in hybrids
+    assert "large: MoBA in every layer costs +0." in hybrids
+    assert "With 2 of 16 layers full (last-2) it is +0." in hybrids
+    assert len([line for line in hybrids.splitlines() if line.startswith("| large |")]) == 4
+
+
 def test_fit_and_plot_work_on_the_folder_alone(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["fit", str(study), "--axis", "causal_exact"]) == 0
     assert "causal_exact" in (printed := capsys.readouterr().out)

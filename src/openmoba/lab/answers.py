@@ -18,26 +18,28 @@ from openmoba.lab.outcomes import (
     seed_noise,
     slope_difference,
 )
+from openmoba.lab.recipe import Stage
 from openmoba.lab.resample import Difference, Interval
 
 LOSSES: dict[Loss, str] = {"lm": "LM loss", "trailing": "trailing loss"}
 
 
-def answers(outcomes: Sequence[Outcome], axis: str) -> list[str]:
+def answers(stage: Stage, outcomes: Sequence[Outcome], axis: str) -> list[str]:
     """What the runs of one stage say to its question, each sentence with its interval.
 
     Args:
+        outcomes: those that the stage compares, as `of_stage` gives them.
         axis: compute convention of the laws.
     """
     if len(by("arm", outcomes)) == 1:
         return [_gained(own) for own in by("size", outcomes).values() if len(own[0].ranges) > 2]
-    chart, sentences = outcomes[0].run.stage.chart, []
-    if chart == "scaling":
+    sentences: list[str] = []
+    if stage.chart == "scaling":
         sentences = list(_law_ratios(outcomes, axis))
     for runs in by("size", outcomes).values():
-        if chart == "layers":
+        if stage.chart == "layers":
             sentences += _closing(runs)
-        if chart == "compare":
+        if stage.chart == "compare":
             sentences += _nearest(runs)
     return sentences
 

@@ -20,6 +20,7 @@ from openmoba.lab.outcomes import (
     mean_loss,
     moba_settings,
     of_kind,
+    of_stage,
     seed_noise,
 )
 from openmoba.lab.recipe import Recipe, Stage
@@ -51,7 +52,7 @@ def draw_charts(recipe: Recipe, outcomes: Sequence[Outcome], study: Path, axis: 
         raise ValueError(f"unknown axis {axis!r}; the compute conventions are {', '.join(figures.AXES)}")
     charts = []
     for stage in recipe.stages:
-        own = [outcome for outcome in outcomes if outcome.run.stage == stage]
+        own = of_stage(stage, outcomes)
         sizes, trailing = by("size", own), all(run.has("trailing") for run in own)
         if stage.chart == "scaling" and sizes and trailing:
             charts.append(_scaling(stage, own, study, axis))
