@@ -302,6 +302,31 @@ def test_runs_on_different_windows_are_not_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_a_sweep_names_the_best_learning_rate_of_every_model(tmp_path: Path) -> None:
+    head = RECIPE[: RECIPE.index("[[stages]]")]
+    sizes = "".join(
+        f'"large-{rate}" = {{ model = {{ size = "large" }}, train = {{ steps = 400, learning_rate = {rate} }} }}\n'
+        for rate in (1e-3, 4e-3)
+    )
+    text = head.replace("[arms]", f"{sizes}[arms]")
+    text += '[[stages]]\nname = "context"\nsizes = ["small", "large"]\narms = ["full"]\n'
+    text += '[[stages]]\nname = "sweep"\nsizes = ["large-0.001", "large-0.004"]\narms = ["full"]\n'
+    files = write_report(make(tmp_path, text), tmp_path, "6nd")
+    assert [file.name for file in files] == ["report.md", "context-positions.png"]
+    report = (tmp_path / "report.md").read_text()
+    sentence = next(line for line in report.splitlines() if line.startswith("large, learning rate: "))
+    outcomes = [
+        run for run in read_outcomes(parse_recipe(text, title="t"), tmp_path) if run.config.model.size == "large"
+    ]
+    losses = {run.config.train.learning_rate: run.loss("lm") for run in outcomes}
+    best = min(losses, key=losses.__getitem__)
+    assert set(losses) == {1e-3, 2e-3, 4e-3}
+    assert f"{best:g} has the lowest LM loss, {losses[best]:.4f} nats" in sentence
+    for rate in losses.keys() - {best}:
+        assert f"{rate:g} is {losses[rate] - losses[best]:+.4f} nats [" in sentence
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_a_stage_beside_another_is_compared_with_its_runs(tmp_path: Path) -> None:
     text = RECIPE[: RECIPE.index('[[stages]]\nname = "finetune"')]
     stage = '[[stages]]\nname = "hybrids"\nsizes = ["large"]\narms = ["last-1", "last-2"]\nseeds = [0, 1]\n'

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openmoba.lab import figures, panels
+from openmoba.lab.answers import is_sweep
 from openmoba.lab.candidates import Standing, standings
 from openmoba.lab.figures import Curve, Level
 from openmoba.lab.outcomes import (
@@ -61,7 +62,7 @@ def draw_charts(recipe: Recipe, outcomes: Sequence[Outcome], study: Path, axis: 
                 charts.append(_layers(stage, size, runs, study))
             if stage.chart == "compare" and trailing and (found := standings(runs)):
                 charts.append(_candidates(stage, size, runs, found, study))
-        if sizes:
+        if sizes and not is_sweep(own):
             charts.append(_gains(stage, own, study) if len(by("arm", own)) == 1 else _positions(stage, own, study))
     return charts
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from openmoba.lab.answers import LOSSES, answers, comparisons, slopes, use_of_context
+from openmoba.lab.answers import LOSSES, answers, comparisons, slopes, sweep, use_of_context
 from openmoba.lab.candidates import standing_table, standings
 from openmoba.lab.charts import Chart, draw_charts
 from openmoba.lab.claims import claim
@@ -95,7 +95,7 @@ def _report(
         for chart in (chart for chart in charts if chart.stage == stage):
             yield f"\n![{chart.caption}]({chart.files[0].relative_to(study)})\n\n*{chart.caption}*"
         yield from _without_trailing(stage, own)
-        for sentence in (*answers(stage, own, axis), use_of_context(own)):
+        for sentence in (*answers(stage, own, axis), *sweep(stage, outcomes), use_of_context(own)):
             if sentence:
                 yield f"\n{sentence}"
         if stage.chart == "compare":
