@@ -77,7 +77,7 @@ def test_report_lists_every_run_with_compute_by_all_conventions(study: Path) -> 
     rows = [line for line in report.splitlines() if line.startswith(("| small", "| medium", "| large"))]
     assert len(rows) == 22
     run = next(row for row in rows if row.startswith("| large | Full attention | 1 | 1,200,000 | 1,638,400"))
-    assert all(f"| {value} |" in run for value in ("1.37e-07", "1.91e-07", "1.5e-07", "60"))
+    assert all(f"| {value} |" in run for value in ("1.37e-07", "1.91e-07", "1.5e-07", "60", "50,000", "42%"))
 
 
 def test_laws_that_made_the_runs_are_found_again(study: Path) -> None:
@@ -285,6 +285,7 @@ def test_records_with_a_mean_for_every_range_and_no_documents_are_read(tmp_path:
     assert found is not None
     assert found.interval is not None
     assert found.mean == pytest.approx(0.0997, abs=1e-4)
+    assert runs["full"][0].tokens_per_second == pytest.approx(204_800 / 15, rel=0.05)
     by_range = difference(runs["moba"], runs["full"], 7)
     assert by_range is not None
     assert by_range.mean == pytest.approx(found.mean, abs=1e-4)
@@ -298,6 +299,46 @@ def test_runs_on_different_windows_are_not_compared(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"document": [0, 0, 0, 1', '"document": [0, 0, 1, 1'))
     with pytest.raises(ValueError, match=r"large-moba-seed0 and .* were not measured on the same validation windows"):
         write_report(recipe, tmp_path, "6nd")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_sweep_names_the_best_learning_rate_of_every_model(tmp_path: Path) -> None:
+    head = RECIPE[: RECIPE.index("[[stages]]")]
+    sizes = "".join(
+        f'"large-{rate}" = {{ model = {{ size = "large" }}, train = {{ steps = 400, learning_rate = {rate} }} }}\n'
+        for rate in (1e-3, 4e-3)
+    )
+    text = head.replace("[arms]", f"{sizes}[arms]")
+    text += '[[stages]]\nname = "context"\nsizes = ["small", "large"]\narms = ["full"]\n'
+    text += '[[stages]]\nname = "sweep"\nsizes = ["large-0.001", "large-0.004"]\narms = ["full"]\n'
+    files = write_report(make(tmp_path, text), tmp_path, "6nd")
+    assert [file.name for file in files] == ["report.md", "context-positions.png"]
+    report = (tmp_path / "report.md").read_text()
+    sentence = next(line for line in report.splitlines() if line.startswith("large, learning rate: "))
+    outcomes = [
+        run for run in read_outcomes(parse_recipe(text, title="t"), tmp_path) if run.config.model.size == "large"
+    ]
+    losses = {run.config.train.learning_rate: run.loss("lm") for run in outcomes}
+    best = min(losses, key=losses.__getitem__)
+    assert set(losses) == {1e-3, 2e-3, 4e-3}
+    assert f"{best:g} has the lowest LM loss, {losses[best]:.4f} nats" in sentence
+    for rate in losses.keys() - {best}:
+        assert f"{rate:g} is {losses[rate] - losses[best]:+.4f} nats [" in sentence
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_stage_beside_another_is_compared_with_its_runs(tmp_path: Path) -> None:
+    text = RECIPE[: RECIPE.index('[[stages]]\nname = "finetune"')]
+    stage = '[[stages]]\nname = "hybrids"\nsizes = ["large"]\narms = ["last-1", "last-2"]\nseeds = [0, 1]\n'
+    recipe = make(tmp_path, f'{text}{stage}chart = "layers"\nbeside = "pretrain"\n')
+    files = write_report(recipe, tmp_path, "6nd")
+    assert [file.name for file in files[3:]] == ["hybrids-large-layerwise-hybrid.png", "hybrids-positions.png"]
+    report = (tmp_path / "report.md").read_text()
+    hybrids = report[report.index("## Stage hybrids") :]
+    assert "4 runs; compared with Full attention, MoBA of stage pretrain." in hybrids
+    assert "large: MoBA in every layer costs +0." in hybrids
+    assert "With 2 of 16 layers full (last-2) it is +0." in hybrids
+    assert len([line for line in hybrids.splitlines() if line.startswith("| large |")]) == 4
 
 
 def test_fit_and_plot_work_on_the_folder_alone(study: Path, capsys: pytest.CaptureFixture[str]) -> None:

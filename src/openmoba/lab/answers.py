@@ -18,28 +18,66 @@ from openmoba.lab.outcomes import (
     seed_noise,
     slope_difference,
 )
+from openmoba.lab.recipe import Stage
 from openmoba.lab.resample import Difference, Interval
 
 LOSSES: dict[Loss, str] = {"lm": "LM loss", "trailing": "trailing loss"}
 
 
-def answers(outcomes: Sequence[Outcome], axis: str) -> list[str]:
+def answers(stage: Stage, outcomes: Sequence[Outcome], axis: str) -> list[str]:
     """What the runs of one stage say to its question, each sentence with its interval.
 
     Args:
+        outcomes: those that the stage compares, as `of_stage` gives them.
         axis: compute convention of the laws.
     """
+    if is_sweep(outcomes):
+        return []
     if len(by("arm", outcomes)) == 1:
         return [_gained(own) for own in by("size", outcomes).values() if len(own[0].ranges) > 2]
-    chart, sentences = outcomes[0].run.stage.chart, []
-    if chart == "scaling":
+    sentences: list[str] = []
+    if stage.chart == "scaling":
         sentences = list(_law_ratios(outcomes, axis))
     for runs in by("size", outcomes).values():
-        if chart == "layers":
+        if stage.chart == "layers":
             sentences += _closing(runs)
-        if chart == "compare":
+        if stage.chart == "compare":
             sentences += _nearest(runs)
     return sentences
+
+
+def is_sweep(outcomes: Sequence[Outcome]) -> bool:
+    """Whether the runs of a stage are one arm at several learning rates of the same model."""
+    models = {run.run.size: run.config.model.size for run in outcomes}
+    return len(by("arm", outcomes)) == 1 and len(set(models.values())) < len(models)
+
+
+def sweep(stage: Stage, outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """The best learning rate of every model in a stage that is a sweep, and how far the others are from it.
+
+    Args:
+        outcomes: of the whole study, other stages too: runs of the same arm, model and tokens belong to the sweep.
+    """
+    own = [run for run in outcomes if run.run.stage == stage]
+    for model in dict.fromkeys(run.config.model.size for run in own) if is_sweep(own) else ():
+        first = next(run for run in own if run.config.model.size == model)
+        rates: dict[float, list[Outcome]] = {}
+        for run in outcomes:
+            if (run.config.arm, run.config.model, run.config.tokens) == (
+                first.config.arm,
+                first.config.model,
+                first.config.tokens,
+            ):
+                rates.setdefault(run.config.train.learning_rate, []).append(run)
+        best = min(rates, key=lambda rate: mean_loss(rates[rate], "lm"))
+        others = []
+        for rate in sorted(rates.keys() - {best}):
+            found = difference(rates[rate], rates[best], "lm")
+            others += [f"{rate:g} is {_signed(found)} from it"] if found else []
+        yield (
+            f"{model}, learning rate: {best:g} has the lowest LM loss, {mean_loss(rates[best], 'lm'):.4f} nats; "
+            f"{', '.join(others)} ({behind(rates[best], 'lm')})."
+        )
 
 
 def comparisons(outcomes: Sequence[Outcome]) -> Iterator[str]:
@@ -70,7 +108,7 @@ def slopes(moba: Sequence[Outcome], full: Sequence[Outcome], axis: str) -> Itera
 def use_of_context(outcomes: Sequence[Outcome]) -> str | None:
     """What full attention gains from a longer context, the most that leaving blocks out could cost."""
     full = of_kind(list(by("size", outcomes).values())[-1], "full")
-    if not full or len(full[0].ranges) < 3:
+    if is_sweep(outcomes) or not full or len(full[0].ranges) < 3:
         return None
     last = len(full[0].ranges) - 1
     found = gain(full, last, 1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openmoba.lab import figures, panels
+from openmoba.lab.answers import is_sweep
 from openmoba.lab.candidates import Standing, standings
 from openmoba.lab.figures import Curve, Level
 from openmoba.lab.outcomes import (
@@ -20,6 +21,7 @@ from openmoba.lab.outcomes import (
     mean_loss,
     moba_settings,
     of_kind,
+    of_stage,
     seed_noise,
 )
 from openmoba.lab.recipe import Recipe, Stage
@@ -51,7 +53,7 @@ def draw_charts(recipe: Recipe, outcomes: Sequence[Outcome], study: Path, axis: 
         raise ValueError(f"unknown axis {axis!r}; the compute conventions are {', '.join(figures.AXES)}")
     charts = []
     for stage in recipe.stages:
-        own = [outcome for outcome in outcomes if outcome.run.stage == stage]
+        own = of_stage(stage, outcomes)
         sizes, trailing = by("size", own), all(run.has("trailing") for run in own)
         if stage.chart == "scaling" and sizes and trailing:
             charts.append(_scaling(stage, own, study, axis))
@@ -60,7 +62,7 @@ def draw_charts(recipe: Recipe, outcomes: Sequence[Outcome], study: Path, axis: 
                 charts.append(_layers(stage, size, runs, study))
             if stage.chart == "compare" and trailing and (found := standings(runs)):
                 charts.append(_candidates(stage, size, runs, found, study))
-        if sizes:
+        if sizes and not is_sweep(own):
             charts.append(_gains(stage, own, study) if len(by("arm", own)) == 1 else _positions(stage, own, study))
     return charts
 

@@ -16,7 +16,7 @@ from openmoba.lab.fit import Fit, fit_arms, fit_runs
 from openmoba.lab.history import evaluations, read_result
 from openmoba.lab.identity import identity_in
 from openmoba.lab.model import SIZES
-from openmoba.lab.recipe import PlannedRun, Recipe
+from openmoba.lab.recipe import PlannedRun, Recipe, Stage
 from openmoba.lab.records import Row
 from openmoba.lab.resample import Difference, Floats, Interval, Numbers, SeedNoise, paired_difference
 from openmoba.lab.study_data import RunData, check_same_data, origin
@@ -60,6 +60,17 @@ class Outcome:
         layers = self.layers or 1000
         attention = self.config.arm.attention(0, self.config.train.steps)
         return frozenset(range(layers)) if attention is None else attention.full_layer_indices(layers)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of training, over all devices; of records that do not hold it, the mean with what it takes to start."""
+        speed = (self.result.get("speed") or {}).get("tokens_per_second")
+        return float(speed or self.final["tokens"] / self.final["compute"]["accelerator_seconds"])
+
+    @property
+    def mfu(self) -> float | None:
+        """Share of the devices' peak that training reached; None where it is not known."""
+        return (self.result.get("speed") or {}).get("mfu")
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
@@ -123,12 +134,23 @@ def read_outcomes(recipe: Recipe, study: Path) -> list[Outcome]:
     return outcomes
 
 
+def of_stage(stage: Stage, outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """The runs that a stage compares: those of the other arms of the stage beside it, and its own."""
+    beside, own = [], []
+    for outcome in outcomes:
+        run = outcome.run
+        if run.stage == stage:
+            own.append(outcome)
+        elif run.stage.name == stage.beside and run.size in stage.sizes and run.arm not in stage.arms:
+            beside.append(outcome)
+    return beside + own if own else []
+
+
 def by(key: str, outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
-    """Outcomes grouped by `key`: "arm", "size" or "stage", by its name in the recipe, in order of appearance."""
+    """Outcomes grouped by `key`: "arm" or "size", by its name in the recipe, in order of appearance."""
     groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        name = outcome.run.stage.name if key == "stage" else getattr(outcome.run, key)
-        groups.setdefault(name, []).append(outcome)
+        groups.setdefault(getattr(outcome.run, key), []).append(outcome)
     return groups
 
 

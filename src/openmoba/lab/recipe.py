@@ -37,6 +37,14 @@ chart = "layers"
 after = "pretrain"                        # each arm goes on from its own run of that stage, and
 branch = "moba"                           # an arm that the stage does not have branches from this one
 run = { train = { steps = 400, loss_tokens = 1024 } }
+
+[[stages]]
+name = "hybrids"
+sizes = ["small"]
+arms = ["last-3"]
+seeds = [0, 1]
+chart = "layers"
+beside = "pretrain"                       # compared with that stage's runs, which differ in nothing but the arm
 ```
 
 A stage trains sizes x arms x seeds. What is more special wins: [run], then the size, the stage, the arm.
@@ -72,6 +80,7 @@ class Stage:
     chart: Literal["scaling", "layers", "compare", "positions"] = "positions"
     after: str | None = None
     branch: str | None = None
+    beside: str | None = None
 
     def seeds_of(self, size: str, arm: str) -> tuple[int, ...]:
         """The seeds of one arm at one size."""
@@ -151,6 +160,7 @@ def parse_recipe(text: str, *, title: str, source: str | None = None) -> Recipe:
         for run in _stage_runs(stage, stages, tables, table.get("run", {})):
             runs[run.name] = run
             _check_config(run, runs)
+            _check_beside(run, runs)
     return Recipe(title, question, text, tuple(stages.values()), tuple(runs.values()))
 
 
@@ -213,6 +223,9 @@ def _check_stage(stage: Stage, earlier: dict[str, Stage], tables: Table) -> None
         seeds = stage.seeds_of(size, arm)
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"{where}: seeds and more_seeds give {arm} of size {size} a seed twice, {list(seeds)}")
+    if stage.beside is not None:
+        _check_names(f"{where}: beside", [stage.beside], earlier)
+        _check_names(f"{where}: sizes, those of stage {stage.beside!r}", stage.sizes, earlier[stage.beside].sizes)
     if stage.after is not None:
         _check_names(f"{where}: after", [stage.after], earlier)
         _check_origins(stage, earlier[stage.after], where)
@@ -237,6 +250,19 @@ def _check_origins(stage: Stage, start: Stage, where: str) -> None:
                 f"{where}: {arm} of size {size} goes on from {origin} of stage {start.name!r}, which lacks the seeds "
                 f"{lacking}"
             )
+
+
+def _check_beside(run: PlannedRun, runs: dict[str, PlannedRun]) -> None:
+    """Raise ValueError if the runs that this one is compared with differ from it in more than arm and seed."""
+    for other in runs.values():
+        if other.stage.name == run.stage.beside and other.size == run.size:
+            own, theirs = (_flat({**one.tables, "arm": {}}) for one in (run, other))
+            keys = [key for key in sorted(own.keys() | theirs.keys()) if own.get(key) != theirs.get(key)]
+            if keys or (run.after is None) != (other.after is None):
+                raise ValueError(
+                    f"run {run.name} cannot be compared with {other.name}, beside which its stage stands: they differ "
+                    f"in {', '.join(keys) or 'what they go on from'}; give both stages the same settings"
+                )
 
 
 def _check_config(run: PlannedRun, runs: dict[str, PlannedRun]) -> None:
@@ -273,6 +299,14 @@ def _check_names(where: str, names: Any, allowed: Any) -> None:
     unknown = [name for name in names if name not in allowed]
     if unknown:
         raise ValueError(f"{where}: unknown {', '.join(map(repr, unknown))}; allowed are {', '.join(allowed)}")
+
+
+def _flat(tables: Table, prefix: str = "") -> Table:
+    """`{"train": {"steps": 1}}` as `{"train.steps": 1}`."""
+    flat: Table = {}
+    for key, value in tables.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _merge(base: Table, special: Table) -> Table:

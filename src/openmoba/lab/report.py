@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from openmoba.lab.answers import LOSSES, answers, comparisons, slopes, use_of_context
+from openmoba.lab.answers import LOSSES, answers, comparisons, slopes, sweep, use_of_context
 from openmoba.lab.candidates import standing_table, standings
 from openmoba.lab.charts import Chart, draw_charts
 from openmoba.lab.claims import claim
@@ -19,6 +19,7 @@ from openmoba.lab.outcomes import (
     fit_pair,
     moba_settings,
     of_kind,
+    of_stage,
     read_outcomes,
     seed_noise,
     slope_difference,
@@ -64,7 +65,7 @@ def fit_tables(recipe: Recipe, outcomes: Sequence[Outcome], axis: str) -> str:
     tables = [
         "\n".join([f"{stage.name}, compute by the convention {axis}", "", *rows])
         for stage in recipe.stages
-        if stage.chart == "scaling" and (rows := _fits(_of(stage, outcomes), axis))
+        if stage.chart == "scaling" and (rows := _fits(of_stage(stage, outcomes), axis))
     ]
     if not tables:
         raise ValueError(
@@ -84,9 +85,9 @@ def _report(
     if len(outcomes) < len(recipe.runs):
         yield f"\n**{len(outcomes)} of {len(recipe.runs)} runs are finished**; what follows is of these alone."
     yield ""
-    yield from _scale(outcomes)
+    yield from _scale(recipe, outcomes)
     for stage in recipe.stages:
-        own = _of(stage, outcomes)
+        own = of_stage(stage, outcomes)
         if not own:
             continue
         yield f"\n## Stage {stage.name}\n"
@@ -94,7 +95,7 @@ def _report(
         for chart in (chart for chart in charts if chart.stage == stage):
             yield f"\n![{chart.caption}]({chart.files[0].relative_to(study)})\n\n*{chart.caption}*"
         yield from _without_trailing(stage, own)
-        for sentence in (*answers(own, axis), use_of_context(own)):
+        for sentence in (*answers(stage, own, axis), *sweep(stage, outcomes), use_of_context(own)):
             if sentence:
                 yield f"\n{sentence}"
         if stage.chart == "compare":
@@ -105,7 +106,7 @@ def _report(
         if stage.chart == "scaling":
             yield from _laws(own, axis)
         yield "\n### Runs\n"
-        yield from _runs(own)
+        yield from _runs([outcome for outcome in own if outcome.run.stage == stage])
     yield "\n## Provenance\n"
     yield from _provenance(outcomes)
 
@@ -126,7 +127,7 @@ def _setting(outcomes: Sequence[Outcome]) -> Iterator[str]:
     )
 
 
-def _scale(outcomes: Sequence[Outcome]) -> Iterator[str]:
+def _scale(recipe: Recipe, outcomes: Sequence[Outcome]) -> Iterator[str]:
     largest = max(outcomes, key=lambda outcome: float(outcome.result["params"]["non_embedding"]))
     parameters, length = largest.result["params"]["non_embedding"], largest.config.data.length
     tokens = max(outcome.config.tokens for outcome in outcomes)
@@ -146,15 +147,15 @@ def _scale(outcomes: Sequence[Outcome]) -> Iterator[str]:
             "learned to use from far away, which grows with training and length. Where a difference is within "
             "noise, these runs do not say that the systems are equal."
         )
-    yield from _seeds(outcomes)
+    yield from _seeds(recipe, outcomes)
 
 
-def _seeds(outcomes: Sequence[Outcome]) -> Iterator[str]:
+def _seeds(recipe: Recipe, outcomes: Sequence[Outcome]) -> Iterator[str]:
     """What noise of seeds the intervals hold, by stage and size."""
     known, unknown = [], []
-    for runs in by("stage", outcomes).values():
-        for size, own in by("size", runs).items():
-            noise, place = seed_noise(own, "lm"), f"{size} in stage {own[0].run.stage.name}"
+    for stage in recipe.stages:
+        for size, own in by("size", of_stage(stage, outcomes)).items():
+            noise, place = seed_noise(own, "lm"), f"{size} in stage {stage.name}"
             if noise is None:
                 unknown.append(place)
             else:
@@ -171,9 +172,13 @@ def _seeds(outcomes: Sequence[Outcome]) -> Iterator[str]:
         )
 
 
-def _stage_sentence(stage: Stage, outcomes: Sequence[Outcome]) -> str:
+def _stage_sentence(stage: Stage, compared: Sequence[Outcome]) -> str:
+    outcomes = [outcome for outcome in compared if outcome.run.stage == stage]
     loss_tokens = outcomes[0].config.train.loss_tokens
     parts = [f"{len(outcomes)} runs"]
+    if stage.beside:
+        arms = dict.fromkeys(run.label for run in compared if run.run.stage != stage)
+        parts.append(f"compared with {', '.join(arms)} of stage {stage.beside}")
     if stage.after:
         parts.append(f"each from its own arm of stage {stage.after}")
         new = [run.run.arm for run in outcomes if run.run.after and f"-{run.run.arm}-seed" not in run.run.after]
@@ -258,10 +263,11 @@ def _runs(outcomes: Sequence[Outcome]) -> Iterator[str]:
         conventions = [f"{compute[name]:.3g}" for name in ("6nd", "chinchilla", "causal_exact")]
         rows.append(
             [run.run.size, run.label, str(run.run.seed), f"{run.result['params']['non_embedding']:,}",
-             f"{run.result['tokens']:,}", *losses, *conventions, f"{compute['accelerator_seconds']:.0f}"]
+             f"{run.result['tokens']:,}", *losses, *conventions, f"{compute['accelerator_seconds']:.0f}",
+             f"{run.tokens_per_second:,.0f}", "-" if run.mfu is None else f"{run.mfu:.0%}"]
         )  # fmt: skip
     heads = ["size", "arm", "seed", "parameters without embeddings", "tokens", *LOSSES.values()]
-    yield from _table([*heads, "6ND", "Chinchilla", "causal-exact", "accelerator s"], rows)
+    yield from _table([*heads, "6ND", "Chinchilla", "causal-exact", "accelerator s", "tokens/s", "MFU"], rows)
 
 
 def _loss_cell(run: Outcome, kind: Loss) -> str:
@@ -295,10 +301,6 @@ def _hardware(run: Outcome) -> str:
     hardware = run.result["hardware"]
     gpus = [f"{len(list(same))} x {name}" for name, same in groupby(hardware["gpus"])]
     return ", ".join([*gpus, f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} threads"])
-
-
-def _of(stage: Stage, outcomes: Iterable[Outcome]) -> list[Outcome]:
-    return [outcome for outcome in outcomes if outcome.run.stage == stage]
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:

@@ -7,10 +7,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from openmoba.lab.answers import answers
+from openmoba.lab.answers import answers, sweep
 from openmoba.lab.candidates import key_share, percent, standing_table, standings, tokens_per_second
 from openmoba.lab.charts import FOLDER
-from openmoba.lab.outcomes import Outcome, behind, by, difference, mean_loss, of_kind, read_outcomes, seed_noise
+from openmoba.lab.outcomes import (
+    Outcome,
+    behind,
+    by,
+    difference,
+    mean_loss,
+    of_kind,
+    of_stage,
+    read_outcomes,
+    seed_noise,
+)
 from openmoba.lab.recipe import RECIPE_FILE, Recipe, Stage, read_recipe
 from openmoba.lab.report import REPORT_FILE
 
@@ -38,8 +48,8 @@ class Study:
     outcomes: list[Outcome]
 
     def runs(self, stage: Stage) -> list[Outcome]:
-        """The finished runs of one stage."""
-        return [outcome for outcome in self.outcomes if outcome.run.stage == stage]
+        """The finished runs that one stage compares."""
+        return of_stage(stage, self.outcomes)
 
     def figures(self, stage: Stage) -> list[Path]:
         """The charts that the stage asks for, as far as they are drawn."""
@@ -74,7 +84,7 @@ def headlines(studies: Sequence[Study], page: Path) -> str:
         stages = [(study, stage) for study in studies for stage in study.recipe.stages if stage.chart == chart]
         for study, stage in stages[:1]:
             lines += [f"![{caption}]({_link(figure, page)})\n" for figure in study.figures(stage)[:1]]
-            lines += [*(f"- {sentence}" for sentence in answers(study.runs(stage), AXES[0])), ""]
+            lines += [*(f"- {sentence}" for sentence in answers(stage, study.runs(stage), AXES[0])), ""]
     return "\n".join(lines)
 
 
@@ -133,7 +143,8 @@ def _experiment(study: Study, page: Path) -> Iterator[str]:
         for figure in study.figures(stage):
             yield f"![{study.recipe.title}, stage {stage.name}]({_link(figure, page)})\n"
         axes = AXES if stage.chart == "scaling" else AXES[:1]
-        yield from (f"- {sentence}" for axis in axes for sentence in answers(runs, axis))
+        yield from (f"- {sentence}" for axis in axes for sentence in answers(stage, runs, axis))
+        yield from (f"- {sentence}" for sentence in sweep(stage, study.outcomes))
         yield ""
         if stage.chart == "compare":
             for own in by("size", runs).values():
