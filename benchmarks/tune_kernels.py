@@ -6,11 +6,11 @@
     python benchmarks/tune_kernels.py --tile key_gradients --try 64,128,8,2,4096
 
 The first form prints what each kernel in the forward and the backward takes, from torch's profiler, and each module of
-`openmoba.ops.triton`: `gate` chooses, `plan` makes lists, `hopper.forward` reads past blocks, `hopper.own_queries` reads
-the own block and merges. The call is timed by CUDA events as well: what it has beyond its kernels is the host's. The
-second form does that of one pass; with `--triton`, of Triton's kernels also where Hopper's own would serve. The others
-replace one function of `openmoba.ops.triton.tuning`, or the tile of one kernel of `openmoba.ops.triton.hopper`, by each
-of the given tiles (M, N, warps, stages, segment) in turn.
+`openmoba.ops.triton`: `gate` chooses, `plan` makes lists, `hopper.forward` reads past blocks, `hopper.own_queries`
+reads the own block and merges. The call is timed by CUDA events as well: what it has beyond its kernels is the host's.
+The second form does that of one pass; with `--triton`, of Triton's kernels also where Hopper's own would serve. The
+others replace one function of `openmoba.ops.triton.tuning`, or the tile of one kernel of `openmoba.ops.triton.hopper`,
+by each of the given tiles (M, N, warps, stages, segment) in turn.
 """
 
 from __future__ import annotations

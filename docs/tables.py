@@ -241,7 +241,7 @@ def training(machine: str) -> str:
             "",
             f"One {first.device}, {first.power_limit_w:.0f} W: whole training steps, optimizer included, in tokens per "
             f"second. Random weights and tokens, vocabulary {first.vocabulary}, windows of {length_name(first.tokens)} "
-            "tokens, fp32 weights under bf16 autocast, each decoder layer compiled. The columns from gain on compare "
+            "tokens, fp32 weights under bf16 autocast, layers and loss compiled. The columns from gain on compare "
             f"MoBA {ARMS[0]} with full attention. Operations count attention at its real reads; MFU is their rate over "
             f"that of an 8192^3 matrix product in the same run, {first.matrix_tflops:.0f} TFLOP/s. Full attention ran "
             f"as `{kernels}`.",
