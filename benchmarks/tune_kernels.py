@@ -1,13 +1,16 @@
 """Time every Triton kernel of one call, and one kernel with other tiles, on a CUDA GPU.
 
     python benchmarks/tune_kernels.py --tokens 32768 --head-dim 128 --block-size 128 --top-k 8
+    python benchmarks/tune_kernels.py --passes forward --tokens 131072 --block-size 128 --top-k 8
     python benchmarks/tune_kernels.py --tile forward_past_tile --try 64,128,4,3,1024 128,128,8,5,1024
     python benchmarks/tune_kernels.py --tile key_gradients --try 64,128,8,2,4096
 
-The first form prints the milliseconds of each kernel in the forward and the backward, from torch's profiler; with
-`--triton` of Triton's kernels also where Hopper's own would serve. The others replace one function of
-`openmoba.ops.triton.tuning`, or the tile of one kernel of `openmoba.ops.triton.hopper`, by each of the given tiles
-(M, N, warps, stages, segment) in turn.
+The first form prints what each kernel in the forward and the backward takes, from torch's profiler, and each module of
+`openmoba.ops.triton`: `gate` chooses, `plan` makes lists, `hopper.forward` reads past blocks, `hopper.own_queries`
+reads the own block and merges. The call is timed by CUDA events as well: what it has beyond its kernels is the host's.
+The second form does that of one pass; with `--triton`, of Triton's kernels also where Hopper's own would serve. The
+others replace one function of `openmoba.ops.triton.tuning`, or the tile of one kernel of `openmoba.ops.triton.hopper`,
+by each of the given tiles (M, N, warps, stages, segment) in turn.
 """
 
 from __future__ import annotations
@@ -20,8 +23,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from openmoba.bench.timing import Work, measure
+from openmoba.bench.training.profiles import own_kernels
 from openmoba.ops.triton import attention, backward, forward, hopper, replay
 from openmoba.ops.triton.tuning import Kernel, Tile
 
@@ -36,6 +42,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--passes", choices=("forward", "backward", "both"), default="both")
     parser.add_argument("--triton", action="store_true", help="do without Hopper's own kernels")
     parser.add_argument("--tile", help="function of openmoba.ops.triton.tuning or .hopper to replace")
     parser.add_argument("--try", dest="tiles", nargs="+", default=[], help="M,N,warps,stages,segment")
@@ -79,22 +86,26 @@ def forget() -> None:
     replay.forget()
 
 
-def prepare(options: argparse.Namespace) -> Callable[[], None]:
-    """Forward and backward on standard normal bf16 inputs."""
+def prepare(options: argparse.Namespace) -> Callable[[], Tensor]:
+    """The passes on standard normal bf16 inputs."""
     q, d_out = (torch.randn(1, options.tokens, options.heads, options.head_dim) for _ in range(2))
     k, v = (torch.randn(1, options.tokens, options.kv_heads, options.head_dim) for _ in range(2))
     q, d_out, k, v = (x.to("cuda", torch.bfloat16) for x in (q, d_out, k, v))
     settings = (None, None, options.block_size, options.top_k, options.head_dim**-0.5)
 
-    def call() -> None:
-        out, lse, choice = attention.forward(q, k, v, *settings)
-        attention.backward(d_out, q, k, v, out, lse, choice, *settings)
+    kept = attention.forward(q, k, v, *settings)
+
+    def call() -> Tensor:
+        results = kept if options.passes == "backward" else attention.forward(q, k, v, *settings)
+        if options.passes == "forward":
+            return results[0]
+        return attention.backward(d_out, q, k, v, *results, *settings)[0]
 
     return call
 
 
-def show(label: str, call: Callable[[], None]) -> None:
-    """Print the mean milliseconds of each kernel, longest first."""
+def show(label: str, call: Callable[[], Tensor]) -> None:
+    """Print the mean milliseconds of the call, of each module and of each kernel, longest first."""
     try:
         call()
     except Exception as error:  # a tile that does not fit the card
@@ -105,12 +116,17 @@ def show(label: str, call: Callable[[], None]) -> None:
         for _ in range(REPEATS):
             call()
         torch.cuda.synchronize()
-    milliseconds: dict[str, float] = defaultdict(float)
+    own = own_kernels()
+    kernels: dict[str, float] = defaultdict(float)
+    modules: dict[str, float] = defaultdict(float)
     for event in recorded.events():
-        milliseconds[event.name[:60]] += event.device_time / 1000 / REPEATS
-    print(f"{label}: {sum(milliseconds.values()):.3f} ms")
-    for name, value in sorted(milliseconds.items(), key=lambda item: -item[1])[:12]:
-        print(f"  {value:8.3f}  {name}")
+        kernels[event.name[:60]] += event.device_time / 1000 / REPEATS
+        modules[own.get(event.name, "torch")] += event.device_time / 1000 / REPEATS
+    call_ms = measure(Work(call), torch.device("cuda")).p50_ms
+    print(f"{label}: the call {call_ms:.3f} ms, its kernels {sum(kernels.values()):.3f} ms")
+    for values in (modules, kernels):
+        for name, value in sorted(values.items(), key=lambda item: -item[1])[:12]:
+            print(f"  {value:8.3f}  {value / sum(values.values()):4.0%}  {name}")
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from typing import NamedTuple
 from openmoba.bench.cases import GRIDS, PASSES, Case
 from openmoba.bench.cited import Beside, beside
 from openmoba.bench.contenders import contender_label
-from openmoba.bench.rows import length_name, newest, read_rows
+from openmoba.bench.rows import commits, length_name, markdown_table, newest, read_rows, short_commit
 from openmoba.bench.table import Row, compared, dense_names
 from openmoba.bench.training.cases import TrainingRow
-from openmoba.bench.training.table import ARMS, comparison, longest_windows
+from openmoba.bench.training.document import longest_document, training_document
 from openmoba.lab import results
 
 ROOT = Path(__file__).parent.parent
@@ -64,9 +64,9 @@ def attention(machine: str) -> str:
             "dense on compare both passes, or the forward where it alone was measured. "
             f"{_dense(_shown_rows(pairs), file)}",
             "",
-            *_markdown(HEADLINE, [pair.cells for pair in pairs]),
+            *markdown_table(HEADLINE, [pair.cells for pair in pairs]),
             "",
-            f"Written by `openmoba bench attention` at commit {_commits(_shown_rows(pairs))}, torch {last.torch}, "
+            f"Written by `openmoba bench attention` at commit {commits(_shown_rows(pairs))}, torch {last.torch}, "
             f"Triton {last.triton}. All rows are in [{file}]({file}), the commands in "
             f"[results/{machine}/README.md](results/{machine}/README.md), the method in "
             "[benchmarks/README.md](benchmarks/README.md).",
@@ -85,11 +85,11 @@ def kernels(machine: str) -> str:
     head = (*HEADLINE, "roofline", "MB forward", "MB backward")
     return "\n".join(
         (
-            *_markdown(head, [(*pair.cells, *pair.costs) for pair in pairs]),
+            *markdown_table(head, [(*pair.cells, *pair.costs) for pair in pairs]),
             "",
             f"{last.device}, {last.power_limit_w:.0f} W. Medians in ms. The columns from dense on are of both passes, "
             f"or of the forward where it alone was measured. {_dense(_shown_rows(pairs), file)} MB are extra memory, "
-            f"10^6 bytes. Commit {_commits(_shown_rows(pairs))}, torch {last.torch}, Triton {last.triton}.",
+            f"10^6 bytes. Commit {commits(_shown_rows(pairs))}, torch {last.torch}, Triton {last.triton}.",
             "",
         )
     )
@@ -116,8 +116,8 @@ def short(machine: str) -> str:
         for row in rows
     ]
     dense = _dense(rows, file)
-    origin = f"{rows[0].device}, forward and backward, medians in ms. {dense} Commit {_commits(rows)}.\n"
-    return "\n".join((*_markdown(head, cells), "", origin))
+    origin = f"{rows[0].device}, forward and backward, medians in ms. {dense} Commit {commits(rows)}.\n"
+    return "\n".join((*markdown_table(head, cells), "", origin))
 
 
 def flex(machine: str) -> str:
@@ -133,28 +133,15 @@ def flex(machine: str) -> str:
         for mine, row in pairs
         if mine.p50_ms and row.p50_ms
     ]
-    commits = _commits(row for pair in pairs for row in pair)
-    origin = f"{pairs[0][0].device}, forward and backward, medians in ms. Commit {commits}.\n"
-    return "\n".join((*_markdown(head, cells), "", origin))
+    measured = commits(row for pair in pairs for row in pair)
+    origin = f"{pairs[0][0].device}, forward and backward, medians in ms. Commit {measured}.\n"
+    return "\n".join((*markdown_table(head, cells), "", origin))
 
 
 def peers(machine: str) -> str:
     """A sentence about the contenders that were timed apart, at one case of the headline."""
-    for row, *others in _beside(machine):
-        if (row.head_dim, row.tokens) == (128, 2**17):
-            found = [peer for peer in others if peer]
-            took = " and ".join(
-                f"{peer.label} took {_number(peer.ms)} ms, {peer.ms / (row.p50_ms or 1):.1f} times as long as "
-                f"{_blocks(row)} above"
-                for peer in found
-            )
-            first = found[0]
-            return (
-                f"Timed apart, on {first.date}, on one {first.device} with torch {first.torch}: for both passes at "
-                f"{length_name(row.tokens)} tokens, D {row.head_dim}, {took}. [docs/kernels.md](docs/kernels.md) has "
-                "more lengths.\n"
-            )
-    return ""
+    lines = [line for line in _beside(machine) if (line.row.head_dim, line.row.tokens) == (128, 2**17)]
+    return f"{lines[0].sentence} [docs/kernels.md](docs/kernels.md) has more lengths.\n" if lines else ""
 
 
 def cited(machine: str) -> str:
@@ -176,11 +163,11 @@ def cited(machine: str) -> str:
     ]
     first = next(peer for line in lines for peer in line.peers if peer)
     origin = (
-        f"Forward and backward, ms. MoBA: commit {_commits(line.row for line in lines)}. The others: {first.device}, "
+        f"Forward and backward, ms. MoBA: commit {commits(line.row for line in lines)}. The others: {first.device}, "
         f"torch {first.torch}, {first.date}, by a script that was not kept; all figures are in "
         f"[results/{machine}/{CITED}](../results/{machine}/{CITED}).\n"
     )
-    return "\n".join((*_markdown(head, cells), "", origin))
+    return "\n".join((*markdown_table(head, cells), "", origin))
 
 
 def decode(machine: str) -> str:
@@ -202,9 +189,9 @@ def decode(machine: str) -> str:
             f"{first.kv_heads} key/value heads, D {first.head_dim}. Medians in ms, replayed from a CUDA graph. "
             f"{_dense(steps, file)}",
             "",
-            *_markdown(head, cells),
+            *markdown_table(head, cells),
             "",
-            f"Written by `openmoba bench decode` at commit {_commits(rows)}, torch {first.torch}, Triton "
+            f"Written by `openmoba bench decode` at commit {commits(rows)}, torch {first.torch}, Triton "
             f"{first.triton}. All rows are in [{file}]({file}).",
             "",
         )
@@ -220,60 +207,19 @@ def prefill(machine: str) -> str:
         lines.append(
             f"{end.device}: a prompt of {length_name(end.tokens)} tokens in chunks of {length_name(begin.tokens)}, "
             f"block / top-k {_blocks(begin)}, takes {_ms(begin)} ms for the first chunk and {_ms(end)} ms for the "
-            f"last. Commit {_short(end.commit)}.\n"
+            f"last. Commit {short_commit(end.commit)}.\n"
         )
     return "".join(lines)
 
 
 def training(machine: str) -> str:
     """Training steps of the headline's models: what a user gains end to end."""
-    file = f"results/{machine}/training.csv"
-    rows = [row for row in newest(read_rows(ROOT / file, TrainingRow)) if not row.error]
-    head, cells = comparison(rows)
-    if not cells:
-        return ""
-    timed = [row for row in rows if row.kind == "loop"]
-    first = timed[0]
-    kernels = "`, `".join(dict.fromkeys(row.attention_kernel or "?" for row in timed if row.block_size is None))
-    return "\n".join(
-        (
-            "## Training on a GPU",
-            "",
-            f"One {first.device}, {first.power_limit_w:.0f} W: whole training steps, optimizer included, in tokens per "
-            f"second. Random weights and tokens, vocabulary {first.vocabulary}, windows of {length_name(first.tokens)} "
-            "tokens, fp32 weights under bf16 autocast, each decoder layer compiled. The columns from gain on compare "
-            f"MoBA {ARMS[0]} with full attention. Operations count attention at its real reads; MFU is their rate over "
-            f"that of an 8192^3 matrix product in the same run, {first.matrix_tflops:.0f} TFLOP/s. Full attention ran "
-            f"as `{kernels}`.",
-            "",
-            *_markdown(head, cells),
-            "",
-            f"Written by `openmoba bench training` at commit {_commits(timed)}, torch {first.torch}, Triton "
-            f"{first.triton}, transformers {first.transformers}. All rows are in [{file}]({file}).",
-            "",
-        )
-    )
+    return training_document(*_training(machine))
 
 
 def longest(machine: str) -> str:
     """The longest window that fits on one card."""
-    rows = newest(read_rows(ROOT / f"results/{machine}/training.csv", TrainingRow))
-    rows = [row for row in rows if row.kind == "longest" and not row.error]
-    head, cells = longest_windows(rows)
-    if not cells:
-        return ""
-    open_end = " `+`: a longer one was not tried, since a step would take too long." if "+" in str(cells) else ""
-    return "\n".join(
-        (
-            f"The longest window, in tokens, to an eighth, that one {rows[0].device} trains, one window a step, and "
-            f"how long that step takes.{open_end}",
-            "",
-            *_markdown(head, cells),
-            "",
-            f"Commit {_commits(rows)}.",
-            "",
-        )
-    )
+    return longest_document(_training(machine)[0])
 
 
 def attention_cpu() -> str:
@@ -305,9 +251,9 @@ def attention_cpu() -> str:
             f"{last['cpu']}, {last['threads']} threads, batch 1, {last['heads']} heads, width {last['width']}, causal. "
             "Medians in ms of forward and backward.",
             "",
-            *_markdown(head, cells),
+            *markdown_table(head, cells),
             "",
-            f"Written by `python benchmarks/cpu_attention.py` at commit {_short(last['commit'])}, "
+            f"Written by `python benchmarks/cpu_attention.py` at commit {short_commit(last['commit'])}, "
             f"torch {last['torch']}. "
             "All rows are in [results/cpu/attention.csv](results/cpu/attention.csv); "
             "[benchmarks/README.md](benchmarks/README.md) also has shorter lengths, the forward alone, and memory.",
@@ -438,6 +384,12 @@ def _headline(name: str) -> list[Pair]:
     return pairs
 
 
+def _training(machine: str) -> tuple[list[TrainingRow], str, bool]:
+    """The newest row of every training case, their file, and whether it has been drawn."""
+    file = f"results/{machine}/training.csv"
+    return newest(read_rows(ROOT / file, TrainingRow)), file, (ROOT / file).with_suffix(".png").exists()
+
+
 def _beside(machine: str) -> list[Beside]:
     """The headline's cases of which there are figures of others."""
     rows = [pair.both for pair in _headline(f"results/{machine}/attention.csv") if pair.both]
@@ -453,11 +405,6 @@ def _measured(name: str, contender: str, grid: str) -> dict[Case, Row]:
 
 def _shown_rows(pairs: Sequence[Pair]) -> list[Row]:
     return [row for pair in pairs for row in (pair.both, pair.forward) if row]
-
-
-def _commits(rows: Iterable[Row | TrainingRow]) -> str:
-    """The commits that the rows of a table come from."""
-    return " and ".join(dict.fromkeys(_short(row.commit) for row in rows))
 
 
 def _newest_rows(name: str) -> list[Row]:
@@ -483,13 +430,6 @@ def _by_setting(rows: Iterable[Row]) -> list[list[Row]]:
     return list(settings.values())
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """A table; columns without a value in any row are left out."""
-    kept = [i for i in range(len(head)) if any(row[i] != "-" for row in rows)]
-    lines = [[str(line[i]) for i in kept] for line in (head, *rows)]
-    return [f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * len(kept), *lines[1:])]
-
-
 def _blocks(row: Row) -> str:
     return f"{row.block_size} / {row.top_k}"
 
@@ -511,11 +451,6 @@ def _number(value: float | None) -> str:
         return "-"
     digits = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
     return f"{value:.{digits}f}"
-
-
-def _short(commit: str | None) -> str:
-    number, plus, changes = (commit or "unknown").partition("+")
-    return number[:10] + plus + changes
 
 
 if __name__ == "__main__":

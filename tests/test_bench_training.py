@@ -22,7 +22,7 @@ from openmoba.bench.training.cases import GRIDS, TrainingCase, TrainingRow
 from openmoba.bench.training.chart import rate_chart
 from openmoba.bench.training.command import run_training_benchmark
 from openmoba.bench.training.loops import BareLoop, make_loop, operations
-from openmoba.bench.training.profiles import describe, read_profile
+from openmoba.bench.training.profiles import describe, own_kernels, read_profile
 from openmoba.bench.training.table import markdown
 from openmoba.bench.training.watch import Watch
 from openmoba.cli import main
@@ -244,6 +244,7 @@ def test_profile_of_a_gpu_is_read_by_kernels() -> None:
         event("cudaStreamSynchronize", 0, 700, DeviceType.CPU),
         event("aten::mm", 0, 5000, DeviceType.CPU),
     ]
+    assert own_kernels()["_gate"] == "gate"
     seen = read_profile(SimpleNamespace(events=lambda: events))
     assert seen.busy_ms == pytest.approx(3.0)
     assert sum(seen.kernel_ms.values()) == pytest.approx(3.5)

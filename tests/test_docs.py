@@ -116,7 +116,7 @@ def test_tables_follow_their_files(tables: ModuleType, tmp_path: Path, monkeypat
     assert tables.peers("h200") == ""
     assert "| 128 | 128 / 8 | 8K | 2.00 | 4.00 | 2.0x |" in tables.cited("h200")  # FlashMoBA was timed above
     append_row(path, Row.of("moba", replace(case, tokens=2**17), p50_ms=2.0, commit="new", **origin))
-    assert "FlashAttention 4 beta took 40.0 ms, 20.0 times as long as 128 / 8 above" in tables.peers("h200")
+    assert "FlashAttention 4 beta took 40 ms, 20.0 times as long as 128 / 8 above" in tables.peers("h200")
     path = tmp_path / "results" / "h200" / "short.csv"
     for commit, short in zip(("older", "newer"), tables.GRIDS["short"], strict=False):
         append_row(path, Row.of("sdpa_cudnn", short, p50_ms=1.25, commit=commit, **origin))
@@ -155,6 +155,9 @@ def test_tables_follow_their_files(tables: ModuleType, tmp_path: Path, monkeypat
     moba = "| 4.0x | 50%, 50% | 25%, 25% | 50%, 50% | 9.0, 9.0 | 200 K | 400 K |"
     assert f"| llama 14 M | 4 | 100 K | 400 K | 300 K {moba}\n" in tables.training("h200")
     assert "700 TFLOP/s. Full attention ran as `cudnn`." in tables.training("h200")
+    assert "training.png" not in tables.training("h200")
+    path.with_suffix(".png").touch()
+    assert "(results/h200/training.png)" in tables.training("h200")
     assert "| llama 14m | yes | 32K, 2.0 s | 32K+, 2.0 s |\n" in tables.longest("h200")
     assert "was not tried" in tables.longest("h200")
     path = tmp_path / "results" / "cpu" / "attention.csv"

@@ -6,7 +6,7 @@ import csv
 import io
 import os
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,6 +90,24 @@ def length_name(tokens: int) -> str:
         if tokens % size == 0:
             return f"{tokens // size}{unit}"
     return str(tokens)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """The lines of a table; columns without a value ("-") in all rows are left out."""
+    kept = [i for i in range(len(head)) if any(row[i] != "-" for row in rows)]
+    lines = [[str(line[i]) for i in kept] for line in (head, *rows)]
+    return [f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * len(kept), *lines[1:])]
+
+
+def commits(rows: Iterable[Any]) -> str:
+    """The commits that rows come from."""
+    return " and ".join(dict.fromkeys(short_commit(row.commit) for row in rows))
+
+
+def short_commit(commit: str | None) -> str:
+    """Ten digits, and whether the files differed."""
+    number, plus, changes = (commit or "unknown").partition("+")
+    return number[:10] + plus + changes
 
 
 def _device(row: Any) -> str | None:

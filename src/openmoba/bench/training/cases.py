@@ -22,7 +22,7 @@ class TrainingCase:
         batch: windows of a micro-batch; a step has one.
         block_size, top_k: MoBA's; None for full attention.
         tokens: of a window; of kind "longest", where the search begins.
-        layers: "compiled" (each decoder layer on its own) or "eager".
+        layers: "compiled" (each decoder layer on its own, and the loss) or "eager".
         kind: "loop" (forward, backward, clip and optimizer, nothing else), "trainer" (the steps of
             `openmoba train`), or "longest" (the loop, with ever longer windows until one does not fit).
         checkpointing: whether activations are computed again in the backward pass.

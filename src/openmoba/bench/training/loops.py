@@ -81,7 +81,7 @@ class BareLoop:
     def step(self) -> None:
         """One step."""
         with autocast(self.device, self.device.type == "cuda"):
-            loss: Tensor = self.model(**self.windows, count=self.count)
+            loss: Tensor = self.model(**self.windows, count=self.count, places=slice(None))  # every label counts
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()

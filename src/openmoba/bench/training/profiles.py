@@ -77,7 +77,7 @@ def describe(seen: Seen, steps: int, step_ms: float, top: int = 25) -> str:
 
 
 def _of_kernels(kernels: list[Any], events: list[Any]) -> Seen:
-    own = _own_kernels()
+    own = own_kernels()
     kernel_ms, launches = _sums((event.name, event.time_range.elapsed_us() / 1000) for event in kernels)
     attention = {name: ms for name, ms in kernel_ms.items() if name in own or _DENSE_KERNEL.search(name)}
     calls = [event for event in events if event.device_type == DeviceType.CPU and _RUNTIME.match(event.name)]
@@ -110,15 +110,16 @@ def _inside(event: Any) -> bool:
     return False
 
 
-def _own_kernels() -> set[str]:
-    """Names of the Triton and Gluon kernels of the package, of the modules that have been imported."""
+def own_kernels() -> dict[str, str]:
+    """The package's Triton and Gluon kernels, of the modules that have been imported: name -> module below `triton`."""
     modules = [module for name, module in list(sys.modules.items()) if name.startswith("openmoba.ops.triton")]
     if not modules:
-        return set()
+        return {}
     from triton.runtime import KernelInterface
 
     functions = [value for module in modules for value in vars(module).values()]
-    return {kernel.__name__ for kernel in functions if isinstance(kernel, KernelInterface)}
+    kernels = [kernel for kernel in functions if isinstance(kernel, KernelInterface)]
+    return {kernel.__name__: kernel.fn.__module__.removeprefix("openmoba.ops.triton.") for kernel in kernels}
 
 
 def _sums(pairs: Iterable[tuple[str, float]]) -> tuple[dict[str, float], dict[str, int]]:

@@ -1,0 +1,63 @@
+"""What the README says of training: two tables with where their numbers come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from openmoba.bench.rows import commits, length_name, markdown_table
+from openmoba.bench.training.cases import TrainingRow
+from openmoba.bench.training.table import ARMS, comparison, longest_windows
+
+
+def training_document(rows: Sequence[TrainingRow], file: str, drawn: bool) -> str:
+    """The comparison of `rows`, which are in `file`, and their figure if it has been `drawn`; "" without any."""
+    rows = [row for row in rows if not row.error]
+    head, cells = comparison(rows)
+    if not cells:
+        return ""
+    timed = [row for row in rows if row.kind == "loop"]
+    first = timed[0]
+    kernels = "`, `".join(dict.fromkeys(row.attention_kernel or "?" for row in timed if row.block_size is None))
+    return "\n".join(
+        (
+            "## Training on a GPU",
+            "",
+            f"One {first.device}, {first.power_limit_w:.0f} W: whole training steps, optimizer included, in tokens per "
+            f"second. Random weights and tokens, vocabulary {first.vocabulary}, windows of {length_name(first.tokens)} "
+            "tokens, fp32 weights under bf16 autocast, layers and loss compiled. The columns from gain on compare "
+            f"MoBA {ARMS[0]} with full attention. Operations count attention at its real reads; MFU is their rate over "
+            f"that of an 8192^3 matrix product in the same run, {first.matrix_tflops:.0f} TFLOP/s. Full attention ran "
+            f"as `{kernels}`.",
+            "",
+            *markdown_table(head, cells),
+            "",
+            *(
+                [f"![Tokens per second over the size of the model]({file.removesuffix('.csv')}.png)", ""]
+                if drawn
+                else []
+            ),
+            f"Written by `openmoba bench training` at commit {commits(timed)}, torch {first.torch}, Triton "
+            f"{first.triton}, transformers {first.transformers}. All rows are in [{file}]({file}).",
+            "",
+        )
+    )
+
+
+def longest_document(rows: Sequence[TrainingRow]) -> str:
+    """The longest windows of `rows`; "" without any."""
+    rows = [row for row in rows if row.kind == "longest" and not row.error]
+    head, cells = longest_windows(rows)
+    if not cells:
+        return ""
+    open_end = " `+`: a longer one was not tried, since a step would take too long." if "+" in str(cells) else ""
+    return "\n".join(
+        (
+            f"The longest window, in tokens, to an eighth, that one {rows[0].device} trains, one window a step, and "
+            f"how long that step takes.{open_end}",
+            "",
+            *markdown_table(head, cells),
+            "",
+            f"Commit {commits(rows)}.",
+            "",
+        )
+    )
