@@ -32,7 +32,8 @@ def check_call(
     top_k: int,
 ) -> None:
     """Raise ValueError unless the tensors and settings describe one MoBA call."""
-    check_blocks(block_size, top_k)
+    # A block that holds whole sequences is as long as a compiler's symbol of a length.
+    check_blocks(1 if isinstance(block_size, torch.SymInt) else block_size, top_k)
     tensors = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
     _check_kind(tensors)
     _check_shapes(q, k, v, packed=cu_q is not None)

@@ -131,7 +131,7 @@ def _complete_in_torch(
 def _at(key_BSHD: Tensor, start_B: Tensor, position_BN: Tensor) -> Tensor:
     """Keys `[B, N, H, D]` at positions within the rows; anything beyond the cache."""
     slot_BN = (start_B[:, None] + position_BN).clamp(max=key_BSHD.shape[1] - 1).long()
-    return key_BSHD[torch.arange(len(start_B), device=key_BSHD.device)[:, None], slot_BN]
+    return key_BSHD[torch.arange(start_B.shape[0], device=key_BSHD.device)[:, None], slot_BN]
 
 
 def _power_of_two(x: Tensor) -> Tensor:
