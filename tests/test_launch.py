@@ -102,3 +102,25 @@ def test_profilers_hear_of_launches(name):
     run(X, Y)
     assert [entry[0] for entry in kernel.log] == ["triton", "triton", "direct"]
     assert run._compiled == watched == first  # what was compiled for the profiler is not kept
+
+
+def test_untested_versions_of_triton_launch_by_themselves(monkeypatch):
+    monkeypatch.setattr(launch, "_FIXED", False)
+    kernel = Kernel()
+    run = Launch(kernel, (5,), (3,), CONSTANTS)
+    run(X, Y)
+    run(X, Y)
+    assert [entry[0] for entry in kernel.log] == ["triton", "triton"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "version", "fixed"),
+    [(None, (3, 5), False), (None, (3, 6), True), (None, (4, 0), False), ("1", (3, 6), True), ("0", (3, 6), False)],
+)
+def test_which_launches_are_fixed(asked, version, fixed):
+    assert launch._are_fixed(asked, version) == fixed
+
+
+def test_the_setting_is_checked():
+    with pytest.raises(ValueError, match="OPENMOBA_FIXED_LAUNCHES must be 0 or 1, got 'off'"):
+        launch._are_fixed("off", (3, 6))

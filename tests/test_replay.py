@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,7 @@ class Adder:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def compile_and_run(*tensors: Any, SUMMAND: int) -> Any:
+            launch.knobs.runtime.launch_enter_hook(None)  # as Triton does
             self.run(*grid, *HEAD, *[None if x is None else x.data_ptr() for x in tensors], SUMMAND)
             return SimpleNamespace(run=self.run, function=7, packed_metadata="metadata")
 
@@ -109,6 +111,45 @@ def test_what_does_more_than_launch_is_worked_out_every_time():
         inputs = tensors(seed)
         assert torch.equal(play(call, inputs), expected(*inputs))
     assert call.runs == 3
+
+
+def test_kernels_that_were_not_noted_are_not_lost():
+    """Such as one that is launched by Triton's own `kernel[grid](...)`."""
+
+    class Doubled(Call):
+        def __call__(self, x: Tensor, y: Tensor | None, z: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+            out, unused = super().__call__(x, y, z, *settings)
+            twice = torch.empty(SIZE, dtype=torch.int64)
+            Adder()[1, 1, 1](twice, out, out, SUMMAND=0)
+            return twice, unused
+
+    call = Doubled()
+    for seed in range(3):
+        inputs = tensors(seed)
+        assert torch.equal(play(call, inputs), 2 * expected(*inputs))
+    assert call.runs == 3
+
+
+def test_launches_of_other_threads_do_not_count():
+    def launch_elsewhere() -> None:
+        thread = Thread(target=lambda: ADD(*torch.empty(2, SIZE, dtype=torch.int64).unbind(), None))
+        thread.start()
+        thread.join()
+
+    call = Call(more=launch_elsewhere)
+    for seed in range(2):
+        inputs = tensors(seed)
+        assert torch.equal(play(call, inputs), expected(*inputs))
+    assert call.runs == 1
+
+
+def test_nothing_is_replayed_where_launches_are_not_fixed(monkeypatch):
+    monkeypatch.setattr(launch, "_FIXED", False)
+    call = Call()
+    for seed in range(2):
+        inputs = tensors(seed)
+        assert torch.equal(play(call, inputs), expected(*inputs))
+    assert call.runs == 2
 
 
 def test_every_kind_of_call_is_written_down():

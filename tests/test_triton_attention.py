@@ -9,6 +9,8 @@ import numpy
 import pytest
 import torch
 from attending import Case, assert_as_accurate_as_plain_pytorch, batched, opposed, oracle, packed, poisoned_memory, run
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
@@ -19,6 +21,7 @@ from openmoba import moba_attention
 from openmoba.ops.triton import attention, backward, forward
 from openmoba.ops.triton import plan as plans
 from openmoba.ops.triton.geometry import Geometry
+from openmoba.ops.triton.launch import Launch
 from openmoba.ops.triton.plan import item_bounds, make_items, make_plan
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
@@ -162,8 +165,9 @@ def test_bits_repeat_and_do_not_depend_on_the_workspace(monkeypatch):
 
     monkeypatch.setattr(attention, "heads_at_once", counted)
     first, again = run(case), run(case)
-    bytes_of_two_heads = 2 * (2 * 9) * (16 * 4 + 24)
-    monkeypatch.setattr(attention, "workspaces", lambda _: (bytes_of_two_heads, bytes_of_two_heads))
+    pairs, items = 2 * 9, 2 * 3 + 1
+    head_bytes = pairs * (16 * 4 + 24), pairs * (16 * 4 + 24) + 2 * items * 8 * 16 * 4
+    monkeypatch.setattr(attention, "workspaces", lambda _: tuple(2 * x for x in head_bytes))
     for x, y, z in zip(first, again, run(case), strict=True):
         assert torch.equal(x, y)
         assert torch.equal(x, z)
@@ -235,6 +239,29 @@ def test_heads_at_once_on_a_large_device(monkeypatch, tokens, block_size, top_k,
     geometry = Geometry(False, 1, tokens, tokens, 32, 8, 128, block_size, top_k)
     assert attention.heads_at_once(geometry, FP16, device) == heads
     assert attention.tokens_at_once(geometry, heads, FP16, device) == tokens_at_once
+
+
+def test_the_workspace_holds_the_partials_of_keys_and_values(monkeypatch):
+    """Many short sequences: every list has a whole block of partials, and hardly a pair."""
+    monkeypatch.setenv("OPENMOBA_WORKSPACE_MB", "1")
+    case = packed(FP32, [2] * 39 + [70], [2] * 39 + [70], (4, 4, 16), 64, 2)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                largest = max(largest, result.untyped_storage().nbytes())
+            return result
+
+    monkeypatch.setattr(Launch, "__call__", lambda *_: None)  # allocations are all that counts
+    saved = attention.forward(case.q, case.k, case.v, case.cu_q, case.cu_k, 64, 2, 0.25)
+    with Watch():
+        attention.backward(case.d_out, case.q, case.k, case.v, *saved, case.cu_q, case.cu_k, 64, 2, 0.25)
+    geometry = Geometry.of(case.q, case.k, case.cu_q, 64, 2)
+    of_a_head = backward.key_partial_bytes(geometry, FP32)
+    assert 4 * of_a_head > 2**20 >= largest >= of_a_head
 
 
 def test_workspace_setting(monkeypatch):

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from attending import (
     Case,
     assert_as_accurate_as_plain_pytorch,
@@ -250,6 +252,54 @@ def test_compiled_in_one_graph():
     out = attend(*inputs)
     results = out.detach(), *torch.autograd.grad(out, inputs, case.d_out)
     assert_same_bits(results, run(example()))
+
+
+@pytest.mark.parametrize("queries", [1000, 300])
+def test_dense_path_compiled_with_changing_lengths(queries):
+    """Some but not all queries of a sequence too, for which SDPA needs what compilers do not trace."""
+
+    @torch.compile(fullgraph=True, dynamic=True)
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return moba_attention(q, k, v, block_size=512, top_k=4)
+
+    for more in (0, 24):
+        case = replace(example(queries + more, 1000 + more), block_size=512, top_k=4)
+        inputs = [x.requires_grad_() for x in (case.q, case.k, case.v)]
+        out = attend(*inputs)
+        results = out, *torch.autograd.grad(out, inputs, case.d_out)
+        wide = [x.detach().double().requires_grad_() for x in inputs]
+        expected = moba_attention(*wide, block_size=512, top_k=4)
+        gradients = torch.autograd.grad(expected, wide, case.d_out.double())
+        for x, plainly, exact in zip(results, run(case), (expected, *gradients), strict=True):
+            error, allowed = ((y - exact).square().mean().sqrt() for y in (x, plainly))
+            assert error <= 2 * allowed
+
+
+def test_kernels_of_others_are_not_lost_by_replay(monkeypatch):
+    """A launch that is not of this package, within a call: the call is worked out every time."""
+    case = batched(BF16, (2, 700, 700, 6, 2, 64), 64, 3, "cuda")
+    expected = run(case)
+    replay.forget()
+    row_statistics, launches = attention.row_statistics, []
+
+    def with_another_launch(d_out: Tensor, out: Tensor, lse: Tensor, geometry: Geometry) -> Tensor:
+        statistics = row_statistics(d_out, out, lse, geometry)
+        copy = torch.empty_like(statistics)
+        _copy[(triton.cdiv(copy.numel(), 1024),)](statistics, copy, copy.numel())
+        launches.append(copy)
+        return copy
+
+    monkeypatch.setattr(attention, "row_statistics", with_another_launch)
+    for _ in range(3):
+        assert_same_bits(run(case), expected)
+    assert len(launches) == 3
+    replay.forget()
+
+
+@triton.jit
+def _copy(x_ptr, y_ptr, size):
+    at = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    tl.store(y_ptr + at, tl.load(x_ptr + at, mask=at < size), mask=at < size)
 
 
 def test_more_elements_than_int32_counts(monkeypatch):

@@ -12,8 +12,8 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from openmoba.config import MobaConfig
-from openmoba.hf.model import check_supported
-from openmoba.hf.settings import NAME
+from openmoba.hf.settings import NAME, saved
+from openmoba.hf.support import check_supported
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
@@ -53,7 +53,7 @@ def convert(source: str | Path, out: Path, settings: MobaConfig) -> Path:
         for path in folder.glob(pattern):
             shutil.copyfile(path, partial / path.name)
     values = json.loads((folder / "config.json").read_text())
-    values[NAME] = settings.to_dict()
+    values = saved(values | {NAME: settings.to_dict()})
     (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     return partial.rename(out)
 

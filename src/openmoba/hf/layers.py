@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
-from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from openmoba.config import MobaConfig
 from openmoba.hf.cache import paged_layer
 from openmoba.hf.rows import attach_rows
 from openmoba.hf.settings import NAME
+from openmoba.hf.support import check_supported, is_attention
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def prepare_new_models() -> None:
     """From now on prepare every model whose configuration holds MoBA settings when it is built.
 
     So models get their layers' settings however they are made: `from_pretrained` of a saved model, or by name with
-    `attn_implementation="moba", moba={...}`. transformers calls `post_init` at the end of every model's making.
+    `attn_implementation="moba", moba={...}`. transformers calls `post_init` at the end of every model's making. Models
+    that MoBA cannot stand in for are refused there, before their weights are read.
     """
     post_init = PreTrainedModel.post_init
 
@@ -71,14 +72,11 @@ def prepare_new_models() -> None:
     def post_init_and_prepare(self: Any) -> None:
         post_init(self)
         if self.config.moba is not None:
+            if self.config._attn_implementation == NAME:
+                check_supported(self)
             prepare(self, MobaConfig.from_dict(self.config.moba))
 
     PreTrainedModel.post_init = post_init_and_prepare
-
-
-def is_attention(module: nn.Module) -> bool:
-    """Whether a module is an attention layer of a decoder."""
-    return "Attention" in type(module).__name__ and hasattr(module, "layer_idx")
 
 
 def settings_of_layer(module: Any) -> LayerSettings:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
+from openmoba.hf.support import windows_are_idle
 from openmoba.ops.decode import MAX_QUERIES
 
 UNWRITTEN, PADDING = -1, 0
@@ -52,6 +53,7 @@ def segment_map(
     local_size: int | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    config: Any = None,
     **_: Any,
 ) -> Tensor | None:
     """The segment map `[B, 1, 1, S]` or a shorter form of it, in transformers' signature for mask functions.
@@ -61,10 +63,13 @@ def segment_map(
         mask_function: transformers' predicate; plain causal, or causal within packed sequences.
         attention_mask: bool `[B, written slots]`, False for padding.
         local_size, use_vmap: set for sliding windows and for custom mask functions, which are refused.
+        config: of the model; some make masks for windows that none of their layers has.
 
     Raises:
         ValueError: for a mask that is not causal over whole sequences.
     """
+    if local_size is not None and windows_are_idle(config):
+        return None
     if local_size is not None or kv_offset != 0:
         raise ValueError(
             f"MoBA has no sliding window or chunked attention, got a window of {local_size}; "

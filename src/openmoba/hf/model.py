@@ -7,6 +7,7 @@ from typing import Any
 from openmoba.config import MobaConfig
 from openmoba.hf.layers import prepare
 from openmoba.hf.settings import NAME
+from openmoba.hf.support import check_supported
 
 
 def configure(model: Any, settings: MobaConfig | None) -> Any:
@@ -24,8 +25,8 @@ def configure(model: Any, settings: MobaConfig | None) -> Any:
         The same model.
 
     Raises:
-        ValueError: if the model has attention that MoBA does not replace, such as a sliding window, or if
-            `settings` name layers that it does not have.
+        ValueError: if the model has attention that MoBA does not replace, such as a sliding window, values of another
+            width than the keys, or no causal mask, or if `settings` name layers that it does not have.
     """
     if settings is not None:
         check_supported(model)
@@ -50,21 +51,3 @@ def attend_fully(model: Any) -> Any:
     model.set_attn_implementation(NAME)
     prepare(model, None)
     return model
-
-
-def check_supported(model: Any) -> None:
-    """ValueError unless every attention layer of the model is causal over the whole past."""
-    config, name = model.config, type(model).__name__
-    if config.is_encoder_decoder or config.get_text_config(decoder=True) is not config:
-        raise ValueError(f"MoBA replaces the attention of decoder-only text models; {name} is not one")
-    if not model._can_set_attn_implementation():
-        raise ValueError(f"{name} does not take its attention from transformers' AttentionInterface")
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise ValueError(f"{name} has layers of types {sorted(kinds)}; MoBA replaces 'full_attention' layers only")
-    window = getattr(config, "sliding_window", None)
-    if window is not None:
-        raise ValueError(
-            f"{name} attends within a sliding window of {window}; load it with sliding_window=None "
-            "to give it MoBA over the whole past"
-        )

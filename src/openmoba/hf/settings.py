@@ -1,14 +1,16 @@
 """The MoBA settings of a transformers model: where they are kept, and how they survive saving and loading.
 
 They live in the model's configuration under the key `moba`, as `MobaConfig.to_dict` gives them, and so in
-`config.json`. transformers saves no attention implementation, therefore `moba` is made a property here:
-setting it, which loading a `config.json` does too, also selects the attention implementation "moba" unless
-another one was asked for.
+`config.json`. transformers saves no attention implementation, so a program that does not import `openmoba.hf` would run
+full attention without a word. Therefore `config.json` also names an `attn_implementation` that nobody registers: it is
+honoured on loading and so refused by name, with the way out in it, unless the caller asks for "sdpa" or another one.
+Here it is read as "moba".
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import wraps
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -16,6 +18,7 @@ from transformers import PreTrainedConfig
 from openmoba.config import MobaConfig
 
 NAME = "moba"
+SAVED_AS = "moba (import openmoba.hf)"
 
 
 def _get(config: Any) -> dict[str, Any] | None:
@@ -29,8 +32,25 @@ def _set(config: Any, values: Mapping[str, Any] | MobaConfig | None) -> None:
         return
     settings = values if isinstance(values, MobaConfig) else MobaConfig.from_dict(dict(values))
     config.__dict__[NAME] = settings.to_dict()
-    if config._attn_implementation is None:
-        config._attn_implementation = NAME
+    config._attn_implementation = config._attn_implementation  # which may be "moba" from now on
 
 
+def saved(values: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a `config.json` with those that loading needs, if these are MoBA's."""
+    return values if values.get(NAME) is None else values | {"attn_implementation": SAVED_AS}
+
+
+def _set_implementation(config: Any, value: Any) -> None:
+    unasked = value is None or value == SAVED_AS
+    _implementation.fset(config, NAME if unasked and _get(config) is not None else value)
+
+
+@wraps(PreTrainedConfig.to_dict)
+def _to_dict(config: Any) -> dict[str, Any]:
+    return saved(_plain_to_dict(config))
+
+
+_implementation, _plain_to_dict = PreTrainedConfig._attn_implementation, PreTrainedConfig.to_dict
 PreTrainedConfig.moba = property(_get, _set, doc="MoBA settings (`openmoba.MobaConfig` as a dict), or None.")
+PreTrainedConfig._attn_implementation = _implementation.setter(_set_implementation)
+PreTrainedConfig.to_dict = _to_dict

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from openmoba.hf.layers import is_attention
+from openmoba.hf.support import is_attention
 from openmoba.lab.loss import compile_loss
 
 

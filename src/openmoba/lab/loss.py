@@ -85,7 +85,8 @@ def linear_loss(
     if count is not None:
         own = chunk_gradient or _chunk_gradient
         return _MeanLoss.apply(h_NC, weight_VC, bias_V, label_N, count, own)  # type: ignore[no-any-return,no-untyped-call]
-    losses, loss_N = torch.zeros(labels.numel(), device=labels.device), torch.empty(len(label_N), device=labels.device)
+    losses = torch.zeros(labels.numel(), dtype=torch.float32, device=labels.device)
+    loss_N = losses.new_empty(len(label_N))
     weight_VC, bias_V = _as_computed(weight_VC, h_NC), None if bias_V is None else _as_computed(bias_V, h_NC)
     for rows in _chunks(label_N, len(weight_VC)):
         logit_NV = torch.nn.functional.linear(_as_computed(h_NC[rows], h_NC), weight_VC, bias_V).float()
@@ -125,7 +126,7 @@ class _MeanLoss(torch.autograd.Function):
     ) -> Tensor:
         w_VC = _as_computed(weight_VC, h_NC)
         b_V = None if bias_V is None else _as_computed(bias_V, h_NC)
-        total = torch.zeros((), device=h_NC.device)
+        total = torch.zeros((), dtype=torch.float32, device=h_NC.device)
         dh_NC = torch.empty_like(h_NC)
         dw_VC = torch.zeros_like(weight_VC)
         db_V = None if bias_V is None else torch.zeros_like(bias_V)

@@ -10,13 +10,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from openmoba.ops import library
-from openmoba.ops.checks import check_call, check_scale, check_triton
+from openmoba.ops.checks import check_call, check_scale, check_triton, refuse_forward_mode
 from openmoba.ops.dense import dense_attention
 from openmoba.ops.reference import reference_attention, reference_select
 
@@ -83,11 +84,10 @@ def moba_attention(
 
     Source: arXiv 2502.13189, equations 2 to 6.
     """
-    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
-        # As SDPA does; precision inside is the implementation's own.
-        low = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x if x.dtype == torch.float64 else x.to(low) for x in (q, k, v))
-        with torch.autocast(q.device.type, enabled=False):
+    low = _autocast_dtype(q)
+    if low is not None:
+        q, k, v = (_lowered(x, low) for x in (q, k, v))
+        with torch.autocast(q.device.type, enabled=False):  # precision inside is the implementation's own
             return moba_attention(
                 q,
                 k,
@@ -105,13 +105,14 @@ def moba_attention(
     scale = check_scale(q, scale)
     if path == "mask":
         return reference_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, scale)
+    refuse_forward_mode(q, k, v)
     if q.numel() == 0:
         return q * (k.sum() + v.sum())  # empty, and every gradient exists
     if path == "dense":
         return dense_attention(q, k, v, scale)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    if cu_seqlens_k is not None:
-        top_k = min(top_k, -(-len(k) // block_size))  # no sequence has more blocks to choose from
+    if cu_seqlens_k is not None and top_k * block_size > k.shape[0]:
+        top_k = -(-k.shape[0] // block_size)  # no sequence has more blocks to choose from
     return library.attention(run, q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, scale)
 
 
@@ -128,8 +129,22 @@ def moba_select(
     """The past blocks every query reads, best first: int32 `[..., H, top_k - 1]`, -1 for none.
 
     Arguments as in `moba_attention`. Blocks are numbered within their sequence. Equal scores go to the later
-    block. The own block is always read and not listed. Not differentiable.
+    block. The own block is always read and not listed. Not differentiable. Under autocast it is the choice of
+    `moba_attention`, among inputs in autocast's dtype.
     """
+    low = _autocast_dtype(q)
+    if low is not None:
+        q, k = _lowered(q, low), _lowered(k, low)
+        with torch.autocast(q.device.type, enabled=False):  # scores are summed in fp32
+            return moba_select(
+                q,
+                k,
+                block_size=block_size,
+                top_k=top_k,
+                cu_seqlens_q=cu_seqlens_q,
+                cu_seqlens_k=cu_seqlens_k,
+                impl=impl,
+            )
     check_call(q, k, None, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
     run, _ = _implementation(q, impl)
     q, k = (x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in (q, k))
@@ -152,7 +167,13 @@ def explain(
     scale: float | None = None,
     impl: str = "auto",
 ) -> Explanation:
-    """Say which implementation `moba_attention` would run with these arguments, and why; runs nothing."""
+    """Say which implementation `moba_attention` would run with these arguments, and why; runs nothing.
+
+    Under autocast that is of inputs in its dtype, as `moba_attention` casts them.
+    """
+    low = _autocast_dtype(q)
+    if low is not None:
+        q, k, v = (_lowered(x, low, torch.empty_like) for x in (q, k, v))
     check_call(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
     run, reason = _implementation(q, impl)
     path = _path(run, k, cu_seqlens_k, block_size, top_k)
@@ -164,6 +185,19 @@ def explain(
         if run == "triton":
             reason += f"; {_kernels(q, k, v, cu_seqlens_q, block_size, top_k)}"
     return Explanation(run, path, reason)
+
+
+def _autocast_dtype(q: Tensor) -> torch.dtype | None:
+    """What autocast has attention computed in on q's device; None where it is off, or q is no tensor."""
+    device = q.device.type if isinstance(q, Tensor) else "meta"
+    on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
+def _lowered(x: Tensor, dtype: torch.dtype, cast: Callable[..., Tensor] = Tensor.to) -> Tensor:
+    """What autocast makes of an input of SDPA: fp64, and what is no float, stay."""
+    lowers = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+    return cast(x, dtype=dtype) if lowers else x
 
 
 def _kernels(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> str:

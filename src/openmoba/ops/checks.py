@@ -9,11 +9,16 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from openmoba.config import check_blocks
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _HAS_TRITON = find_spec("triton") is not None  # found once: compilers cannot trace the search
+NO_FORWARD_MODE = (
+    "openmoba: this implementation has no forward-mode derivatives (jvp, jacfwd, linearize, hessian); "
+    "use impl='reference', or reverse mode (grad, vjp, jacrev)"
+)
 MIN_HEAD_WIDTH, MAX_HEAD_WIDTH = 8, 256
 
 
@@ -27,7 +32,8 @@ def check_call(
     top_k: int,
 ) -> None:
     """Raise ValueError unless the tensors and settings describe one MoBA call."""
-    check_blocks(block_size, top_k)
+    # A block that holds whole sequences is as long as a compiler's symbol of a length.
+    check_blocks(1 if isinstance(block_size, torch.SymInt) else block_size, top_k)
     tensors = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
     _check_kind(tensors)
     _check_shapes(q, k, v, packed=cu_q is not None)
@@ -142,5 +148,18 @@ def _assert_on_device(cu_q: Tensor, cu_k: Tensor, queries: int, keys: int) -> No
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
-    """Whether a result of these would be differentiated."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    """Whether a result of these would be differentiated, in either mode."""
+    backward = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return backward or _has_tangent(*tensors)
+
+
+def refuse_forward_mode(*tensors: Tensor) -> None:
+    """NotImplementedError if a fast implementation would lose forward-mode derivatives of these, as 0."""
+    if _has_tangent(*tensors):
+        raise NotImplementedError(NO_FORWARD_MODE)
+
+
+def _has_tangent(*tensors: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # transforms are not compiled
+        return False
+    return any(unpack_dual(x).tangent is not None for x in tensors)  # type: ignore[no-untyped-call]

@@ -38,12 +38,12 @@ class _Workspace:
     """One buffer for the slots of part after part: touching fresh memory costs as much as filling it."""
 
     def __init__(self) -> None:
-        self.buffer = torch.empty(0)
+        self.buffer = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def rows(self, count: int, width: int) -> Tensor:
         """Uninitialised fp32 `[count, width]`, valid until the next call."""
         if self.buffer.numel() < count * width:
-            self.buffer = torch.empty(count * width)
+            self.buffer = torch.empty(count * width, dtype=torch.float32, device="cpu")
         return self.buffer[: count * width].view(count, width)
 
 
@@ -168,7 +168,7 @@ def _batches(todo: Plan, row_bytes: int) -> Iterator[tuple[Tiles, Tensor, Tensor
     for tiles in todo.tiles:
         tile_bytes = (3 * tiles.row_LR.shape[1] + 2 * tiles.span) * row_bytes
         at_once = max(1, BYTES_AT_ONCE // tile_bytes // threads) * threads
-        key_M = torch.arange(tiles.span)
+        key_M = torch.arange(tiles.span, device="cpu")
         for row_LR, key_L in zip(torch.split(tiles.row_LR, at_once), torch.split(tiles.key_L, at_once), strict=True):
             yield tiles, row_LR, key_L[:, None] + key_M
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from openmoba.config import check_blocks
 from openmoba.ops.checks import check_scale, check_triton, needs_gradient
-from openmoba.ops.library import device_of
+from openmoba.ops.library import device_of, is_plain, one_by_one
 from openmoba.ops.pages import accumulation_dtype, centroid_dtype
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
@@ -65,7 +65,8 @@ def moba_decode(
             have a contiguous last dimension.
 
     Returns:
-        `[B, T, H, D]` in q's dtype; zero for queries before a row's first token. Not differentiable.
+        `[B, T, H, D]` in q's dtype, also under autocast, which would copy the caches; zero for queries before a
+        row's first token. Not differentiable.
 
     Raises:
         ValueError: naming the argument and its value, or that an input requires a gradient while gradients are
@@ -75,7 +76,8 @@ def moba_decode(
     _check(q, k_cache, v_cache, centroids, lengths, starts, block_size, top_k)
     if needs_gradient(q, k_cache, v_cache):
         raise ValueError(
-            "moba_decode has no gradient, and an input requires one; use moba_attention or torch.no_grad()"
+            "moba_decode has no gradient, and an input requires one; use moba_attention, with impl='reference' for "
+            "forward mode (jvp), or torch.no_grad()"
         )
     scale = check_scale(q, scale)
     if _implementation(q, impl) == "triton":
@@ -117,7 +119,7 @@ def _decode_triton(
             raise ValueError(f"{name}'s last dimension must be contiguous, got strides {x.stride()}")
     q = q if q.stride(-1) == 1 else q.contiguous()
     arguments = (q, k_cache, v_cache, centroids, lengths, starts, block_size, top_k, scale)
-    if not torch.compiler.is_compiling():  # dispatch would take as long as the kernels
+    if is_plain(q, k_cache, v_cache, centroids, lengths):  # dispatch would take as long as the kernels
         return _triton_decode(*arguments)
     with torch.no_grad():
         out: Tensor = torch.ops.openmoba.triton_decode(*arguments)
@@ -147,6 +149,9 @@ _decode_op = torch.library.custom_op("openmoba::triton_decode", _triton_decode, 
 @_decode_op.register_fake
 def _fake_triton_decode(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
+
+
+_decode_op.register_vmap(lambda info, dims, *arguments: one_by_one(_decode_op, info, dims, arguments))
 
 
 def _decode_one(

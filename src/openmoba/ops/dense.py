@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,22 +25,35 @@ _CUDA_BACKENDS = [
 def dense_attention(q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, scale: float) -> Tensor:
     """Causal softmax attention, queries aligned to the end of the keys, `[B, T, H, D]`.
 
-    SDPA wherever it is causal without an explicit mask, whose memory would be quadratic. On CPU it is not with
-    some but not all queries of a sequence; that is MoBA with one block, which every query owns.
+    SDPA wherever it is causal without an explicit mask, whose memory would be quadratic; else MoBA with one block,
+    which every query owns.
     """
     queries, keys = q_BTHD.shape[1], k_BSHD.shape[1]
-    square = queries == keys
-    if not square and queries > 1 and q_BTHD.device.type != "cuda":
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BTHD, k_BSHD, v_BSHD))
-        return library.attention("cpu", q, k, v, None, None, keys, 1, scale)
-    mask = None if square or queries == 1 else _lower_right(queries, keys)
+    # Lengths may be symbols of a compiler, and SDPA takes no comparison of such, but what a branch on it decides.
+    options: dict[str, Any] = {}
+    if queries == keys:
+        options["is_causal"] = True
+    elif queries > 1:
+        impl = _one_block(q_BTHD)
+        if impl is not None:
+            q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BTHD, k_BSHD, v_BSHD))
+            return library.attention(impl, q, k, v, None, None, keys, 1, scale)
+        options["attn_mask"] = _lower_right(queries, keys)
+    if q_BTHD.shape[2] != k_BSHD.shape[2]:
+        options["enable_gqa"] = True
     q_BHTD, k_BHSD, v_BHSD = (x.transpose(1, 2) for x in (q_BTHD, k_BSHD, v_BSHD))
-    grouped = q_BTHD.shape[2] != k_BSHD.shape[2]
     with _backends(q_BTHD):
-        out_BHTD = scaled_dot_product_attention(
-            q_BHTD, k_BHSD, v_BHSD, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=grouped
-        )
+        out_BHTD = scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, scale=scale, **options)
     return out_BHTD.transpose(1, 2)
+
+
+def _one_block(q: Tensor) -> str | None:
+    """What computes some but not all queries of a sequence where SDPA is not causal without a mask: on CPU, and under
+    compilers, which cannot trace what says so on CUDA. None: SDPA.
+    """
+    if q.device.type != "cuda":
+        return "cpu"
+    return "triton" if torch.compiler.is_compiling() and q.dtype != torch.float64 else None
 
 
 def _backends(q: Tensor) -> AbstractContextManager[object]:

@@ -14,6 +14,7 @@ Modules are imported when an operation first runs, so that importing openmoba ne
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
 from importlib import import_module
@@ -23,8 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as are_transforms_active
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from openmoba.ops.checks import NO_FORWARD_MODE
 
 _IMPLEMENTATIONS = {"cpu": "openmoba.ops.cpu", "triton": "openmoba.ops.triton.attention"}
 
@@ -40,15 +44,18 @@ def attention(
     top_k: int,
     scale: float,
 ) -> Tensor:
-    """Run the forward of `impl`; differentiable once in q, k and v.
+    """Run the forward of `impl`; differentiable once in q, k and v, backward only.
 
     The registered operation is there for compilers and other tracers. Its dispatch takes as long as several kernels, so
     plain tensors go around it.
     """
     arguments = (q, k, v, cu_q, cu_k, block_size, top_k, scale)
-    plain = all(type(x) in (Tensor, Parameter) for x in (q, k, v)) and not q.is_meta
-    if plain and not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or are_transforms_active()):
-        out: Tensor = _Attention.apply(impl, *arguments)[0]  # type: ignore[no-untyped-call]
+    if are_transforms_active():
+        from openmoba.ops import transforms  # imports what compiles, which importing openmoba must not
+
+        out: Tensor = transforms.forward(impl, *arguments)[0]
+    elif is_plain(q, k, v):
+        out = _Attention.apply(impl, *arguments)[0]  # type: ignore[no-untyped-call]
     else:
         out = getattr(torch.ops.openmoba, f"{impl}_forward")(*arguments)[0]
     return out
@@ -60,6 +67,12 @@ def select(
     """Run the registered selection operation of `impl`."""
     selected: Tensor = getattr(torch.ops.openmoba, f"{impl}_select")(q, k, cu_q, cu_k, block_size, top_k)
     return selected
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether kernels can be launched on these right away: they hold numbers, and nothing traces what is done."""
+    held = all(type(x) in (Tensor, Parameter) for x in tensors) and not tensors[0].is_meta
+    return held and not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or are_transforms_active())
 
 
 def device_of(x: Tensor) -> AbstractContextManager[None]:
@@ -76,20 +89,52 @@ class _Attention(torch.autograd.Function):
         with device_of(arguments[0]):
             outputs: tuple[Tensor, Tensor, Tensor] = _module(impl).forward(*arguments)
         ctx.impl = impl
-        _save_for_backward(ctx, arguments, outputs)
+        save_for_backward(ctx, arguments, outputs)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if d_out is None:
             return (None,) * 9
-        if torch.is_grad_enabled():  # create_graph: the registered operation refuses to be differentiated again
-            run = getattr(torch.ops.openmoba, f"{ctx.impl}_backward")
+        arguments = (d_out, *ctx.saved_tensors, *ctx.settings)
+        if is_legacy_batchedtensor(d_out):  # of is_grads_batched: the registered operation takes batches apart
+            gradients = getattr(torch.ops.openmoba, f"{ctx.impl}_backward")(*arguments)
+        elif torch.is_grad_enabled() or are_transforms_active():  # create_graph, and transforms of the gradient
+            from openmoba.ops import transforms
+
+            gradients = transforms.backward(ctx.impl, *arguments)
         else:
-            run = _module(ctx.impl).backward
-        with device_of(d_out):
-            dq, dk, dv = run(d_out, *ctx.saved_tensors, *ctx.settings)
-        return None, dq, dk, dv, None, None, None, None, None
+            gradients = run(ctx.impl, "backward", arguments)
+        return None, *gradients, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise NotImplementedError(NO_FORWARD_MODE)
+
+
+def run(impl: str, name: str, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Run "forward" or "backward" of an implementation, by its registered operation where something traces."""
+    q = arguments[0]
+    function = getattr(_module(impl), name) if is_plain(q) else getattr(torch.ops.openmoba, f"{impl}_{name}")
+    with device_of(q):
+        outputs: tuple[Tensor, Tensor, Tensor] = function(*arguments)
+    return outputs
+
+
+def one_by_one(
+    function: Callable[..., Any], info: Any, dims: tuple[int | None, ...], arguments: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """`vmap` of a function: its elements have nothing in common that could be computed together."""
+
+    def element(x: Any, dim: int | None, i: int) -> Any:
+        return x if dim is None else x.select(dim, i).contiguous()
+
+    results = [
+        function(*[element(x, dim, i) for x, dim in zip(arguments, dims, strict=True)]) for i in range(info.batch_size)
+    ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
 
 @cache
@@ -159,8 +204,9 @@ def _register(impl: str) -> None:
 
     backward.register_fake(_fake_backward)
     select.register_fake(_fake_select)
-    forward.register_autograd(_Backward(backward), setup_context=_save_for_backward)
-    backward.register_autograd(_refuse_double_backward)
+    forward.register_autograd(_Backward(backward), setup_context=save_for_backward)
+    backward.register_autograd(refuse_double_backward)
+    select.register_vmap(lambda info, dims, *arguments: one_by_one(select, info, dims, arguments))
 
 
 def _fake_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,7 +217,7 @@ def _fake_select(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
     return q.new_empty((*q.shape[:-1], top_k - 1), dtype=torch.int32)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, cu_q, cu_k, *settings = inputs
     out, lse, choice = output
     ctx.mark_non_differentiable(lse, choice)
@@ -191,7 +237,7 @@ class _Backward:
         return dq, dk, dv, None, None, None, None, None
 
 
-def _refuse_double_backward(ctx: Any, *_: Any) -> None:
+def refuse_double_backward(ctx: Any, *_: Any) -> None:
     raise NotImplementedError(
         "openmoba: this implementation is differentiable once; for double backward use impl='reference'"
     )

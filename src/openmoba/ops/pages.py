@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from openmoba.ops.library import device_of
+from openmoba.ops.library import device_of, is_plain
 
 ANCHOR_KEYS = 64
 ROOM = 4  # deviations from the anchor are scaled to 2^4, leaving 2^12 to the largest fp16
@@ -70,7 +70,7 @@ def complete_pages(
         )
     arguments = (centroids, keys, lengths, starts, new, block_size)
     on_device = keys.is_cuda and keys.dtype != torch.float64
-    if on_device and not torch.compiler.is_compiling():  # dispatch would take as long as the kernel
+    if on_device and is_plain(centroids, keys, lengths):  # dispatch would take as long as the kernel
         _complete_on_device(*arguments)
         return
     with torch.no_grad():
@@ -131,10 +131,10 @@ def _complete_in_torch(
 def _at(key_BSHD: Tensor, start_B: Tensor, position_BN: Tensor) -> Tensor:
     """Keys `[B, N, H, D]` at positions within the rows; anything beyond the cache."""
     slot_BN = (start_B[:, None] + position_BN).clamp(max=key_BSHD.shape[1] - 1).long()
-    return key_BSHD[torch.arange(len(start_B), device=key_BSHD.device)[:, None], slot_BN]
+    return key_BSHD[torch.arange(start_B.shape[0], device=key_BSHD.device)[:, None], slot_BN]
 
 
 def _power_of_two(x: Tensor) -> Tensor:
     """The powers of two that take x > 0 into [2^4, 2^5); 1 for 0."""
-    exponent = (ROOM + 1 - torch.frexp(x).exponent).clamp(-126, 127)
+    exponent = (ROOM + 1 - torch.frexp(x).exponent).clamp(-126, 127).to(x.dtype)  # else powers are of the default dtype
     return torch.where(x > 0, torch.ldexp(torch.ones_like(x), exponent), 1.0)

@@ -50,8 +50,8 @@ def _select_batch(q_BTHD: Tensor, k_BSJD: Tensor, block_size: int, top_k: int) -
         # equal scores wherever they lie, and a query the same scores however a sequence is cut.
         score_BJRN = (q_BJRD @ centroid_BJDN[..., :past]).float()
         rank_BJTGN = torch.unflatten(_ranks(score_BJRN), 2, (end - start, -1))
-        own_T = torch.arange(offset + start, offset + end) // block_size
-        rank_BJTGN.masked_fill_((torch.arange(past) >= own_T[:, None])[:, None], _NONE)
+        own_T = torch.arange(offset + start, offset + end, device="cpu") // block_size
+        rank_BJTGN.masked_fill_((torch.arange(past, device="cpu") >= own_T[:, None])[:, None], _NONE)
         best_BTJGK = rank_BJTGN.topk(wanted).values.permute(0, 2, 1, 3, 4)
         selected_BTHK[:, start:end, :, :wanted] = _block_numbers(best_BTJGK).flatten(2, 3)
     return selected_BTHK
@@ -82,7 +82,7 @@ def _ranks(score_BJRN: Tensor) -> Tensor:
     finite = score_BJRN.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf).add_(0.0)  # -0.0 is 0.0
     bits = finite.view(torch.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # two's complement order is the order of floats
-    return (ordered.long() << 32).bitwise_or_(torch.arange(score_BJRN.shape[-1]))
+    return (ordered.long() << 32).bitwise_or_(torch.arange(score_BJRN.shape[-1], device="cpu"))
 
 
 def _block_numbers(rank: Tensor) -> Tensor:

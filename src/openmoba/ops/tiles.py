@@ -100,12 +100,12 @@ def plan(part: Part, selected_JTGK: Tensor, block_size: int) -> Plan:
     slots = sum(t.row_LR.numel() for t in tiles)
     columns = ranks + 2
     # One more row takes the slots of padding.
-    slot_of_row = torch.full((rows + 1, columns), slots, dtype=torch.int32)
+    slot_of_row = torch.full((rows + 1, columns), slots, dtype=torch.int32, device="cpu")
     start = 0
     for t in tiles:
         end = start + t.row_LR.numel()
         entry_LR = t.row_LR * columns + t.rank
-        slot_of_row.view(-1)[entry_LR.flatten()] = torch.arange(start, end, dtype=torch.int32)
+        slot_of_row.view(-1)[entry_LR.flatten()] = torch.arange(start, end, dtype=torch.int32, device="cpu")
         start = end
     return Plan(tiles, slot_of_row[:rows], slots)
 
@@ -164,8 +164,8 @@ def _past_tiles(part: Part, selected_JTGK: Tensor, block_size: int) -> Iterator[
         block_L = torch.repeat_interleave(tiles_N)
         if len(block_L) == 0:
             continue
-        nth_L = torch.arange(len(block_L)) - (tiles_N.cumsum(0) - tiles_N)[block_L]
-        place_LR = ((end_N - left_N)[block_L] + nth_L * size)[:, None] + torch.arange(size)
+        nth_L = torch.arange(len(block_L), device="cpu") - (tiles_N.cumsum(0) - tiles_N)[block_L]
+        place_LR = ((end_N - left_N)[block_L] + nth_L * size)[:, None] + torch.arange(size, device="cpu")
         padding_LR = place_LR >= end_N[block_L, None]
         pair_LR = pair[place_LR.clamp_(max=len(pair) - 1)]
         row_LR = (pair_LR // ranks).masked_fill_(padding_LR, heads * queries * group)
@@ -179,21 +179,21 @@ def _pair_blocks(part: Part, selected_JTGK: Tensor, blocks: list[int], block_siz
     Pairs without a block get the number after the last.
     """
     heads, total = selected_JTGK.shape[0], sum(blocks)
-    count_S = torch.tensor(blocks)
-    queries_S = torch.tensor([sequence.queries for sequence in part.sequences])
+    count_S = torch.tensor(blocks, device="cpu")
+    queries_S = torch.tensor([sequence.queries for sequence in part.sequences], device="cpu")
     first_T = (count_S.cumsum(0) - count_S).repeat_interleave(queries_S)
-    first_JT = first_T + torch.arange(heads)[:, None] * total
+    first_JT = first_T + torch.arange(heads, device="cpu")[:, None] * total
     block_JTGK = selected_JTGK + first_JT.int()[:, :, None, None]
     block_JTGK.masked_fill_(selected_JTGK < 0, heads * total)
 
     keys = part.keys
     key_N = torch.cat(
         [
-            torch.arange(count) * block_size + sequence.k_start - keys.start
+            torch.arange(count, device="cpu") * block_size + sequence.k_start - keys.start
             for count, sequence in zip(blocks, part.sequences, strict=True)
         ]
     )
-    key_JN = key_N + torch.arange(heads)[:, None] * (keys.stop - keys.start)
+    key_JN = key_N + torch.arange(heads, device="cpu")[:, None] * (keys.stop - keys.start)
     return block_JTGK.flatten(), key_JN.flatten()
 
 
@@ -207,9 +207,11 @@ def _own_tiles(part: Part, selected_JTGK: Tensor, block_size: int) -> Iterator[T
         lead = (keys - queries) % block_size
         first = min(queries, block_size - lead) if lead else 0
         if first:
-            lead_ins[first, lead].append(torch.tensor([[q_start, k_start - lead]]))
-            squares[first].append(torch.tensor([[q_start, k_start]]))
-        starts = torch.arange(first, queries, block_size)[:, None] + torch.tensor([q_start, k_start])
+            lead_ins[first, lead].append(torch.tensor([[q_start, k_start - lead]], device="cpu"))
+            squares[first].append(torch.tensor([[q_start, k_start]], device="cpu"))
+        starts = torch.arange(first, queries, block_size, device="cpu")[:, None] + torch.tensor(
+            [q_start, k_start], device="cpu"
+        )
         whole = (queries - first) // block_size
         squares[block_size].append(starts[:whole])
         squares[(queries - first) % block_size].append(starts[whole:])
@@ -227,9 +229,9 @@ def _cell_tiles(
         return
     heads, queries, group, _ = selected_JTGK.shape
     keys = part.keys.stop - part.keys.start
-    head_J = torch.arange(heads)[:, None]
+    head_J = torch.arange(heads, device="cpu")[:, None]
     key_JL = head_J * keys + start_L2[:, 1]
-    query_JLR = (head_J * queries + start_L2[:, 0])[:, :, None] + torch.arange(size)
-    row_JLGR = query_JLR[:, :, None] * group + torch.arange(group)[:, None]
+    query_JLR = (head_J * queries + start_L2[:, 0])[:, :, None] + torch.arange(size, device="cpu")
+    row_JLGR = query_JLR[:, :, None] * group + torch.arange(group, device="cpu")[:, None]
     key_JLG = key_JL[:, :, None].expand(-1, -1, group)
     yield Tiles(row_JLGR.flatten(0, 2), rank, key_JLG.flatten(), span, causal)

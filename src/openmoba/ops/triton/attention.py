@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from openmoba.ops.triton.backward import dq_pieces, heads_gradients
+from openmoba.ops.triton.backward import dq_pieces, heads_gradients, key_partial_bytes
 from openmoba.ops.triton.device import memory_bytes
 from openmoba.ops.triton.forward import attend_heads
 from openmoba.ops.triton.geometry import Geometry, cdiv
@@ -32,10 +32,10 @@ F = TypeVar("F", bound=Callable[..., tuple[Tensor, ...]])
 
 _INT16_KEYS = 2**15
 _MOST_PAIRS = 2**30  # numbered in int32, and searched by halving sums of two places
-_DEVICE_SHARE = 64
+_FORWARD_SHARE, _BACKWARD_SHARE = 64, 48  # of the device's memory, by which it is divided
 _SHORT = 2**28  # elements of queries and partial results; temporaries are held at once when replayed
 # Bytes of partial results. More of them make fewer launches with shorter tails; the forward has fewer per pair.
-_FORWARD_WORKSPACE, _BACKWARD_WORKSPACE = 3 * 2**28, 5 * 2**28
+_FORWARD_WORKSPACE, _BACKWARD_WORKSPACE = 3 * 2**28, 25 * 2**26
 
 
 def _replaying_short_calls(function: F) -> F:
@@ -133,8 +133,9 @@ def heads_at_once(geometry: Geometry, dtype: torch.dtype, device: torch.device) 
 @lru_cache(maxsize=REMEMBERED)
 def _fitting_heads(geometry: Geometry, dtype: torch.dtype, forward_bytes: int, backward_bytes: int) -> int:
     shares = max(1, dq_pieces(geometry, dtype))
+    backward_head = _head_bytes(geometry, dtype, shares) + key_partial_bytes(geometry, dtype)
     forward_heads = forward_bytes // max(1, _head_bytes(geometry, dtype, shares=1))
-    backward_heads = backward_bytes // max(1, _head_bytes(geometry, dtype, shares))
+    backward_heads = backward_bytes // max(1, backward_head)
     sortable = (_INT16_KEYS - 1) // geometry.block_slots
     chunks = cdiv(geometry.kv_heads, max(1, min(forward_heads, backward_heads, sortable)))
     return cdiv(geometry.kv_heads, chunks)
@@ -155,8 +156,8 @@ def workspaces(device: torch.device) -> tuple[int, int]:
         return (int(asked) * 2**20,) * 2
     if device.type != "cuda":
         return _FORWARD_WORKSPACE, _BACKWARD_WORKSPACE  # Triton's interpreter
-    share = memory_bytes(device) // _DEVICE_SHARE
-    return min(share, _FORWARD_WORKSPACE), min(share, _BACKWARD_WORKSPACE)
+    memory = memory_bytes(device)
+    return min(memory // _FORWARD_SHARE, _FORWARD_WORKSPACE), min(memory // _BACKWARD_SHARE, _BACKWARD_WORKSPACE)
 
 
 def _check_pairs(geometry: Geometry) -> None:

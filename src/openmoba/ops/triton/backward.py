@@ -42,6 +42,15 @@ def dq_pieces(geometry: Geometry, dtype: torch.dtype) -> int:
     return tiles if tiles <= _MOST_FUSED_TILES else 0
 
 
+def key_partial_bytes(geometry: Geometry, dtype: torch.dtype) -> int:
+    """The fp32 partials of dK and dV of one key/value head, a block for each item, at most."""
+    if geometry.pairs == 0:
+        return 0
+    segment = backward_keys_tile(geometry, dtype).segment
+    items = cdiv(geometry.pairs, segment) + geometry.block_slots
+    return 2 * items * geometry.block_size * geometry.width * torch.float32.itemsize
+
+
 def heads_gradients(
     d_out: Tensor,
     q: Tensor,

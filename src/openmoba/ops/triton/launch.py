@@ -3,15 +3,20 @@
 Triton looks at every argument of every launch, since a kernel is compiled for properties of all of them. A call makes a
 dozen launches of up to 45 arguments each, and at short lengths that takes longer than the GPU needs. The numbers of a
 `Launch` are fixed: which compiled kernel it runs depends on its tensors' dtypes and alignments alone.
+
+Such a launch calls what Triton keeps to itself, so it is made with the versions of Triton it was tested with. With
+others, and with OPENMOBA_FIXED_LAUNCHES=0, Triton makes every launch, and nothing is replayed.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import triton
 from triton import knobs
 from triton.runtime import driver
 
@@ -20,6 +25,20 @@ REMEMBERED = 4096
 
 ALIGNED = 16
 """Bytes; all that Triton asks of an address."""
+
+
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+_FIRST_TESTED, _FIRST_BEYOND = (3, 6), (3, 8)
+
+
+def _are_fixed(asked: str | None, version: tuple[int, ...]) -> bool:
+    """Whether launches go around Triton's look at arguments, with this OPENMOBA_FIXED_LAUNCHES and this Triton."""
+    if asked not in (None, "0", "1"):
+        raise ValueError(f"OPENMOBA_FIXED_LAUNCHES must be 0 or 1, got {asked!r}")
+    return asked != "0" and _FIRST_TESTED <= version < _FIRST_BEYOND
+
+
+_FIXED = _are_fixed(os.environ.get("OPENMOBA_FIXED_LAUNCHES"), TRITON)
 
 
 class Launched(NamedTuple):
@@ -31,22 +50,39 @@ class Launched(NamedTuple):
     rest: tuple[Any, ...]
 
 
-class _Notes(threading.local):
-    launches: list[Launched] | None = None
+class Notes:
+    """The launches of this package that a thread makes, and how many it makes in all by Triton's own count."""
+
+    def __init__(self) -> None:
+        self.launches: list[Launched] = []
+        self.counted = 0
 
 
-_notes = _Notes()
+class _Current(threading.local):
+    notes: Notes | None = None
+
+
+_current = _Current()
 
 
 @contextmanager
-def noted_launches() -> Iterator[list[Launched]]:
-    """Collect the launches that this thread makes; they keep their tensors, and thus each its own memory."""
-    launches: list[Launched] = []
-    _notes.launches = launches
+def noted_launches() -> Iterator[Notes]:
+    """Note the launches that this thread makes; they keep their tensors, and thus each its own memory."""
+    notes = Notes()
+    hook = knobs.runtime.launch_enter_hook
+    _current.notes = notes
+    hook.add(_count)
     try:
-        yield launches
+        yield notes
     finally:
-        _notes.launches = None
+        hook.remove(_count)
+        _current.notes = None
+
+
+def _count(_: Any) -> None:
+    """Triton's hook before every launch of any thread."""
+    if _current.notes is not None:
+        _current.notes.counted += 1
 
 
 class Launch:
@@ -74,10 +110,11 @@ class Launch:
         dtypes = [x if x is None else x.dtype for x in tensors]
         kinds = (device, *dtypes, *[x if x is None else x % ALIGNED == 0 for x in pointers])
         compiled = self._compiled.get(kinds)
-        watched = is_watched()
-        if compiled is None or watched:
+        fixed = may_be_fixed()
+        notes = _current.notes
+        if compiled is None or not fixed or notes is not None:  # Triton counts what is noted
             compiled = self._kernel[self.grid](*tensors, *self._numbers, **self._constants)
-            if not watched:  # profilers have kernels of their own compiled
+            if fixed:
                 self._compiled[kinds] = compiled
         else:
             # As CompiledKernel.__getitem__ does, less what it prepares for hooks; for tensors the launcher would ask
@@ -85,11 +122,16 @@ class Launch:
             stream = driver.active.get_current_stream(device)
             function, metadata = compiled.function, compiled.packed_metadata
             compiled.run(*self.grid, stream, function, metadata, None, None, None, *pointers, *self._rest)
-        if _notes.launches is not None:
-            _notes.launches.append(Launched(compiled, self.grid, tensors, self._rest))
+        if notes is not None:
+            notes.launches.append(Launched(compiled, self.grid, tensors, self._rest))
 
 
-def is_watched() -> bool:
-    """Whether a profiler wants to hear of launches: Triton's own way calls its hooks."""
+def may_be_fixed() -> bool:
+    """Whether launches may go around Triton: unless a profiler wants to hear of them, and has its own kernels."""
+    return _FIXED and not _is_watched()
+
+
+def _is_watched() -> bool:
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+    calls = getattr(enter, "calls", enter)
+    return bool((calls and calls != [_count]) or getattr(leave, "calls", leave))

@@ -102,13 +102,17 @@ def split_plan(plan: Plan | None, geometry: Geometry, tokens: int) -> Iterator[t
     step = tokens * geometry.group * (geometry.top_k - 1)
     ranges, lists = cdiv(geometry.rows, tokens), geometry.block_slots
     borders_RN = torch.empty((ranges + 1, lists), dtype=torch.int32, device=plan.pairs.device)
-    grid = (ranges + 1, cdiv(lists, _LANES))
-    _find_borders[grid](plan.pairs, plan.offsets, borders_RN, lists, plan.size, step, _LANES)
+    _bordering(ranges, lists, plan.size, step)(plan.pairs, plan.offsets, borders_RN)
     offsets_RN = pad(borders_RN.diff(dim=0).cumsum(1, dtype=torch.int32), (1, 0))
     skips_RN = borders_RN[:-1] - offsets_RN[:, :-1]
     for i, first in enumerate(range(0, geometry.rows, tokens)):
         part = replace(plan, offsets=offsets_RN[i], size=step, skips=skips_RN[i])
         yield range(first, min(first + tokens, geometry.rows)), part
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _bordering(ranges: int, lists: int, pairs: int, step: int) -> Launch:
+    return Launch(_find_borders, (ranges + 1, cdiv(lists, _LANES)), (lists, pairs, step), {"LANES": _LANES})
 
 
 def make_items(plan: Plan, geometry: Geometry, segment: int) -> Tensor:

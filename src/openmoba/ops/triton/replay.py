@@ -3,7 +3,8 @@
 A short call's kernels are done before Python has worked out its dozen launches. Which kernels run, with which numbers
 and temporaries, depends on shapes alone, so the first call of a kind is written down, and later ones allocate all
 temporaries at once, add up addresses and launch: what a CUDA graph does on the device, for the host, and on new tensors
-each time. A call that does more than allocate and launch, such as sort, is worked out every time.
+each time. A call that does more than allocate and launch, such as sort, is worked out every time. So is one in which
+Triton counts more launches than were noted: the others would be missing from every later call.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
 
-from openmoba.ops.triton.launch import ALIGNED, REMEMBERED, Launched, is_watched, noted_launches
+from openmoba.ops.triton.launch import ALIGNED, REMEMBERED, Launched, may_be_fixed, noted_launches
 
 _recording = Lock()  # torch tells whether a dispatch mode is on by one flag for all threads
 _BETWEEN = 256  # bytes; temporaries begin at multiples of them
@@ -45,7 +46,7 @@ def replayed(
     together = 0
     for pointer in pointers:
         together |= pointer
-    if together % ALIGNED or is_watched():
+    if together % ALIGNED or not may_be_fixed():
         return function(*inputs, *settings)
     shapes = [x if x is None else (x.dtype, x.shape, x.stride()) for x in inputs]
     kind = _kind(function, first.get_device(), settings, caps, *shapes)
@@ -147,10 +148,12 @@ class _Places:
 def _record(
     function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor | None], settings: tuple[float, ...]
 ) -> tuple[tuple[Tensor, ...], _Tape | None]:
-    """Run the function; its results, and its tape if launches are all that it did."""
-    with _recording, noted_launches() as launches, _Watch() as watch:
+    """Run the function; its results, and its tape if noted launches are all that it did."""
+    with _recording, noted_launches() as notes, _Watch() as watch:
         outputs = function(*inputs, *settings)
-    return outputs, _Tape(launches, _Places(inputs, outputs), outputs) if watch.launches_alone else None
+    if not watch.launches_alone or notes.counted != len(notes.launches):
+        return outputs, None
+    return outputs, _Tape(notes.launches, _Places(inputs, outputs), outputs)
 
 
 def _repeat(inputs: Sequence[Tensor | None]) -> bool:

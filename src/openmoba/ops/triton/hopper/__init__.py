@@ -7,14 +7,13 @@ them. Gluon changes between versions of Triton: the kernels are used with the ve
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from openmoba.ops.triton.device import nvidia_capability
 from openmoba.ops.triton.geometry import Geometry
+from openmoba.ops.triton.launch import TRITON
 from openmoba.ops.triton.tuning import Kernel, Tile, backward_keys_tile
 
-_TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 _FIRST_TRITON, _FIRST_TRITON_BEYOND = (3, 6), (3, 8)
 _KEYS = 128
 _WIDTHS = (64, 128)
@@ -47,7 +46,7 @@ def why_not(geometry: Geometry, *tensors: Tensor) -> str | None:
 
 def is_available(device: torch.device) -> bool:
     """Whether this device and this Triton run the kernels."""
-    return nvidia_capability(device) == (9, 0) and _FIRST_TRITON <= _TRITON < _FIRST_TRITON_BEYOND
+    return nvidia_capability(device) == (9, 0) and _FIRST_TRITON <= TRITON < _FIRST_TRITON_BEYOND
 
 
 def attend_past(geometry: Geometry) -> Kernel:

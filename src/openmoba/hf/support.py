@@ -1,0 +1,62 @@
+"""Which models MoBA can stand in for, looked at before anything is changed or written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from openmoba.ops.checks import MAX_HEAD_WIDTH, MIN_HEAD_WIDTH
+
+_VARIANTS = {"attn_logit_softcapping": "soft-capped logits", "sinks": "attention sinks"}
+
+
+def check_supported(model: Any) -> None:
+    """ValueError unless MoBA computes what each attention layer of the model does: causally, over the whole past."""
+    config, name = model.config, type(model).__name__
+    if config.is_encoder_decoder or config.get_text_config(decoder=True) is not config:
+        raise ValueError(f"MoBA replaces the attention of decoder-only text models; {name} is not one")
+    if not model._can_set_attn_implementation():
+        raise ValueError(f"{name} does not take its attention from transformers' AttentionInterface")
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if kinds - {"full_attention"}:
+        raise ValueError(f"{name} has layers of types {sorted(kinds)}; MoBA replaces 'full_attention' layers only")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and not windows_are_idle(config):
+        raise ValueError(
+            f"{name} attends within a sliding window of {window}; load it with sliding_window=None "
+            "to give it MoBA over the whole past"
+        )
+    for module in model.modules():
+        if is_attention(module):
+            _check_layer(module, name)
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is an attention layer of a decoder."""
+    return "Attention" in type(module).__name__ and hasattr(module, "layer_idx")
+
+
+def windows_are_idle(config: Any) -> bool:
+    """Whether a model's sliding window is that of a kind of layer that it has not, whatever the window's size."""
+    return set(getattr(config, "layer_types", None) or []) == {"full_attention"}
+
+
+def _check_layer(module: Any, name: str) -> None:
+    layer = f"{name} has a {type(module).__name__}"
+    if not getattr(module, "is_causal", True):
+        raise ValueError(f"{layer} that is not causal; MoBA replaces causal attention, such as of decoders")
+    for attribute, variant in _VARIANTS.items():
+        if getattr(module, attribute, None) is not None:
+            raise ValueError(f"{layer} with {variant} ({attribute}), which MoBA does not compute; use another model")
+    width = getattr(module, "qk_head_dim", getattr(module, "head_dim", None))
+    of_values = getattr(module, "v_head_dim", width)
+    if of_values != width:
+        raise ValueError(
+            f"{layer} with keys of width {width} and values of width {of_values}; MoBA needs heads of one width, "
+            "so models with multi-head latent attention keep theirs"
+        )
+    if width is not None and not MIN_HEAD_WIDTH <= width <= MAX_HEAD_WIDTH:
+        raise ValueError(
+            f"{layer} with heads of width {width}; MoBA computes widths {MIN_HEAD_WIDTH} to {MAX_HEAD_WIDTH}"
+        )
