@@ -1,21 +1,25 @@
-"""Speed, its share of the peak, and the time left of a study."""
+"""Speed, its share of the peak, the time left of a study, and what runs will be."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from synthetic_study import RECIPE, train
 
 from openmoba.lab.clock import PEAKS, Speedometer, median_speed, peak_operations
 from openmoba.lab.compute import PFLOPS_DAY, Shape, attention_flops, training_compute
 from openmoba.lab.config import ArmConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
-from openmoba.lab.model import build_model
-from openmoba.lab.plan import planned_shape, planned_work
-from openmoba.lab.progress import duration
+from openmoba.lab.loss import attach_loss
+from openmoba.lab.model import build_model, set_attention
+from openmoba.lab.overview import overview
+from openmoba.lab.plan import activation_bytes, matrix_rate, plan_of, planned_shape, planned_work
+from openmoba.lab.progress import Progress, duration
 from openmoba.lab.recipe import parse_recipe
-from openmoba.lab.study import StudyClock
+from openmoba.lab.study import StudyClock, run_study
 
 RUN = RunConfig(
     data=DataConfig(length=4096, vocab_size=300),
@@ -98,3 +102,73 @@ def test_time_hybrids_have_more_than_a_tenth_of_the_work_in_their_last_tenth() -
     arm = ArmConfig("time_hybrid", 64, 2)
     parts = [training_compute(planned_shape(RUN), arm, step, 100, 1, 0.0)["causal_exact"] for step in (90, 100)]
     assert parts[0] / parts[1] < 0.85
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize(("family", "shared"), [("llama", 2), ("llama", 1), ("qwen3", 2)])
+def test_planned_activations_are_those_that_a_forward_pass_keeps(family: str, shared: int, bf16: bool) -> None:
+    config = RunConfig(
+        data=DataConfig(length=512, vocab_size=2048),
+        model=ModelConfig(family, "nano", {"num_key_value_heads": shared}),
+        arm=ArmConfig("moba", 64, 3),
+        train=TrainConfig(batch_size=2, precision="bf16" if bf16 else "fp32"),
+    )
+    assert _kept(config) == pytest.approx(activation_bytes(config), rel=0.02)
+    checkpointed = replace(config, train=replace(config.train, gradient_checkpointing=True, micro_batch_size=1))
+    one = replace(config, train=replace(config.train, micro_batch_size=1))
+    layer = activation_bytes(one) - activation_bytes(checkpointed)  # nano has two
+    assert _kept(checkpointed) < activation_bytes(checkpointed) < _kept(checkpointed) + 1.5 * layer
+
+
+def test_plans_name_parameters_compute_and_memory() -> None:
+    plan = plan_of(RUN)
+    assert plan.shape.non_embedding == 100_672
+    assert plan.compute["6nd"] * PFLOPS_DAY == pytest.approx(6 * 100_672 * 100 * 2 * 4096)
+    assert set(plan.compute) == {"6nd", "chinchilla", "causal_exact"}
+    assert plan.memory > 16 * plan.shape.total + plan.activations
+    assert matrix_rate(bf16=False) > 1e8
+
+
+def test_a_dry_run_of_a_study_tells_what_is_left(tmp_path: Path) -> None:
+    recipe = parse_recipe(RECIPE, title="study")
+    run_study(recipe, tmp_path / "half", _half, lambda _: Progress())
+    for folder in ("none", "half"):
+        head, *lines, total = overview(recipe, tmp_path / folder).splitlines()
+        assert head.split() == ["run", "parameters", "tokens", "6nd", "chinchilla", "causal_exact", "memory", "time"]
+        assert len(lines) == len(recipe.runs)
+        words = lines[0].split()
+        assert words[:2] == ["missing" if folder == "none" else "finished", "pretrain/small-full-seed0"]
+        assert words[2:4] == ["6.33", "M"], "without embeddings"
+        assert "compute in PFLOP/s-days: 6nd " in total
+    assert "at 30% of the" in overview(recipe, tmp_path / "none")
+    assert "22 runs, 0 to be finished in about 0s of one process, at the speed of the 22 finished ones" in total
+
+
+def _half(config: RunConfig, folder: Path, **options: Any) -> Any:
+    return train(config, folder)
+
+
+def _kept(config: RunConfig) -> int:
+    """Bytes that autograd keeps of a forward pass, but for the weights."""
+    tokens = config.train.micro_batch_size or config.train.batch_size
+    model = build_model(config.model, 2048, 512, 0)
+    set_attention(model, config.arm.attention(0, 10))
+    attach_loss(model)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.randint(2048, (tokens, 512))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"),
+    ):
+        model.train()(ids, ids, torch.tensor(ids.numel()), slice(None))
+    return sum(storage.nbytes() for storage in kept.values())

@@ -22,7 +22,7 @@ from openmoba.lab.windows import IGNORED, Windows, cut_windows
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(loss_module._LOGITS_PER_CHUNK, "cpu", 1)  # the least chunk: 64 positions
+    monkeypatch.setitem(loss_module.LOGITS_PER_CHUNK, "cpu", 1)  # the least chunk: 64 positions
 
 
 def batch(vocabulary: int = 47, tokens: int = 150) -> tuple[torch.Tensor, ...]:
@@ -73,7 +73,7 @@ def test_under_autocast_products_are_bf16_and_sums_fp32() -> None:
 
 def test_no_chunk_holds_the_logits_of_all_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, _, labels = batch()
-    monkeypatch.setitem(loss_module._LOGITS_PER_CHUNK, "cpu", 64 * 47)
+    monkeypatch.setitem(loss_module.LOGITS_PER_CHUNK, "cpu", 64 * 47)
     largest = 0
     plain = loss_module._losses
 

@@ -110,7 +110,7 @@ def run_command(words: list[str]) -> None:
             assert what == "." or what.removeprefix(".[").removesuffix("]") in extras
         case ["python", script]:
             compile((ROOT / script).read_text(), script, "exec")
-        case ["openmoba", command, *_] if command in EXECUTED and "runs/" not in " ".join(words):
+        case ["openmoba", command, source, *_] if command in EXECUTED and Path(source).exists():
             assert main(words[1:]) == 0, words
         case ["openmoba", *arguments] | ["torchrun", "--nproc-per-node", _, "-m", "openmoba.cli", *arguments]:
             parse(arguments)
@@ -152,3 +152,17 @@ def test_readme_shows_the_three_ways_and_every_command() -> None:
     assert all(name in text for name in ("moba_attention(", "configure(model", "openmoba convert"))
     shown = {" ".join(words[1:]) for words in shell if words[0] == "openmoba"}
     assert all(any(line.startswith(name) for line in shown) for name in COMMANDS), sorted(COMMANDS)
+
+
+def test_commands_of_the_readme_run_on_a_cpu_unless_they_say_so_and_write_where_git_does_not_look() -> None:
+    ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines() if line.endswith("/")}
+    before, written = "", []
+    for block in blocks(ROOT / "README.md"):
+        before = "\n".join((ROOT / "README.md").read_text().splitlines()[: block.line - 2]).rstrip().splitlines()[-1]
+        for words in commands(block) if block.language == "sh" else ():
+            if words[0] == "openmoba":
+                assert (words[1:3] == ["bench", "decode"]) == ("on a GPU" in before), words
+                options = parse(words[1:])
+                written += [getattr(options, name) for name in ("out", "folder") if getattr(options, name, None)]
+    assert len(written) > 5
+    assert {path.parts[0] for path in written} <= ignored, written

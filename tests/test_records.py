@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -185,13 +186,40 @@ def test_arms_say_what_attention_each_step_has() -> None:
     assert hybrid.full_layer_indices(5) == {3, 4}
 
 
-def test_progress_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_without_a_terminal_goes_by_time(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step, the last, and one in 30 seconds, however many steps there are."""
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
     progress = TerminalProgress("run", sys.stderr)
     progress.stream = sys.stderr
-    for done in range(1, 21):
-        progress.step(done, 20, "loss 1.0")
+    for done in range(1, 2001):
+        now = done / 16  # 125 seconds
+        progress.step(done, 2000, "loss 1.0")
+    now += 60
+    progress.step(1, 2000, "loss 1.0")  # of the next run
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 10
-    assert lines[-1].startswith("run [########################] 20/20  loss 1.0")
+    assert [line.split()[2] for line in lines] == [
+        "1/2000",
+        "601/2000,",
+        "1201/2000,",
+        "1801/2000,",
+        "2000/2000",
+        "1/2000",
+    ]
+    assert lines[1] == "run [######..................] 481/2000, 1m35s left  loss 1.0"
+    assert lines[5] == "run [########################] 2000/2000  loss 1.0"
+
+
+def test_progress_on_a_terminal_redraws_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    progress = TerminalProgress("run", stream)
+    for done in (1, 2):
+        progress.step(done, 2, "loss 1.0")
+    progress.note("done")
+    assert stream.getvalue().count("\r") == 2
+    assert stream.getvalue().endswith("2/2  loss 1.0\ndone\n")
     assert bar(0.5, 4) == "[##..]"
     assert [duration(s) for s in (5, 125, 7500)] == ["5s", "2m05s", "2h05m"]

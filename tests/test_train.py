@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +25,8 @@ from openmoba.lab import trainer as trainer_module
 from openmoba.lab.checkpoint import damage, newest_checkpoint
 from openmoba.lab.claims import claim
 from openmoba.lab.config import ArmConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig, to_dict
-from openmoba.lab.model import SIZES, build_model
+from openmoba.lab.model import SIZES, build_model, load_model
+from openmoba.lab.progress import Progress
 from openmoba.lab.schedule import learning_rate_factor
 from openmoba.lab.train import run_training
 from openmoba.lab.trainer import RunTrainer
@@ -426,6 +429,127 @@ def test_commands(config: RunConfig, finished: Path, tmp_path: Path, capsys: pyt
     assert cli.main(["--help"]) == 0
     assert cli.main([]) == cli.main(["tarin"]) == 2
     assert "unknown command 'tarin'" in capsys.readouterr().err
+
+
+class _Heard(Progress):
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.steps: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def step(self, done: int, total: int, detail: str = "", share: float | None = None) -> None:
+        if share is not None:  # of training, not of reading data
+            self.steps.append(f"{done}/{total} {detail} {share:.2f}")
+
+
+def test_a_run_says_what_it_is_and_how_it_goes(config: RunConfig, tmp_path: Path) -> None:
+    heard = _Heard()
+    hybrid = replace(config, arm=ArmConfig("hybrid", 8, 2, full_layers=1))
+    run_training(hybrid, tmp_path / "run", progress=heard)
+    summary = next(note for note in heard.notes if note.startswith(str(tmp_path)))
+    for said in (
+        r"model +llama nano, 1\d\d K parameters \(101 K without embeddings\)",
+        r"attention +MoBA, blocks of 8, top-2, 1 of 2 layers full \(1\); cpu \(.*at most 2 blocks of 8 keys\)",
+        r"data .*texts: \d+ windows of 64 tokens, 4 held out, vocabulary 25\d",
+        r"training +12 steps of 256 tokens in 4 windows: 3,072 tokens, [\d.]+ epochs",
+        r"device .*, \d+ threads?, fp32",
+        r"records .*run/metrics\.jsonl every 2 steps, 2 evaluations, checkpoint every 4",
+    ):
+        assert re.search(said, summary), (said, summary)
+    evaluations = [row for row in records.read(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "eval"]
+    for row in evaluations:
+        told = f"step {row['step']}: held-out loss {row['lm_loss']:.4f}, last 16 tokens {row['trailing_loss']:.4f}"
+        assert told in heard.notes
+    assert re.fullmatch(r"2/12 loss \d\.\d+  lr 0\.00\d+  [\d,]+ tokens/s 0\.17", heard.steps[0]), heard.steps
+
+
+def test_progress_is_told_between_two_records_too(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "SECONDS_PER_LINE", 0.0)
+    heard = _Heard()
+    run_training(replace(config, train=replace(TRAIN, steps=4)), tmp_path / "run", progress=heard)
+    assert [step.split("/")[0] for step in heard.steps] == ["1", "2", "3", "4"]
+
+
+def test_a_dry_run_says_what_would_be_and_touches_nothing(
+    config: RunConfig, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", str(tmp_path / "run"), "--dry-run", "--data.source", str(tmp_path / "no such file")]
+    size = ["--model.size", "14m", "--arm.name", "full", "--data.length", "4096", "--train.steps", "100"]
+    assert cli.main([*command, *size]) == 0
+    out = capsys.readouterr().out
+    for said in (
+        r"llama 14m, 14\.9 M parameters \(14\.2 M without embeddings\), vocabulary 2,048",
+        r"attention +full attention",
+        r"100 steps of 4 windows of 4,096 tokens: 1,638,400 tokens; 32 windows evaluated 1 time\n",
+        r"6nd 1\.61e-06, chinchilla \S+, causal_exact \S+ PFLOP/s-days",
+        r"about \S+ GB on one device",
+        r"time +about .* on this machine, if training reaches 30% of the \S+ TFLOP/s",
+    ):
+        assert re.search(said, out), (said, out)
+    assert list(tmp_path.iterdir()) == []
+    assert cli.main([*command, "--model.size", "15n"]) == 2
+    assert cli.main(["train", str(finished), "--dry-run", "--train.learning-rate", "1"]) == 2
+    assert "holds another run: train.learning_rate" in capsys.readouterr().err
+
+
+def test_runs_are_listed_side_by_side(
+    config: RunConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    cut = replace(config, arm=ArmConfig("full"))
+    _interrupt(cut, tmp_path / "study" / "cut", 9, monkeypatch)
+    _interrupt(replace(cut, eval=replace(cut.eval, windows=3)), tmp_path / "study" / "other", 7, monkeypatch)
+    (tmp_path / "study" / "broken").mkdir()
+    (tmp_path / "study" / "broken" / "metrics.jsonl").write_text("{\n")
+    assert cli.main(["runs", str(finished), str(tmp_path / "study")]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split()[:8] == ["run", "state", "arm", "size", "tokens", "LM", "trailing", "to"]
+    cells = {Path(line.split()[0]).name: line.split()[1:] for line in lines[:-1]}
+    losses = {}
+    for folder in (finished, tmp_path / "study" / "cut"):
+        rows = records.read(folder / "metrics.jsonl")
+        losses[folder] = next(row["trailing_loss"] for row in reversed(rows) if row["kind"] == "eval")
+    first, second = sorted(losses)
+    assert cells["run"][:4] == ["finished", "moba", "8/2", "nano"]
+    assert cells["cut"][:4] == ["step", "8/12", "full", "nano"]
+    assert cells["run"][-5] == f"{losses[finished]:.4f}"
+    assert cells[first.name][-4] == "+0.0000"
+    assert cells[second.name][-4] == f"{losses[second] - losses[first]:+.4f}"
+    assert cells["other"][-4] == "+0.0000", "on other windows"
+    assert lines[-1].startswith(f"not listed: {tmp_path / 'study' / 'broken'}: ")
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["runs", str(tmp_path / "empty")]) == 2
+    assert "there are no runs below" in capsys.readouterr().err
+
+
+def test_a_run_is_converted_without_its_training_state(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "converted"
+    command = ["convert", str(finished), str(out), "--block-size", "16", "--top-k", "2", "--full-layers", "spread:1"]
+    assert cli.main(command) == 0
+    assert {"model.safetensors", "tokenizer.json", "config.json"} <= {path.name for path in out.iterdir()}
+    state = {
+        "trainer_state.json",
+        "complete.json",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "training_args.bin",
+    }
+    assert not state & {path.name for path in out.iterdir()}
+    assert load_model(out).config.moba == {"block_size": 16, "top_k": 2, "full_layers": "spread:1"}
+
+
+def test_the_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    out = capsys.readouterr().out
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    assert out.startswith(f"openmoba {project['version']}, python ")
+    assert f"torch {torch.__version__}" in out
 
 
 def test_options_left_out_are_those_of_the_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ COMMANDS = {
     "corpus": ("openmoba.lab.corpus_commands:MakeCorpus", "say what documents a source holds, write them as Parquet"),
     "train": ("openmoba.lab.commands:Train", "train one model, or go on with it"),
     "evaluate": ("openmoba.lab.commands:Evaluate", "LM, position-wise and trailing loss of a run or a model"),
+    "runs": ("openmoba.lab.runs:Runs", "list runs and compare them: state, losses, speed"),
     "study": ("openmoba.lab.study_commands:Study", "train a recipe's runs, draw its charts, write its report"),
     "fit": ("openmoba.lab.study_commands:Fit", "power laws of a study's runs, with intervals"),
     "plot": ("openmoba.lab.study_commands:Plot", "draw a study's charts again, by any convention of compute"),
@@ -34,6 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0 if arguments else 2
+    if arguments == ["--version"]:
+        from openmoba.lab.provenance import versions
+
+        print(", ".join(f"{package} {version}" for package, version in versions().items()))
+        return 0
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     name = " ".join(arguments[:words])
     if name not in COMMANDS:
@@ -61,7 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _usage() -> str:
     lines = [f"  {name:<16} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
-        ["usage: openmoba COMMAND [OPTIONS]", "", *lines, "", "openmoba COMMAND --help lists the options."]
+        [
+            "usage: openmoba COMMAND [OPTIONS]",
+            "",
+            *lines,
+            "",
+            "openmoba COMMAND --help lists the options; openmoba --version.",
+        ]
     )
 
 

@@ -16,6 +16,8 @@ from openmoba.hf.settings import NAME, saved
 from openmoba.hf.support import check_supported
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_TRAINING_STATE = ("trainer_state.json", "complete.json")
+"""Of checkpoints in the middle of training: what transformers' Trainer, and the laboratory, keep beside the model."""
 
 
 def convert(source: str | Path, out: Path, settings: MobaConfig) -> Path:
@@ -51,6 +53,8 @@ def convert(source: str | Path, out: Path, settings: MobaConfig) -> Path:
     partial.mkdir(parents=True)
     for pattern in _FILES:
         for path in folder.glob(pattern):
+            if path.name in _TRAINING_STATE:
+                continue
             shutil.copyfile(path, partial / path.name)
     values = json.loads((folder / "config.json").read_text())
     values = saved(values | {NAME: settings.to_dict()})

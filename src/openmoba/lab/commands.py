@@ -26,6 +26,9 @@ class Train:
     folder: tyro.conf.Positional[Path]
     """Folder of the run. Options left out are those of the run that the folder holds, if it holds one."""
     options: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+    dry_run: bool = False
+    """Check the settings, say what the run would be (parameters, tokens, compute, about how much memory and time),
+    and stop; no data are read and nothing is written."""
 
     def as_stored(self) -> Train:
         """With the settings of the run in the folder, but no model.overrides: `run` adds those if none are given."""
@@ -47,8 +50,14 @@ class Train:
         """Train, and say where the result is."""
         import torch
 
-        from openmoba.lab.train import run_training
+        from openmoba.lab.train import check_run, run_training
 
+        if self.dry_run:
+            from openmoba.lab.summary import plan_text
+
+            check_run(self._settings(), self.folder)
+            print(f"{self.folder}\n{plan_text(self._settings())}")
+            return
         with claim(self.folder) if os.environ.get("RANK", "0") == "0" else nullcontext(True) as mine:
             if not mine:
                 raise ValueError(f"{self.folder} is being trained by {holder(self.folder)}; wait for it, or stop it")

@@ -23,7 +23,7 @@ from openmoba.lab.windows import IGNORED
 ChunkGradient = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # Logits of one chunk: 16 MB of fp32 stay near a CPU's caches, a GPU wants larger products.
-_LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}
+LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
 def attach_loss(model: Any) -> None:
@@ -168,5 +168,5 @@ def _as_computed(x: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _chunks(label_N: Tensor, vocabulary: int) -> Iterator[slice]:
-    step = max(64, _LOGITS_PER_CHUNK[label_N.device.type] // vocabulary)
+    step = max(64, LOGITS_PER_CHUNK[label_N.device.type] // vocabulary)
     return (slice(start, start + step) for start in range(0, len(label_N), step))

@@ -19,7 +19,7 @@ class Convert:
     """Make a MoBA checkpoint of a Llama, Qwen, Mistral ... checkpoint: the same weights, sparse attention."""
 
     model: tyro.conf.Positional[str]
-    """A model's folder, or a model of the hub."""
+    """A run's folder, a model's folder, or a model of the hub."""
     out: tyro.conf.Positional[Path]
     """Folder of the new checkpoint."""
     block_size: int
@@ -32,9 +32,11 @@ class Convert:
     def run(self) -> None:
         """Convert, and say how to load the result."""
         from openmoba.hf.checkpoint import convert
+        from openmoba.lab.model import model_folder
 
         settings = MobaConfig(self.block_size, self.top_k, self.full_layers)
-        convert(self.model, self.out, settings)
+        with model_folder(self.model) as folder:
+            convert(folder, self.out, settings)
         print(f'import openmoba.hf, then AutoModelForCausalLM.from_pretrained("{self.out}")')
 
 

@@ -21,8 +21,11 @@ class Progress:
         """
 
 
+SECONDS_PER_LINE = 30.0
+
+
 class TerminalProgress(Progress):
-    """A bar that redraws itself on a terminal, a line per tenth of the work elsewhere.
+    """A bar that redraws itself on a terminal; elsewhere a line for the first step, the last, and one in 30 seconds.
 
     The time left is extrapolated from this object's own first step on, so that a resumed run is judged by its
     own speed.
@@ -31,7 +34,9 @@ class TerminalProgress(Progress):
     def __init__(self, label: str = "", stream: TextIO = sys.stderr) -> None:
         self.label, self.stream = label, stream
         self._first: tuple[float, float] | None = None
+        self._total = 0
         self._open_line = False
+        self._printed = 0.0
 
     def note(self, text: str) -> None:
         self._end_line()
@@ -40,15 +45,17 @@ class TerminalProgress(Progress):
     def step(self, done: int, total: int, detail: str = "", share: float | None = None) -> None:
         now = time.monotonic()
         share = done / total if share is None else share
-        if self._first is None or share < self._first[0]:
-            self._first = (share, now)
+        begins = self._first is None or total != self._total or share < self._first[0]
+        if begins:
+            self._first, self._total = (share, now), total
         line = f"{self.label} {bar(done / total)} {done}/{total}{self._time_left(share, now)}  {detail}"
         if self.stream.isatty():
             print(f"\r\033[K{line.strip()}", end="", file=self.stream, flush=True)
             self._open_line = True
             if done >= total:
                 self._end_line()
-        elif done >= total or done % max(1, total // 10) == 0:
+        elif begins or done >= total or now - self._printed >= SECONDS_PER_LINE:
+            self._printed = now
             print(line.strip(), file=self.stream, flush=True)
 
     def _time_left(self, share: float, now: float) -> str:

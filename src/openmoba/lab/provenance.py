@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from openmoba import __version__
+
 
 def provenance() -> dict[str, Any]:
     """`{"versions", "hardware", "commit"}` of this process.
@@ -18,12 +20,13 @@ def provenance() -> dict[str, Any]:
     The commit is that of the checkout; of a copy of its files without history, what OPENMOBA_COMMIT says, or None.
     """
     commit = _commit() or os.environ.get("OPENMOBA_COMMIT")
-    return {"versions": _versions(), "hardware": _hardware(), "commit": commit}
+    return {"versions": versions(), "hardware": _hardware(), "commit": commit}
 
 
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("openmoba", "torch", "triton", "transformers", "accelerate", "tokenizers"):
+def versions() -> dict[str, str]:
+    """Version of this package, of Python, and of the libraries that a result depends on."""
+    found = {"openmoba": __version__, "python": platform.python_version()}
+    for package in ("torch", "triton", "transformers", "accelerate", "tokenizers"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -33,10 +36,11 @@ def _versions() -> dict[str, str]:
 
 def _hardware() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
+    return {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

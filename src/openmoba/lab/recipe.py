@@ -54,7 +54,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -103,6 +103,11 @@ class PlannedRun:
         """The run's configuration in the study folder `study`."""
         start = {"start_from": str(study / self.after)} if self.after else {}
         return from_dict(RunConfig, _merge(self.tables, {"train": {"seed": self.seed, **start}}))
+
+    def alone(self) -> RunConfig:
+        """Its configuration without the run that it starts from, which has the same model."""
+        config = self.config(Path())
+        return replace(config, train=replace(config.train, start_from=None)) if self.after else config
 
 
 @dataclass(frozen=True)

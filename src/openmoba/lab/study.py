@@ -144,17 +144,6 @@ def _changes(stored: RunConfig, run: PlannedRun, study: Path) -> list[str]:
     return changes(stored, wanted)
 
 
-def overview(recipe: Recipe, study: Path) -> str:
-    """One line per run: what is finished, what has begun, what is missing."""
-    return "\n".join(f"{_state(run, study):9} {run.name}{_origin(run)}" for run in recipe.runs)
-
-
-def own_config(run: PlannedRun) -> RunConfig:
-    """The run's configuration without the run it starts from, which has the same model."""
-    config = run.config(Path())
-    return replace(config, train=replace(config.train, start_from=None)) if run.after else config
-
-
 class StudyClock:
     """Time left for a whole study, from the speed of this process so far.
 
@@ -163,7 +152,7 @@ class StudyClock:
 
     def __init__(self, recipe: Recipe, study: Path) -> None:
         self.recipe, self.study = recipe, study
-        self._work = {run.name: planned_work(own_config(run)) for run in recipe.runs}
+        self._work = {run.name: planned_work(run.alone()) for run in recipe.runs}
         self._start: float | None = None
         self._own = 0.0
 
@@ -222,7 +211,7 @@ def _attempt(
         if (folder / "config.json").exists():
             write_json(folder / "config.json", to_dict(config))  # `check_folders` let no more than a move pass
         progress = reporter(run.name)
-        progress.note(f"run {recipe.runs.index(run) + 1} of {len(recipe.runs)}: {run.name}{_origin(run)}")
+        progress.note(f"run {recipe.runs.index(run) + 1} of {len(recipe.runs)}: {run.name}{origin(run)}")
         shown = _RunProgress(run, config.train.steps, progress, clock)
         try:
             train(config, folder, progress=shown, known=known_data(run, recipe, study))
@@ -247,7 +236,8 @@ def _holders(unfinished: list[PlannedRun], study: Path) -> str:
     return ", ".join(f"{run.name} ({holder(study / run.name)})" for run in unfinished if holder(study / run.name))
 
 
-def _state(run: PlannedRun, study: Path) -> str:
+def state(run: PlannedRun, study: Path) -> str:
+    """How far a run is, in a word."""
     if finished(run, study):
         return "finished"
     if failure(run, study) is not None:
@@ -255,5 +245,5 @@ def _state(run: PlannedRun, study: Path) -> str:
     return "begun" if (study / run.name / "config.json").exists() else "missing"
 
 
-def _origin(run: PlannedRun) -> str:
+def origin(run: PlannedRun) -> str:
     return f", from {run.after}" if run.after else ""

@@ -34,20 +34,23 @@ class Study:
     axis: Axis = "6nd"
     """Convention of compute on the scaling chart's x axis."""
     dry_run: bool = False
-    """Check the recipe and the folder, list the runs and their state, and stop."""
+    """Check the recipe and the folder, list the runs, their state, parameters, tokens, compute, and about how much
+    memory and time they take, and stop."""
 
     def run(self) -> None:
         """Train what is missing, and say where the charts are."""
         import time
 
+        from openmoba.lab.overview import overview
         from openmoba.lab.recipe import read_recipe
-        from openmoba.lab.study import check_folders, failures, finished, overview, run_study
+        from openmoba.lab.study import check_folders, check_models, failures, finished, run_study
         from openmoba.lab.train import run_training
 
         recipe = read_recipe(self.recipe, self.source)
         out = self.out or Path("runs") / self.recipe.stem
         if self.dry_run:
             check_folders(recipe, out)
+            check_models(recipe)
             print(overview(recipe, out))
             return
         start = time.monotonic()

@@ -26,6 +26,7 @@ from openmoba.lab.model import build_model, check_model, is_run, load_model, mod
 from openmoba.lab.progress import Progress
 from openmoba.lab.provenance import provenance
 from openmoba.lab.schedule import check_lengthening
+from openmoba.lab.summary import summary_of
 
 Row = dict[str, Any]
 
@@ -47,21 +48,20 @@ def run_training(
     """
     if progress is None or not _is_first():
         progress = Progress()
-    config.check()
+    longer = check_run(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
     if _is_first():
         records.remove_leftovers(folder)
-    longer = _check_folder(config, folder)
     if (folder / RESULT_FILE).exists() and not longer:
         progress.note(f"{folder} is finished")
         return records.read_json(folder / RESULT_FILE)
-    _check_model(config)
     checkpoint = newest_checkpoint(folder, progress)
     trainer, data = _prepare(config, folder, checkpoint, progress, known)
     with _begun(config, data, folder):
         if checkpoint is not None:
             progress.note(f"{folder} goes on from step {checkpoint_step(checkpoint)}")
         if checkpoint is None or checkpoint_step(checkpoint) < config.train.steps:
+            progress.note(summary_of(config, folder, trainer, data))
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if not trainer.is_world_process_zero():
         return {}
@@ -69,6 +69,18 @@ def run_training(
     result = _result(config, folder, trainer, data)
     records.write_json(folder / RESULT_FILE, result)
     return result
+
+
+def check_run(config: RunConfig, folder: Path) -> bool:
+    """Whether a shorter run of this configuration has begun in the folder; reads no data.
+
+    Raises:
+        ValueError: there can be no such run, or the folder is not free for it.
+    """
+    config.check()
+    longer = _check_folder(config, folder)
+    _check_model(config)
+    return longer
 
 
 def _is_first() -> bool:

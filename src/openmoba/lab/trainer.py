@@ -27,7 +27,7 @@ from openmoba.lab.errors import DivergenceError
 from openmoba.lab.evaluate import autocast, summary, window_losses
 from openmoba.lab.loss import attach_loss
 from openmoba.lab.model import set_attention
-from openmoba.lab.progress import Progress, duration
+from openmoba.lab.progress import SECONDS_PER_LINE, Progress, duration
 from openmoba.lab.schedule import learning_rate_factor
 from openmoba.lab.windows import IGNORED, TrainingWindows, Windows
 
@@ -229,6 +229,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             each_window=self.state.global_step == self.config.train.steps,
         )
         self.record({"kind": "eval", **row})
+        last = "" if row["trailing_loss"] is None else f", last {row['trailing']:,} tokens {row['trailing_loss']:.4f}"
+        self.progress.note(f"step {self.state.global_step:,}: held-out loss {row['lm_loss']:.4f}{last}")
         logs = {f"eval_{name}": row[name] for name in ("lm_loss", "trailing_loss") if row[name] is not None}
         self.log(dict(logs))
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics=logs)
@@ -264,6 +266,7 @@ class _RunCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: RunTrainer) -> None:
         self.trainer = trainer
         self.evaluations = frozenset(trainer.config.evaluation_steps)
+        self._told, self._detail = time.monotonic(), ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.compile_layers()
@@ -282,6 +285,8 @@ class _RunCallback(TrainerCallback):  # type: ignore[misc]
         if control.should_log or control.should_evaluate or control.should_save:
             self.trainer.check_loss()
             self.trainer.clock.tick()
+        elif time.monotonic() - self._told >= SECONDS_PER_LINE:
+            self._tell(state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if "loss" not in logs:
@@ -301,8 +306,14 @@ class _RunCallback(TrainerCallback):  # type: ignore[misc]
                 **speed,
             }
         )
-        share = compute / trainer.compute(state.max_steps)["causal_exact"]
-        trainer.progress.step(state.global_step, state.max_steps, _told(logs, speed), share)
+        self._detail = _told(logs, speed)
+        self._tell(state)
+
+    def _tell(self, state: Any) -> None:
+        """Show how far the training is, with what the last record said."""
+        self._told = time.monotonic()
+        done, whole = (self.trainer.compute(step)["causal_exact"] for step in (state.global_step, state.max_steps))
+        self.trainer.progress.step(state.global_step, state.max_steps, self._detail, done / whole)
 
 
 def training_arguments(config: RunConfig, folder: Path) -> Any:

@@ -1,0 +1,104 @@
+"""`openmoba runs`: what the runs below some folders are, how far they have come, and what they measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from openmoba.lab.columns import aligned, short
+from openmoba.lab.config import RunConfig, from_dict, stored_config, to_dict
+from openmoba.lab.identity import stored_identity
+from openmoba.lab.progress import duration
+from openmoba.lab.records import Row, read, read_json
+
+HEADS = ("run", "state", "arm", "size", "tokens", "LM", "trailing", "to first", "tokens/s", "MFU", "time")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """List the runs below some folders, side by side: state, losses of the last evaluation, speed."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs, of studies, or of many of them."""
+
+    def run(self) -> None:
+        """Print the table."""
+        print(runs_table(self.folders))
+
+
+def runs_table(folders: tuple[Path, ...]) -> str:
+    """A line per run.
+
+    "to first" is the trailing loss, or without one the LM loss, minus that of the first run in the table that was
+    measured on the same windows; what is different by so much may still lie within the noise.
+
+    Raises:
+        ValueError: no runs there.
+    """
+    found = sorted({path.parent for folder in folders for path in folder.rglob("metrics.jsonl")})
+    if not found:
+        raise ValueError(f"there are no runs below {', '.join(map(str, folders))}; give a folder that holds some")
+    lines, problems = [], []
+    first: dict[str, float] = {}
+    for folder in found:
+        try:
+            result = read_json(folder / "result.json") if (folder / "result.json").exists() else {}
+            config = from_dict(RunConfig, result["config"]) if result else stored_config(folder)
+            rows = read(folder / "metrics.jsonl")
+            evaluation = next((row for row in reversed(rows) if row["kind"] == "eval"), None)
+            loss = None if evaluation is None else _loss(evaluation)
+            reference = first.setdefault(_windows(folder, config), loss) if loss is not None else None
+            against = None if loss is None or reference is None else loss - reference
+            lines.append(_line(folder, config, result, rows, evaluation, against))
+        except (ValueError, KeyError, TypeError) as error:
+            problems.append(f"not listed: {folder}: {error}")
+    return "\n".join([aligned(HEADS, lines), *problems])
+
+
+def _line(
+    folder: Path, config: RunConfig, result: Row, rows: list[Row], evaluation: Row | None, against: float | None
+) -> list[str]:
+    trained = [row for row in rows if row["kind"] == "train"]
+    last: Row = rows[-1] if rows else {"step": 0, "tokens": 0}
+    speed = result.get("speed") or (trained[-1] if trained else {})
+    return [
+        str(folder),
+        "finished" if result else f"step {last['step']}/{config.train.steps}",
+        _arm(config),
+        config.model.size,
+        short(last["tokens"]),
+        _number((evaluation or {}).get("lm_loss"), ".4f"),
+        _number((evaluation or {}).get("trailing_loss"), ".4f"),
+        _number(against, "+.4f"),
+        _number(speed.get("tokens_per_second"), ",.0f"),
+        _number(speed.get("mfu"), ".0%"),
+        duration(trained[-1]["seconds"]) if trained else "-",
+    ]
+
+
+def _arm(config: RunConfig) -> str:
+    arm = config.arm
+    if arm.name == "full":
+        return "full"
+    full = arm.full_layers if isinstance(arm.full_layers, int | str) else ",".join(map(str, arm.full_layers))
+    return f"{arm.name} {arm.block_size}/{arm.top_k}" + (f" full {full}" if arm.name == "hybrid" else "")
+
+
+def _loss(evaluation: Row) -> float:
+    trailing = evaluation["trailing_loss"]
+    return float(evaluation["lm_loss"] if trailing is None else trailing)
+
+
+def _windows(folder: Path, config: RunConfig) -> str:
+    """What must be the same in runs that were measured on the same windows and positions."""
+    identity = stored_identity(folder)
+    data: Any = {name: identity[name] for name in ("valid", "tokenizer") if name in identity}
+    data = data or {name: value for name, value in to_dict(config.data).items() if name != "cache"}
+    return repr((data, config.data.length, config.eval.windows, config.trailing))
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
