@@ -17,7 +17,7 @@ from torch.autograd import DeviceType
 
 from openmoba.bench.machine import Machine
 from openmoba.bench.rows import append_row, read_rows
-from openmoba.bench.training import command, longest, loops, measure, watch
+from openmoba.bench.training import chart, command, longest, loops, measure, watch
 from openmoba.bench.training.cases import GRIDS, TrainingCase, TrainingRow
 from openmoba.bench.training.chart import rate_chart
 from openmoba.bench.training.command import run_training_benchmark
@@ -269,6 +269,7 @@ def test_figure_has_a_line_per_attention_named_at_its_end(tmp_path: Path, capsys
     assert {text.get_text() for text in axes.texts} == {"full attention", "MoBA 512/3"}
     assert {tuple(line.get_ydata()) for line in axes.lines} == {(3e5, 3e5), (9e5, 9e5)}
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["2M", "14M"]
+    assert chart._ticks({"17m": 17, "14m": 14, "32m": 32}) == ([14, 17, 32], ["14M", "", "32M"])
     assert main(["bench", "plot", str(out)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"training.csv", "training.png", "training.svg"}
     assert "| llama 14m | 4 x 32K | 512/3 |" in capsys.readouterr().out

@@ -11,6 +11,7 @@ from openmoba.bench import timing
 from openmoba.bench.attention import run_benchmark
 from openmoba.bench.cases import Case
 from openmoba.bench.contenders import CONTENDERS
+from openmoba.bench.training.profiles import own_kernels
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -46,6 +47,28 @@ def test_contenders_compute_the_same_function_of_their_kind(contender: str) -> N
     out = CONTENDERS[contender].build(CASE, inputs, selected)()
     differing = ((out.double() - expected).norm(dim=-1) > 0.05 * expected.norm(dim=-1)).double().mean()
     assert differing < 0.01  # queries whose choice in bfloat16 is another
+
+
+@pytest.mark.parametrize("layers", ["eager", "compiled"])
+@pytest.mark.parametrize("arm", [(None, None), (128, 3)])
+@pytest.mark.filterwarnings("default")  # of the compiler about its own code
+def test_training_row_says_where_the_time_goes(layers: str, arm: tuple[int | None, int | None], tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from openmoba.bench.machine import Machine
+    from openmoba.bench.training import measure
+    from openmoba.bench.training.cases import TrainingCase
+
+    machine = Machine(torch.device("cuda"), "c")
+    row = measure.measure_case(TrainingCase("2m", 1, *arm, tokens=4096, layers=layers), machine, 1.0)
+    assert row.error is None, row.error
+    assert 0 < row.attention_share < 1
+    assert 0 < row.busy_ms < 2 * row.p50_ms
+    assert (row.attention_kernel in own_kernels()) == (arm[0] is not None), row.attention_kernel
+    assert 4 * 4 * row.total / 1e6 < row.peak_mb < 80000  # weights, gradients and two moments in fp32
+    assert 0 < row.mfu < 1
+    text = measure.trace(TrainingCase("2m", 1, *arm, tokens=4096, layers=layers), machine, tmp_path / "t.json.gz")
+    assert "the GPU is busy" in text
+    assert "cudaLaunchKernel" in text or "cuLaunchKernel" in text
 
 
 def test_memory_is_counted_by_pass() -> None:

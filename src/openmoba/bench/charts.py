@@ -93,7 +93,7 @@ def speedup_chart(rows: Sequence[Row]) -> Figure:
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set(xlabel="Tokens", ylabel=f"Times faster than dense attention\n({'; '.join(dense)})")
         _ticks([axes], sorted({row.tokens for row in speedups}))
-        _name_lines(axes)
+        name_lines(axes)
         first = next(iter(speedups))
         what = f"{_passes(first.passes)}, head width {first.head_dim}, block size / top-k"
         axes.set_title(f"{what}\n{_title(first)}", fontsize=11)
@@ -151,7 +151,7 @@ def _curves(axes: Axes, values: Mapping[Row, float], looks: Mapping[Line, dict[s
             axes.plot(x, y, label=line.label, **look)
 
 
-def _name_lines(axes: Axes) -> None:
+def name_lines(axes: Axes) -> None:
     """Each line's label beside its last point, moved up or down where two would touch."""
     named = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
     ends = sorted((line.get_xydata()[-1].tolist(), line) for line in named)  # type: ignore[union-attr, index]

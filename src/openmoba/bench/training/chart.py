@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from openmoba.bench.charts import name_lines
 from openmoba.bench.rows import length_name, newest
 from openmoba.bench.training.cases import TrainingRow
 from openmoba.lab.figures import BLUE, RED, STYLE
@@ -34,16 +35,12 @@ def rate_chart(rows: Sequence[TrainingRow]) -> Figure:
         for arm, marker in zip(arms, _MARKERS, strict=False):
             points = sorted((row.total, row.tokens_per_second) for row in shown if row.arm == arm)
             x, y = zip(*points, strict=True)
-            axes.plot(x, y, color=colours[arm], marker=marker, linewidth=1.8)
-            name = "full attention" if arm == "full" else f"MoBA {arm}"
-            above = arm != arms[1] if len(arms) > 2 else True
-            axes.annotate(
-                name, (x[0], y[0]), xytext=(6, 8 if above else -16), textcoords="offset points", color=colours[arm]
-            )
-        sizes = {row.size: row.total for row in shown}
-        axes.set_xticks([total or 0 for total in sizes.values()], [size.upper() for size in sizes])
+            label = "full attention" if arm == "full" else f"MoBA {arm}"
+            axes.plot(x, y, color=colours[arm], marker=marker, linewidth=1.8, label=label)
+        axes.set_xticks(*_ticks({row.size: row.total or 0 for row in shown}))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y / 1e6:g} M" if y >= 1e6 else f"{y / 1e3:g} K"))
+        name_lines(axes)
         axes.set_title(_title(shown[-1]), fontsize=11)
     return figure
 
@@ -57,6 +54,16 @@ def _shown(rows: Sequence[TrainingRow]) -> list[TrainingRow]:
     for row in sorted(timed, key=lambda row: row.tokens_per_second or 0):
         best[row.size, row.arm] = row
     return list(best.values())
+
+
+def _ticks(sizes: Mapping[str, int]) -> tuple[list[int], list[str]]:
+    """A tick at every size; a name where there is room beside the one before."""
+    places, names, named = sorted(sizes.items(), key=lambda item: item[1]), [], 0.0
+    for size, total in places:
+        has_room = total > 1.3 * named
+        names.append(size.upper() if has_room else "")
+        named = total if has_room else named
+    return [total for _, total in places], names
 
 
 def _title(row: TrainingRow) -> str:
