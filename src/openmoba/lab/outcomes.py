@@ -109,7 +109,8 @@ class Outcome:
 
     def documents(self, kind: Loss) -> Numbers:
         """The document of every one of these windows, int64 `[W]`; each its own where the records do not say."""
-        documents = self.final["windows"].get("document")
+        one_mean = isinstance(kind, int) and not self.has_positions
+        documents = None if one_mean else self.final["windows"].get("document")
         return np.asarray(range(len(self.windows(kind))) if documents is None else documents, dtype=np.int64)
 
 
@@ -131,6 +132,9 @@ def read_outcomes(recipe: Recipe, study: Path) -> list[Outcome]:
             for o in outcomes
         ]
     )
+    if not all(outcome.has_positions for outcome in outcomes):  # older records: ranges are compared by their means
+        for outcome in outcomes:
+            outcome.final["windows"].pop("positions", None)
     return outcomes
 
 
@@ -272,12 +276,14 @@ def _whole(windows_NW: Floats, document_W: Numbers) -> tuple[Floats, Numbers]:
 
 
 def _common_documents(outcomes: Sequence[Outcome], kind: Loss) -> Numbers:
-    """The documents of the windows that all these runs were measured on."""
-    first = outcomes[0].documents(kind)
-    for other in outcomes[1:]:
-        if not np.array_equal(other.documents(kind), first):
+    """The documents of the windows that all these runs were measured on, as far as their records say."""
+    known = [outcome for outcome in outcomes if "document" in outcome.final["windows"]] or outcomes
+    documents = known[0].documents(kind)
+    for other in outcomes:
+        same = np.array_equal(other.documents(kind), documents) if other in known else True
+        if not same or len(other.windows(kind)) != len(documents):
             raise ValueError(
-                f"{outcomes[0].run.name} and {other.run.name} were not measured on the same validation windows, so "
+                f"{known[0].run.name} and {other.run.name} were not measured on the same validation windows, so "
                 "they cannot be compared; train one of them again with the other's data"
             )
-    return first
+    return documents
