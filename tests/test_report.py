@@ -249,7 +249,8 @@ def test_short_lists_say_distance_cost_and_the_smallest_difference_that_can_be_s
     best = found[0].plain.trailing
     assert best is not None
     assert f"| last-3 | 1 | {best.mean:+.4f} [" in report
-    assert "of 4 sparse candidates last-3 has the lowest trailing loss" in report
+    assert "of 4 sparse candidates the lowest trailing loss has last-3: " in report
+    assert "last-3 alone is not resolved above full attention." in report
     assert "**Which setting is as good as full attention?**" in report
 
 
