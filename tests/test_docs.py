@@ -197,7 +197,7 @@ def test_results_follow_the_records_of_studies(
     ]
     assert page.count("the trailing loss of MoBA lies +") == 2, "by operations; all sizes took the same seconds"
     assert "8 documents, 24 windows, 2 seeds): **resolved**." in page
-    assert "large: of 4 sparse candidates last-3 has the lowest trailing loss: -0.0007 nats [" in page
+    assert "large: of 4 sparse candidates the lowest trailing loss has last-3: -0.0007 nats [" in page
     assert "| MoBA | 3 | +0.1360 [" in page
     assert "With 3 of 16 layers full (last-3) it is +0.0" in page
     rows = [line.split(" | ") for line in tables.settings().splitlines()[2:]]

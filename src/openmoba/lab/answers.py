@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from openmoba.lab.candidates import standings
+from openmoba.lab.candidates import Standing, percent, standings
 from openmoba.lab.outcomes import (
     Loss,
     Outcome,
@@ -178,21 +178,35 @@ def _closing(runs: Sequence[Outcome]) -> Iterator[str]:
 
 
 def _nearest(runs: Sequence[Outcome]) -> Iterator[str]:
-    """The candidate nearest to full attention that reads less than all keys."""
+    """The sparse candidate with the lowest trailing loss, and the one with the fewest keys that is as good as full."""
     sparse = [found for found in standings(runs) if found.key_share is not None and found.key_share < 1]
-    sparse = [found for found in sparse if found.plain.trailing is not None]
+    sparse = [found for found in sparse if found.fair.trailing is not None]
     if not sparse:
         return
-    best = sparse[0]
-    against, name = (best.own, "full attention with the same keys") if best.own else (best.plain, "full attention")
-    found, loss = against.trailing, against.trailing_loss
-    if found is None:
-        return
-    yield (
-        f"{runs[0].run.size}: of {len(sparse)} sparse candidates {best.runs[0].label} has the lowest trailing loss: "
-        f"{_signed(found)} ({found.mean / loss:+.2%}) from {name} ({behind(best.runs, 'trailing')}), with "
-        f"{best.key_share:.1%} of the keys read: {_word(found.resolved, found.noise is not None)}."
+    yield f"{runs[0].run.size}: of {len(sparse)} sparse candidates the lowest trailing loss has {_stands(sparse[0])}"
+    level = [found for found in sparse if found.fair.trailing and not _resolved_above(found.fair.trailing)]
+    fewest = min(level, key=lambda found: found.key_share or 0, default=None)
+    if fewest is None:
+        yield "All of them are resolved above full attention."
+    elif len(level) == 1:
+        yield f"{fewest.runs[0].label} alone is not resolved above full attention."
+    else:
+        yield f"{len(level)} are not resolved above full attention; the fewest keys of these reads {_stands(fewest)}"
+
+
+def _stands(found: Standing) -> str:
+    difference, loss = found.fair.trailing, found.fair.trailing_loss
+    assert difference is not None, "chosen by it"
+    name = "full attention with the same key convolution" if found.own else "full attention"
+    return (
+        f"{found.runs[0].label}: {_signed(difference)} ({percent(difference, loss)} %) from {name}, "
+        f"{found.key_share:.1%} of the keys read ({behind(found.runs, 'trailing')}): "
+        f"{_word(difference.resolved, difference.noise is not None)}."
     )
+
+
+def _resolved_above(found: Difference) -> bool:
+    return found.mean > 0 and found.resolved
 
 
 def _verdict(own: Outcome, reference: Outcome, kind: Loss, found: Difference) -> str:

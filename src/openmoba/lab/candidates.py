@@ -53,6 +53,11 @@ class Standing:
     tokens_per_second: float
 
     @property
+    def fair(self) -> Against:
+        """Against the full attention that differs in nothing but the choice of blocks."""
+        return self.own or self.plain
+
+    @property
     def candidate(self) -> Candidate:
         """Its row of the chart."""
         cost = f"{_thousands(self.tokens_per_second)} tokens/s"

@@ -223,6 +223,8 @@ def _candidates(stage: Stage, size: str, runs: list[Outcome], found: Sequence[St
         "interval of the paired difference. To the right: keys read over all layers, of those that full attention "
         f"reads, and training speed. The axis is to scale up to {panels.LINEAR_PERCENT:.0f} %."
     )
+    if any(standing.own for standing in found):
+        caption += " Diamonds: against full attention with the same key convolution."
     if noise is not None:
         caption += f" Grey: below {smallest:.2f} %, where two single seeds cannot be told apart."
     return Chart(stage, figures.save(figure, study / FOLDER / f"{stage.name}-{size}-candidates"), caption)

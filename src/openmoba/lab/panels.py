@@ -95,7 +95,7 @@ def candidates_chart(
         marks = (
             ("trailing", "Trailing loss", BLUE, "o", BLUE, -0.17),
             ("lm", "LM loss", BLUE, "s", "white", 0.0),
-            ("own", "Trailing loss, from full attention with key convolution", "#EE7733", "D", "#EE7733", 0.17),
+            ("own", "Trailing, against full + key conv.", "#EE7733", "D", "#EE7733", 0.17),
         )
         for name, label, colour, marker, face, aside in marks:
             rows = [(row, level) for row, item in enumerate(candidates) if (level := getattr(item, name)) is not None]
