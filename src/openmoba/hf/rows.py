@@ -52,8 +52,8 @@ class _LayOutRows:
             return None
         inputs = dict(zip(self.names, args, strict=False)) | kwargs
         mask, positions, cache = (inputs.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
-        if mask is not None and mask.dim() != 2:  # laid out already, or refused by the attention function
-            return None
+        if mask is not None and (isinstance(mask, dict) or mask.dim() != 2):
+            return None  # laid out already, as `generate` does for static caches, or refused by the attention function
         tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         given = inputs.get("cu_seq_lens_q") is not None or inputs.get("cu_seq_lens_k") is not None
         rows: Tensor | None = None

@@ -28,12 +28,14 @@ class Convert:
     """Blocks each query reads, its own included."""
     full_layers: str = "none"
     """Layers that keep full attention: "none", "last:3", "first:3", "spread:3" (evenly), or indices: "0,15,31"."""
+    key_conv: int | None = None
+    """Width in tokens, such as 4, of a convolution over the keys of every layer, to be trained; left out: none."""
 
     def run(self) -> None:
         """Convert, and say how to load the result."""
         from openmoba.hf.checkpoint import convert
 
-        settings = MobaConfig(self.block_size, self.top_k, self.full_layers)
+        settings = MobaConfig(self.block_size, self.top_k, self.full_layers, self.key_conv)
         convert(self.model, self.out, settings)
         print(f'import openmoba.hf, then AutoModelForCausalLM.from_pretrained("{self.out}")')
 
