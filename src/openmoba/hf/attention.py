@@ -110,10 +110,13 @@ class _Attention:
 
     def cached(self, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask: Tensor | None, layer: PagedLayer) -> Tensor:
         """After a cache with pages: a few tokens read the pages they choose."""
+        queries = q_BTHD.shape[1]
+        if torch.compiler.is_compiling() and mask is not None and queries == k_BSHD.shape[1]:
+            # A prompt reads no pages, and in a graph its mask cannot be looked at; the next step completes them.
+            return self.masked(q_BTHD, k_BSHD, v_BSHD, mask)
         alignment = layer.align(mask, k_BSHD)
         if alignment is None:
             return self.masked(q_BTHD, k_BSHD, v_BSHD, mask)
-        queries = q_BTHD.shape[1]
         centroids = layer.pages(k_BSHD, alignment)
         trained = needs_gradient(q_BTHD, k_BSHD, v_BSHD)  # which `moba_decode` does not have
         if queries > MAX_QUERIES or queries == k_BSHD.shape[1] or trained:
