@@ -16,16 +16,21 @@ class MobaConfig:
         top_k: blocks each query reads, its own included, >= 1.
         full_layers: the layers that keep full attention, as `parse_full_layers` reads them: a count of *last* layers
             (the layer-wise hybrid of arXiv 2502.13189, section 3.2), the layers' indices, or a text such as
-            "spread:3".
+            "spread:3" or "all".
+        key_conv: width in tokens, >= 2, of the convolution that every layer's keys pass, full layers too
+            (`openmoba.ops.key_conv`); None for none.
     """
 
     block_size: int
     top_k: int
     full_layers: int | str | tuple[int, ...] = 0
+    key_conv: int | None = None
 
     def __post_init__(self) -> None:
         check_blocks(self.block_size, self.top_k)
         object.__setattr__(self, "full_layers", parse_full_layers(self.full_layers))
+        if self.key_conv is not None and (type(self.key_conv) is not int or self.key_conv < 2):
+            raise ValueError(f"key_conv is a width >= 2 in tokens, or None for none, got {self.key_conv!r}")
 
     def full_layer_indices(self, num_layers: int) -> frozenset[int]:
         """Indices of the full-attention layers in a model of `num_layers` layers.
@@ -36,6 +41,8 @@ class MobaConfig:
         Raises:
             ValueError: the model does not have these layers.
         """
+        if self.full_layers == "all":
+            return frozenset(range(num_layers))
         if not isinstance(self.full_layers, tuple):
             count = count_full_layers(self.full_layers)
             if count > num_layers:
@@ -55,27 +62,28 @@ class MobaConfig:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form, as stored in a model's `config.json`."""
         full = list(self.full_layers) if isinstance(self.full_layers, tuple) else self.full_layers
-        return {"block_size": self.block_size, "top_k": self.top_k, "full_layers": full}
+        values = {"block_size": self.block_size, "top_k": self.top_k, "full_layers": full}
+        return values if self.key_conv is None else values | {"key_conv": self.key_conv}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MobaConfig:
         """Inverse of `to_dict`; unknown or missing keys are an error."""
-        unknown = sorted(set(values) - {"block_size", "top_k", "full_layers"})
+        unknown = sorted(set(values) - {"block_size", "top_k", "full_layers", "key_conv"})
         missing = sorted({"block_size", "top_k"} - set(values))
         if unknown or missing:
             raise ValueError(f"not a MoBA configuration: unknown keys {unknown}, missing keys {missing}")
-        return cls(values["block_size"], values["top_k"], values.get("full_layers", 0))
+        return cls(values["block_size"], values["top_k"], values.get("full_layers", 0), values.get("key_conv"))
 
 
 def parse_full_layers(layers: Any) -> int | str | tuple[int, ...]:
     """The one form of each way to say which layers of a model keep full attention.
 
     Args:
-        layers: a count of last layers; indices; or a text: "none", "last:3", "first:3", "spread:3" (see
+        layers: a count of last layers; indices; or a text: "none", "all", "last:3", "first:3", "spread:3" (see
             `MobaConfig.full_layer_indices`), or indices such as "0,15,31".
 
     Returns:
-        A count of last layers, indices in order, or "first:COUNT" or "spread:COUNT".
+        A count of last layers, indices in order, or "all", "first:COUNT" or "spread:COUNT".
 
     Raises:
         ValueError: none of these.
@@ -90,14 +98,14 @@ def parse_full_layers(layers: Any) -> int | str | tuple[int, ...]:
     indices = tuple(found) if isinstance(found, Iterable) else (None,)
     if not all(isinstance(index, int) and not isinstance(index, bool) for index in indices):
         raise ValueError(
-            'full_layers must be a count of last layers, layer indices, "none", "last:COUNT", "first:COUNT", '
-            f'"spread:COUNT" or a text of indices like "0,15,31", got {layers!r}'
+            'full_layers must be a count of last layers, layer indices, "none", "all", "last:COUNT", '
+            f'"first:COUNT", "spread:COUNT" or a text of indices like "0,15,31", got {layers!r}'
         )
     return tuple(sorted(set(indices)))
 
 
 def count_full_layers(layers: int | str | tuple[int, ...]) -> int:
-    """How many layers a form that `parse_full_layers` returned names."""
+    """How many layers a form that `parse_full_layers` returned names; "all" does not say it."""
     if isinstance(layers, str):
         return int(layers.partition(":")[2])
     return layers if isinstance(layers, int) else len(layers)
@@ -105,8 +113,8 @@ def count_full_layers(layers: int | str | tuple[int, ...]) -> int:
 
 def _parse_text(text: str) -> int | str | tuple[int | None, ...]:
     kind, _, number = text.partition(":")
-    if text == "none":
-        return 0
+    if text in ("none", "all"):
+        return 0 if text == "none" else text
     if kind in ("last", "first", "spread") and number.isascii() and number.isdecimal():
         count = int(number)
         return count if kind == "last" or count == 0 else f"{kind}:{count}"

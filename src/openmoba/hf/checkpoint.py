@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from openmoba.config import MobaConfig
+from openmoba.hf.key_conv import set_key_conv
 from openmoba.hf.settings import NAME, saved
 from openmoba.hf.support import check_supported
 
@@ -46,7 +47,10 @@ def convert(source: str | Path, out: Path, settings: MobaConfig) -> Path:
         raise ValueError(f"{source} has no safetensors weights; save it with save_pretrained first")
     config = _config(folder)
     with torch.device("meta"):
-        check_supported(AutoModelForCausalLM.from_config(config))
+        model = AutoModelForCausalLM.from_config(config)
+    check_supported(model)
+    _check_key_conv(config, settings)
+    set_key_conv(model, settings.key_conv)
     settings.full_layer_indices(config.num_hidden_layers)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -60,6 +64,15 @@ def convert(source: str | Path, out: Path, settings: MobaConfig) -> Path:
     values = saved(values | {NAME: settings.to_dict()})
     (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     return partial.rename(out)
+
+
+def _check_key_conv(config: Any, settings: MobaConfig) -> None:
+    """Raise ValueError if the model's key convolution would stay behind."""
+    width = (config.moba or {}).get("key_conv")
+    if width not in (None, settings.key_conv):
+        raise ValueError(
+            f"the model has a key convolution of width {width}, got key_conv={settings.key_conv}; give {width}"
+        )
 
 
 def _config(folder: Path) -> Any:

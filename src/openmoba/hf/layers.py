@@ -18,6 +18,8 @@ from transformers import Cache, PreTrainedModel
 
 from openmoba.config import MobaConfig
 from openmoba.hf.cache import paged_layer
+from openmoba.hf.key_conv import initialize_as_identity, set_key_conv
+from openmoba.hf.raw_keys import raw_keys_layer
 from openmoba.hf.rows import attach_rows
 from openmoba.hf.settings import NAME
 from openmoba.hf.support import check_supported, is_attention
@@ -74,9 +76,12 @@ def prepare_new_models() -> None:
         if self.config.moba is not None:
             if self.config._attn_implementation == NAME:
                 check_supported(self)
-            prepare(self, MobaConfig.from_dict(self.config.moba))
+            settings = MobaConfig.from_dict(self.config.moba)
+            set_key_conv(self, settings.key_conv)
+            prepare(self, settings)
 
     PreTrainedModel.post_init = post_init_and_prepare
+    initialize_as_identity()
 
 
 def settings_of_layer(module: Any) -> LayerSettings:
@@ -102,5 +107,7 @@ def hand_over_cache(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any
     cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
     if cache is None:
         return None
-    layer = paged_layer(cache, module.layer_idx, module.moba.block_size)
+    layer: Any = paged_layer(cache, module.layer_idx, module.moba.block_size)
+    if hasattr(module, "key_conv"):
+        layer = raw_keys_layer(cache, module.layer_idx)
     return args, {**kwargs, "moba_layer": layer}

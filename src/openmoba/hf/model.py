@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from openmoba.config import MobaConfig
+from openmoba.hf.key_conv import set_key_conv
 from openmoba.hf.layers import prepare
 from openmoba.hf.settings import NAME
 from openmoba.hf.support import check_supported
@@ -13,24 +14,27 @@ from openmoba.hf.support import check_supported
 def configure(model: Any, settings: MobaConfig | None) -> Any:
     """Give a model MoBA attention as `settings` say, or full attention everywhere for None.
 
-    No parameter is added or changed, so this may be called at any time, in the middle of training too. The
-    settings become part of `model.config`: `save_pretrained` writes them, and `from_pretrained` restores them
-    once `openmoba.hf` is imported.
+    No parameter is changed, so this may be called at any time, in the middle of training too. Only `key_conv` adds
+    parameters, zeros that do nothing until they are trained: ask for it before the optimizer is made, and in every
+    later call. The settings become part of `model.config`: `save_pretrained` writes them, and `from_pretrained`
+    restores them once `openmoba.hf` is imported.
 
     Args:
         model: a transformers decoder whose attention goes through `AttentionInterface` (Llama, Qwen3, ...).
-        settings: block size, top-k, and the layers that keep full attention (through SDPA).
+        settings: block size, top-k, the layers that keep full attention (through SDPA), and key convolution.
 
     Returns:
         The same model.
 
     Raises:
         ValueError: if the model has attention that MoBA does not replace, such as a sliding window, values of another
-            width than the keys, or no causal mask, or if `settings` name layers that it does not have.
+            width than the keys, or no causal mask; if `settings` name layers that it does not have; if its keys have no
+            projection of their own to convolve; or if a trained key convolution would be dropped.
     """
     if settings is not None:
         check_supported(model)
         settings.full_layer_indices(model.config.num_hidden_layers)
+    set_key_conv(model, None if settings is None else settings.key_conv)
     model.config.moba = settings
     model.set_attn_implementation("sdpa" if settings is None else NAME)
     prepare(model, settings)
@@ -44,9 +48,10 @@ def attend_fully(model: Any) -> Any:
     for the device only to look at masks and positions that were given, and keeps packed rows apart everywhere.
 
     Raises:
-        ValueError: if the model has attention that MoBA's full layers do not compute.
+        ValueError: if the model has attention that MoBA's full layers do not compute, or a trained key convolution.
     """
     check_supported(model)
+    set_key_conv(model, None)
     model.config.moba = None
     model.set_attn_implementation(NAME)
     prepare(model, None)

@@ -9,6 +9,7 @@ vocabulary, C model width. A multiply-add is two operations; the backward pass c
                     softmax, for either attention (arXiv 2203.15556, appendix F)
     causal_exact    3 D (2 N + 2 V C) + W (12 H d pairs + 2 H d scores) summed over layers, W windows: attention as
                     it is, the causal half or MoBA's pairs; choosing blocks has no backward pass
+                    Key convolution adds one multiply-add a token for each of its weights, so N holds all of it.
     accelerator_seconds   measured seconds of training steps times devices
 """
 

@@ -82,15 +82,20 @@ class ArmConfig:
     "spread:3" for layers evenly spread, the last among them."""
     switch_at: float = 0.9
     """time_hybrid: share of the steps after which MoBA turns into full attention."""
+    key_conv: int | None = None
+    """Width in tokens, such as 4, of a convolution over the keys of every layer, full ones too; starts as the
+    identity. Left out: none."""
 
     def __post_init__(self) -> None:
         if self.name not in ARMS:
             raise ValueError(f"unknown arm {self.name!r}; the arms are {', '.join(ARMS)}")
         if not 0 <= self.switch_at <= 1:
             raise ValueError(f"arm.switch_at is a share of the steps in [0, 1], got {self.switch_at}")
-        MobaConfig(self.block_size, self.top_k, self.full_layers)
+        MobaConfig(self.block_size, self.top_k, self.full_layers, self.key_conv)
         if isinstance(self.full_layers, str):
             object.__setattr__(self, "full_layers", parse_full_layers(self.full_layers))
+        if self.name == "hybrid" and self.full_layers == "all":
+            raise ValueError("arm.full_layers='all' is full attention; set arm.name to full")
 
     def switch_step(self, steps: int) -> int:
         """First step (counted from 0) of `steps` that trains with full attention; `steps` if none does."""
@@ -99,10 +104,12 @@ class ArmConfig:
         return round(self.switch_at * steps) if self.name == "time_hybrid" else steps
 
     def attention(self, step: int, steps: int) -> MobaConfig | None:
-        """Attention of step `step` (from 0) of `steps`; None is full attention."""
-        if step >= self.switch_step(steps) and self.name in ("full", "time_hybrid"):
+        """Attention of step `step` (from 0) of `steps`; None is full attention without key convolution."""
+        full = step >= self.switch_step(steps) and self.name in ("full", "time_hybrid")
+        if full and self.key_conv is None:
             return None
-        return MobaConfig(self.block_size, self.top_k, self.full_layers if self.name == "hybrid" else 0)
+        layers = "all" if full else self.full_layers if self.name == "hybrid" else 0
+        return MobaConfig(self.block_size, self.top_k, layers, self.key_conv)
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,15 @@ class Convert:
     """Blocks each query reads, its own included."""
     full_layers: str = "none"
     """Layers that keep full attention: "none", "last:3", "first:3", "spread:3" (evenly), or indices: "0,15,31"."""
+    key_conv: int | None = None
+    """Width in tokens, such as 4, of a convolution over the keys of every layer, to be trained; left out: none."""
 
     def run(self) -> None:
         """Convert, and say how to load the result."""
         from openmoba.hf.checkpoint import convert
         from openmoba.lab.model import model_folder
 
-        settings = MobaConfig(self.block_size, self.top_k, self.full_layers)
+        settings = MobaConfig(self.block_size, self.top_k, self.full_layers, self.key_conv)
         with model_folder(self.model) as folder:
             convert(folder, self.out, settings)
         print(f'import openmoba.hf, then AutoModelForCausalLM.from_pretrained("{self.out}")')
