@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from test_train import TRAIN, _interrupt, config, curve  # noqa: F401  the fixture `config`
+from transformers import Trainer
 
 from openmoba import cli
 from openmoba.lab import records
@@ -95,6 +96,13 @@ def test_its_cost_is_that_of_its_parameters() -> None:
     for convention in ("6nd", "chinchilla", "causal_exact"):
         operations = (counts[1][1][convention] - counts[0][1][convention]) * 8.64e19
         assert operations == pytest.approx(3 * 2 * added * 64, rel=1e-6)
+
+
+def test_it_decays_like_other_matrices() -> None:
+    model = build_model(ModelConfig(size="nano"), 257, 64, seed=0)
+    set_attention(model, ArmConfig("full", key_conv=4).attention(0, 1))
+    decayed = Trainer.get_decay_parameter_names(None, model)
+    assert {name for name, _ in model.named_parameters() if "key_conv" in name} <= set(decayed)
 
 
 def test_bad_widths() -> None:
