@@ -26,6 +26,7 @@ from transformers import (  # noqa: E402
 )
 
 from openmoba import MobaConfig  # noqa: E402
+from openmoba.cli import main  # noqa: E402
 from openmoba.hf import configure, convert  # noqa: E402
 from openmoba.ops.key_conv import key_convolution  # noqa: E402
 
@@ -221,7 +222,8 @@ def test_asked_for_by_the_configuration(tmp_path: Any) -> None:
 def test_convert(tmp_path: Any) -> None:
     model, ids = build(), tokens(1, 23)
     model.save_pretrained(tmp_path / "full")
-    convert(tmp_path / "full", tmp_path / "moba", HYBRID)
+    options = ["--block-size", "4", "--top-k", "2", "--full-layers", "last:1", "--key-conv", "4"]
+    assert main(["convert", str(tmp_path / "full"), str(tmp_path / "moba"), *options]) == 0
     converted = AutoModelForCausalLM.from_pretrained(tmp_path / "moba")
     assert logits(converted, ids).equal(logits(configure(model, PLAIN), ids))
     assert MobaConfig.from_dict(converted.config.moba) == HYBRID

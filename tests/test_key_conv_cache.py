@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -174,7 +175,7 @@ def test_beams(implementation: str | None) -> None:
 
 
 def test_generation_of_a_trained_model() -> None:
-    """Trained with it on text that repeats, the model goes on as it was taught, with each cache."""
+    """Trained with it on text that repeats, the model goes on as it was taught; other prompts as without a cache."""
     torch.manual_seed(0)
     model = configure(build(), HYBRID).train()
     text = (torch.arange(64) * 7 % 19 + 3)[None]
@@ -187,8 +188,46 @@ def test_generation_of_a_trained_model() -> None:
     model.eval()
     assert loss < 0.5
     assert all((layer.self_attn.key_conv.weight.abs() > 1e-3).any() for layer in model.model.layers)
-    for options in ({}, {"cache_implementation": "static"}):
-        assert generate(model, text[:, :40], **options).equal(text[:, :54])
+    assert generate(model, text[:, :40]).equal(text[:, :54])
+    padded = tokens(2, 23)
+    padded[1, :17] = 0
+    caches: list[dict[str, Any]] = [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 9}]
+    for beams in (1, 3):
+        expected = generate(model, padded, num_beams=beams, max_new_tokens=9, use_cache=False)
+        for options in caches[: 3 if beams == 1 else 2]:  # transformers cuts no prompts of beams
+            assert generate(model, padded, num_beams=beams, max_new_tokens=9, **options).equal(expected), options
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("other", [FULL, MobaConfig(7, 3, key_conv=4)], ids=["full", "blocks"])
+def test_settings_may_change_while_a_cache_is_filled(other: MobaConfig, kind: str) -> None:
+    """Between MoBA, full attention and other blocks, there and back: raw keys stay, pages are made anew."""
+    model, ids = convolving(HYBRID), tokens(1, 40)
+    cache, reference = new_cache(kind, model), new_cache("dynamic", model)
+    for settings, start, end in ((HYBRID, 0, 14), (other, 14, 26), (HYBRID, 26, 40)):
+        configure(model, settings)
+        expected = logits(model, ids[:, start:end], past_key_values=reference)
+        torch.testing.assert_close(in_pieces(model, ids[:, start:end], [5], cache), expected)
+
+
+def test_a_projection_that_an_adapter_replaced() -> None:
+    """What stands in the place of `k_proj` is convolved, as if its weights were merged."""
+    model, ids = convolving(), tokens(1, 23)
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, base: torch.nn.Linear) -> None:
+            super().__init__()
+            self.base, self.delta = base, torch.randn_like(base.weight)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) + torch.nn.functional.linear(x, self.delta)
+
+    attention = model.model.layers[1].self_attn
+    attention.k_proj = Adapted(attention.k_proj)
+    adapted = logits(model, ids)
+    attention.k_proj.base.weight.data += attention.k_proj.delta
+    attention.k_proj = attention.k_proj.base
+    torch.testing.assert_close(adapted, logits(model, ids))
 
 
 @ARMS

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 from test_train import TRAIN, _interrupt, config, curve  # noqa: F401  the fixture `config`
+from transformers import Trainer
 
 from openmoba import cli
 from openmoba.lab import records
 from openmoba.lab.compute import Shape, training_compute
 from openmoba.lab.config import ArmConfig, ModelConfig, RunConfig
 from openmoba.lab.model import SIZES, build_model, load_model, set_attention
+from openmoba.lab.runs import _arm
+from openmoba.lab.summary import arm_name
 from openmoba.lab.train import run_training
 from openmoba.lab.trainer import RunTrainer
 
@@ -95,8 +98,23 @@ def test_its_cost_is_that_of_its_parameters() -> None:
         assert operations == pytest.approx(3 * 2 * added * 64, rel=1e-6)
 
 
+def test_it_decays_like_other_matrices() -> None:
+    model = build_model(ModelConfig(size="nano"), 257, 64, seed=0)
+    set_attention(model, ArmConfig("full", key_conv=4).attention(0, 1))
+    decayed = Trainer.get_decay_parameter_names(None, model)
+    assert {name for name, _ in model.named_parameters() if "key_conv" in name} <= set(decayed)
+
+
 def test_bad_widths() -> None:
     with pytest.raises(ValueError, match="key_conv is a width >= 2"):
         ArmConfig(key_conv=1)
     with pytest.raises(ValueError, match=r"arm\.name to full"):
         ArmConfig("hybrid", full_layers="all")
+
+
+def test_what_a_run_says_of_it() -> None:
+    """In the summary of a run and in the table of runs."""
+    full, timed = ArmConfig("full", key_conv=4), ArmConfig("time_hybrid", 8, 2, switch_at=0.5, key_conv=4)
+    assert arm_name(full, 10, 8) == "full attention, key convolution over 4 tokens"
+    assert arm_name(timed, 10, 8).endswith("full attention from step 6 on, key convolution over 4 tokens")
+    assert [_arm(RunConfig(arm=arm)) for arm in (full, timed)] == ["full key-conv 4", "time_hybrid 8/2 key-conv 4"]

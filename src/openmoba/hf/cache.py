@@ -9,7 +9,7 @@ since only then is it known where each row's first real token lies. A centroid i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -82,6 +82,11 @@ class DynamicPagedLayer(DynamicLayer):  # type: ignore[misc]
                 store[:, :, before:after] = states
         self._show(after)
         return self.keys, self.values
+
+    def take_over(self, old: DynamicLayer) -> None:
+        """Start with what another layer holds."""
+        if old.get_seq_length() > 0:
+            self.update(old.keys, old.values)
 
     def align(self, segment_map: Tensor | None, keys_BSHD: Tensor) -> Alignment | None:
         """See `PagedLayer.align`."""
@@ -204,6 +209,12 @@ class StaticPagedLayer(StaticLayer):  # type: ignore[misc]
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         return keys, values
 
+    def take_over(self, old: StaticLayer) -> None:
+        """Start with what another layer holds; its pages are made when they are asked for."""
+        size = self.block_size
+        self.__dict__.update(old.__dict__ | {"block_size": size, "_unpooled": old.max_cache_len})
+        self._allocate(old.keys)
+
     def align(self, segment_map: Tensor | None, keys_BSHD: Tensor) -> Alignment | None:
         """See `PagedLayer.align`; the mask of a static cache makes sure that padding is on the left.
 
@@ -273,17 +284,20 @@ def _convert(cache: Cache, layer_idx: int, block_size: int) -> PagedLayer | None
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= layer_idx:
         cache.layers.append(cache.layer_class_to_replicate())
     old = cache.layers[layer_idx]
-    if type(old) in (DynamicLayer, DynamicPagedLayer):
-        dynamic = DynamicPagedLayer(block_size)
-        if old.is_initialized and old.get_seq_length() > 0:
-            dynamic.update(old.keys, old.values)
-        cache.layers[layer_idx] = dynamic
-        return dynamic
-    if type(old) in (StaticLayer, StaticPagedLayer):
-        static = StaticPagedLayer(old.max_cache_len, block_size)
-        if old.is_initialized:
-            static.__dict__.update(old.__dict__ | {"block_size": block_size, "_unpooled": old.max_cache_len})
-            static._allocate(old.keys)
-        cache.layers[layer_idx] = static
-        return static
-    return None
+    kind = PAGED.get(type(old))
+    if kind is None:
+        return None
+    new: Any = kind(block_size) if isinstance(old, DynamicLayer) else kind(old.max_cache_len, block_size)
+    if old.is_initialized:
+        new.take_over(old)
+    cache.layers[layer_idx] = new
+    return cast(PagedLayer, new)
+
+
+PAGED: dict[type, Callable[..., Any]] = {
+    DynamicLayer: DynamicPagedLayer,
+    DynamicPagedLayer: DynamicPagedLayer,
+    StaticLayer: StaticPagedLayer,
+    StaticPagedLayer: StaticPagedLayer,
+}
+"""Kinds of cache layers, and those with pages that take their place."""

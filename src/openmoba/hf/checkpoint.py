@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from openmoba.config import MobaConfig
 from openmoba.hf.key_conv import set_key_conv
-from openmoba.hf.layers import attention_layers
 from openmoba.hf.settings import NAME, saved
 from openmoba.hf.support import check_supported
 
@@ -51,7 +50,7 @@ def convert(source: str | Path, out: Path, settings: MobaConfig) -> Path:
         model = AutoModelForCausalLM.from_config(config)
     check_supported(model)
     _check_key_conv(config, settings)
-    set_key_conv(attention_layers(model), settings.key_conv, model.dtype)
+    set_key_conv(model, settings.key_conv)
     settings.full_layer_indices(config.num_hidden_layers)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

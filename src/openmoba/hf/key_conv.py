@@ -20,6 +20,7 @@ from openmoba.hf.eager import F, per_tensor
 from openmoba.hf.masks import PADDING, UNWRITTEN, runs
 from openmoba.hf.raw_keys import raw_keys_layer
 from openmoba.hf.settings import NAME
+from openmoba.hf.support import is_attention
 from openmoba.ops.key_conv import key_convolution
 
 # B batch, T new tokens, S key slots, C channels of all key/value heads
@@ -45,15 +46,13 @@ class KeyConvolution(nn.Module):
         return "channels={}, width={}".format(*self.weight.shape)
 
 
-def set_key_conv(layers: list[Any], width: int | None, dtype: torch.dtype) -> None:
-    """Give attention layers a key convolution of this width, or none; one of the same width stays as it is.
-
-    Args:
-        dtype: of the weights where the layers' own are quantized.
+def set_key_conv(model: Any, width: int | None) -> None:
+    """Give every attention layer a key convolution of this width, or none; one of the same width stays as it is.
 
     Raises:
         ValueError: a family without a `k_proj`, or a trained convolution would be lost.
     """
+    layers: list[Any] = [module for module in model.modules() if is_attention(module)]
     for module in layers:
         _check(module, width)
     for module in layers:
@@ -64,8 +63,8 @@ def set_key_conv(layers: list[Any], width: int | None, dtype: torch.dtype) -> No
         if width is not None and not hasattr(module, "key_conv"):
             weight = module.k_proj.weight
             quantized = not weight.is_floating_point() or weight.itemsize == 1
-            own = dtype if quantized else weight.dtype
-            module.key_conv = KeyConvolution(module.k_proj.out_features, width, own, weight.device)
+            dtype = model.dtype if quantized else weight.dtype
+            module.key_conv = KeyConvolution(module.k_proj.out_features, width, dtype, weight.device)
             kind: Any = type(module)
             module.__class__ = _convolving(kind)
 

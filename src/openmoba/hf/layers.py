@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
-from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from openmoba.config import MobaConfig
@@ -47,11 +46,12 @@ def prepare(model: Any, settings: MobaConfig | None) -> None:
     if settings is not None:
         layers = settings.full_layer_indices(model.config.num_hidden_layers)
         sparse = LayerSettings(settings.block_size, settings.top_k, full=False)
-    for module in attention_layers(model):
-        module.moba = FULL if module.layer_idx in layers else sparse
-        module.moba_source = model.config.__dict__.get(NAME)
-        if hand_over_cache not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(hand_over_cache, with_kwargs=True)
+    for module in model.modules():
+        if is_attention(module):
+            module.moba = FULL if module.layer_idx in layers else sparse
+            module.moba_source = model.config.__dict__.get(NAME)
+            if hand_over_cache not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(hand_over_cache, with_kwargs=True)
     attach_rows(_decoder(model))
 
 
@@ -74,19 +74,14 @@ def prepare_new_models() -> None:
     def post_init_and_prepare(self: Any) -> None:
         post_init(self)
         if self.config.moba is not None:
-            settings = MobaConfig.from_dict(self.config.moba)
             if self.config._attn_implementation == NAME:
                 check_supported(self)
-            set_key_conv(attention_layers(self), settings.key_conv, self.dtype)
+            settings = MobaConfig.from_dict(self.config.moba)
+            set_key_conv(self, settings.key_conv)
             prepare(self, settings)
 
     PreTrainedModel.post_init = post_init_and_prepare
     initialize_as_identity()
-
-
-def attention_layers(model: nn.Module) -> list[Any]:
-    """The attention modules of a decoder, in order."""
-    return [module for module in model.modules() if is_attention(module)]
 
 
 def settings_of_layer(module: Any) -> LayerSettings:

@@ -6,7 +6,7 @@ from typing import Any
 
 from openmoba.config import MobaConfig
 from openmoba.hf.key_conv import set_key_conv
-from openmoba.hf.layers import attention_layers, prepare
+from openmoba.hf.layers import prepare
 from openmoba.hf.settings import NAME
 from openmoba.hf.support import check_supported
 
@@ -28,13 +28,13 @@ def configure(model: Any, settings: MobaConfig | None) -> Any:
 
     Raises:
         ValueError: if the model has attention that MoBA does not replace, such as a sliding window, values of another
-            width than the keys, or no causal mask; if `settings` name layers that it does not have; if its keys have
-            no projection of their own to convolve, or a trained key convolution would be dropped.
+            width than the keys, or no causal mask; if `settings` name layers that it does not have; if its keys have no
+            projection of their own to convolve; or if a trained key convolution would be dropped.
     """
     if settings is not None:
         check_supported(model)
         settings.full_layer_indices(model.config.num_hidden_layers)
-    set_key_conv(attention_layers(model), None if settings is None else settings.key_conv, model.dtype)
+    set_key_conv(model, None if settings is None else settings.key_conv)
     model.config.moba = settings
     model.set_attn_implementation("sdpa" if settings is None else NAME)
     prepare(model, settings)
@@ -51,7 +51,7 @@ def attend_fully(model: Any) -> Any:
         ValueError: if the model has attention that MoBA's full layers do not compute, or a trained key convolution.
     """
     check_supported(model)
-    set_key_conv(attention_layers(model), None, model.dtype)
+    set_key_conv(model, None)
     model.config.moba = None
     model.set_attn_implementation(NAME)
     prepare(model, None)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from openmoba.hf.cache import DynamicPagedLayer, StaticPagedLayer
+from openmoba.hf.cache import PAGED, DynamicPagedLayer, StaticPagedLayer
 
 KEPT = 256
 """Raw keys that a dynamic layer keeps, so that `crop` can take back as many tokens, less the convolution's reach."""
@@ -55,6 +55,11 @@ class _DynamicRawKeys(DynamicLayer):  # type: ignore[misc]
         # A copy, since a slice would keep the keys of a whole prompt alive.
         self.raw_keys = last.clone() if self.raw_keys is None else torch.cat([self.raw_keys, last], 1)[:, -KEPT:]
         self._reach = reach
+
+    def take_over(self, old: Any) -> None:
+        """Start with what another layer holds."""
+        super().take_over(old)
+        self.raw_keys, self._reach = old.raw_keys, old._reach
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens; ValueError if the raw keys before them are not kept any more."""
@@ -141,6 +146,14 @@ class StaticRawLayer(_StaticRawKeys):
 
 class StaticPagedRawLayer(_StaticRawKeys, StaticPagedLayer):
     """A layer of fixed size for MoBA, with raw keys."""
+
+
+PAGED |= {
+    DynamicRawLayer: DynamicPagedRawLayer,
+    DynamicPagedRawLayer: DynamicPagedRawLayer,
+    StaticRawLayer: StaticPagedRawLayer,
+    StaticPagedRawLayer: StaticPagedRawLayer,
+}
 
 
 def raw_keys_layer(cache: Cache, layer_idx: int) -> RawKeysLayer:

@@ -44,7 +44,8 @@ class Outcome:
     @property
     def label(self) -> str:
         """The arm's name in figures and tables."""
-        return ARM_NAMES.get(self.run.arm, self.run.arm)
+        convolved = self.run.arm in ARM_NAMES and self.config.arm.key_conv is not None
+        return ARM_NAMES.get(self.run.arm, self.run.arm) + (" + key convolution" if convolved else "")
 
     @property
     def layers(self) -> int | None:

@@ -201,10 +201,12 @@ def _rows(runs: Sequence[Outcome], number: int, study: Study, page: Path) -> Ite
 
 def _describe(run: Outcome) -> str:
     arm = run.config.arm
+    convolved = "" if arm.key_conv is None else f", key convolution over {arm.key_conv} tokens"
     if arm.name == "full":
-        return run.label
+        return run.label + convolved
     text = f"{run.label}: blocks of {arm.block_size}, top-{arm.top_k}"
-    return f"{text}, {len(run.full_layers)} of {run.layers} layers full" if run.full_layers else text
+    full = f", {len(run.full_layers)} of {run.layers} layers full" if run.full_layers else ""
+    return text + full + convolved
 
 
 def _by_arm_and_size(study: Study) -> Iterator[list[Outcome]]:

@@ -81,10 +81,11 @@ def _line(
 
 def _arm(config: RunConfig) -> str:
     arm = config.arm
+    convolved = "" if arm.key_conv is None else f" key-conv {arm.key_conv}"
     if arm.name == "full":
-        return "full"
+        return f"full{convolved}"
     full = arm.full_layers if isinstance(arm.full_layers, int | str) else ",".join(map(str, arm.full_layers))
-    return f"{arm.name} {arm.block_size}/{arm.top_k}" + (f" full {full}" if arm.name == "hybrid" else "")
+    return f"{arm.name} {arm.block_size}/{arm.top_k}" + (f" full {full}" if arm.name == "hybrid" else "") + convolved
 
 
 def _loss(evaluation: Row) -> float:

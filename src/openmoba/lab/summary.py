@@ -71,15 +71,18 @@ def parameters(shape: Shape) -> str:
 
 def arm_name(arm: ArmConfig, steps: int, layers: int) -> str:
     """The attention of an arm in words."""
+    convolved = "" if arm.key_conv is None else f", key convolution over {arm.key_conv} tokens"
     attention = arm.attention(0, steps)
-    if attention is None:
-        return "full attention"
+    if attention is None or arm.name == "full":
+        return f"full attention{convolved}"
     full = sorted(attention.full_layer_indices(layers))
     text = f"MoBA, blocks of {attention.block_size:,}, top-{attention.top_k}"
     if full:
         text += f", {len(full)} of {layers} layers full ({', '.join(map(str, full))})"
     switch = arm.switch_step(steps)
-    return text if switch == steps else f"{text}, full attention from step {switch + 1:,} on"
+    if switch < steps:
+        text += f", full attention from step {switch + 1:,} on"
+    return text + convolved
 
 
 def device_name(device: torch.device) -> str:
@@ -94,7 +97,10 @@ def attention_paths(config: RunConfig, shape: Shape, model: Any, args: Any) -> l
     """What the run's layers attend with, and what of ours that runs."""
     arm, steps = config.arm, config.train.steps
     attention = arm.attention(0, steps)
-    return [arm_name(arm, steps, shape.layers), *([] if attention is None else [_path(attention, shape, model, args)])]
+    name = arm_name(arm, steps, shape.layers)
+    if attention is None or arm.name == "full":
+        return [name]
+    return [name, _path(attention, shape, model, args)]
 
 
 def _path(attention: MobaConfig, shape: Shape, model: Any, args: Any) -> str:
