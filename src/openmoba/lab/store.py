@@ -29,6 +29,9 @@ from openmoba.lab.tokenizer import encode_texts, fingerprint
 
 _CHARACTERS_PER_BATCH = 4_000_000
 
+# Name of what is kept of every corpus.
+_SURVEY = "documents"
+
 
 @dataclass(frozen=True)
 class TokenStore:
@@ -68,7 +71,7 @@ def survey(corpus: Corpus, cache: Path, progress: Progress) -> Survey:
         for name in _MEASURES.names or ():
             np.save(folder / f"{name}.npy", rows[name])
 
-    folder = cached(cache, f"documents-{corpus.digest}", write)
+    folder = cached(cache, f"{_SURVEY}-{corpus.digest}", write)
     return Survey(**{name: np.load(folder / f"{name}.npy") for name in _MEASURES.names or ()})
 
 
@@ -137,7 +140,7 @@ def _writing_to(cache: Path) -> Iterator[None]:
 
 def is_cache(folder: Path) -> bool:
     """Whether something was kept in `folder` before."""
-    return any(folder.glob("survey-*"))
+    return any(folder.glob(f"{_SURVEY}-*"))
 
 
 def _write_store(corpus: Corpus, tokenizer: Any, folder: Path, surveyed: Survey, progress: Progress) -> None:
