@@ -118,7 +118,7 @@ def test_of_copies_the_first_path_is_kept_in_whatever_order_a_folder_lists_them(
     root = tree(tmp_path, {f"{name}.c": "same\n" for name in "hbgaf"} | {"b/c.c": "same\n"})
     listed = [(here, folders, sorted(names)) for here, folders, names in os.walk(root)]
     for walked in (listed, [(here, folders, names[::-1]) for here, folders, names in listed[::-1]]):
-        monkeypatch.setattr("openmoba.lab.files.os.walk", dict.fromkeys([root], walked).get)
+        monkeypatch.setattr("openmoba.lab.files.os.walk", lambda _, onerror, walked=walked: walked)
         assert files_in(directories(root)) == {".": ["a.c"]}
         monkeypatch.undo()
 
@@ -245,6 +245,7 @@ def test_bad_options_name_the_way_out(tmp_path: Path, capsys: Any) -> None:
     for arguments, message in (
         (["stdlib", "--hold-out", "5"], "need --out"),
         (["stdlib", "--documents", "directories"], "stdlib is no folder"),
+        ([str(chat), "--suffixes", ".c"], "chat.jsonl is no folder, so there are no files to choose"),
         ([str(chat), "--column", "messages", "--out", str(tmp_path / "x")], "holds conversations"),
         ([str(tmp_path), "--documents", "directories", "--out", "/proc/none/x"], "choose another --out"),
     ):

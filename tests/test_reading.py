@@ -184,6 +184,45 @@ def test_data_sets_that_datasets_saved_are_read(tmp_path: Path) -> None:
     assert list(open_corpus(str(tmp_path / "both/train")).documents()) == TEXTS
 
 
+def test_a_data_set_whose_description_is_damaged_is_named(tmp_path: Path) -> None:
+    for name in ("state.json", "dataset_info.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=r"state\.json has no _data_files, which datasets writes"):
+        open_corpus(str(tmp_path))
+    (tmp_path / "dataset_dict.json").write_text("{")
+    with pytest.raises(ValueError, match=r"dataset_dict\.json"):
+        open_corpus(str(tmp_path))
+    (tmp_path / "dataset_dict.json").unlink()
+    (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "gone.arrow"}]}')
+    with pytest.raises(ValueError, match=r"gone\.arrow cannot be read: No such file"):
+        open_corpus(str(tmp_path))
+
+
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openmoba.lab.corpus._hub_files", lambda source: pytest.fail(source))
+    (tmp_path / "texts").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for source in ("texts/gone", "some/where/else", "gone.jsonl.gz", "./gone"):
+        with pytest.raises(ValueError, match=rf"{source} does not exist; give a file"):
+            open_corpus(source)
+
+
+def test_folders_that_are_not_entered_are_named(tmp_path: Path) -> None:
+    (tmp_path / "texts/in").mkdir(parents=True)
+    (tmp_path / "texts/in/a.txt").write_text("text")
+    (tmp_path / "texts/again").symlink_to(tmp_path / "texts/in")
+    (tmp_path / "texts/gone.txt").symlink_to(tmp_path / "nowhere")
+    corpus = open_corpus(str(tmp_path / "texts"))
+    assert list(corpus.named()) == [("in/a.txt", "text")]
+    assert corpus.left_out.paths == {"a link to a folder": ["again"], "no file": ["gone.txt"]}
+
+
+def test_half_a_character_is_refused_by_row(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "\\ud83d"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: .*surrogates not allowed; such characters are no text"):
+        survey(open_corpus(str(tmp_path / "a.jsonl")), tmp_path / "cache", Progress())
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

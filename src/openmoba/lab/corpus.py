@@ -6,7 +6,6 @@ A document is a text, or a conversation: a list of messages, see `openmoba.lab.c
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 from openmoba.lab.chat import Messages, messages_of
 from openmoba.lab.files import FileRules, LeftOut, NotTextError, read_text, some, suffix_of, walk
+from openmoba.lab.records import read_json
 from openmoba.lab.rows import KINDS, read_rows
 
 Document = str | Messages
@@ -83,9 +83,14 @@ def open_corpus(source: str, column: str = "text", rules: FileRules | None = Non
     if "*" in source:
         files = sorted(Path(name) for name in glob(str(path), recursive=True) if Path(name).is_file())
         return _of_files(source, {_below(file, files): file for file in files}, column, LeftOut())
-    if suffix_of(path) in KINDS or source.startswith(("/", ".", "~")):
-        raise ValueError(f"{source} does not exist")
+    if suffix_of(path) in KINDS or source.startswith(("/", ".", "~")) or _looks_local(path):
+        raise ValueError(f"{source} does not exist; give a file, a folder, or NAME[@CONFIG][:SPLIT] of the hub")
     return _of_rows(source, {file.name: file for file in _hub_files(source)}, "Arrow", column)
+
+
+def _looks_local(path: Path) -> bool:
+    """Whether the path is no name of the hub, which is NAME or OWNER/NAME, or lies in a folder that is here."""
+    return len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())
 
 
 def _of_file(source: str, path: Path, column: str) -> Corpus:
@@ -103,14 +108,21 @@ def _of_file(source: str, path: Path, column: str) -> Corpus:
 def _of_folder(source: str, folder: Path, column: str, rules: FileRules) -> Corpus:
     """A folder that `datasets` saved, or one of files."""
     if (folder / "dataset_dict.json").exists():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        splits = _saved(folder / "dataset_dict.json", "splits")
         raise ValueError(f"{source} holds the splits {', '.join(splits)}; set data.source to {folder / splits[0]}")
     if (folder / "state.json").exists() and (folder / "dataset_info.json").exists():
-        saved = json.loads((folder / "state.json").read_text())["_data_files"]
-        names = [file["filename"] for file in saved]
+        names = [file["filename"] for file in _saved(folder / "state.json", "_data_files")]
         return _of_rows(source, {name: folder / name for name in names}, "Arrow", column)
     left_out = LeftOut()
     return _of_files(source, dict(walk(folder, rules, left_out)), column, left_out)
+
+
+def _saved(path: Path, key: str) -> Any:
+    """An entry of a file that `datasets` wrote beside its data."""
+    values = read_json(path)
+    if not values.get(key):
+        raise ValueError(f"{path} has no {key}, which datasets writes; save the data set again")
+    return values[key]
 
 
 def _of_files(source: str, files: dict[str, Path], column: str, left_out: LeftOut) -> Corpus:
@@ -182,10 +194,14 @@ def _of_texts(source: str, files: dict[str, Path], left_out: LeftOut | None = No
 def _of_rows(source: str, files: dict[str, Path], kind: str, column: str, left_out: LeftOut | None = None) -> Corpus:
     """Each row of the files is a document."""
     digest = _digest(f"{kind} {column}")
+    sizes = []
     for path in files.values():
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "blake2b").digest())
-    sizes = [path.stat().st_size for path in files.values()]
+        try:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "blake2b").digest())
+                sizes.append(file.tell())
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}; restore it, or leave it out") from error
 
     def items() -> Iterator[Item]:
         for number, (name, path) in enumerate(files.items()):

@@ -87,14 +87,24 @@ def walk(folder: Path, rules: FileRules, left_out: LeftOut) -> Iterator[tuple[st
 
 
 def _visible(folder: Path, left_out: LeftOut) -> Iterator[Path]:
-    """All files below the folder but those that are hidden, or in a hidden folder."""
-    for here, folders, names in os.walk(folder):
+    """All files below the folder but those that are hidden, or in a folder that is hidden or elsewhere."""
+
+    def leave(reason: str, path: str | Path) -> None:
+        left_out.add(reason, Path(path).relative_to(folder).as_posix())
+
+    for here, folders, names in os.walk(folder, onerror=lambda error: leave("not readable", error.filename)):
         for name in [*folders, *names]:
-            if name.startswith(".") or name == "__pycache__":
-                left_out.add("hidden", Path(here, name).relative_to(folder).as_posix())
+            if _is_hidden(name):
+                leave("hidden", Path(here, name))
             elif name in names:
                 yield Path(here, name)
-        folders[:] = [name for name in folders if not (name.startswith(".") or name == "__pycache__")]
+            elif Path(here, name).is_symlink():
+                leave("a link to a folder", Path(here, name))
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__pycache__"
 
 
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}

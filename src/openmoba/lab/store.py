@@ -88,7 +88,12 @@ def _measures(corpus: Corpus, progress: Progress) -> Iterator[tuple[int, int, in
             empty += 1
             continue
         content = _content(item.document)
-        encoded = content.encode()
+        try:
+            encoded = content.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{corpus.name}, {item.name}: {error}; such characters are no text, leave them out"
+            ) from error
         digest = hashlib.blake2b(encoded, digest_size=8).digest()
         yield len(content), int.from_bytes(digest, sys.byteorder), len(encoded)
     if empty:
