@@ -278,7 +278,7 @@ class Told(Progress):
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def step(self, done: int, total: int, detail: str = "") -> None:
+    def step(self, done: int, total: int, detail: str = "", share: float | None = None) -> None:
         assert total == 100
         self.steps.setdefault(detail, []).append(done)
 
