@@ -246,8 +246,11 @@ def _of_one_kind(source: str, items: Callable[[], Iterator[Item]]) -> Callable[[
 
 def _standard_library() -> dict[str, Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.py"))}
-    return {name: path for name, path in files.items() if not _NOT_LIBRARY & set(path.relative_to(root).parts)}
+    files = []
+    for here, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _NOT_LIBRARY]
+        files += [Path(here, name) for name in names if name.endswith(".py")]
+    return {path.relative_to(root).as_posix(): path for path in sorted(files)}
 
 
 def _below(path: Path, paths: Iterable[Path]) -> str:
