@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from pyarrow import parquet
 
 from openmoba.cli import main
 from openmoba.lab.config import DataConfig
-from openmoba.lab.corpus import open_corpus
+from openmoba.lab.corpus import Corpus, open_corpus
 from openmoba.lab.data import load_data
-from openmoba.lab.directories import Directories, open_directories
+from openmoba.lab.directories import open_directories
 from openmoba.lab.files import FileRules
 from openmoba.lab.making import DocumentRules, pick
 from openmoba.lab.store import Survey
@@ -31,8 +32,12 @@ def tree(root: Path, files: dict[str, str | bytes]) -> Path:
     return root
 
 
-def directories(root: Path, merge_below: int = 1, **rules: Any) -> Directories:
+def directories(root: Path, merge_below: int = 1, **rules: Any) -> Corpus:
     return open_directories(str(root), FileRules(**rules), merge_below)
+
+
+def files_in(corpus: Corpus) -> dict[str, list[str]]:
+    return {name: re.findall("^==> (.*) <==$", str(text), re.MULTILINE) for name, text in corpus.named()}
 
 
 def test_a_document_is_a_directory_of_files_in_order_of_their_paths(tmp_path: Path) -> None:
@@ -60,12 +65,12 @@ def test_small_directories_are_merged_into_those_around_them(tmp_path: Path) -> 
             "few/b/a.c": "z" * 50,  # only together large enough
         },
     )
-    assert directories(root, 100).files == {
+    assert files_in(directories(root, 100)) == {
         "big": ["big/a.c", "big/none/here/a.c", "big/small/a.c"],
         "few": ["few/a/a.c", "few/b/a.c"],
         "none/big": ["none/big/a.c"],
     }
-    assert list(directories(root, 10**6).files) == ["."]
+    assert list(files_in(directories(root, 10**6))) == ["."]
 
 
 def test_files_are_taken_by_the_rules_and_the_rest_is_counted_by_reason(tmp_path: Path) -> None:
@@ -87,21 +92,23 @@ def test_files_are_taken_by_the_rules_and_the_rest_is_counted_by_reason(tmp_path
         },
     )
     found = directories(root, suffixes=(".c", ".h"), exclude=("tools/test",), largest_file=20)
-    assert [path for paths in found.files.values() for path in paths] == ["a.c", "i.c", "tools/tests/k.c"]
+    assert files_in(found)["."] + files_in(found)["tools/tests"] == ["a.c", "i.c", "tools/tests/k.c"]
     assert dict(found.named())["."] == "==> a.c <==\nkept\n\n==> i.c <==\nmarked\n"
     assert found.left_out.paths == {
-        "a copy": ["b.c"],
-        "another suffix": ["c.C"],
+        "with the contents of another": ["b.c"],
+        "with another suffix": ["c.C"],
         "above 20 bytes": ["d.h"],
         "empty": ["e.c"],
         "in another encoding than UTF-8": ["f.c"],
         "binary": ["g.c"],
         "in UTF-16, not UTF-8": ["h.c"],
-        "hidden": [".git/l.c"],
+        "hidden": [".git"],
         "excluded": ["tools/test/j.c"],
     }
     assert "1 binary (g.c); " in str(found.left_out)
-    with pytest.raises(ValueError, match=r"holds no text files that the options take; left out: .*11 another suffix"):
+    with pytest.raises(
+        ValueError, match=r"holds no text files that the options take; left out: .*11 with another suffix"
+    ):
         directories(root, suffixes=(".rs",))
 
 
@@ -111,8 +118,8 @@ def test_of_copies_the_first_path_is_kept_in_whatever_order_a_folder_lists_them(
     root = tree(tmp_path, {f"{name}.c": "same\n" for name in "hbgaf"} | {"b/c.c": "same\n"})
     listed = [(here, folders, sorted(names)) for here, folders, names in os.walk(root)]
     for walked in (listed, [(here, folders, names[::-1]) for here, folders, names in listed[::-1]]):
-        monkeypatch.setattr("openmoba.lab.files.os.walk", dict.fromkeys([root], walked).get)
-        assert directories(root).files == {".": ["a.c"]}
+        monkeypatch.setattr("openmoba.lab.files.os.walk", lambda _, onerror, walked=walked: walked)
+        assert files_in(directories(root)) == {".": ["a.c"]}
         monkeypatch.undo()
 
 
@@ -238,6 +245,7 @@ def test_bad_options_name_the_way_out(tmp_path: Path, capsys: Any) -> None:
     for arguments, message in (
         (["stdlib", "--hold-out", "5"], "need --out"),
         (["stdlib", "--documents", "directories"], "stdlib is no folder"),
+        ([str(chat), "--suffixes", ".c"], "chat.jsonl is no folder, so there are no files to choose"),
         ([str(chat), "--column", "messages", "--out", str(tmp_path / "x")], "holds conversations"),
         ([str(tmp_path), "--documents", "directories", "--out", "/proc/none/x"], "choose another --out"),
     ):

@@ -29,14 +29,15 @@ class DataConfig:
     """Documents, tokenizer, and the windows cut from them."""
 
     source: str = "stdlib"
-    """Training documents: "stdlib" (the running Python's own source files), a .txt, .jsonl or .parquet file,
-    a folder of such files or of source code, or a data set on the hub as NAME[@CONFIG][:SPLIT]."""
+    """Training documents: "stdlib" (the running Python's own source files); a file of text, JSON, CSV, Parquet or
+    Arrow, compressed or not; a folder of such files, of source code, or saved by `datasets`; a pattern such as
+    "books/*.txt"; or a data set on the hub as NAME[@CONFIG][:SPLIT]."""
     valid: str | None = None
     """Validation documents, in the same forms; left out: whole documents are held out of `source`."""
     hold_out: int = 20
     """Without `valid`: one of every this many documents is held out."""
     column: str = "text"
-    """Column of the text in JSON lines, Parquet and hub data; a column of message lists is chat data."""
+    """Column of the text, where files have columns; a column of message lists is chat data."""
     tokenizer: str = "auto"
     """"bytes", "bpe" (trained on the training documents), a folder or hub name for AutoTokenizer, or "auto":
     the tokenizer of `train.start_from`, else "bpe"."""

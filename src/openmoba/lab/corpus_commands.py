@@ -56,7 +56,7 @@ class MakeCorpus:
         progress = TerminalProgress("corpus")
         corpora = [self._open()]
         surveyed = survey(corpora[0], self.cache, progress)
-        print(overview(self.source, surveyed), flush=True)
+        print(overview(self.source, surveyed), *filter(None, [str(corpora[0].left_out)]), sep="\n", flush=True)
         if self.out is not None:
             paths = write_corpus(corpora[0], surveyed, self.select, self.out, progress)
             corpora = [open_corpus(str(path)) for path in paths]
@@ -68,7 +68,7 @@ class MakeCorpus:
     def _open(self) -> Corpus:
         if self.documents == "directories":
             return open_directories(self.source, self.files, self.merge_below)
-        return open_corpus(self.source, self.column)
+        return open_corpus(self.source, self.column, self.files)
 
     def _holdings(self, train: Corpus, corpus: Corpus, progress: Progress) -> Iterator[Holding]:
         """A corpus in the tokens of each vocabulary, which is that of the training documents."""

@@ -13,7 +13,7 @@ import numpy as np
 from openmoba.lab.config import DataConfig, stored_config
 from openmoba.lab.corpus import Corpus, open_corpus
 from openmoba.lab.identity import Identity, Known, documents_digest
-from openmoba.lab.progress import Progress
+from openmoba.lab.progress import Percent, Progress
 from openmoba.lab.store import Survey, TokenStore, cached, is_cache, survey, tokenise
 from openmoba.lab.tokenizer import byte_tokenizer, fingerprint, load_tokenizer, train_bpe
 from openmoba.lab.windows import Windows, cut_windows
@@ -98,7 +98,7 @@ def load_validation(
         corpus, documents = split.valid, split.valid_documents
         _check({"valid": split.identity["valid"]}, known, config)
     else:
-        corpus = open_corpus(config.valid, config.column)
+        corpus = _open(config.valid, config.column, progress)
         surveyed = _nonempty(corpus, cache, progress)
         documents = np.arange(len(surveyed.sizes))
         _check({"valid": documents_digest(surveyed.digests)}, known, config)
@@ -145,19 +145,32 @@ def hold_out(surveyed: Survey, every: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _split(config: DataConfig, cache: Path, progress: Progress) -> _Split:
-    train = open_corpus(config.source, config.column)
+    train = _open(config.source, config.column, progress)
     surveyed = _nonempty(train, cache, progress)
     if config.valid is None:
         documents, held = hold_out(surveyed, config.hold_out)
         if len(held) == 0:
             raise ValueError(f"{config.source} is one document, none is left for validation; set data.valid")
         return _Split(train, documents, train, held, _identity(surveyed, documents, surveyed, held))
-    valid = open_corpus(config.valid, config.column)
+    valid = _open(config.valid, config.column, progress)
     held_survey = _nonempty(valid, cache, progress)
     _, unique = np.unique(surveyed.digests, return_index=True)
     fresh = unique[~np.isin(surveyed.digests[unique], held_survey.digests)]
+    if len(fresh) == 0:
+        raise ValueError(
+            f"every document of data.source={config.source} is one of data.valid={config.valid} too: none is left to "
+            "train on; give other validation documents, or leave data.valid out, and data.hold_out holds some out"
+        )
     documents, held = np.sort(fresh), np.arange(len(held_survey.sizes))
     return _Split(train, documents, valid, held, _identity(surveyed, documents, held_survey, held))
+
+
+def _open(source: str, column: str, progress: Progress) -> Corpus:
+    """The corpus of a source; says which of its files are in no document."""
+    corpus = open_corpus(source, column)
+    if corpus.left_out.paths:
+        progress.note(f"{source}: {corpus.left_out}")
+    return corpus
 
 
 def _identity(train: Survey, documents: np.ndarray, valid: Survey, held: np.ndarray) -> Identity:
@@ -195,12 +208,15 @@ def trained_bpe(corpus: Corpus, documents: np.ndarray, vocab_size: int, cache: P
     """A BPE of the documents of these numbers alone, kept in the cache."""
 
     def texts() -> Iterator[str]:
-        place = dict(zip(documents.tolist(), np.cumsum(survey(corpus, cache, progress).sizes[documents]), strict=True))
-        total = int(max(place.values()))
+        sizes = survey(corpus, cache, progress).sizes
+        chosen = np.isin(np.arange(len(sizes)), documents)
+        share = np.cumsum(sizes * chosen) / sizes[documents].sum()
+        percent = Percent(progress, "percent read for the tokenizer")
         for number, document in enumerate(corpus.documents()):
-            if number in place:
+            if chosen[number]:
                 yield document if isinstance(document, str) else "\n".join(m["content"] for m in document)
-                progress.step(int(place[number]), total, "characters counted for the tokenizer")
+                percent.step(share[number])
+        progress.note("choosing the tokenizer's entries")
 
     def write(folder: Path) -> None:
         progress.note(f"training a tokenizer of {vocab_size} entries on {corpus.name}")

@@ -13,39 +13,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from openmoba.lab.corpus import Corpus, Item
 from openmoba.lab.files import FileRules, LeftOut, NotTextError, read_text, walk
 
 
-@dataclass(frozen=True)
-class Directories:
-    """Documents made of the files of a folder, of which only the paths are held.
-
-    Attributes:
-        name: of the folder, as the user gave it.
-        files: by directory, in order, the paths of its document's files below the folder, in order.
-        digest: of the contents, hexadecimal.
-        left_out: files of the folder that are in no document.
-    """
-
-    name: str
-    files: dict[str, list[str]]
-    digest: str
-    left_out: LeftOut
-
-    def named(self) -> Iterator[tuple[str, str]]:
-        """Directory and text of each document, in order."""
-        for directory, paths in self.files.items():
-            yield directory, "\n".join(_entry(path, read_text(Path(self.name).expanduser() / path)) for path in paths)
-
-    def documents(self) -> Iterator[str]:
-        """The texts alone."""
-        return (text for _, text in self.named())
-
-
-def open_directories(folder: str, rules: FileRules, merge_below: int) -> Directories:
+def open_directories(folder: str, rules: FileRules, merge_below: int) -> Corpus:
     """Find the documents of a folder. Files with the same contents are taken once, at the first of their paths.
 
     Args:
@@ -57,24 +31,32 @@ def open_directories(folder: str, rules: FileRules, merge_below: int) -> Directo
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise ValueError(f"{folder} is no folder, so it has no directories; give a folder of source files")
-    left_out, sizes, seen = LeftOut(), {}, set()
+    left_out = LeftOut()
+    sizes: dict[str, int] = {}
+    seen = set()
     digest = hashlib.blake2b(f"directories {merge_below}".encode(), digest_size=16)
     for path, file in walk(root, rules, left_out):
         try:
-            content = _entry(path, read_text(file)).encode()
+            text = read_text(file)
         except NotTextError as error:
             left_out.add(str(error), path)
             continue
-        text_digest = hashlib.blake2b(content.partition(b"\n")[2], digest_size=16).digest()
-        if text_digest in seen:
-            left_out.add("a copy", path)
+        contents = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        if contents in seen:
+            left_out.add("with the contents of another", path)
             continue
-        seen.add(text_digest)
-        sizes[path] = len(content) + 1
-        digest.update(path.encode() + b"\0" + text_digest)
+        seen.add(contents)
+        sizes[path] = len(_entry(path, text).encode()) + 1
+        digest.update(path.encode() + b"\0" + contents)
     if not sizes:
         raise ValueError(f"{folder} holds no text files that the options take; {str(left_out) or 'it is empty'}")
-    return Directories(folder, _merged(sizes, merge_below), digest.hexdigest(), left_out)
+    files = _merged(sizes, merge_below)
+
+    def items() -> Iterator[Item]:
+        for done, (directory, paths) in enumerate(files.items(), 1):
+            yield Item(directory, "\n".join(_entry(path, read_text(root / path)) for path in paths), done / len(files))
+
+    return Corpus(folder, digest.hexdigest(), items, left_out)
 
 
 def _entry(path: str, text: str) -> str:

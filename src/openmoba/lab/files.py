@@ -1,12 +1,19 @@
-"""Files of a folder: which are taken, which are left out and why, and their texts."""
+"""Files of a folder: which are taken, which are left out and why, and how they are opened."""
 
 from __future__ import annotations
 
+import bz2
 import codecs
+import gzip
+import io
+import lzma
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO, cast
 
 
 @dataclass(frozen=True)
@@ -31,12 +38,10 @@ class FileRules:
     def why_not(self, path: str, size: int) -> str | None:
         """Why the file of `size` bytes at `path`, below the folder, is left out; None if it is taken."""
         parts = PurePosixPath(path).parts
-        if any(part.startswith(".") or part == "__pycache__" for part in parts):
-            return "hidden"
         if any(parts[: len(PurePosixPath(left).parts)] == PurePosixPath(left).parts for left in self.exclude):
             return "excluded"
         if self.suffixes and PurePosixPath(path).suffix not in self.suffixes:
-            return "another suffix"
+            return "with another suffix"
         if size < self.smallest_file:
             return "empty" if size == 0 else f"below {self.smallest_file} bytes"
         if self.largest_file is not None and size > self.largest_file:
@@ -56,11 +61,13 @@ class LeftOut:
 
     def __str__(self) -> str:
         """A sentence that counts the files of each reason and names some, or nothing."""
-        parts = [
-            f"{len(paths)} {reason} ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})"
-            for reason, paths in self.paths.items()
-        ]
+        parts = [f"{len(paths)} {reason} ({some(paths)})" for reason, paths in self.paths.items()]
         return f"left out: {'; '.join(parts)}" if parts else ""
+
+
+def some(names: list[str]) -> str:
+    """The first names, and dots if there are more."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 class NotTextError(ValueError):
@@ -69,7 +76,7 @@ class NotTextError(ValueError):
 
 def walk(folder: Path, rules: FileRules, left_out: LeftOut) -> Iterator[tuple[str, Path]]:
     """Path below the folder, with slashes, and path of each file that the rules take, in order of the paths."""
-    for path in sorted(Path(here, name) for here, _, names in os.walk(folder) for name in names):
+    for path in sorted(_visible(folder, left_out)):
         below = path.relative_to(folder).as_posix()
         if not path.is_file():
             left_out.add("no file", below)
@@ -79,21 +86,92 @@ def walk(folder: Path, rules: FileRules, left_out: LeftOut) -> Iterator[tuple[st
             yield below, path
 
 
+def _visible(folder: Path, left_out: LeftOut) -> Iterator[Path]:
+    """All files below the folder but those that are hidden, or in a folder that is hidden or elsewhere."""
+
+    def leave(reason: str, path: str | Path) -> None:
+        left_out.add(reason, Path(path).relative_to(folder).as_posix())
+
+    for here, folders, names in os.walk(folder, onerror=lambda error: leave("not readable", error.filename)):
+        for name in [*folders, *names]:
+            if _is_hidden(name):
+                leave("hidden", Path(here, name))
+            elif name in names:
+                yield Path(here, name)
+            elif Path(here, name).is_symlink():
+                leave("a link to a folder", Path(here, name))
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__pycache__"
+
+
+COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
+"""Suffixes of compressed files that are read as what they hold."""
+
+
+def suffix_of(path: Path) -> str:
+    """What the name says that the file holds, in lower case: ".jsonl" of `a.JSONL.gz`."""
+    name = PurePosixPath(path.name.lower())
+    return PurePosixPath(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
+
+
+@contextmanager
+def open_bytes(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], float]]]:
+    """The bytes that a file holds, decompressed where it is compressed, and the share of the file read so far.
+
+    Raises:
+        ValueError: the file is damaged, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            size = max(1, path.stat().st_size)
+            yield _decompressed(file), lambda: file.tell() / size
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; restore it, or leave it out") from error
+
+
+def _decompressed(file: BinaryIO) -> BinaryIO:
+    """Told by the first bytes, since names may be wrong."""
+    head = file.read(6)
+    file.seek(0)
+    if head.startswith(b"\x1f\x8b"):
+        return cast(BinaryIO, gzip.GzipFile(fileobj=file))
+    if head.startswith(b"BZh"):
+        return cast(BinaryIO, bz2.BZ2File(file))
+    if head == b"\xfd7zXZ\0":
+        return cast(BinaryIO, lzma.LZMAFile(file))
+    if head.startswith(b"\x28\xb5\x2f\xfd"):
+        import pyarrow
+
+        return cast(BinaryIO, pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd"))
+    return file
+
+
+@contextmanager
+def open_lines(path: Path) -> Iterator[tuple[io.TextIOWrapper, Callable[[], float]]]:
+    """The text that a file holds in UTF-8, compressed or not, to be read bit by bit, and the share read so far.
+
+    Raises:
+        ValueError: the file is damaged, cannot be read, or holds no text in UTF-8.
+    """
+    with open_bytes(path) as (stream, share):
+        try:
+            yield io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), share
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} holds no text in UTF-8: {error}; convert it") from error
+
+
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, with lines that end in `\\n`.
+    """The text that a file holds in UTF-8, compressed or not, with lines that end in `\\n`.
 
     Raises:
         NotTextError: another encoding, or no text at all.
+        ValueError: the file is damaged, or cannot be read.
     """
-    return decode(path.read_bytes())
-
-
-def decode(content: bytes) -> str:
-    """The text of bytes in UTF-8, without byte order mark, with lines that end in `\\n`.
-
-    Raises:
-        NotTextError: another encoding, or no text at all.
-    """
+    with open_bytes(path) as (stream, _):
+        content = stream.read()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise NotTextError("in UTF-16, not UTF-8")
     if b"\0" in content:

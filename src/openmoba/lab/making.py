@@ -10,7 +10,7 @@ import numpy as np
 
 from openmoba.lab.corpus import Corpus
 from openmoba.lab.parquet import write_documents
-from openmoba.lab.progress import Progress
+from openmoba.lab.progress import Percent, Progress
 from openmoba.lab.store import Survey
 
 
@@ -84,13 +84,12 @@ def write_corpus(corpus: Corpus, surveyed: Survey, rules: DocumentRules, out: Pa
 
 def _chosen(corpus: Corpus, documents: np.ndarray, cut: int | None, progress: Progress) -> Iterator[tuple[str, str]]:
     """Ids and texts of the documents of these numbers."""
-    numbers = set(documents.tolist())
-    done = 0
+    percent = Percent(progress, "percent of the documents written")
     for number, (name, document) in enumerate(corpus.named()):
-        if number not in numbers:
+        place = int(np.searchsorted(documents, number))
+        if place == len(documents) or documents[place] != number:
             continue
         if not isinstance(document, str):
             raise ValueError(f"{corpus.name} holds conversations, which are not written; use it as it is")
         yield name, document if cut is None else document.encode()[:cut].decode(errors="ignore")
-        done += 1
-        progress.step(done, len(documents), "documents written")
+        percent.step((place + 1) / len(documents))

@@ -21,6 +21,19 @@ class Progress:
         """
 
 
+class Percent:
+    """Steps of a hundred, of work that goes on in many small ones."""
+
+    def __init__(self, progress: Progress, detail: str) -> None:
+        self._progress, self._detail, self._done = progress, detail, -1
+
+    def step(self, share: float) -> None:
+        """A share of the work is done, 0 to 1."""
+        if int(100 * share) > self._done:
+            self._done = int(100 * share)
+            self._progress.step(self._done, 100, self._detail)
+
+
 SECONDS_PER_LINE = 30.0
 
 

@@ -22,11 +22,15 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from openmoba.lab.chat import content_of, encode_chat
 from openmoba.lab.corpus import Corpus, Document
-from openmoba.lab.progress import Progress
-from openmoba.lab.tokenizer import encode_chat, encode_texts, fingerprint
+from openmoba.lab.progress import Percent, Progress
+from openmoba.lab.tokenizer import encode_texts, fingerprint
 
-_CHARACTERS_PER_BATCH = 8_000_000
+_CHARACTERS_PER_BATCH = 4_000_000
+
+# Name of what is kept of every corpus.
+_SURVEY = "documents"
 
 
 @dataclass(frozen=True)
@@ -63,23 +67,37 @@ def survey(corpus: Corpus, cache: Path, progress: Progress) -> Survey:
 
     def write(folder: Path) -> None:
         progress.note(f"reading {corpus.name}")
-        rows = np.fromiter(map(_measure, corpus.documents()), dtype=_MEASURES)
+        rows = np.fromiter(_measures(corpus, progress), dtype=_MEASURES)
         for name in _MEASURES.names or ():
             np.save(folder / f"{name}.npy", rows[name])
 
-    folder = cached(cache, f"documents-{corpus.digest}", write)
+    folder = cached(cache, f"{_SURVEY}-{corpus.digest}", write)
     return Survey(**{name: np.load(folder / f"{name}.npy") for name in _MEASURES.names or ()})
 
 
 _MEASURES = np.dtype([("sizes", np.int64), ("digests", np.uint64), ("bytes", np.int64)])
 
 
-def _measure(document: Document) -> tuple[int, int, int]:
-    """Characters, hash and bytes of a document."""
-    content = _content(document)
-    encoded = content.encode()
-    digest = hashlib.blake2b(encoded, digest_size=8).digest()
-    return len(content), int.from_bytes(digest, sys.byteorder), len(encoded)
+def _measures(corpus: Corpus, progress: Progress) -> Iterator[tuple[int, int, int]]:
+    """Characters, hash and bytes of each document."""
+    percent = Percent(progress, f"percent read of {corpus.name}")
+    empty = 0
+    for item in corpus.items():
+        percent.step(item.share)
+        if not item.document:
+            empty += 1
+            continue
+        content = _content(item.document)
+        try:
+            encoded = content.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{corpus.name}, {item.name}: {error}; such characters are no text, leave them out"
+            ) from error
+        digest = hashlib.blake2b(encoded, digest_size=8).digest()
+        yield len(content), int.from_bytes(digest, sys.byteorder), len(encoded)
+    if empty:
+        progress.note(f"{corpus.name}: left out {empty} rows that hold no text")
 
 
 def tokenise(corpus: Corpus, tokenizer: Any, cache: Path, progress: Progress) -> TokenStore:
@@ -127,7 +145,7 @@ def _writing_to(cache: Path) -> Iterator[None]:
 
 def is_cache(folder: Path) -> bool:
     """Whether something was kept in `folder` before."""
-    return any(folder.glob("survey-*"))
+    return any(folder.glob(f"{_SURVEY}-*"))
 
 
 def _write_store(corpus: Corpus, tokenizer: Any, folder: Path, surveyed: Survey, progress: Progress) -> None:
@@ -135,14 +153,15 @@ def _write_store(corpus: Corpus, tokenizer: Any, folder: Path, surveyed: Survey,
     lengths: list[int] = []
     place_D = np.cumsum(surveyed.sizes)
     progress.note(f"tokens of {corpus.name}")
+    percent = Percent(progress, f"percent tokenised of {corpus.name}")
     with (folder / "tokens.raw").open("wb") as tokens, (folder / "written.raw").open("wb") as written:
-        for batch in _batches(corpus.documents()):
-            for token_T, written_T in _encode(tokenizer, batch):
+        for batch in _batches(corpus.named()):
+            for token_T, written_T in _encode(corpus.name, tokenizer, batch):
                 tokens.write(token_T.astype(dtype).tobytes())
                 if written_T is not None:
                     written.write(written_T.tobytes())
                 lengths.append(len(token_T))
-            progress.step(int(place_D[len(lengths) - 1]), int(place_D[-1]), "characters tokenised")
+            percent.step(place_D[len(lengths) - 1] / place_D[-1])
     np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
     _raw_to_npy(folder / "tokens.raw", dtype)
     _raw_to_npy(folder / "written.raw", np.dtype(bool))
@@ -155,20 +174,26 @@ def _raw_to_npy(path: Path, dtype: np.dtype[Any]) -> None:
     path.unlink()
 
 
-def _encode(tokenizer: Any, documents: list[Document]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    if isinstance(documents[0], str):
-        texts = [document for document in documents if isinstance(document, str)]
-        yield from ((token_T, None) for token_T in encode_texts(tokenizer, texts))
-    else:
-        yield from (encode_chat(tokenizer, chat) for chat in documents if not isinstance(chat, str))
+Named = tuple[str, Document]
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _encode(corpus: str, tokenizer: Any, documents: list[Named]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    texts = [document for _, document in documents if isinstance(document, str)]
+    yield from ((token_T, None) for token_T in encode_texts(tokenizer, texts))
+    for name, chat in documents:
+        if not isinstance(chat, str):
+            try:
+                yield encode_chat(tokenizer, chat)
+            except ValueError as error:
+                raise ValueError(f"the conversation {name} of {corpus} cannot be used: {error}") from error
+
+
+def _batches(documents: Iterable[Named]) -> Iterator[list[Named]]:
     """Documents in lists of some megabytes, so that encoding is parallel and memory bounded."""
-    batch: list[Document] = []
+    batch: list[Named] = []
     size = 0
-    for document in documents:
-        batch.append(document)
+    for name, document in documents:
+        batch.append((name, document))
         size += len(_content(document))
         if size >= _CHARACTERS_PER_BATCH:
             yield batch
@@ -178,8 +203,4 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _content(document: Document) -> str:
-    if isinstance(document, str):
-        return document
-    if isinstance(document, list) and all(isinstance(m, dict) and "role" in m for m in document):
-        return "\n".join(f"{message['role']}\0{message.get('content')}" for message in document)
-    raise ValueError(f"a document is a text or a list of messages with roles, got {document!r:.80}")
+    return document if isinstance(document, str) else content_of(document)

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, a byte-level BPE trained on a corpus, any of `AutoTokenizer`; chat with a loss mask.
+"""Tokenizers: bytes, a byte-level BPE trained on a corpus, any of `AutoTokenizer`.
 
 All of them are fast tokenizers of the transformers library, so a model's folder carries its own in
 `tokenizer.json` and every tool that reads model folders can use it.
@@ -118,37 +118,6 @@ def _knows_words_by_spaces(backend: Any) -> bool:
         and (words.get("type"), words.get("add_prefix_space"), words.get("use_regex")) == ("ByteLevel", False, True)
         and not any(t["lstrip"] or t["rstrip"] or re.search(r"\s", t["content"]) for t in settings["added_tokens"])
     )
-
-
-def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of a conversation through the chat template, int64, and which the assistant wrote, bool.
-
-    An assistant's turn is what the template adds to the conversation before it and its generation prompt.
-    """
-    text = _render(tokenizer, messages)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    start_T = np.asarray([start for start, _ in encoded["offset_mapping"]], dtype=np.int64)
-    written_T = np.zeros(len(start_T), dtype=bool)
-    for turn, message in enumerate(messages):
-        if message.get("role") != "assistant":
-            continue
-        prompt = _render(tokenizer, messages[:turn], add_generation_prompt=True)
-        answer = _render(tokenizer, messages[: turn + 1])
-        if not (answer.startswith(prompt) and text.startswith(answer)):
-            raise ValueError(
-                "the chat template rewrites earlier turns, so the assistant's tokens cannot be told apart; "
-                "use a tokenizer whose template only appends"
-            )
-        written_T |= (start_T >= len(prompt)) & (start_T < len(answer))
-    return np.asarray(encoded["input_ids"], dtype=np.int64), written_T
-
-
-def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
-    if tokenizer.chat_template is None:
-        raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template, which chat data needs")
-    if not messages and not add_generation_prompt:
-        return ""
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
 
 
 def _wrap(tokenizer: Any) -> Any:
