@@ -53,8 +53,9 @@ class Study:
 
     def figures(self, stage: Stage) -> list[Path]:
         """The charts that the stage asks for, as far as they are drawn."""
-        ends = {"scaling": "scaling-law", "layers": "*layerwise-hybrid", "compare": "*candidates"}
-        return sorted((self.folder / FOLDER).glob(f"{stage.name}-{ends.get(stage.chart, 'positions')}.png"))
+        ends = {"scaling": "scaling-law*", "layers": "*layerwise-hybrid", "compare": "*candidates"}
+        found = (self.folder / FOLDER).glob(f"{stage.name}-{ends.get(stage.chart, 'positions')}.png")
+        return sorted(found, key=lambda path: path.stem)
 
 
 def read_studies(folders: Sequence[Path]) -> list[Study]:
