@@ -263,48 +263,41 @@ def attention_cpu() -> str:
 
 
 def study() -> str:
-    """Charts A and B, from models of a realistic size if there are some, with what they say and where it comes from."""
+    """Charts A and B with what they say, from models of a realistic size if they are drawn, else from the demo."""
     found = _studies(ROOT)
     if not found:
         return ""
-    demo = found[0].folder == ROOT / DEMO
-    origin = f"What one `make demo` made, {results.provenance(found[0].outcomes)}" if demo else "Trained on a GPU"
-    folder = DEMO if demo else STUDIES
-    return "\n".join(
-        (
-            f"{origin}; the records are in [{folder}]({folder}). [docs/results.md](docs/results.md) has every study, "
-            "which setting to take, and what this does not show.",
-            "",
-            results.headlines(found, ROOT),
-        )
-    )
+    text = "[docs/results.md](docs/results.md) has every study, which setting to take, and what this does not show.\n\n"
+    return text + results.headlines(found, ROOT)
 
 
 def experiments() -> str:
     """Every study: its question, its figures and its answer; the demo last."""
-    found = _studies(ROOT)
-    demo = [] if any(study.folder == ROOT / DEMO for study in found) else results.read_studies([ROOT / DEMO])
-    return results.experiments([*found, *demo], ROOT / "docs")
+    return results.experiments(_studies(ROOT), ROOT / "docs")
 
 
 def settings() -> str:
     """Which setting to take, by length and budget."""
-    return results.settings(_studies(ROOT), ROOT / "docs")
+    found, page = _studies(ROOT), ROOT / "docs"
+    return results.settings([study for study in found if study.folder != ROOT / DEMO], page) or results.settings(
+        found, page
+    )
 
 
 def limits() -> str:
     """What the studies do not show."""
-    return results.limits(_studies(ROOT))
+    found = _studies(ROOT)
+    return results.limits([study for study in found if study.folder != ROOT / DEMO] or found)
 
 
 @cache
 def _studies(root: Path) -> list[results.Study]:
-    """The studies on a GPU; without one the demo."""
-    return results.read_studies(sorted((root / STUDIES).glob("*"))) or results.read_studies([root / DEMO])
+    """The studies on a GPU, then the demo."""
+    return [study for pattern in (STUDIES, DEMO) for study in results.read_studies(sorted(root.glob(pattern)))]
 
 
 CITED = "cited-peers.csv"
-STUDIES = "results/h200/study"
+STUDIES = "results/h200/study/*"
 DEMO = "results/demo"
 FIGURES = {
     "results/h200/attention-speedup.png": "Times faster than dense attention over length, by block size and top-k",

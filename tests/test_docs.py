@@ -176,7 +176,7 @@ def test_results_follow_the_records_of_studies(
 ) -> None:
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     for name, text in (("chart-b", RECIPE), ("short-list", CANDIDATES)):
-        folder = tmp_path / tables.STUDIES / name
+        folder = tmp_path / "results" / "h200" / "study" / name
         folder.mkdir(parents=True)
         (folder / "recipe.toml").write_text(text)
         for run in parse_recipe(text, title="t").runs:
@@ -210,6 +210,31 @@ def test_results_follow_the_records_of_studies(
     assert "documents of stdlib, 1 to 3 seeds of a run." in tables.limits()
     assert "![Trailing loss over compute" in tables.study()
     assert "(results/h200/study/chart-b/figures/finetune-large-layerwise-hybrid.png)" in tables.study()
+    assert (
+        "[Synthetic study](results/h200/study/chart-b/report.md): an imagined processor, 22 minutes" in tables.study()
+    )
+
+
+def test_charts_that_no_large_study_has_are_the_demos(
+    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    head, stages = (
+        RECIPE[: RECIPE.index("[[stages]]")],
+        "[[stages]]\nname = 'context'\nsizes = ['small']\narms = ['full']\n",
+    )
+    for name, text in (("h200/study/context", head + stages), ("demo", RECIPE)):
+        folder = tmp_path / "results" / name
+        folder.mkdir(parents=True)
+        (folder / "recipe.toml").write_text(text)
+        for run in parse_recipe(text, title="t").runs:
+            train(run.config(folder), folder / run.name)
+    (tmp_path / "results/demo/figures").mkdir()
+    (tmp_path / "results/demo/figures/pretrain-scaling-law.png").touch()
+    assert "(results/demo/figures/pretrain-scaling-law.png)" in tables.study()
+    assert "(../results/demo/report.md)" in tables.settings()
+    assert "Models of 200,000 to 200,000 parameters" in tables.limits()
+    assert tables.experiments().count("### Synthetic study") == 2
 
 
 def test_changelog_begins_with_this_version() -> None:

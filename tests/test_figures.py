@@ -229,6 +229,6 @@ def test_dots_in_a_name_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_needle_grid_keeps_the_dots_of_its_name(tmp_path: Path) -> None:
-    files = write_needle([Cell(128, 0.0, 2, 0.5, 1.0)], tmp_path / "ndl-3.1", title="t")
+    files = write_needle([Cell(128, 0.0, 2, 0.5, 1.0, 8.0)], tmp_path / "ndl-3.1", title="t")
     assert [path.name for path in files] == ["ndl-3.1.csv", "ndl-3.1.png", "ndl-3.1.svg"]
     assert all(path.exists() for path in files)

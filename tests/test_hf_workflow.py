@@ -234,8 +234,10 @@ def test_needle_scores_a_model_that_answers(monkeypatch: Any) -> None:
 
 
 def test_needle_chart() -> None:
-    cells = [Cell(n, d, 4, d, 3 * d) for n in (512, 1024) for d in (0.0, 0.5, 1.0)]
+    cells = [Cell(n, d, 4, d, 3 * d, 8.0) for n in (512, 1024) for d in (0.0, 0.5, 1.0)]
     exact, loss = needle_chart(cells, title="a model").axes[:2]
     assert exact.images[0].get_array().tolist() == [[0, 0], [0.5, 0.5], [1, 1]]
     assert [text.get_text() for text in loss.texts] == ["0.00", "0.00", "1.50", "1.50", "3.00", "3.00"]
-    assert [label.get_text() for label in exact.get_xticklabels()] == ["512", "1024"]
+    assert (loss.images[0].norm.vmin, loss.images[0].norm.vmax) == (0, 8.0), "one scale for all models: up to chance"
+    assert all(axes.images[0].colorbar is not None for axes in (exact, loss))
+    assert [label.get_text() for label in exact.get_xticklabels()] == ["512", "1,024"]

@@ -63,6 +63,7 @@ def test_report_shows_its_figures_and_they_exist(study: Path) -> None:
     shown = [part.partition(")")[0] for part in report.split("](")[1:]]
     assert [Path(name).name for name in shown] == [
         "pretrain-scaling-law.png",
+        "pretrain-scaling-law-equal-cost.png",
         "pretrain-positions.png",
         "finetune-large-layerwise-hybrid.png",
         "finetune-positions.png",
@@ -340,7 +341,7 @@ def test_a_stage_beside_another_is_compared_with_its_runs(tmp_path: Path) -> Non
     stage = '[[stages]]\nname = "hybrids"\nsizes = ["large"]\narms = ["last-1", "last-2"]\nseeds = [0, 1]\n'
     recipe = make(tmp_path, f'{text}{stage}chart = "layers"\nbeside = "pretrain"\n')
     files = write_report(recipe, tmp_path, "6nd")
-    assert [file.name for file in files[3:]] == ["hybrids-large-layerwise-hybrid.png", "hybrids-positions.png"]
+    assert [file.name for file in files[4:]] == ["hybrids-large-layerwise-hybrid.png", "hybrids-positions.png"]
     report = (tmp_path / "report.md").read_text()
     hybrids = report[report.index("## Stage hybrids") :]
     assert "4 runs; compared with Full attention, MoBA of stage pretrain." in hybrids

@@ -28,6 +28,8 @@ from openmoba.lab.recipe import Recipe, Stage
 from openmoba.lab.resample import LEVEL, Difference
 
 FOLDER = "figures"
+EQUAL_COST = "causal_exact"
+"""The convention of compute that shows what MoBA saves; scaling charts are drawn by it too."""
 MOST_CURVES = 6  # that a reader can follow in one panel
 
 
@@ -56,7 +58,9 @@ def draw_charts(recipe: Recipe, outcomes: Sequence[Outcome], study: Path, axis: 
         own = of_stage(stage, outcomes)
         sizes, trailing = by("size", own), all(run.has("trailing") for run in own)
         if stage.chart == "scaling" and sizes and trailing:
-            charts.append(_scaling(stage, own, study, axis))
+            charts.append(_scaling(stage, own, study, axis, f"{stage.name}-scaling-law"))
+            if axis != EQUAL_COST:
+                charts.append(_scaling(stage, own, study, EQUAL_COST, f"{stage.name}-scaling-law-equal-cost"))
         for size, runs in sizes.items():
             if stage.chart == "layers" and trailing and any(run.config.arm.name == "hybrid" for run in runs):
                 charts.append(_layers(stage, size, runs, study))
@@ -123,7 +127,7 @@ def _hybrid_names(hybrids: Sequence[Outcome]) -> tuple[list[str], str]:
     return [run.label for run in hybrids], "Arm, by its number of full-attention layers"
 
 
-def _scaling(stage: Stage, runs: list[Outcome], study: Path, axis: str) -> Chart:
+def _scaling(stage: Stage, runs: list[Outcome], study: Path, axis: str, name: str) -> Chart:
     arms, full = by("arm", runs).values(), of_kind(runs, "full")
     laws = {own[0].label: fit(own, "trailing", axis) for own in arms}
     pairs = {own[0].label: fit_pair(own, full, "trailing", axis) for own in arms if full and own[0] != full[0]}
@@ -136,15 +140,15 @@ def _scaling(stage: Stage, runs: list[Outcome], study: Path, axis: str) -> Chart
         axis=axis,
     )
     caption = (
-        "Trailing loss along every run (solid) and the fitted laws through their ends (dashed; "
-        f"{behind(runs, 'trailing')})."
+        f"Trailing loss over compute by the convention {axis}: along every run (solid), and the fitted laws through "
+        f"their ends (dashed; {behind(runs, 'trailing')})."
     )
     if any(pairs.values()):
         caption += (
             f" Bands: pointwise {LEVEL:.0%} interval of a law's difference from that of full attention, over runs, "
             "documents and windows: a band that does not touch the red line is resolved from it."
         )
-    return Chart(stage, figures.save(figure, study / FOLDER / f"{stage.name}-scaling-law"), caption)
+    return Chart(stage, figures.save(figure, study / FOLDER / name), caption)
 
 
 def _positions(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:

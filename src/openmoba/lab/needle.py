@@ -46,6 +46,7 @@ class Cell:
         samples: examples.
         exact: share of them answered exactly.
         loss: mean cross-entropy of the answers' tokens, nats.
+        chance: that of a guess among all tokens, the logarithm of the vocabulary's size.
     """
 
     length: int
@@ -53,6 +54,7 @@ class Cell:
     samples: int
     exact: float
     loss: float
+    chance: float
 
 
 def measure_needle(
@@ -89,13 +91,14 @@ def measure_needle(
         }
         tokenizer, model = load_tokenizer(folder), load_model(folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    chance = float(np.log(model.config.vocab_size))
     cells = []
     grid = [(length, float(depth)) for length in lengths for depth in np.linspace(0, 1, depths)]
     for done, (length, depth) in enumerate(grid, start=1):
         generator = np.random.default_rng([seed, length])
         scores = [_score(model, *hide(tokenizer, hay, depth, generator)) for hay in haystacks[length]]
         exact, loss = np.mean(np.asarray(scores), axis=0)
-        cells.append(Cell(length, depth, samples, float(exact), float(loss)))
+        cells.append(Cell(length, depth, samples, float(exact), float(loss), chance))
         progress.step(done, len(grid), f"{length} tokens, depth {depth:.0%}: loss {loss:.2f}")
     return cells
 
@@ -124,7 +127,10 @@ def hide(tokenizer: Any, document: Tensor, depth: float, generator: np.random.Ge
 
 
 def needle_chart(cells: list[Cell], *, title: str) -> Figure:
-    """Heat maps of the exact score and of the answer's loss, depth by length."""
+    """Heat maps of the exact score and of the answer's loss, depth by length.
+
+    The loss is coloured from 0 to chance, so that the charts of models with one vocabulary compare.
+    """
     lengths = sorted({cell.length for cell in cells})
     depths = sorted({cell.depth for cell in cells})
     figure = Figure(figsize=(10, 4.4), layout="constrained")
@@ -132,19 +138,20 @@ def needle_chart(cells: list[Cell], *, title: str) -> Figure:
     panels: Any = figure.subplots(1, 2)
     shown = (
         ("exact", "Answered exactly", "viridis", 0.0, 1.0, "{:.0%}"),
-        ("loss", "Loss of the answer (nats per token)", "viridis_r", 0.0, None, "{:.2f}"),
+        ("loss", "Loss of the answer (nats per token), to chance", "viridis_r", 0.0, cells[0].chance, "{:.2f}"),
     )
     for axes, (name, label, colours, low, high, form) in zip(panels, shown, strict=True):
         values = {(cell.depth, cell.length): getattr(cell, name) for cell in cells}
         grid_DL = np.array([[values[depth, length] for length in lengths] for depth in depths])
         image = axes.imshow(grid_DL, cmap=colours, vmin=low, vmax=high, aspect="auto")
-        axes.set(title=label, xlabel="Length (tokens)", ylabel="Depth of the needle")
-        axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
+        axes.set(xlabel="Length (tokens)", ylabel="Depth of the needle")
+        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         for (row, column), value in np.ndenumerate(grid_DL):
             dark = image.norm(value) < 0.5 if name == "exact" else image.norm(value) > 0.5
             colour = "white" if dark else "black"
             axes.text(column, row, form.format(value), ha="center", va="center", color=colour, fontsize=9)
+        figure.colorbar(image, ax=axes, label=label, extend="neither" if name == "exact" else "max")
     return figure
 
 
@@ -152,8 +159,10 @@ def write_needle(cells: list[Cell], out: Path, *, title: str) -> list[Path]:
     """The grid as `out`.csv, and its chart as .png and .svg."""
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["length", "depth", "samples", "exact", "loss"])
-    writer.writerows([c.length, f"{c.depth:.4f}", c.samples, f"{c.exact:.4f}", f"{c.loss:.6f}"] for c in cells)
+    writer.writerow(["length", "depth", "samples", "exact", "loss", "chance"])
+    writer.writerows(
+        [c.length, f"{c.depth:.4f}", c.samples, f"{c.exact:.4f}", f"{c.loss:.6f}", f"{c.chance:.6f}"] for c in cells
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     table = out.with_name(f"{out.name}.csv")
     write_text(table, text.getvalue())

@@ -214,7 +214,7 @@ def _laws(outcomes: Sequence[Outcome], axis: str) -> Iterator[str]:
     rows = list(_fits(outcomes, axis))
     if not rows:
         return
-    yield f"\n### Fitted laws, L = a · C^b, C by the convention {axis}\n"
+    yield f"\n### Fitted laws, L = a · C^b, C by the convention {axis} ({behind(outcomes, 'trailing')})\n"
     yield from rows
     full = of_kind(outcomes, "full")
     for own in by("arm", outcomes).values():
@@ -240,7 +240,7 @@ def _fits(outcomes: Sequence[Outcome], axis: str) -> list[str]:
 
 def _position_laws(own: Sequence[Outcome], full: Sequence[Outcome], axis: str) -> Iterator[str]:
     """Both arms' laws of every position range, and the interval of the difference of their exponents."""
-    yield f"\n{own[0].label} and full attention by position:\n"
+    yield f"\n{own[0].label} and full attention by position ({behind(own, 0)}):\n"
     rows = []
     for number, (start, end) in enumerate(own[0].ranges):
         pair = fit_pair(own, full, number, axis)

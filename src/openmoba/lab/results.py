@@ -53,8 +53,9 @@ class Study:
 
     def figures(self, stage: Stage) -> list[Path]:
         """The charts that the stage asks for, as far as they are drawn."""
-        ends = {"scaling": "scaling-law", "layers": "*layerwise-hybrid", "compare": "*candidates"}
-        return sorted((self.folder / FOLDER).glob(f"{stage.name}-{ends.get(stage.chart, 'positions')}.png"))
+        ends = {"scaling": "scaling-law*", "layers": "*layerwise-hybrid", "compare": "*candidates"}
+        found = (self.folder / FOLDER).glob(f"{stage.name}-{ends.get(stage.chart, 'positions')}.png")
+        return sorted(found, key=lambda path: path.stem)
 
 
 def read_studies(folders: Sequence[Path]) -> list[Study]:
@@ -85,6 +86,8 @@ def headlines(studies: Sequence[Study], page: Path) -> str:
         for study, stage in stages[:1]:
             lines += [f"![{caption}]({_link(figure, page)})\n" for figure in study.figures(stage)[:1]]
             lines += [*(f"- {sentence}" for sentence in answers(stage, study.runs(stage), AXES[0])), ""]
+            report = _link(study.folder / REPORT_FILE, page)
+            lines.append(f"[{study.recipe.title}]({report}): {provenance(study.outcomes)}.\n")
     return "\n".join(lines)
 
 
@@ -92,10 +95,8 @@ def settings(studies: Sequence[Study], page: Path) -> str:
     """Which setting to take, by length and by how many keys it may read, and what that rests on, as Markdown.
 
     A row is the arm with the lowest loss at the last position range of that length, among the arms that read no more
-    keys than the budget, in the stage with the most arms.
+    keys than the budget, in the stage with the most arms. Empty without an arm that could be compared.
     """
-    if not studies:
-        return ""
     heads = ("length", "keys read at most", "setting", "against full attention, %", "keys read",
              "training speed", "measured with")  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
@@ -103,7 +104,7 @@ def settings(studies: Sequence[Study], page: Path) -> str:
         for number, (_, end) in enumerate(runs[0].ranges):
             if end in [runs[0].config.data.length // part for part in PARTS]:
                 lines += [f"| {' | '.join([f'{end:,}', *row])} |" for row in _rows(runs, number, study, page)]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, ""]) if len(lines) > 2 else ""
 
 
 def limits(studies: Sequence[Study]) -> str:
