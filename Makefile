@@ -20,5 +20,5 @@ check: install  ## Format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: check  ## The gate: checks, then tests with warnings as errors
-	$(BIN)/pytest
+test: check  ## The gate: checks, then tests with warnings as errors, a worker for each core
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile

@@ -89,9 +89,8 @@ def test_packed_batches_of_any_number_of_sequences_share_graphs() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("settings", [SPARSE, HYBRID], ids=["moba", "hybrid"])
-def test_packed_rows_are_separate(run: Callable[[Any], Any], settings: MobaConfig, cached: bool, masked: bool) -> None:
-    model = configure(build(), settings)
+def test_packed_rows_are_separate(run: Callable[[Any], Any], cached: bool, masked: bool) -> None:
+    model = configure(build(), HYBRID)
     ids, positions = packed_row()
     expected = apart(model, ids)
     mask = {"attention_mask": torch.ones_like(ids)} if masked else {}
@@ -99,14 +98,13 @@ def test_packed_rows_are_separate(run: Callable[[Any], Any], settings: MobaConfi
     torch.testing.assert_close(out, expected)
 
 
-@pytest.mark.parametrize("settings", [SPARSE, HYBRID], ids=["moba", "hybrid"])
-def test_gradients_of_packed_rows(run: Callable[[Any], Any], settings: MobaConfig) -> None:
+def test_gradients_of_packed_rows(run: Callable[[Any], Any]) -> None:
     ids, positions = packed_row()
     labels = ids.clone()
     labels[:, LENGTHS[0]] = -100  # the first sequence's last token says nothing about the second's first
     gradients = []
     for separately in (True, False):
-        model = configure(build().train(), settings)
+        model = configure(build().train(), HYBRID)
         if separately:
             losses = [model(part, labels=part).loss * (part.shape[1] - 1) for part in ids.split(LENGTHS, 1)]
             loss = torch.stack(losses).sum() / (sum(LENGTHS) - 2)
@@ -119,10 +117,9 @@ def test_gradients_of_packed_rows(run: Callable[[Any], Any], settings: MobaConfi
 
 
 @pytest.mark.parametrize("padding", ["left", "right", "between"])
-@pytest.mark.parametrize("settings", [SPARSE, HYBRID], ids=["moba", "hybrid"])
-def test_padded_and_packed_rows(run: Callable[[Any], Any], settings: MobaConfig, padding: str) -> None:
+def test_padded_and_packed_rows(run: Callable[[Any], Any], padding: str) -> None:
     """A row that is both: padding is left out, and the sequences stay apart."""
-    model = configure(build(), settings)
+    model = configure(build(), HYBRID)
     ids, positions = packed_row()
     expected = apart(model, ids)
     at = {"left": 0, "between": LENGTHS[0], "right": sum(LENGTHS)}[padding]
