@@ -27,8 +27,9 @@ def test_recipe_is_valid_and_truly_sparse(path: Path) -> None:
         config = run.config(Path("study"))
         assert config.arm.top_k < config.data.length // config.arm.block_size / 2, run.name
         assert config.data.length % config.arm.block_size == 0
+        attention, layers = config.arm.attention(0, config.train.steps), SIZES[config.model.size].layers
         if config.arm.name == "hybrid":
-            assert config.arm.full_layers < SIZES[config.model.size].layers
+            assert 0 < len(attention.full_layer_indices(layers)) < layers
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -256,6 +256,27 @@ def test_short_lists_say_distance_cost_and_the_smallest_difference_that_can_be_s
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_arms_with_key_convolution_are_also_compared_with_full_attention_that_has_it(tmp_path: Path) -> None:
+    text = CANDIDATES.replace('"fine", ', '"keys", "full-keys", ')
+    keys = 'keys = { name = "moba", key_conv = 4 }\nfull-keys = { name = "full", key_conv = 4 }\n'
+    recipe = make(tmp_path, text.replace("[arms]\n", f"[arms]\n{keys}"))
+    write_report(recipe, tmp_path, "6nd")
+    outcomes = read_outcomes(recipe, tmp_path)
+    own = {standing.runs[0].run.arm: standing.own for standing in standings(outcomes)}
+    assert {arm for arm, against in own.items() if against} == {"keys"}
+    arms, noise = by("arm", outcomes), seed_noise(outcomes, "trailing")
+    against = own["keys"]
+    assert against is not None
+    assert against.trailing == difference(arms["keys"], arms["full-keys"], "trailing", noise)
+    report = (tmp_path / "report.md").read_text()
+    assert "| trailing, from full with the same keys | % |" in report
+    assert against.trailing is not None
+    row = next(line for line in report.splitlines() if line.startswith("| keys | 1 |"))
+    assert f"| {against.trailing.mean:+.4f} [" in row
+    assert key_share(arms["full-keys"][0]) == 1
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_one_arm_shows_what_each_size_gains_from_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[dict[str, Any]] = []
     draw = panels.position_chart
@@ -275,7 +296,8 @@ def test_one_arm_shows_what_each_size_gains_from_context(tmp_path: Path, monkeyp
         assert all(level.interval.low < level.loss < level.interval.high < 0 for level in levels[1:])
     report = (tmp_path / "report.md").read_text()
     assert "large: the loss at positions 896-1,024 is -0.6" in report
-    assert "far context counts." in report
+    assert "from that at 0-128: context counts. From that at 384-512 it is -0.2" in report
+    assert "the second half of the window counts (8 documents, 24 windows, 2 seeds;" in report
 
 
 def test_records_with_a_mean_for_every_range_and_no_documents_are_read(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ class Against:
         """Compare `runs` with `full`, with the noise of seeds in `all_runs`."""
         kinds: tuple[Loss, Loss] = ("trailing", "lm")
         trailing, lm = (difference(runs, full, kind, seed_noise(all_runs, kind)) for kind in kinds)
-        return cls(trailing, lm, *(mean_loss(full, kind) for kind in kinds))
+        pairs = [other for other in full if other.run.seed in {run.run.seed for run in runs}]
+        return cls(trailing, lm, *(mean_loss(pairs, kind) for kind in kinds))
 
 
 @dataclass(frozen=True)
