@@ -127,7 +127,7 @@ def _gained(own: Sequence[Outcome]) -> str:
     return (
         f"{own[0].run.size}: the loss at positions {_span(own[0], last)} is {_signed(near)} from that at "
         f"{_span(own[0], 0)}: context {_counts(near)}. From that at {_span(own[0], last // 2)} it is {_signed(far)}: "
-        f"the second half of the window {_counts(far)} ({behind(own, last)}; the text differs from range to range, which "
+        f"the second half of the window {_counts(far)} ({behind(own, last)}; text differs from range to range, which "
         "the intervals hold)."
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from openmoba.bench.rows import commits, length_name, markdown_table
 from openmoba.bench.training.cases import TrainingRow
@@ -17,17 +17,17 @@ def training_document(rows: Sequence[TrainingRow], file: str, drawn: bool) -> st
         return ""
     timed = [row for row in rows if row.kind == "loop"]
     first = timed[0]
-    kernels = "`, `".join(dict.fromkeys(row.attention_kernel or "?" for row in timed if row.block_size is None))
+    kernels = _named(row.attention_kernel or "?" for row in timed if row.block_size is None)
     return "\n".join(
         (
             "## Training on a GPU",
             "",
             f"One {first.device}, {first.power_limit_w:.0f} W: whole training steps, optimizer included, in tokens per "
             f"second. Random weights and tokens, vocabulary {first.vocabulary}, windows of {length_name(first.tokens)} "
-            "tokens, fp32 weights under bf16 autocast, layers and loss compiled. The columns from gain on compare "
+            "tokens, fp32 weights under bf16 autocast, layers compiled. The columns from gain on compare "
             f"MoBA {ARMS[0]} with full attention. Operations count attention at its real reads; MFU is their rate over "
             f"that of an 8192^3 matrix product in the same run, {first.matrix_tflops:.0f} TFLOP/s. Full attention ran "
-            f"as `{kernels}`.",
+            f"{kernels}.",
             "",
             *markdown_table(head, cells),
             "",
@@ -61,3 +61,9 @@ def longest_document(rows: Sequence[TrainingRow]) -> str:
             "",
         )
     )
+
+
+def _named(kernels: Iterable[str]) -> str:
+    """Whose kernels these are; cuDNN's names say how they were generated, and nothing to a reader."""
+    names = dict.fromkeys(kernels)
+    return "cuDNN's kernels" if all(name.startswith("cudnn") for name in names) else f"`{'`, `'.join(names)}`"

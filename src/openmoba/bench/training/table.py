@@ -87,7 +87,7 @@ def _compared(
     gain = (moba.tokens_per_second or 0) / (full.tokens_per_second or 1)
     both = (full, moba)
     return (
-        f"{model.family} {(full.total or 0) / 1e6:.0f} M",
+        f"{model.family} {model.size}",
         str(model.batch),
         *(_rate(row) for row in (full, *sparse)),
         f"{gain:.1f}x",
