@@ -296,7 +296,8 @@ def test_one_arm_shows_what_each_size_gains_from_context(tmp_path: Path, monkeyp
         assert all(level.interval.low < level.loss < level.interval.high < 0 for level in levels[1:])
     report = (tmp_path / "report.md").read_text()
     assert "large: the loss at positions 896-1,024 is -0.6" in report
-    assert "far context counts." in report
+    assert "from that at 0-128: context counts. From that at 384-512 it is -0.2" in report
+    assert "the second half of the window counts (8 documents, 24 windows, 2 seeds;" in report
 
 
 def test_records_with_a_mean_for_every_range_and_no_documents_are_read(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def slopes(moba: Sequence[Outcome], full: Sequence[Outcome], axis: str) -> Itera
 def use_of_context(outcomes: Sequence[Outcome]) -> str | None:
     """What full attention gains from a longer context, the most that leaving blocks out could cost."""
     full = of_kind(list(by("size", outcomes).values())[-1], "full")
-    if is_sweep(outcomes) or not full or len(full[0].ranges) < 3:
+    if len(by("arm", outcomes)) == 1 or not full or len(full[0].ranges) < 3:
         return None
     last = len(full[0].ranges) - 1
     found = gain(full, last, 1)
@@ -121,15 +121,19 @@ def use_of_context(outcomes: Sequence[Outcome]) -> str | None:
 
 
 def _gained(own: Sequence[Outcome]) -> str:
-    """Whether one arm of one size uses its context: near, and far."""
+    """Whether one arm of one size uses its context: at all, and far away."""
     last = len(own[0].ranges) - 1
     near, far = gain(own, last, 0), gain(own, last, last // 2)
-    word = "counts" if far.interval is not None and far.interval.high < 0 else "is not seen to count"
+    first, middle, end = (_span(own[0], number) for number in (0, last // 2, last))
     return (
-        f"{own[0].run.size}: the loss at positions {_span(own[0], last)} is {_signed(near)} from that at "
-        f"{_span(own[0], 0)}, and {_signed(far)} from that at {_span(own[0], last // 2)} ({behind(own, last)}): far "
-        f"context {word}."
+        f"{own[0].run.size}: the loss at positions {end} is {_signed(near)} from that at {first}: context "
+        f"{_counts(near)}. From that at {middle} it is {_signed(far)}: the second half of the window {_counts(far)} "
+        f"({behind(own, last)}; the text differs from range to range, which the intervals hold)."
     )
+
+
+def _counts(found: Difference) -> str:
+    return "counts" if found.resolved and found.mean < 0 else "is not seen to count"
 
 
 def _law_ratios(outcomes: Sequence[Outcome], axis: str) -> Iterator[str]:
