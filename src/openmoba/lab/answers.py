@@ -124,11 +124,11 @@ def _gained(own: Sequence[Outcome]) -> str:
     """Whether one arm of one size uses its context: at all, and far away."""
     last = len(own[0].ranges) - 1
     near, far = gain(own, last, 0), gain(own, last, last // 2)
+    first, middle, end = (_span(own[0], number) for number in (0, last // 2, last))
     return (
-        f"{own[0].run.size}: the loss at positions {_span(own[0], last)} is {_signed(near)} from that at "
-        f"{_span(own[0], 0)}: context {_counts(near)}. From that at {_span(own[0], last // 2)} it is {_signed(far)}: "
-        f"the second half of the window {_counts(far)} ({behind(own, last)}; text differs from range to range, which "
-        "the intervals hold)."
+        f"{own[0].run.size}: the loss at positions {end} is {_signed(near)} from that at {first}: context "
+        f"{_counts(near)}. From that at {middle} it is {_signed(far)}: the second half of the window {_counts(far)} "
+        f"({behind(own, last)}; the text differs from range to range, which the intervals hold)."
     )
 
 
