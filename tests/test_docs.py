@@ -156,7 +156,7 @@ def test_tables_follow_their_files(tables: ModuleType, tmp_path: Path, monkeypat
             append_row(path, TrainingRow.of(case, "bfloat16", tokens_per_second=rate, limit=limit, **results))
     moba = "| 4.0x | 50%, 50% | 25%, 25% | 50%, 50% | 9.0, 9.0 | 200 K | 400 K |"
     assert f"| llama 14m | 4 | 100 K | 400 K | 300 K {moba}\n" in tables.training("h200")
-    assert "700 TFLOP/s. Full attention ran as `cudnn`." in tables.training("h200")
+    assert "700 TFLOP/s. Full attention ran cuDNN's kernels." in tables.training("h200")
     assert "training.png" not in tables.training("h200")
     path.with_suffix(".png").touch()
     assert "(results/h200/training.png)" in tables.training("h200")
