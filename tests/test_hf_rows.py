@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 transformers = pytest.importorskip("transformers")
 
+from accelerate.utils import compile_regions  # noqa: E402
 from test_hf_models import SIZES, build, logits, tokens  # noqa: E402
 from transformers import DynamicCache, LlamaConfig, OPTConfig, StaticCache  # noqa: E402
 
@@ -73,6 +74,18 @@ def test_layers_of_a_kind_share_one_graph() -> None:
     assert counters["frames"] == {"total": 2, "ok": 2}
     assert not counters["graph_break"]
     assert not counters["recompiles"]
+
+
+def test_regional_compilation_of_accelerate() -> None:
+    """One graph more than the same model has with SDPA: its layers are of two kinds."""
+    counts = []
+    for settings in (None, MobaConfig(4, 2, full_layers=(1, 5, 9))):
+        torch._dynamo.reset()
+        graphs = CompileCounterWithBackend("eager")
+        model = configure(build(LlamaConfig(**SIZES | {"num_hidden_layers": 10})), settings)
+        logits(compile_regions(model, backend=graphs), tokens(2, 40), use_cache=False)
+        counts.append(graphs.frame_count)
+    assert counts[1] == counts[0] + 1
 
 
 def test_packed_batches_of_any_number_of_sequences_share_graphs() -> None:
