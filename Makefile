@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test check
+.PHONY: install demo test check test-triton test-latest
 
 install: .venv/installed
 
@@ -22,3 +22,20 @@ check: install  ## Format, lint, types
 
 test: check  ## The gate: checks, then tests with warnings as errors, a worker for each core
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+
+TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
+
+# Side by side, in the place of the installed one: torch itself asks for one version only.
+build/triton-%:
+	$(BIN)/pip install --quiet --no-deps --target $@ triton==$*
+
+test-triton: install $(TRITONS:%=build/triton-%)  ## Every supported Triton: kernels compiled for Hopper, launches
+	for version in $(TRITONS); do \
+	  PYTHONPATH=build/triton-$$version $(BIN)/pytest tests/test_triton_compile.py tests/test_launch.py \
+	    tests/test_replay.py tests/test_hopper.py || exit 1; done
+
+test-latest:  ## The suite with the newest releases of everything, in an environment of its own
+	$(PYTHON) -m venv --clear build/latest
+	build/latest/bin/pip install --quiet torch
+	build/latest/bin/pip install --quiet --editable '.[dev]'
+	OMP_NUM_THREADS=1 build/latest/bin/pytest -n auto --dist loadfile

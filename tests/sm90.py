@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -19,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -189,6 +191,54 @@ def decode_report(
         return _codes(launches_of(call))
 
 
+def launcher_arguments() -> list[dict[str, Any]]:
+    """What Triton hands its launcher, and what a fixed launch does, kernel by kernel of one forward and backward.
+
+    The driver is one that compiles for Hopper and runs nothing; hooks and what is prepared for them are left out.
+    """
+    from openmoba.ops.triton import attention, hopper
+    from openmoba.ops.triton.launch import Launch
+
+    given: list[list[Any]] = []
+
+    def launcher(*_: Any) -> Callable[..., None]:
+        return lambda *arguments: given.append([_plainly(x) for x in (*arguments[:6], *arguments[9:])])
+
+    properties = {"max_shared_mem": 232448}
+    utils = SimpleNamespace(
+        get_device_properties=lambda _: properties, load_binary=lambda *_: (0, 1, 255, 0, 1024), launch=None
+    )
+    driver.set_active(
+        SimpleNamespace(
+            launcher_cls=launcher,
+            utils=utils,
+            get_current_device=lambda: 0,
+            get_current_stream=lambda _: 0,
+            get_current_target=lambda: HOPPER,
+        )
+    )
+    launch, seen = Launch.__call__, []
+
+    def launch_twice(self: Launch, *tensors: Any) -> None:
+        given.clear()
+        launch(self, *tensors)
+        launch(self, *tensors)
+        seen.append({"kernel": self._kernel.__name__, "triton": given[0], "fixed": given[1]})
+
+    q, k = (torch.empty(1, 300, heads, 64, dtype=torch.bfloat16) for heads in (4, 2))
+    with patch.object(hopper, "is_available", lambda _: True), patch.object(Launch, "__call__", launch_twice):
+        out, lse, choice = attention.forward(q, k, k, None, None, 128, 2, 1.0)
+        attention.backward(out, q, k, k, out, lse, choice, None, None, 128, 2, 1.0)
+    return seen
+
+
+def _plainly(x: Any) -> Any:
+    """Tensors as addresses, which is what launchers make of them; the rest as JSON holds it."""
+    if isinstance(x, torch.Tensor):
+        return x.data_ptr()
+    return x if x is None or isinstance(x, int | float | str) else str(x)
+
+
 def _codes(launches: list[Launch]) -> list[dict[str, Any]]:
     return [
         {
@@ -206,12 +256,12 @@ def _codes(launches: list[Launch]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    # Each argument is "plan", or "width,block_size,top_k", or with ",queries" a decoding step, then ":dtype" unless
-    # bf16, or ":hopper" for Hopper's own kernels; one line of JSON each. A process of its own, since Triton decides
-    # at import whether kernels are interpreted.
+    # Each argument is "plan", "launches", or "width,block_size,top_k", or with ",queries" a decoding step, then
+    # ":dtype" unless bf16, or ":hopper" for Hopper's own kernels; one line of JSON each. A process of its own, since
+    # Triton decides at import whether kernels are interpreted.
     for argument in sys.argv[1:]:
-        if argument == "plan":
-            print(json.dumps(plan_report()), flush=True)
+        if argument in ("plan", "launches"):
+            print(json.dumps(plan_report() if argument == "plan" else launcher_arguments()), flush=True)
             continue
         numbers, _, variant = argument.partition(":")
         sizes = [int(size) for size in numbers.split(",")]

@@ -157,9 +157,10 @@ def test_scale_is_one_over_root_width_by_default():
     assert not torch.equal(default, moba_attention(q, k, v, **SETTINGS, scale=0.5))
 
 
-def test_double_backward_is_refused():
+@pytest.mark.parametrize("top_k", [2, 5], ids=["blocks", "dense"])
+def test_double_backward_is_refused(top_k):
     q, k, v = (x.requires_grad_() for x in tensors())
-    (gradient,) = torch.autograd.grad(moba_attention(q, k, v, **SETTINGS).sum(), q, create_graph=True)
+    (gradient,) = torch.autograd.grad(moba_attention(q, k, v, block_size=4, top_k=top_k).sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiable once; for double backward use impl='reference'"):
         gradient.sum().backward()
 

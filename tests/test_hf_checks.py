@@ -19,9 +19,11 @@ from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     BertConfig,
     DeepseekV3Config,
+    DogeConfig,
     Gemma2Config,
     GptOssConfig,
     LlamaConfig,
+    LongcatFlashConfig,
     MistralConfig,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -64,6 +66,8 @@ CANNOT_RUN = {
     "not causal": (BertConfig, {}, "BertSelfAttention that is not causal"),
     "soft-capped": (Gemma2Config, FULL, "soft-capped logits"),
     "sinks": (GptOssConfig, FULL | {"num_local_experts": 2}, "attention sinks"),
+    "own mask": (DogeConfig, {}, "a mask of its own making"),
+    "no attention": (LongcatFlashConfig, LATENT | {"num_layers": 1}, "no attention layers of a kind that MoBA knows"),
     "window": (MistralConfig, {"sliding_window": 0}, "sliding window of 0; load it with sliding_window=None"),
 }
 

@@ -25,7 +25,7 @@ def heads(number: int, width: int = 64, dtype: torch.dtype = FP16) -> Tensor:
 
 
 def test_every_obstacle_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert obstacle(heads(4), heads(2)) == "they need a Hopper GPU and Triton 3.6 or 3.7"
+    assert obstacle(heads(4), heads(2)) == "they need a Hopper GPU and Triton 3.6 to 3.9"
     monkeypatch.setattr(hopper, "is_available", lambda _: True)
     assert obstacle(heads(4), heads(2)) is None
     assert obstacle(heads(4, 128, torch.bfloat16), heads(2, 128, torch.bfloat16), 384) is None
@@ -41,6 +41,17 @@ def test_every_obstacle_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         reason = obstacle(unaligned.unflatten(-1, (4, 64)), heads(2))
         assert reason is not None
         assert reason.startswith("strides are no multiples of 16 elements")
+
+
+def test_one_warning_where_an_untested_triton_keeps_a_gpu_from_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "nvidia_capability", lambda _: (9, 0))
+    hopper.is_available.cache_clear()
+    assert hopper.is_available(torch.device("cuda:0"))
+    monkeypatch.setattr(hopper.triton, "__version__", "3.10.0")
+    with pytest.warns(UserWarning, match=r"they need Triton 3.6 to 3.9; with Triton 3.10.0 the portable ones run"):
+        assert not hopper.is_available(torch.device("cuda:1"))
+    assert not hopper.is_available(torch.device("cuda:1"))  # warnings are errors
+    hopper.is_available.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -61,5 +72,5 @@ def test_explain_says_which_kernels() -> None:
     q, k = heads(4), heads(2)
     assert explain(q, k, k, block_size=128, top_k=3, impl="triton").reason == (
         "asked for; each query reads at most 3 blocks of 128 keys; portable kernels, not Hopper's own: "
-        "they need a Hopper GPU and Triton 3.6 or 3.7"
+        "they need a Hopper GPU and Triton 3.6 to 3.9"
     )

@@ -115,7 +115,13 @@ def test_untested_versions_of_triton_launch_by_themselves(monkeypatch):
 
 @pytest.mark.parametrize(
     ("asked", "version", "fixed"),
-    [(None, (3, 5), False), (None, (3, 6), True), (None, (4, 0), False), ("1", (3, 6), True), ("0", (3, 6), False)],
+    [
+        (None, "3.5.1", False),
+        (None, "3.6.0", True),
+        (None, "3.9.1", True),
+        (None, "3.10.0", False),
+        ("0", "3.6.0", False),
+    ],
 )
 def test_which_launches_are_fixed(asked, version, fixed):
     assert launch._are_fixed(asked, version) == fixed
@@ -123,4 +129,4 @@ def test_which_launches_are_fixed(asked, version, fixed):
 
 def test_the_setting_is_checked():
     with pytest.raises(ValueError, match="OPENMOBA_FIXED_LAUNCHES must be 0 or 1, got 'off'"):
-        launch._are_fixed("off", (3, 6))
+        launch._are_fixed("off", "3.6.0")

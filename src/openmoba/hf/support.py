@@ -8,7 +8,11 @@ from torch import nn
 
 from openmoba.ops.checks import MAX_HEAD_WIDTH, MIN_HEAD_WIDTH
 
-_VARIANTS = {"attn_logit_softcapping": "soft-capped logits", "sinks": "attention sinks"}
+_VARIANTS = {
+    "attn_logit_softcapping": "soft-capped logits",
+    "sinks": "attention sinks",
+    "keep_window_size": "a mask of its own making",
+}
 
 
 def check_supported(model: Any) -> None:
@@ -27,9 +31,11 @@ def check_supported(model: Any) -> None:
             f"{name} attends within a sliding window of {window}; load it with sliding_window=None "
             "to give it MoBA over the whole past"
         )
-    for module in model.modules():
-        if is_attention(module):
-            _check_layer(module, name)
+    layers = [module for module in model.modules() if is_attention(module)]
+    if not layers:
+        raise ValueError(f"{name} has no attention layers of a kind that MoBA knows; use another model")
+    for layer in layers:
+        _check_layer(layer, name)
 
 
 def is_attention(module: nn.Module) -> bool:

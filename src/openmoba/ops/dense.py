@@ -44,7 +44,35 @@ def dense_attention(q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, scale: float
     q_BHTD, k_BHSD, v_BHSD = (x.transpose(1, 2) for x in (q_BTHD, k_BSHD, v_BSHD))
     with _backends(q_BTHD):
         out_BHTD = scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, scale=scale, **options)
+    fused = None if torch.compiler.is_compiling() else out_BHTD.grad_fn
+    if fused is not None and fused.name().startswith("ScaledDotProduct"):
+        fused.register_hook(_refuse_second)
     return out_BHTD.transpose(1, 2)
+
+
+class _Final(torch.autograd.Function):
+    """Passes a gradient on that cannot be differentiated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        return None
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        library.refuse_double_backward(ctx)
+
+
+def _refuse_second(gradients: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...] | None:
+    """The hook behind the backward of a fused kernel: torch says of a second one only that it is not implemented."""
+    if not torch.is_grad_enabled():  # which it is with create_graph alone
+        return None
+    return tuple(x if x is None else _Final.apply(x) for x in gradients)  # type: ignore[no-untyped-call]
 
 
 def _one_block(q: Tensor) -> str | None:

@@ -27,18 +27,23 @@ ALIGNED = 16
 """Bytes; all that Triton asks of an address."""
 
 
-TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
-_FIRST_TESTED, _FIRST_BEYOND = (3, 6), (3, 8)
+_FIRST_TESTED, _LAST_TESTED = (3, 6), (3, 9)  # by `make test-triton`
+TESTED = "Triton {}.{} to {}.{}".format(*_FIRST_TESTED, *_LAST_TESTED)
 
 
-def _are_fixed(asked: str | None, version: tuple[int, ...]) -> bool:
+def is_tested(version: str) -> bool:
+    """Whether what depends on the inside of Triton was tested with this version of it."""
+    return _FIRST_TESTED <= tuple(map(int, version.split(".")[:2])) <= _LAST_TESTED
+
+
+def _are_fixed(asked: str | None, version: str) -> bool:
     """Whether launches go around Triton's look at arguments, with this OPENMOBA_FIXED_LAUNCHES and this Triton."""
     if asked not in (None, "0", "1"):
         raise ValueError(f"OPENMOBA_FIXED_LAUNCHES must be 0 or 1, got {asked!r}")
-    return asked != "0" and _FIRST_TESTED <= version < _FIRST_BEYOND
+    return asked != "0" and is_tested(version)
 
 
-_FIXED = _are_fixed(os.environ.get("OPENMOBA_FIXED_LAUNCHES"), TRITON)
+_FIXED = _are_fixed(os.environ.get("OPENMOBA_FIXED_LAUNCHES"), triton.__version__)
 
 
 class Launched(NamedTuple):

@@ -6,15 +6,18 @@ them. Gluon changes between versions of Triton: the kernels are used with the ve
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
+
 import torch
+import triton
 from torch import Tensor
 
 from openmoba.ops.triton.device import nvidia_capability
 from openmoba.ops.triton.geometry import Geometry
-from openmoba.ops.triton.launch import TRITON
+from openmoba.ops.triton.launch import TESTED, is_tested
 from openmoba.ops.triton.tuning import Kernel, Tile, backward_keys_tile
 
-_FIRST_TRITON, _FIRST_TRITON_BEYOND = (3, 6), (3, 8)
 _KEYS = 128
 _WIDTHS = (64, 128)
 _ALIGNED = 16  # bytes of an address, elements of a stride: what makes a copy of 16 bytes provable
@@ -29,7 +32,7 @@ def why_not(geometry: Geometry, *tensors: Tensor) -> str | None:
     """Why these kernels cannot be used for such tensors, or None."""
     device, dtype = tensors[0].device, tensors[0].dtype
     if not is_available(device):
-        return "they need a Hopper GPU and Triton 3.6 or 3.7"
+        return f"they need a Hopper GPU and {TESTED}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"they compute in 16 bits, not {dtype}"
     if geometry.width not in _WIDTHS:
@@ -44,9 +47,19 @@ def why_not(geometry: Geometry, *tensors: Tensor) -> str | None:
     return None
 
 
+@cache
 def is_available(device: torch.device) -> bool:
-    """Whether this device and this Triton run the kernels."""
-    return nvidia_capability(device) == (9, 0) and _FIRST_TRITON <= TRITON < _FIRST_TRITON_BEYOND
+    """Whether this device and this Triton run the kernels; warns once of a Hopper GPU where Triton does not."""
+    if nvidia_capability(device) != (9, 0):
+        return False
+    if not is_tested(triton.__version__):
+        warnings.warn(
+            f"MoBA has faster kernels for this GPU, and they need {TESTED}; with Triton {triton.__version__} the "
+            "portable ones run",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def attend_past(geometry: Geometry) -> Kernel:

@@ -30,6 +30,7 @@ from openmoba.ops.triton.hopper.tiles import (
     allocate_ring,
     copy_pairs,
     copy_rows,
+    copy_to_shared,
     flat_layout,
     lane_layout,
     pairs_in,
@@ -66,8 +67,8 @@ def _copy_queries(rows_smem, stage, q_base, q_at_M, d_out_base, d_out_at_M, stat
     copy_rows(q_smem.index(stage), q_base, q_at_M, D, ROW)
     copy_rows(d_out_smem.index(stage), d_out_base, d_out_at_M, D, ROW)
     statistic = statistics_ptr + statistic_at_M * STATISTICS
-    async_copy.async_copy_global_to_shared(lse_smem.index(stage), statistic)
-    async_copy.async_copy_global_to_shared(delta_smem.index(stage), statistic + 1)
+    copy_to_shared(lse_smem.index(stage), statistic)
+    copy_to_shared(delta_smem.index(stage), statistic + 1)
 
 
 @gluon.jit
@@ -105,8 +106,8 @@ def _copy_found_rows(rows_smem, stage, addresses, first, q_base, d_out_base, sta
     copy_rows(q_smem.index(stage), q_base, q_at.load(gl.SliceLayout(1, ROW)) * PIECE, D, ROW)
     copy_rows(d_out_smem.index(stage), d_out_base, d_out_at.load(gl.SliceLayout(1, ROW)) * PIECE, D, ROW, exist)
     statistic = statistics_ptr + statistic_at.load(FLAT)
-    async_copy.async_copy_global_to_shared(lse_smem.index(stage), statistic)
-    async_copy.async_copy_global_to_shared(delta_smem.index(stage), statistic + 1, gl.arange(0, M, FLAT) >= first)
+    copy_to_shared(lse_smem.index(stage), statistic)
+    copy_to_shared(delta_smem.index(stage), statistic + 1, gl.arange(0, M, FLAT) >= first)
 
 
 @gluon.jit

@@ -20,7 +20,10 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy
 # compiler sees aligned addresses.
 PIECE = gl.constexpr(8)
 
-thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
+# Names that changed between releases of Triton: since 3.7, and since 3.8.
+thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+"""Begins a copy from memory to shared memory."""
 
 
 @gluon.constexpr_function
@@ -61,7 +64,7 @@ def copy_rows(smem, base, offset_M, D: gl.constexpr, ROW: gl.constexpr, exist_M=
     """Begin to copy the rows at `base + offset_M` to shared memory `[M, D]`; zeros for rows that do not exist."""
     d = gl.arange(0, D, gl.SliceLayout(0, ROW))
     mask = None if exist_M is None else exist_M[:, None] & (d >= 0)[None, :]
-    async_copy.async_copy_global_to_shared(smem, base + offset_M[:, None] + d[None, :], mask)
+    copy_to_shared(smem, base + offset_M[:, None] + d[None, :], mask)
 
 
 @gluon.jit
@@ -88,7 +91,7 @@ def copy_pairs(ring, tile, pairs_ptr, begin, end):
     RING: gl.constexpr = ring.shape[0]
     M: gl.constexpr = ring.shape[1]
     at_M = _places(tile, begin, end, M, flat_layout(gl.num_warps()))
-    async_copy.async_copy_global_to_shared(ring.index(tile & (RING - 1)), pairs_ptr + at_M)
+    copy_to_shared(ring.index(tile & (RING - 1)), pairs_ptr + at_M)
 
 
 @gluon.jit

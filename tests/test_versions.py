@@ -1,0 +1,55 @@
+"""What versions the package asks for, and what they were tested with."""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line[:30])
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def minor(version: str) -> tuple[int, ...]:
+    """Major and minor release."""
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
+
+
+def lower_bounds() -> dict[str, tuple[int, ...]]:
+    """Of every requirement but that on the package itself."""
+    wanted = [*PROJECT["dependencies"], *EXTRAS["lab"], *EXTRAS["dev"]]
+    found = [re.match(r"([\w-]+)>=([\d.]+)", text) for text in wanted if not text.startswith("openmoba")]
+    return {match[1]: minor(match[2]) for match in found if match is not None}
+
+
+def test_lower_bounds_are_what_was_tested() -> None:
+    """By `make test`, or on the GPU whose results the documentation shows."""
+    with (ROOT / "results" / "h200" / "attention.csv").open() as file:
+        row = next(csv.DictReader(file))
+    bounds = lower_bounds()
+    assert set(bounds) == set(PINS)
+    for name, bound in bounds.items():
+        tested = {minor(PINS[name])} | ({minor(row[name])} if name in row else set())
+        assert bound in tested, name
+
+
+def test_what_is_imported_is_asked_for() -> None:
+    sources = "\n".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    imported = set(re.findall(r"^\s*(?:from|import) (\w+)", sources, re.MULTILINE)) - sys.stdlib_module_names
+    assert imported - {"openmoba"} <= set(lower_bounds())
+
+
+def test_every_supported_triton_is_compiled_with() -> None:
+    launch = pytest.importorskip("openmoba.ops.triton.launch")
+    listed = re.search(r"^TRITONS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert listed is not None
+    versions = listed[1].split()
+    first, last = launch._FIRST_TESTED, launch._LAST_TESTED
+    assert [minor(version) for version in versions] == [(3, n) for n in range(first[1], last[1] + 1)]
+    assert PINS["triton"] in versions
