@@ -191,9 +191,9 @@ def _most_telling(arms: Mapping[str, list[Outcome]], reference: list[Outcome]) -
 
 
 def _gains(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
-    """Loss by position of every size of one arm, and what each gains over the first range."""
-    sizes = by("size", outcomes)
+    """Loss by position of every size of one arm, and what each gains over the first range; of one length."""
     ranges = outcomes[0].ranges
+    sizes = by("size", (outcome for outcome in outcomes if outcome.ranges == ranges))
     names = {size: f"{size}, {_model(own[0])}" for size, own in sizes.items()}
     span = f"{ranges[0][0]:,}-{ranges[0][1]:,}"
     figure = panels.position_chart(
