@@ -227,6 +227,11 @@ def test_models_that_read_the_mask_themselves() -> None:
             logits(model, ids, position_ids=positions, **call)
 
 
+def test_a_call_without_tokens_is_the_models_own_error() -> None:
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+        configure(build(), SPARSE)(attention_mask=torch.ones(1, 4))
+
+
 def test_settings_changed_behind_the_layers() -> None:
     model, ids = configure(build(), SPARSE), tokens(1, 20)
     model.config.moba = {"block_size": 2, "top_k": 2}

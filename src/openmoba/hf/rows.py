@@ -55,7 +55,9 @@ class _LayOutRows:
         # Laid out already, by kind of layer in some models, or refused by the attention function.
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             return None
-        tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        if tokens is None:  # the model says itself what it misses
+            return None
         given = inputs.get("cu_seq_lens_q") is not None or inputs.get("cu_seq_lens_k") is not None
         rows: Tensor | None = None
         if positions is None or given:
