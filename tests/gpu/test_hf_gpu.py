@@ -15,6 +15,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache  # noqa: E402
 
 from openmoba import MobaConfig  # noqa: E402
 from openmoba.hf import configure  # noqa: E402
+from openmoba.lab.model import set_attention  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -56,4 +57,54 @@ def test_chunks_then_tokens_equal_one_pass(kind: str, dtype: torch.dtype) -> Non
     oracle = logits(model.double(), ids, attention_mask=mask, position_ids=positions, use_cache=False)
     real = mask.bool()
     error, allowed = ((x.double() - oracle)[real].abs().mean() for x in (pieces, whole))
+    assert error <= 2 * allowed + 1e-5
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "layers"])
+@pytest.mark.parametrize("settings", [None, SPARSE, HYBRID], ids=["full", "moba", "hybrid"])
+def test_a_training_step_waits_for_nothing(settings: MobaConfig | None, compiled: bool, no_waiting: Any) -> None:
+    """Whole rows, and packed ones whose boundaries are given; everything is compiled and tuned in the first steps."""
+    torch._dynamo.reset()
+    model = build().cuda().train()
+    set_attention(model, settings)
+    if compiled:
+        for layer in model.model.layers:
+            layer.compile()
+    ids = tokens(2, 256).cuda()
+    ends = torch.tensor([0, 100, 256, 512], dtype=torch.int32, device="cuda")
+
+    def step() -> None:
+        for call in ({}, {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}):
+            with torch.autocast("cuda", torch.bfloat16):
+                model.model(ids, use_cache=False, **call).last_hidden_state.float().square().mean().backward()
+
+    for _ in range(3):
+        step()
+    with no_waiting():
+        step()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "layers"])
+@pytest.mark.parametrize("settings", [None, SPARSE, HYBRID], ids=["full", "moba", "hybrid"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_rows_are_separate(dtype: torch.dtype, settings: MobaConfig | None, compiled: bool) -> None:
+    """As close to the fp64 hidden states of the sequences apart as these are in the same precision."""
+    torch._dynamo.reset()
+    model = build().cuda().to(dtype)
+    set_attention(model, settings)
+    ids, lengths = tokens(1, 300).cuda(), [100, 7, 193]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None].cuda()
+
+    def apart(model: Any) -> torch.Tensor:
+        return torch.cat([logits(model, part, use_cache=False) for part in ids.split(lengths, 1)], 1)
+
+    separate = apart(model)
+    if compiled:
+        for layer in model.model.layers:
+            layer.compile()
+    packed = logits(model, ids, position_ids=positions, use_cache=False)
+    for layer in model.model.layers:
+        layer._compiled_call_impl = None
+    oracle = apart(model.double())
+    error, allowed = ((x.double() - oracle).abs().mean() for x in (packed, separate))
     assert error <= 2 * allowed + 1e-5
