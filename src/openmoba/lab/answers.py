@@ -25,7 +25,7 @@ LOSSES: dict[Loss, str] = {"lm": "LM loss", "trailing": "trailing loss"}
 
 
 def answers(stage: Stage, outcomes: Sequence[Outcome], axis: str) -> list[str]:
-    """What the runs of one stage say to its question, each sentence with its interval.
+    """Say what the runs of one stage answer to its question, each sentence with its interval.
 
     Args:
         outcomes: those that the stage compares, as `of_stage` gives them.
@@ -47,13 +47,13 @@ def answers(stage: Stage, outcomes: Sequence[Outcome], axis: str) -> list[str]:
 
 
 def is_sweep(outcomes: Sequence[Outcome]) -> bool:
-    """Whether the runs of a stage are one arm at several learning rates of the same model."""
+    """Say whether the runs of a stage are one arm at several learning rates of the same model."""
     models = {run.run.size: run.config.model.size for run in outcomes}
     return len(by("arm", outcomes)) == 1 and len(set(models.values())) < len(models)
 
 
 def sweep(stage: Stage, outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """The best learning rate of every model in a stage that is a sweep, and how far the others are from it.
+    """Name the best learning rate of every model in a stage that is a sweep, and how far the others are from it.
 
     Args:
         outcomes: of the whole study, other stages too: runs of the same arm, model and tokens belong to the sweep.
@@ -81,7 +81,7 @@ def sweep(stage: Stage, outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 
 def comparisons(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """A sentence on every arm against full attention, and on every other against MoBA, by size and loss."""
+    """Compare every arm with full attention, and every other with MoBA, by size and loss."""
     for runs in by("size", outcomes).values():
         full, moba = of_kind(runs, "full"), of_kind(runs, "moba")
         for reference in (full, moba):
@@ -95,7 +95,7 @@ def comparisons(outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 
 def slopes(moba: Sequence[Outcome], full: Sequence[Outcome], axis: str) -> Iterator[str]:
-    """How an arm's exponent differs from that of full attention, by loss."""
+    """Say how an arm's exponent differs from that of full attention, by loss."""
     for kind, name in LOSSES.items():
         if pair := fit_pair(moba, full, kind, axis):
             found, several = slope_difference(*pair), len({run.run.seed for run in full}) > 1
@@ -106,7 +106,7 @@ def slopes(moba: Sequence[Outcome], full: Sequence[Outcome], axis: str) -> Itera
 
 
 def use_of_context(outcomes: Sequence[Outcome]) -> str | None:
-    """What full attention gains from a longer context, the most that leaving blocks out could cost."""
+    """Say what full attention gains from a longer context, the most that leaving blocks out could cost."""
     full = of_kind(list(by("size", outcomes).values())[-1], "full")
     if len(by("arm", outcomes)) == 1 or not full or len(full[0].ranges) < 3:
         return None

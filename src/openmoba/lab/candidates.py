@@ -73,7 +73,7 @@ class Standing:
 
 
 def standings(runs: Sequence[Outcome]) -> list[Standing]:
-    """Every arm but full attention, the one nearest to it in trailing loss first; empty without full attention.
+    """Return every arm but full attention, that of the lowest trailing loss first; empty without full attention.
 
     Args:
         runs: finished runs of one stage and size, all with a trailing loss.
@@ -89,7 +89,7 @@ def standings(runs: Sequence[Outcome]) -> list[Standing]:
 
 
 def standing_table(runs: Sequence[Outcome], found: Sequence[Standing]) -> Iterator[str]:
-    """The candidates as a Markdown table, and the smallest difference that can be seen."""
+    """Write the candidates as a Markdown table, and the smallest difference that can be seen."""
     with_own = any(standing.own for standing in found)
     heads = ["arm", "seeds", "trailing, nats", "%", "LM, nats", "%"]
     heads += ["trailing, from full with the same keys", "%"] if with_own else []
@@ -109,7 +109,7 @@ def standing_table(runs: Sequence[Outcome], found: Sequence[Standing]) -> Iterat
 
 
 def key_share(run: Outcome, length: int | None = None) -> float | None:
-    """Keys that the run's queries read in training, over all layers, of those that full attention reads.
+    """Return the keys that the run's queries read in training, over all layers, of those that full attention reads.
 
     None for a model from outside the study, whose layers are not known.
 
@@ -126,7 +126,7 @@ def key_share(run: Outcome, length: int | None = None) -> float | None:
 
 
 def percent(found: Difference, loss: float) -> str:
-    """A difference and its interval in percent of `loss`."""
+    """Write a difference and its interval in percent of `loss`."""
     level = _level(found, loss)
     assert level is not None
     bounds = f" [{level.interval.low:+.2f}, {level.interval.high:+.2f}]" if level.interval else ""
@@ -144,7 +144,7 @@ def _fair(arm: ArmConfig, runs: Sequence[Outcome]) -> list[Outcome]:
 
 
 def tokens_per_second(runs: Sequence[Outcome]) -> float:
-    """Training speed of one arm, the mean over its seeds."""
+    """Return the training speed of one arm, the mean over its seeds."""
     return sum(run.tokens_per_second for run in runs) / len(runs)
 
 

@@ -72,12 +72,12 @@ def draw_charts(recipe: Recipe, outcomes: Sequence[Outcome], study: Path, axis: 
 
 
 def describe_trailing(outcome: Outcome) -> str:
-    """Which positions the trailing loss is of."""
+    """Say which positions the trailing loss is of."""
     return f"length {outcome.config.data.length:,}, last {outcome.config.trailing:,} tokens"
 
 
 def describe_sparsity(outcomes: Sequence[Outcome]) -> str:
-    """MoBA's settings and how much of the longest context a query reads."""
+    """Say MoBA's settings and how much of the longest context a query reads."""
     settings = [f"block {size}, top-{top_k} of {blocks} blocks" for size, top_k, blocks in moba_settings(outcomes)]
     return "; ".join(settings) or "full attention alone"
 

@@ -75,7 +75,7 @@ def layers_chart(
     layers_name: str,
     loss_name: str,
 ) -> Figure:
-    """Chart A: loss over the full layers, between the lines of MoBA and full attention.
+    """Draw chart A: loss over the full layers, between the lines of MoBA and full attention.
 
     Args:
         hybrid: what names a hybrid's full layers -> loss, in the order to show.
@@ -115,7 +115,7 @@ def scaling_chart(
     loss_name: str,
     axis: str,
 ) -> Figure:
-    """Chart B: every run's loss over its compute, and each arm's fitted law through the end points.
+    """Draw chart B: every run's loss over its compute, and each arm's fitted law through the end points.
 
     Args:
         curves: one per run, arms named as in `laws`.
@@ -156,7 +156,7 @@ def scaling_chart(
 
 
 def arm_styles(arms: Iterable[str]) -> dict[str, tuple[str, Any, str]]:
-    """Colour, dash pattern and marker of every arm: full attention red, MoBA blue, others as they come."""
+    """Return colour, dash pattern and marker of every arm: full attention red, MoBA blue, others as they come."""
     dashes = ["--", "-.", ":", (0, (5, 1))]
     colours = ["#EE7733", "#009988", "#EE3377", "#33BBEE", "#AA3377", "#888800", "#444444"]
     others = zip(cycle(colours), cycle(dashes), cycle("^DvPX<>p*h"), strict=False)
@@ -176,25 +176,25 @@ def save(figure: Figure, path: Path) -> list[Path]:
 
 @contextmanager
 def chart_style() -> Iterator[None]:
-    """The settings that all charts are drawn with."""
+    """Use the settings that all charts are drawn with."""
     with mpl.rc_context(STYLE):
         yield
 
 
 def new_figure(height: float = 4.8) -> Figure:
-    """An empty figure as wide as a page, `height` inches high."""
+    """Return an empty figure as wide as a page, `height` inches high."""
     return Figure(figsize=(7.2, height), layout="constrained")
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:
-    """The legend of `axes` under the figure, in as many columns as its names leave room for."""
+    """Put the legend of `axes` under the figure, in as many columns as its names leave room for."""
     handles, names = axes.get_legend_handles_labels()
     columns = min(4, max(1, 84 // (8 + max(map(len, names)))))
     figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3)
 
 
 def error_bars(levels: Sequence[Level]) -> Any:
-    """[2, N] distances below and above; 0 for a level without an interval."""
+    """Return [2, N] distances below and above; 0 for a level without an interval."""
     bounds = [level.interval or Interval(level.loss, level.loss) for level in levels]
     below = [max(0.0, level.loss - bound.low) for level, bound in zip(levels, bounds, strict=True)]
     above = [max(0.0, bound.high - level.loss) for level, bound in zip(levels, bounds, strict=True)]

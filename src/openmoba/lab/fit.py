@@ -53,7 +53,7 @@ class Fit:
     replicates: Floats
 
     def ratio(self, other: Fit, compute_P: ArrayLike) -> tuple[Floats, Floats]:
-        """Ends, each [P], of the pointwise interval of this law over `other`, fitted with it by `fit_arms`."""
+        """Return the ends, each [P], of the interval of this law over `other`, which `fit_arms` fitted with it."""
         tail = (1 - LEVEL) / 2
         line_R2 = self.replicates - other.replicates
         log_ratio_RP = line_R2[:, :1] + line_R2[:, 1:] * np.log(compute_P)[None]
@@ -62,7 +62,7 @@ class Fit:
 
 
 def fit_power_law(compute: ArrayLike, loss: ArrayLike) -> PowerLaw:
-    """The law with the least Huber loss of the log residuals.
+    """Return the law with the least Huber loss of the log residuals.
 
     Args:
         compute: [N] positive, at least two different values.
@@ -77,7 +77,7 @@ def fit_power_law(compute: ArrayLike, loss: ArrayLike) -> PowerLaw:
 
 
 def fit_runs(compute: ArrayLike, windows: ArrayLike, documents: ArrayLike) -> Fit:
-    """`fit_power_law` with intervals from a bootstrap over runs and validation windows.
+    """Fit a law as `fit_power_law` does, with intervals from a bootstrap over runs and validation windows.
 
     Args:
         compute: [N] compute of every run.
@@ -91,7 +91,7 @@ def fit_runs(compute: ArrayLike, windows: ArrayLike, documents: ArrayLike) -> Fi
 
 
 def fit_arms(compute: Sequence[ArrayLike], windows: Sequence[ArrayLike], documents: ArrayLike) -> list[Fit]:
-    """`fit_runs` of several arms that share every draw, so the replicates of their laws are paired.
+    """Fit the laws of several arms that share every draw, so that their replicates are paired.
 
     Args:
         compute, windows: [A][N] and [A][N, W], as in `fit_runs`; the n-th runs of all arms are partners, of the same

@@ -84,11 +84,11 @@ class Outcome:
         return "positions" in self.final["windows"]
 
     def has(self, kind: Loss) -> bool:
-        """Whether a validation window has this loss; none has a trailing loss if all are shorter than the length."""
+        """Say whether a validation window has this loss; no trailing loss if all are shorter than the length."""
         return bool((~np.isnan(self.windows(kind))).any())
 
     def loss(self, kind: Loss) -> float:
-        """Final loss in nats, a mean over tokens; ValueError if no validation window has it."""
+        """Return the final loss in nats, a mean over tokens; ValueError if no validation window has it."""
         loss = self.final["position_loss"][kind]["loss"] if isinstance(kind, int) else self.final[f"{kind}_loss"]
         if loss is None:
             raise ValueError(
@@ -98,7 +98,7 @@ class Outcome:
         return float(loss)
 
     def windows(self, kind: Loss) -> Floats:
-        """Final loss of every validation window, float64 `[W]` in nats, NaN where a window lacks it.
+        """Return the final loss of every validation window, float64 `[W]` in nats, NaN where a window lacks it.
 
         Records made before windows kept their position ranges give one mean over all windows for a range.
         """
@@ -109,14 +109,14 @@ class Outcome:
         return np.asarray([losses[kind] for losses in self.final["windows"]["positions"]], dtype=np.float64)
 
     def documents(self, kind: Loss) -> Numbers:
-        """The document of every one of these windows, int64 `[W]`; each its own where the records do not say."""
+        """Return the document of every one of these windows, int64 `[W]`; each its own where the records do not say."""
         one_mean = isinstance(kind, int) and not self.has_positions
         documents = None if one_mean else self.final["windows"].get("document")
         return np.asarray(range(len(self.windows(kind))) if documents is None else documents, dtype=np.int64)
 
 
 def read_outcomes(recipe: Recipe, study: Path) -> list[Outcome]:
-    """The finished runs of `recipe` in the folder `study`, in the recipe's order.
+    """Read the finished runs of `recipe` in the folder `study`, in the recipe's order.
 
     Raises:
         ValueError: damaged records, or runs of the same documents by their settings that were trained on others.
@@ -140,7 +140,7 @@ def read_outcomes(recipe: Recipe, study: Path) -> list[Outcome]:
 
 
 def of_stage(stage: Stage, outcomes: Iterable[Outcome]) -> list[Outcome]:
-    """The runs that a stage compares: those of the other arms of the stage beside it, and its own."""
+    """Return the runs that a stage compares: those of the other arms of the stage beside it, and its own."""
     beside, own = [], []
     for outcome in outcomes:
         run = outcome.run
@@ -152,7 +152,7 @@ def of_stage(stage: Stage, outcomes: Iterable[Outcome]) -> list[Outcome]:
 
 
 def by(key: str, outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
-    """Outcomes grouped by `key`: "arm" or "size", by its name in the recipe, in order of appearance."""
+    """Group outcomes by `key`: "arm" or "size", by its name in the recipe, in order of appearance."""
     groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault(getattr(outcome.run, key), []).append(outcome)
@@ -160,13 +160,13 @@ def by(key: str, outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
 
 
 def of_kind(outcomes: Iterable[Outcome], arm: str) -> list[Outcome]:
-    """The runs of the first arm of the kind "full", "moba", ...; empty without one."""
+    """Return the runs of the first arm of the kind "full", "moba", ...; empty without one."""
     own = [outcome for outcome in outcomes if outcome.config.arm.name == arm]
     return [outcome for outcome in own if outcome.run.arm == own[0].run.arm]
 
 
 def behind(outcomes: Sequence[Outcome], kind: Loss, seeds: int | None = None) -> str:
-    """How many documents, windows and seeds stand behind a number of these runs, in words.
+    """Say how many documents, windows and seeds stand behind a number of these runs.
 
     Args:
         seeds: None counts those of the runs.
@@ -181,19 +181,19 @@ def behind(outcomes: Sequence[Outcome], kind: Loss, seeds: int | None = None) ->
 
 
 def moba_settings(outcomes: Iterable[Outcome]) -> list[tuple[int, int, int]]:
-    """Block size, top-k, and blocks of a window of every MoBA setting among the runs, each once."""
+    """Return block size, top-k, and blocks of a window of every MoBA setting among the runs, each once."""
     runs = [(outcome.config.arm, outcome.config.data.length) for outcome in outcomes]
     settings = [(arm.block_size, arm.top_k, -(-length // arm.block_size)) for arm, length in runs if arm.name != "full"]
     return list(dict.fromkeys(settings))
 
 
 def mean_loss(outcomes: Sequence[Outcome], kind: Loss) -> float:
-    """Mean final loss of the runs."""
+    """Return the mean final loss of the runs."""
     return sum(outcome.loss(kind) for outcome in outcomes) / len(outcomes)
 
 
 def seed_noise(outcomes: Iterable[Outcome], kind: Loss) -> SeedNoise | None:
-    """The noise of seeds, pooled over the arms that have several; None if none has.
+    """Return the noise of seeds, pooled over the arms that have several; None if none has.
 
     Args:
         outcomes: the runs of one stage and one size.
@@ -206,7 +206,7 @@ def seed_noise(outcomes: Iterable[Outcome], kind: Loss) -> SeedNoise | None:
 def difference(
     first: Sequence[Outcome], second: Sequence[Outcome], kind: Loss, noise: SeedNoise | None = None
 ) -> Difference | None:
-    """Loss of the first arm minus that of the second, over the seeds that both have.
+    """Return the loss of the first arm minus that of the second, over the seeds that both have.
 
     None without such a seed, or without windows that have this loss.
 
@@ -227,14 +227,14 @@ def difference(
 
 
 def gain(outcomes: Sequence[Outcome], later: int, earlier: int) -> Difference:
-    """Loss of one arm at a position range minus that at an earlier range of the same windows, over its seeds."""
+    """Return the loss of one arm at a position range minus that at an earlier one of the same windows."""
     documents = _common_documents(outcomes, later)
     first, second = ([outcome.windows(number) for outcome in outcomes] for number in (later, earlier))
     return paired_difference(first, second, documents)
 
 
 def fit(outcomes: Sequence[Outcome], kind: Loss, axis: str) -> Fit | None:
-    """The law through the ends of one arm's runs; None if they do not differ in compute or lack this loss."""
+    """Fit the law through the ends of one arm's runs; None if they do not differ in compute or lack this loss."""
     if not _fittable(outcomes, kind, axis):
         return None
     documents = _common_documents(outcomes, kind)
@@ -243,7 +243,7 @@ def fit(outcomes: Sequence[Outcome], kind: Loss, axis: str) -> Fit | None:
 
 
 def fit_pair(first: Sequence[Outcome], second: Sequence[Outcome], kind: Loss, axis: str) -> tuple[Fit, Fit] | None:
-    """`fit` of two arms with the same draws, over the sizes and seeds that both have."""
+    """Fit the laws of two arms with the same draws, over the sizes and seeds that both have."""
     own, other = ({(run.run.size, run.run.seed): run for run in runs} for runs in (first, second))
     pairs = [(run, other[key]) for key, run in own.items() if key in other]
     arms = [[pair[arm] for pair in pairs] for arm in (0, 1)]
@@ -258,7 +258,7 @@ def fit_pair(first: Sequence[Outcome], second: Sequence[Outcome], kind: Loss, ax
 
 
 def slope_difference(first: Fit, second: Fit) -> Interval:
-    """Interval of the first exponent minus the second's, over replicates that share their draws."""
+    """Return the interval of the first exponent minus the second's, over replicates that share their draws."""
     return Interval.of(first.replicates[:, 1] - second.replicates[:, 1])
 
 

@@ -46,7 +46,7 @@ def position_chart(
     loss_name: str,
     difference_name: str,
 ) -> Figure:
-    """Loss by position, and below it a difference with its intervals.
+    """Draw the loss by position, and below it a difference with its intervals.
 
     Args:
         ranges: first position of every range, and the one after its last.
@@ -80,7 +80,7 @@ def position_chart(
 def candidates_chart(
     candidates: Sequence[Candidate], smallest: float | None, *, title: str, difference_name: str
 ) -> Figure:
-    """Every candidate's difference from full attention as dots with intervals, the first one on top.
+    """Draw every candidate's difference from full attention as a dot with its interval, the first one on top.
 
     Args:
         smallest: the least difference, in percent, that the noise of seeds lets one see; None draws no band.

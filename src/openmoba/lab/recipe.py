@@ -83,7 +83,7 @@ class Stage:
     beside: str | None = None
 
     def seeds_of(self, size: str, arm: str) -> tuple[int, ...]:
-        """The seeds of one arm at one size."""
+        """Return the seeds of one arm at one size."""
         return self.seeds + tuple(seed for key in (size, arm) for seed in self.more_seeds.get(key, ()))
 
 

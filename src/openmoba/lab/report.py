@@ -57,7 +57,7 @@ def write_report(recipe: Recipe, study: Path, axis: str) -> list[Path]:
 
 
 def fit_tables(recipe: Recipe, outcomes: Sequence[Outcome], axis: str) -> str:
-    """The fitted laws of every scaling stage, as Markdown.
+    """Write the fitted laws of every scaling stage, as Markdown.
 
     Raises:
         ValueError: no stage has an arm with two finished runs of different compute.

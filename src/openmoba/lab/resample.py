@@ -38,7 +38,7 @@ class Interval:
 
     @classmethod
     def of(cls, samples_R: ArrayLike) -> Interval:
-        """The interval of replicates; those without a value, NaN, are left out."""
+        """Return the interval of replicates; those without a value, NaN, are left out."""
         tail = (1 - LEVEL) / 2
         low, high = np.nanquantile(np.asarray(samples_R, dtype=np.float64), [tail, 1 - tail])
         return cls(float(low), float(high))
@@ -64,7 +64,7 @@ class SeedNoise:
 
     @classmethod
     def of(cls, arms: Iterable[Sequence[float]]) -> SeedNoise | None:
-        """The noise in the losses of each arm's seeds; None where no arm has two."""
+        """Estimate the noise from the losses of each arm's seeds; None where no arm has two."""
         several = [np.asarray(losses, dtype=np.float64) for losses in arms if len(losses) > 1]
         freedom = sum(len(losses) - 1 for losses in several)
         if not freedom:
@@ -73,7 +73,7 @@ class SeedNoise:
         return cls(float(np.sqrt(squares / freedom)), freedom)
 
     def smallest_difference(self, seeds: int) -> float:
-        """The least difference, in nats, that `LEVEL` confidence tells from the luck of `seeds` seeds of each arm.
+        """Return the least difference, in nats, that `LEVEL` confidence tells from the luck of `seeds` seeds an arm.
 
         `t * s * sqrt(2 / seeds)`, t the two-sided quantile of Student's t with `freedom` degrees of freedom. It holds
         nothing of the noise between documents.
@@ -81,7 +81,7 @@ class SeedNoise:
         return float(student_quantile(self.freedom) * self.sd * np.sqrt(2 / seeds))
 
     def draw(self, seeds: int) -> Floats:
-        """`[R]` deviations, in nats, of the difference of two arms with `seeds` seeds each."""
+        """Draw `[R]` deviations, in nats, of the difference of two arms with `seeds` seeds each."""
         deviation_R = np.random.default_rng(seeds).standard_t(self.freedom, REPLICATES)
         return np.asarray(deviation_R * self.sd * np.sqrt(2 / seeds))
 
@@ -111,7 +111,7 @@ class Difference:
 def paired_difference(
     first_SW: ArrayLike, second_SW: ArrayLike, document_W: ArrayLike, noise: SeedNoise | None = None
 ) -> Difference:
-    """How much larger the first arm's loss is than the second's.
+    """Return how much larger the first arm's loss is than the second's.
 
     Args:
         first_SW, second_SW: window losses in nats of the seeds that both arms have, in the same order; NaN where a
@@ -135,7 +135,7 @@ def paired_difference(
 
 
 def mean_interval(total_W: ArrayLike, count_W: ArrayLike, document_W: ArrayLike) -> Interval | None:
-    """Interval of `sum(total) / sum(count)`; None below two windows that have a count.
+    """Return the interval of `sum(total) / sum(count)`; None below two windows that have a count.
 
     Args:
         total_W: sum of the losses of a window's positions, in nats.
@@ -151,13 +151,16 @@ def mean_interval(total_W: ArrayLike, count_W: ArrayLike, document_W: ArrayLike)
 
 
 def window_shares(document_W: ArrayLike) -> Floats:
-    """`[R, W]`: what share of a replicate each window makes up; rows sum to one. The same documents, the same draws."""
+    """Return `[R, W]`, what share of a replicate each window makes up; rows sum to one.
+
+    The same documents get the same draws.
+    """
     _, number_W = np.unique(np.asarray(document_W), return_inverse=True)
     return _shares(tuple(number_W.tolist()), REPLICATES)
 
 
 def student_quantile(freedom: int) -> float:
-    """The t that `LEVEL` of Student's distribution with `freedom` degrees of freedom lies within.
+    """Return the t that `LEVEL` of Student's distribution with `freedom` degrees of freedom lies within.
 
     With `t = sqrt(freedom) * tan(angle)` the density over the angle is `cos(angle)**(freedom - 1)`.
     """

@@ -48,18 +48,18 @@ class Study:
     outcomes: list[Outcome]
 
     def runs(self, stage: Stage) -> list[Outcome]:
-        """The finished runs that one stage compares."""
+        """Return the finished runs that one stage compares."""
         return of_stage(stage, self.outcomes)
 
     def figures(self, stage: Stage) -> list[Path]:
-        """The charts that the stage asks for, as far as they are drawn."""
+        """Return the charts that the stage asks for, as far as they are drawn."""
         ends = {"scaling": "scaling-law*", "layers": "*layerwise-hybrid", "compare": "*candidates"}
         found = (self.folder / FOLDER).glob(f"{stage.name}-{ends.get(stage.chart, 'positions')}.png")
         return sorted(found, key=lambda path: path.stem)
 
 
 def read_studies(folders: Sequence[Path]) -> list[Study]:
-    """The studies in the folders that hold a recipe and a finished run, in the order of their questions."""
+    """Read the studies in the folders that hold a recipe and a finished run, in the order of their questions."""
     studies = []
     for folder in folders:
         if (folder / RECIPE_FILE).exists():
@@ -70,7 +70,7 @@ def read_studies(folders: Sequence[Path]) -> list[Study]:
 
 
 def experiments(studies: Sequence[Study], page: Path) -> str:
-    """Question, figures and answers of every study, as Markdown.
+    """Write question, figures and answers of every study, as Markdown.
 
     Args:
         page: folder of the page, which links are relative to.
@@ -79,7 +79,7 @@ def experiments(studies: Sequence[Study], page: Path) -> str:
 
 
 def headlines(studies: Sequence[Study], page: Path) -> str:
-    """The first scaling chart and the first chart of layer-wise hybrids, with what they say, as Markdown."""
+    """Show the first scaling chart and the first of layer-wise hybrids, with what they say, as Markdown."""
     lines = []
     for chart, caption in HEADLINES.items():
         stages = [(study, stage) for study in studies for stage in study.recipe.stages if stage.chart == chart]
@@ -92,7 +92,7 @@ def headlines(studies: Sequence[Study], page: Path) -> str:
 
 
 def settings(studies: Sequence[Study], page: Path) -> str:
-    """Which setting to take, by length and by how many keys it may read, and what that rests on, as Markdown.
+    """Say which setting to take, by length and by how many keys it may read, and on what it rests, as Markdown.
 
     A row is the arm with the lowest loss at the last position range of that length, among the arms that read no more
     keys than the budget, in the stage with the most arms. Empty without an arm that could be compared.
@@ -108,7 +108,7 @@ def settings(studies: Sequence[Study], page: Path) -> str:
 
 
 def limits(studies: Sequence[Study]) -> str:
-    """What the studies do not show: how large, how long, on which documents, with how many seeds."""
+    """Say what the studies do not show: how large, how long, on which documents, with how many seeds."""
     runs = [run for study in studies for run in study.outcomes]
     if not runs:
         return ""
@@ -126,7 +126,7 @@ def limits(studies: Sequence[Study]) -> str:
 
 
 def provenance(outcomes: Sequence[Outcome]) -> str:
-    """The hardware, time and commit of some runs, in words."""
+    """Say the hardware, time and commit of some runs."""
     devices = dict.fromkeys((run.result["hardware"]["gpus"] or [run.result["hardware"]["cpu"]])[0] for run in outcomes)
     commits = dict.fromkeys(str(run.result["commit"])[:10] for run in outcomes)
     minutes = sum(run.result["seconds"] for run in outcomes) / 60
