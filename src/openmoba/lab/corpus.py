@@ -14,6 +14,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from openmoba.hub import check_source
 from openmoba.lab.chat import Messages, messages_of
 from openmoba.lab.files import FileRules, LeftOut, NotTextError, read_text, some, suffix_of, walk
 from openmoba.lab.records import read_json
@@ -264,8 +265,9 @@ def _hub_files(source: str) -> list[Path]:
 
     name, _, split = source.partition(":")
     name, _, config = name.partition("@")
+    check_source(name, "a file, a folder, or a data set of the hub as OWNER/NAME[@CONFIG][:SPLIT]")
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train")
-    except (FileNotFoundError, ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{source!r} is no file, and not readable as a data set of the hub: {error}") from error
     return [Path(entry["filename"]) for entry in rows.cache_files]

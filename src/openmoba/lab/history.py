@@ -45,7 +45,7 @@ def history_until(folder: Path, config: RunConfig, step: int) -> list[Row]:
     path, train = folder / METRICS_FILE, config.train
     rows = [row for row in history(folder) if row["step"] <= step]
     wanted = {
-        "train": {*range(train.log_every, step + 1, train.log_every), *({step} if step else ())},
+        "train": {*range(train.log_every, step + 1, train.log_every), *({step} & {train.steps})},
         "eval": {evaluated for evaluated in config.evaluation_steps if evaluated <= step},
     }
     for kind, steps in wanted.items():
@@ -115,7 +115,7 @@ _RESULT: Mapping[str, Any] = {
     "config": dict,
     "params": {"total": int, "non_embedding": int},
     "tokens": int,
-    "eval": {"step": int, "lm_loss": float, "trailing_loss": float | None},
+    "eval": {"step": int, "lm_loss": float, "trailing_loss": float | None, "position_loss": list, "intervals": dict},
     "data": {"vocabulary": int},
     "hardware": {"cpu": str, "gpus": list},
     "versions": dict,
