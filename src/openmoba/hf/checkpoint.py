@@ -47,8 +47,6 @@ def convert(source: str | Path, out: Path, settings: MobaConfig) -> Path:
     folder = _folder(source)
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{source} has no safetensors weights; save it with save_pretrained first")
-    for path in folder.glob("*.safetensors"):
-        _check_weights(path)
     config = _config(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -56,6 +54,8 @@ def convert(source: str | Path, out: Path, settings: MobaConfig) -> Path:
     _check_key_conv(config, settings)
     set_key_conv(model, settings.key_conv)
     settings.full_layer_indices(config.num_hidden_layers)
+    for path in folder.glob("*.safetensors"):
+        _check_weights(path)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
