@@ -15,7 +15,6 @@ def check_source(source: str | Path, what: str = "a model's folder, or OWNER/NAM
     if text and Path(text).expanduser().exists():
         return
     first = Path(text).parts[0] if Path(text).parts else ""
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
+    of_the_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) and not text.startswith(".")
+    if not of_the_hub or (first != text and Path(first).exists()):
         raise ValueError(f"{text or 'an empty name'} does not exist; give {what}")
-    if first != text and Path(first).exists():
-        raise ValueError(f"{text} does not exist in {first}, which is here; give {what}")
