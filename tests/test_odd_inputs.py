@@ -19,6 +19,8 @@ from matplotlib.figure import Figure
 from tiny import tiny_config
 
 from openmoba import cli
+from openmoba.bench.rows import columns
+from openmoba.bench.table import Row
 from openmoba.errors import explain
 from openmoba.hub import check_source
 from openmoba.lab import records
@@ -72,6 +74,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (root / "latin.toml").write_bytes(b'title = "\xe9"')
     (root / "not.csv").write_text("a,b\n1,2\n")
+    (root / "words.csv").write_text(f"{','.join(columns(Row))}\n{','.join('x' for _ in columns(Row))}\n")
+    (root / "short.csv").write_text(f"{','.join(columns(Row))}\nx\n")
     for name, line in (("no-record", "{}"), ("no-evaluation", '{"kind": "eval", "step": 4}')):
         study = root / f"study-{name}"
         (study / "one").mkdir(parents=True)
@@ -113,6 +117,10 @@ ROWS: list[tuple[list[str], int, str]] = [
     (["plot", "empty"], 2, "there is no recipe empty/recipe.toml"),
     (["bench", "plot", "empty"], 2, "empty: Is a directory; that is a folder"),
     (["bench", "plot", "not.csv"], 2, "other columns"),
+    (["bench", "plot", "words.csv"], 2, "words.csv, line 2: "),
+    (["bench", "plot", "short.csv"], 2, "short.csv, line 2: "),
+    (["runs", "empty"], 2, "there are no runs below empty; give a folder"),
+    (["runs", "file"], 2, "there are no runs below file"),
     (["generate", "run", "--file", "empty"], 2, "empty is not readable as text"),
     (["corpus", "empty"], 2, "empty"),
     # What is no model, run, recipe or record

@@ -17,6 +17,8 @@ from openmoba.lab.records import Row
 
 METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "result.json"
+FAILED_FILE = "failed.json"
+"""In the folder of a run that failed: the reason, and the configuration with which it did."""
 
 
 def history(folder: Path) -> list[Row]:
