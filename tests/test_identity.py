@@ -109,6 +109,19 @@ def test_a_run_is_measured_on_the_documents_it_did_not_see(
     assert "is still what it was trained on is not known" in notes[0], "as of runs older than this record"
 
 
+def test_a_run_is_not_measured_on_another_split_of_its_documents(config: RunConfig, tmp_path: Path) -> None:
+    run_training(config, tmp_path / "run")
+    for held in ({"hold_out": 2}, {"hold_out": 2, "length": 16}):
+        with pytest.raises(ValueError, match=r"trained with data\.hold_out=4, so data\.hold_out=2 would measure it on"):
+            evaluate_source(str(tmp_path / "run"), replace(config.data, **held))
+    write_texts(tmp_path / "held", 3)
+    named = replace(config, data=replace(config.data, valid=str(tmp_path / "held")))
+    run_training(named, tmp_path / "named")
+    with pytest.raises(ValueError, match=r"trained with data\.valid=.*held, so data\.hold_out=4 would measure it on"):
+        evaluate_source(str(tmp_path / "named"), config.data)
+    assert evaluate_source(str(tmp_path / "run"), replace(named.data, length=16))["lm_loss"] > 0
+
+
 def test_a_run_that_starts_from_another_keeps_its_split(config: RunConfig, tmp_path: Path) -> None:
     run_training(config, tmp_path / "run")
     write_texts(tmp_path / "texts", 13)

@@ -5,10 +5,15 @@ A command on the folder of a run has `as_stored`: itself with the run's settings
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
+
+from openmoba.errors import explain
+from openmoba.lab.errors import Terminated, on_sigterm
 
 COMMANDS = {
     "corpus": ("openmoba.lab.corpus_commands:MakeCorpus", "say what documents a source holds, write them as Parquet"),
@@ -30,7 +35,11 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the exit code: 0, 2 after bad input, 130 after Ctrl-C."""
+    """Run one subcommand; returns the exit code.
+
+    0 when it is done; 2 after bad input, or where the machine does not have what it takes; 1 after a fault of the
+    program, with a traceback; as shells say it 130 after Ctrl-C, 143 after SIGTERM, 141 when its output was cut off.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -49,19 +58,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     module, _, kind = COMMANDS[name][0].partition(":")
     try:
-        command = getattr(import_module(module), kind)
-        parse = partial(tyro.cli, command, args=arguments[words:], prog=f"openmoba {name}")
-        options = parse()
-        if hasattr(options, "as_stored"):
-            options = parse(default=options.as_stored())
-        options.run()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
+        with on_sigterm():
+            command = getattr(import_module(module), kind)
+            parse = partial(tyro.cli, command, args=arguments[words:], prog=f"openmoba {name}")
+            options = parse()
+            if hasattr(options, "as_stored"):
+                options = parse(default=options.as_stored())
+            options.run()
+    except (Exception, KeyboardInterrupt) as error:
+        return _report(error)
     return 0
+
+
+def _report(error: BaseException) -> int:
+    """Say on standard error what went wrong; returns the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        print(f"\n{error or 'stopped'}", file=sys.stderr)
+        return 143 if isinstance(error, Terminated) else 130
+    if isinstance(error, BrokenPipeError):  # whoever read standard output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    assert isinstance(error, Exception)
+    said = explain(error)
+    if said is not None:
+        print(f"error: {said}", file=sys.stderr)
+        return 2
+    traceback.print_exception(error)
+    print(
+        "error: this is a fault of openmoba, please report it with the lines above and the command; what was recorded "
+        "before is safe",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def _usage() -> str:

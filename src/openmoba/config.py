@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from openmoba.limits import check_count
+
 
 @dataclass(frozen=True)
 class MobaConfig:
@@ -123,10 +125,11 @@ def _parse_text(text: str) -> int | str | tuple[int | None, ...]:
 
 
 def check_blocks(block_size: int, top_k: int) -> None:
-    """Raise ValueError unless both are whole numbers >= 1."""
+    """Raise ValueError unless both are whole numbers >= 1, of 32 bits."""
     for name, value in (("block_size", block_size), ("top_k", top_k)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f"{name} must be an int, got {value!r}")
         if value < 1:
             way_out = "; top_k=1 attends within the block" if name == "top_k" else ""
             raise ValueError(f"{name} must be >= 1, got {value}{way_out}")
+        check_count(name, value, 1)

@@ -19,6 +19,7 @@ from openmoba.bench.machine import Machine, failure, say
 from openmoba.bench.rows import append_row, read_rows
 from openmoba.bench.table import Row, compared, markdown
 from openmoba.bench.timing import Work, measure
+from openmoba.limits import check_number
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class Attention:
     """CSV file that rows are added to; what it holds for this commit and device is not measured again."""
     commit: str | None = None
     """Recorded instead of the checkout's, for a copy of its files; by default what git says."""
+
+    def __post_init__(self) -> None:
+        check_number("--minutes", self.minutes, 0)
 
     def run(self) -> None:
         """Measure, and print a table."""

@@ -24,6 +24,7 @@ from openmoba.bench.machine import failure, say
 from openmoba.bench.rows import append_row, read_rows
 from openmoba.bench.table import Row, compared, markdown
 from openmoba.bench.timing import Work, measure
+from openmoba.limits import check_count
 from openmoba.ops.api import moba_attention
 from openmoba.ops.decode import moba_decode
 from openmoba.ops.pages import complete_pages, new_centroids
@@ -60,6 +61,13 @@ class Decode:
     """CSV file that rows are added to; what it holds for this commit and device is not measured again."""
     commit: str | None = None
     """Recorded instead of the checkout's, for a copy of its files; by default what git says."""
+
+    def __post_init__(self) -> None:
+        for name in ("lengths", "batches"):
+            for value in getattr(self, name):
+                check_count(f"--{name}", value, 1)
+        check_count("--prefill", self.prefill, 0)
+        check_count("--chunk", self.chunk, 1)
 
     def run(self) -> None:
         """Measure, and print a table."""

@@ -54,7 +54,10 @@ def read_rows(path: Path, kind: type[R]) -> list[R]:
         raise ValueError(f"{path} has other columns than this version writes; give another file")
     types = {field.name: str(field.type) for field in fields(kind)}
     reader = csv.DictReader(io.StringIO(_whole_lines(path)))
-    return [kind(**{name: _parse(text, types[name]) for name, text in row.items()}) for row in reader]
+    try:
+        return [kind(**{name: _parse(text, types[name]) for name, text in row.items()}) for row in reader]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}; restore the file, or give another") from error
 
 
 def newest(rows: Sequence[R]) -> list[R]:

@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from openmoba.config import MobaConfig
 from openmoba.hf.key_conv import set_key_conv
 from openmoba.hf.settings import NAME, saved
 from openmoba.hf.support import check_supported
+from openmoba.hub import check_source
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-_TRAINING_STATE = ("trainer_state.json", "complete.json")
+_TRAINING_STATE = ("trainer_state.json", "complete.json", "unrecorded.json")
 """Of checkpoints in the middle of training: what transformers' Trainer, and the laboratory, keep beside the model."""
 
 
@@ -52,6 +54,8 @@ def convert(source: str | Path, out: Path, settings: MobaConfig) -> Path:
     _check_key_conv(config, settings)
     set_key_conv(model, settings.key_conv)
     settings.full_layer_indices(config.num_hidden_layers)
+    for path in folder.glob("*.safetensors"):
+        _check_weights(path)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -75,10 +79,18 @@ def _check_key_conv(config: Any, settings: MobaConfig) -> None:
         )
 
 
+def _check_weights(path: Path) -> None:
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is not readable as safetensors ({error}); restore or download it again") from error
+
+
 def _config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # which JSON that is no configuration has many
         raise ValueError(f"{folder} has no config.json that transformers understands ({error})") from error
 
 
@@ -87,6 +99,7 @@ def _folder(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
+    check_source(source)
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(_FILES)))
     except (OSError, ValueError) as error:  # huggingface_hub's errors are kinds of these two

@@ -6,6 +6,7 @@ import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Any
 
 import tyro
@@ -96,6 +97,8 @@ class Evaluate:
 
         if self.out is not None:
             make_parent(self.out)
+            if self.out.is_dir():
+                raise ValueError(f"--out {self.out} is a folder; name a file")
         row = evaluate_source(self.source, self.data, self.eval, TerminalProgress(Path(self.source).name))
         print(_losses(row))
         if self.out is not None:
@@ -106,12 +109,14 @@ def make_parent(out: Path) -> None:
     """Make the folder that `out` will lie in, before the work whose result it takes.
 
     Raises:
-        ValueError: there can be no such folder.
+        ValueError: there can be no such folder, or nothing written into it.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out.parent):
+            pass
     except OSError as error:
-        raise ValueError(f"cannot make the folder of --out {out}: {error.strerror}; choose another") from error
+        raise ValueError(f"cannot write into the folder of --out {out}: {error.strerror}; choose another") from error
 
 
 def _losses(row: dict[str, Any]) -> str:

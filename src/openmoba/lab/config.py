@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from openmoba.config import MobaConfig, parse_full_layers
 from openmoba.lab.records import read_json
+from openmoba.limits import check_count, check_number, check_share
 
 ARMS = ("full", "moba", "hybrid", "time_hybrid")
 
@@ -90,8 +91,7 @@ class ArmConfig:
     def __post_init__(self) -> None:
         if self.name not in ARMS:
             raise ValueError(f"unknown arm {self.name!r}; the arms are {', '.join(ARMS)}")
-        if not 0 <= self.switch_at <= 1:
-            raise ValueError(f"arm.switch_at is a share of the steps in [0, 1], got {self.switch_at}")
+        check_share("arm.switch_at", self.switch_at, " of the steps")
         MobaConfig(self.block_size, self.top_k, self.full_layers, self.key_conv)
         if isinstance(self.full_layers, str):
             object.__setattr__(self, "full_layers", parse_full_layers(self.full_layers))
@@ -166,10 +166,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _at_least(self, steps=1, batch_size=1, micro_batch_size=1, loss_tokens=1, log_every=1, checkpoint_every=1)
         for name in ("warmup", "decay", "final_learning_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"train.{name} is a share in [0, 1], got {getattr(self, name)}")
-        if self.learning_rate <= 0:
-            raise ValueError(f"train.learning_rate must be > 0, got {self.learning_rate}")
+            check_share(f"train.{name}", getattr(self, name))
+        for name in ("beta1", "beta2"):
+            check_share(f"train.{name}", getattr(self, name), one_too=False)
+        for name in ("learning_rate", "clip"):
+            check_number(f"train.{name}", getattr(self, name), 0, low_too=False)
+        check_number("train.weight_decay", self.weight_decay, 0)
+        check_count("train.seed", self.seed, 0, 2**32 - 1)
 
 
 @dataclass(frozen=True)
@@ -360,6 +363,4 @@ def _name(hint: Any) -> str:
 def _at_least(config: Any, **limits: int) -> None:
     section = type(config).__name__.removesuffix("Config").lower()
     for name, limit in limits.items():
-        value = getattr(config, name)
-        if value is not None and value < limit:
-            raise ValueError(f"{section}.{name} must be >= {limit}, got {value}")
+        check_count(f"{section}.{name}", getattr(config, name), limit)

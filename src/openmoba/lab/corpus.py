@@ -14,6 +14,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from openmoba.hub import check_source
 from openmoba.lab.chat import Messages, messages_of
 from openmoba.lab.files import FileRules, LeftOut, NotTextError, read_text, some, suffix_of, walk
 from openmoba.lab.records import read_json
@@ -83,14 +84,13 @@ def open_corpus(source: str, column: str = "text", rules: FileRules | None = Non
     if "*" in source:
         files = sorted(Path(name) for name in glob(str(path), recursive=True) if Path(name).is_file())
         return _of_files(source, {_below(file, files): file for file in files}, column, LeftOut())
-    if suffix_of(path) in KINDS or source.startswith(("/", ".", "~")) or _looks_local(path):
-        raise ValueError(f"{source} does not exist; give a file, a folder, or NAME[@CONFIG][:SPLIT] of the hub")
+    if suffix_of(path) in KINDS:
+        raise ValueError(f"{source} does not exist; give {_SOURCES}")
+    check_source(source.partition(":")[0].partition("@")[0], _SOURCES)
     return _of_rows(source, {file.name: file for file in _hub_files(source)}, "Arrow", column)
 
 
-def _looks_local(path: Path) -> bool:
-    """Whether the path is no name of the hub, which is NAME or OWNER/NAME, or lies in a folder that is here."""
-    return len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())
+_SOURCES = "a file, a folder, or NAME[@CONFIG][:SPLIT] of the hub"
 
 
 def _of_file(source: str, path: Path, column: str) -> Corpus:
@@ -266,6 +266,6 @@ def _hub_files(source: str) -> list[Path]:
     name, _, config = name.partition("@")
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train")
-    except (FileNotFoundError, ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{source!r} is no file, and not readable as a data set of the hub: {error}") from error
     return [Path(entry["filename"]) for entry in rows.cache_files]

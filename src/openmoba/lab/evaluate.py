@@ -59,8 +59,8 @@ def evaluate_source(
     evaluation = checked.eval
     known = known_of_run(source, data, OTHER_DOCUMENTS, progress or Progress())
     with model_folder(source, progress) as folder:
-        windows = validation_windows(load_validation(data, folder, progress, known=known), evaluation.windows)
         model = load_model(folder)
+        windows = validation_windows(load_validation(data, folder, progress, known=known), evaluation.windows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     attach_loss(model)
     model.to(device).eval()

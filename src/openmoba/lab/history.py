@@ -17,6 +17,8 @@ from openmoba.lab.records import Row
 
 METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "result.json"
+FAILED_FILE = "failed.json"
+"""In the folder of a run that failed: the reason, and the configuration with which it did."""
 
 
 def history(folder: Path) -> list[Row]:
@@ -45,7 +47,7 @@ def history_until(folder: Path, config: RunConfig, step: int) -> list[Row]:
     path, train = folder / METRICS_FILE, config.train
     rows = [row for row in history(folder) if row["step"] <= step]
     wanted = {
-        "train": {*range(train.log_every, step + 1, train.log_every), *({step} if step else ())},
+        "train": {*range(train.log_every, step + 1, train.log_every), *({step} & {train.steps})},
         "eval": {evaluated for evaluated in config.evaluation_steps if evaluated <= step},
     }
     for kind, steps in wanted.items():
@@ -115,7 +117,7 @@ _RESULT: Mapping[str, Any] = {
     "config": dict,
     "params": {"total": int, "non_embedding": int},
     "tokens": int,
-    "eval": {"step": int, "lm_loss": float, "trailing_loss": float | None},
+    "eval": {"step": int, "lm_loss": float, "trailing_loss": float | None, "position_loss": list, "intervals": dict},
     "data": {"vocabulary": int},
     "hardware": {"cpu": str, "gpus": list},
     "versions": dict,

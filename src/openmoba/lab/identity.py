@@ -95,11 +95,24 @@ def known_of_run(run: str | Path | None, config: DataConfig, way_out: str, progr
     if run is None or not is_run(run):
         return []
     identity, settings = stored_identity(run), stored_config(run).data
+    _check_split(run, config, settings)
     if shared(dict.fromkeys(ASPECTS), config, settings) and not identity.get("valid"):
         progress.note(
             f"{run} has no {IDENTITY_FILE}: whether {config.source} is still what it was trained on is not known"
         )
     return [Known(str(run), shared(identity, config, settings), way_out)]
+
+
+def _check_split(run: str | Path, config: DataConfig, settings: DataConfig) -> None:
+    """Raise ValueError if `config` holds out others of the documents that the run was trained on by `settings`."""
+    same = (config.source, config.column) == (settings.source, settings.column)
+    if not same or config.valid is not None or (settings.valid, settings.hold_out) == (None, config.hold_out):
+        return
+    held = f"data.hold_out={settings.hold_out}" if settings.valid is None else f"data.valid={settings.valid}"
+    raise ValueError(
+        f"{run} was trained with {held}, so data.hold_out={config.hold_out} would measure it on documents that it was "
+        "trained on; give the same, or others with data.valid"
+    )
 
 
 def shared(identity: Identity, config: DataConfig, other: DataConfig, *, same_origin: bool = True) -> Identity:

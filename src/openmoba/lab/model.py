@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from openmoba.config import MobaConfig
+from openmoba.hub import check_source
 from openmoba.lab.checkpoint import newest_held
 from openmoba.lab.config import ModelConfig
 from openmoba.lab.overrides import check_rotation, replace_entries, transformers_config
@@ -142,7 +143,7 @@ def check_finite(model: Any, source: str | Path) -> None:
 
 def is_run(source: str | Path) -> bool:
     """Whether `source` is the folder of a run, not that of a model or a hub name."""
-    return (Path(source) / "metrics.jsonl").exists()
+    return str(source) != "" and (Path(source) / "metrics.jsonl").exists()
 
 
 @contextmanager
@@ -152,6 +153,7 @@ def model_folder(source: str | Path, progress: Progress | None = None) -> Iterat
     Anything that is no run's folder is returned as it is.
     """
     if not is_run(source):
+        check_source(source, "a run's folder, a model's folder, or OWNER/NAME on the hub")
         yield source
         return
     with newest_held(Path(source), progress) as checkpoint:

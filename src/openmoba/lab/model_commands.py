@@ -12,6 +12,7 @@ from openmoba.config import MobaConfig
 from openmoba.lab.commands import make_parent
 from openmoba.lab.config import DataConfig
 from openmoba.lab.progress import TerminalProgress
+from openmoba.limits import check_count, check_number
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,14 @@ class Generate:
     prefill_chunk: int | None = None
     """Tokens of the prompt per forward pass; left out, the prompt is taken whole."""
 
+    def __post_init__(self) -> None:
+        check_count("--max-new-tokens", self.max_new_tokens, 1)
+        check_number("--temperature", self.temperature, 0)
+        check_count("--seed", self.seed, 0, 2**63 - 1)
+        check_count("--prefill-chunk", self.prefill_chunk, 1)
+
     def run(self) -> None:
         """Generate."""
-        if self.prefill_chunk is not None and self.prefill_chunk < 1:
-            raise ValueError(f"--prefill-chunk must be >= 1 token, got {self.prefill_chunk}; or leave it out")
         from openmoba.lab.generate import generate_text, read_prompt
 
         speed = generate_text(
@@ -97,6 +102,13 @@ class Needle:
     """Validation documents; of a run, by default its own."""
     out: Path = Path("needle")
     """Name of the table and the charts: OUT.csv, OUT.png, OUT.svg."""
+
+    def __post_init__(self) -> None:
+        for length in self.lengths:
+            check_count("--lengths", length, 2)
+        check_count("--depths", self.depths, 1)
+        check_count("--samples", self.samples, 1)
+        check_count("--seed", self.seed, 0, 2**63 - 1)
 
     def as_stored(self) -> Needle:
         """With the documents of the run that is measured."""

@@ -86,10 +86,10 @@ def measure_needle(
         data = data_of_run(source) if is_run(source) else DataConfig()
     known = known_of_run(source, data, OTHER_DOCUMENTS, progress)
     with model_folder(source, progress) as folder:
+        tokenizer, model = load_tokenizer(folder), load_model(folder)
         haystacks = {
             length: _documents(replace(data, length=length), folder, samples, progress, known) for length in lengths
         }
-        tokenizer, model = load_tokenizer(folder), load_model(folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     chance = float(np.log(model.config.vocab_size))
     cells = []

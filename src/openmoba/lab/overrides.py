@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from openmoba.limits import check_count
+
 Entries = dict[str, Any]
 
 
@@ -81,12 +83,17 @@ def _replaced(config: Any, overrides: Entries) -> Entries:
     return changed
 
 
+_COUNTS = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "head_dim")
+
+
 def _check(config: Any, overrides: Entries) -> None:
     """What transformers leaves to the first forward pass, or computes NaN from."""
     for name, value in overrides.items():
         theta = name.split(".")[-1] == "rope_theta"
         if theta and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf):
             raise ValueError(f"{name} must be a number > 0, got {value!r}")
+        if name in _COUNTS and isinstance(value, int):
+            check_count(name, value, 1)
     heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if shared is not None and (shared < 1 or heads % shared):
         raise ValueError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={shared}")

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
+from openmoba.errors import way_out
+
 Row = dict[str, Any]
 
 
@@ -185,7 +187,7 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ValueError(
-            f"cannot write {path}: {error.strerror}; earlier records are safe, make room and run again"
+            f"cannot write {path}: {error.strerror}; {way_out(error)}, earlier records are safe"
         ) from error
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import tyro
 
 from openmoba.lab.columns import aligned, short
-from openmoba.lab.config import RunConfig, from_dict, stored_config, to_dict
+from openmoba.lab.config import RunConfig, stored_config, to_dict
+from openmoba.lab.history import FAILED_FILE, RESULT_FILE, evaluations, history, read_result
 from openmoba.lab.identity import stored_identity
 from openmoba.lab.progress import duration
-from openmoba.lab.records import Row, read, read_json
+from openmoba.lab.records import Row
 
 HEADS = ("run", "state", "arm", "size", "tokens", "LM", "trailing", "to first", "tokens/s", "MFU", "time")
 
@@ -45,15 +46,16 @@ def runs_table(folders: tuple[Path, ...]) -> str:
     first: dict[str, float] = {}
     for folder in found:
         try:
-            result = read_json(folder / "result.json") if (folder / "result.json").exists() else {}
-            config = from_dict(RunConfig, result["config"]) if result else stored_config(folder)
-            rows = read(folder / "metrics.jsonl")
-            evaluation = next((row for row in reversed(rows) if row["kind"] == "eval"), None)
+            finished = (folder / RESULT_FILE).exists()
+            config, result = read_result(folder) if finished else (stored_config(folder), {})
+            rows = history(folder)
+            measured = evaluations(folder, config, result) if finished else [r for r in rows if r["kind"] == "eval"]
+            evaluation = measured[-1] if measured else None
             loss = None if evaluation is None else _loss(evaluation)
             reference = first.setdefault(_windows(folder, config), loss) if loss is not None else None
             against = None if loss is None or reference is None else loss - reference
             lines.append(_line(folder, config, result, rows, evaluation, against))
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             problems.append(f"not listed: {folder}: {error}")
     return "\n".join([aligned(HEADS, lines), *problems])
 
@@ -63,10 +65,11 @@ def _line(
 ) -> list[str]:
     trained = [row for row in rows if row["kind"] == "train"]
     last: Row = rows[-1] if rows else {"step": 0, "tokens": 0}
+    failed = (folder / FAILED_FILE).exists()
     speed = result.get("speed") or (trained[-1] if trained else {})
     return [
         str(folder),
-        "finished" if result else f"step {last['step']}/{config.train.steps}",
+        "finished" if result else "failed" if failed else f"step {last['step']}/{config.train.steps}",
         _arm(config),
         config.model.size,
         short(last["tokens"]),

@@ -17,6 +17,7 @@ from pathlib import Path
 from openmoba.lab.claims import CLAIM_FILE, claim, holder
 from openmoba.lab.config import RunConfig, changes, from_dict, stored_config, to_dict
 from openmoba.lab.errors import DivergenceError
+from openmoba.lab.history import FAILED_FILE, RESULT_FILE
 from openmoba.lab.model import check_model
 from openmoba.lab.plan import planned_work
 from openmoba.lab.progress import Progress, duration
@@ -25,8 +26,6 @@ from openmoba.lab.records import Row, expect, has_begun, read_json, remove_lefto
 from openmoba.lab.study_data import begun, check_same_data, known_data
 
 POLL_SECONDS = 1.0
-FAILED_FILE = "failed.json"
-"""In the folder of a run that failed: the reason, and the configuration with which it did."""
 
 Train = Callable[..., Row]
 
@@ -71,7 +70,7 @@ def run_study(recipe: Recipe, study: Path, train: Train, reporter: Callable[[str
 
 def finished(run: PlannedRun, study: Path) -> bool:
     """Whether the run has its result."""
-    return (study / run.name / "result.json").exists()
+    return (study / run.name / RESULT_FILE).exists()
 
 
 def failure(run: PlannedRun, study: Path) -> str | None:
@@ -200,7 +199,7 @@ def _attempt(
 ) -> bool:
     """Train `run` if what it starts from is there and nobody else has it."""
     folder = study / run.name
-    if run.after is not None and not (study / run.after / "result.json").exists():
+    if run.after is not None and not (study / run.after / RESULT_FILE).exists():
         return False
     with claim(folder) as mine:
         if not mine or finished(run, study) or failure(run, study) is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openmoba.lab.config import DataConfig
+from openmoba.lab.history import FAILED_FILE
 from openmoba.lab.identity import Identity, Known, shared, stored_identity
 from openmoba.lab.recipe import PlannedRun, Recipe
 from openmoba.lab.records import has_begun
@@ -40,8 +41,12 @@ def check_same_data(runs: Sequence[RunData]) -> None:
 
 
 def begun(recipe: Recipe, study: Path) -> list[RunData]:
-    """The data of all runs that have begun."""
-    return [_run_data(run, recipe, study) for run in recipe.runs if has_begun(study / run.name)]
+    """The data of all runs that have begun and did not fail, which are trained anew."""
+    return [
+        _run_data(run, recipe, study)
+        for run in recipe.runs
+        if has_begun(study / run.name) and not (study / run.name / FAILED_FILE).exists()
+    ]
 
 
 def origin(run: PlannedRun, recipe: Recipe, study: Path) -> str | None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from openmoba.hub import check_source
+
 END = "<|endoftext|>"
 
 # Roles in plain text: a tokenizer trained here has no special tokens for them.
@@ -53,9 +55,10 @@ def load_tokenizer(name: str | Path) -> Any:
     """The tokenizer in a folder or of a hub name, which must be a fast one."""
     from transformers import AutoTokenizer
 
+    check_source(name, "bytes, bpe, a folder, or OWNER/NAME on the hub")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the readers of JSON, of tokenizers and the hub have no common base of errors
         raise ValueError(f"no tokenizer in {name}; use bytes, bpe, a folder or a hub name ({error})") from error
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer of {name} has no tokenizer.json (fast tokenizer), which is needed")

@@ -20,7 +20,8 @@ from openmoba.lab.checkpoint import checkpoint_step, checkpoints, newest_checkpo
 from openmoba.lab.clock import median_speed
 from openmoba.lab.config import RunConfig, changes, stored_config, to_dict
 from openmoba.lab.data import Data, load_data, validation_windows
-from openmoba.lab.history import METRICS_FILE, RESULT_FILE, history, history_until
+from openmoba.lab.errors import Terminated, on_sigterm
+from openmoba.lab.history import METRICS_FILE, RESULT_FILE, history, history_until, read_result
 from openmoba.lab.identity import IDENTITY_FILE, OTHER_DOCUMENTS, Known, known_of_run, stored_identity
 from openmoba.lab.model import build_model, check_model, is_run, load_model, model_folder, set_attention
 from openmoba.lab.progress import Progress
@@ -54,7 +55,7 @@ def run_training(
         records.remove_leftovers(folder)
     if (folder / RESULT_FILE).exists() and not longer:
         progress.note(f"{folder} is finished")
-        return records.read_json(folder / RESULT_FILE)
+        return read_result(folder)[1]
     checkpoint = newest_checkpoint(folder, progress)
     trainer, data = _prepare(config, folder, checkpoint, progress, known)
     with _begun(config, data, folder):
@@ -62,12 +63,18 @@ def run_training(
             progress.note(f"{folder} goes on from step {checkpoint_step(checkpoint)}")
         if checkpoint is None or checkpoint_step(checkpoint) < config.train.steps:
             progress.note(summary_of(config, folder, trainer, data))
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            with on_sigterm(trainer.stop):
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.stopping and trainer.state.global_step < config.train.steps:
+        step = trainer.state.global_step
+        raise Terminated(f"{folder} stopped at step {step} with a checkpoint; the same command goes on from there")
     if not trainer.is_world_process_zero():
         return {}
     prune(folder, keep=1)
     result = _result(config, folder, trainer, data)
     records.write_json(folder / RESULT_FILE, result)
+    if trainer.stopping:  # in the last step; a study must not begin the next run
+        raise Terminated(f"{folder} is finished")
     return result
 
 

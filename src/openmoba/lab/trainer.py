@@ -31,6 +31,9 @@ from openmoba.lab.progress import SECONDS_PER_LINE, Progress, duration
 from openmoba.lab.schedule import learning_rate_factor
 from openmoba.lab.windows import IGNORED, TrainingWindows, Windows
 
+_UNRECORDED = "unrecorded.json"
+"""In a checkpoint between two records: the sum of the losses since the last one, and its step."""
+
 
 class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     """Trains one run and writes its records.
@@ -77,6 +80,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.speedometer = Speedometer(peak_operations(self.args.device, self.args.bf16, self.args.world_size))
         self._unchecked: list[tuple[int, Tensor]] = []
         self.compiled = False
+        self.stopping = False
         self._attention: MobaConfig | str | None = "unset"
 
     def attend_as_configured(self, step: int) -> None:
@@ -117,6 +121,25 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         model.train()
         model.zero_grad()
         self._unchecked.clear()
+
+    def stop(self) -> None:
+        """Stop after this step, with a checkpoint."""
+        self.stopping = True
+
+    def must_stop(self, agreeing: bool) -> bool:
+        """Whether to stop now. Several devices say so to each other where they are `agreeing`, in the same steps."""
+        if self.args.world_size == 1 or not agreeing:
+            return self.stopping and self.args.world_size == 1
+        self.stopping = bool(self.accelerator.gather(torch.tensor([self.stopping], device=self.args.device)).any())
+        return self.stopping
+
+    def go_on(self) -> None:
+        """Take up the losses that the checkpoint of a stopped run has and no record yet."""
+        file = self.folder / f"checkpoint-{self.state.global_step}" / _UNRECORDED
+        if file.exists():
+            found = records.read_json(file)
+            self._tr_loss += found["loss"]
+            self._globalstep_last_logged = found["since"]
 
     def check_loss(self) -> None:
         """Raise DivergenceError if the loss of a step since the last check was not a number, on any device."""
@@ -246,6 +269,9 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         try:
             super()._save_checkpoint(*args)
             self.accelerator.wait_for_everyone()
+            if self._globalstep_last_logged < self.state.global_step:  # stopped between two records, on one device
+                row = {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}
+                records.write_json(checkpoint / _UNRECORDED, row)
             if self.is_world_process_zero():
                 seal(checkpoint)
                 prune(self.folder, keep=2)
@@ -271,6 +297,7 @@ class _RunCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.compile_layers()
         self.trainer.model_wrapped.train()
+        self.trainer.go_on()
         self.trainer.start_clock()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -281,7 +308,8 @@ class _RunCallback(TrainerCallback):  # type: ignore[misc]
         last = step == config.train.steps
         control.should_log = last or step % config.train.log_every == 0
         control.should_evaluate = step in self.evaluations
-        control.should_save = last or step % config.train.checkpoint_every == 0
+        control.should_training_stop = last or self.trainer.must_stop(control.should_log)
+        control.should_save = control.should_training_stop or step % config.train.checkpoint_every == 0
         if control.should_log or control.should_evaluate or control.should_save:
             self.trainer.check_loss()
             self.trainer.clock.tick()

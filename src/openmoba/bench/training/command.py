@@ -13,6 +13,7 @@ from openmoba.bench.machine import Machine, say
 from openmoba.bench.rows import append_row, read_rows
 from openmoba.bench.training.cases import GRIDS, TrainingCase, TrainingRow
 from openmoba.bench.training.table import markdown, outcome
+from openmoba.limits import check_number
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Training:
     """CSV file that rows are added to; what it holds for this commit and device is not measured again."""
     commit: str | None = None
     """Recorded instead of the checkout's, for a copy of its files; by default what git says."""
+
+    def __post_init__(self) -> None:
+        check_number("--minutes", self.minutes, 0)
+        check_number("--step-seconds", self.step_seconds, 0, low_too=False)
 
     def run(self) -> None:
         """Measure, and print a table."""
