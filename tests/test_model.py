@@ -101,6 +101,13 @@ def test_a_loaded_model_takes_the_entry_into_its_own_table(tmp_path: Path) -> No
         ({"rope_parameter.rope_theta": 1e6}, "the configuration has no rope_parameter"),
         ({"hidden_size.width": 3}, r"hidden_size\.width leads into hidden_size, which is no table"),
         ({"rope_parameters": 3}, r"do not fit a qwen3 model.*rope_parameters"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be 1 to 10,000, got 0"),
+        ({"num_hidden_layers": 10**20}, "num_hidden_layers must be 1 to 10,000, got 10+"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be >= 1, got 0"),
+        ({"intermediate_size": -1}, r"do not fit a qwen3 model.*negative dimension -1"),
+        ({"head_dim": 10**20}, r"head_dim.* do not fit a qwen3 model"),
+        ({"hidden_act": "silo"}, r"do not fit a qwen3 model.*silo"),
+        ({"pad_token_id": 10**20}, r"do not fit a qwen3 model.*num_embeddings"),
         ({"num_key_value_heads": 3}, "num_attention_heads=2 is not a multiple of num_key_value_heads=3"),
     ],
 )

@@ -14,7 +14,7 @@ from openmoba.config import MobaConfig
 from openmoba.hub import check_source
 from openmoba.lab.checkpoint import newest_held
 from openmoba.lab.config import ModelConfig
-from openmoba.lab.overrides import check_rotation, replace_entries, transformers_config
+from openmoba.lab.overrides import check_rotation, fitting, replace_entries, transformers_config
 from openmoba.lab.progress import Progress
 
 
@@ -85,15 +85,18 @@ def build_model(config: ModelConfig, vocab_size: int, length: int, seed: int) ->
     from transformers import AutoModelForCausalLM
 
     entries = _transformers_config(config, -(-vocab_size // 64) * 64, length)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), fitting(config.overrides, f"a {config.family} model"):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(entries, dtype=torch.float32)
+
+
+_ANY_VOCABULARY = 1 << 20  # larger than a tokenizer's, before that is known
 
 
 def check_model(config: ModelConfig, length: int, attention: MobaConfig | None) -> None:
     """Raise ValueError unless there is such a model with such attention; takes no memory for its weights."""
     with torch.device("meta"):
-        model = build_model(config, 64, length, 0)
+        model = build_model(config, _ANY_VOCABULARY, length, 0)
     check_rotation(model, config.overrides)
     set_attention(model, attention)
 

@@ -17,6 +17,9 @@ from openmoba.limits import check_count
 
 Entries = dict[str, Any]
 
+MOST_LAYERS = 10_000
+"""More would be built for hours before anything could be said about them."""
+
 
 def transformers_config(family: str, entries: Entries, overrides: Entries) -> Any:
     """The configuration of a fresh model of `family`: `entries`, with the overrides on top.
@@ -33,7 +36,7 @@ def transformers_config(family: str, entries: Entries, overrides: Entries) -> An
         known = AutoConfig.for_model(family)
     except ValueError:
         raise ValueError(f"unknown model.family {family!r}; give a transformers model_type") from None
-    with _refusing(overrides, f"a {family} model"):
+    with fitting(overrides, f"a {family} model"):
         config = AutoConfig.for_model(family, **entries | _replaced(known, overrides))
         _check(config, overrides)
     return config
@@ -45,7 +48,7 @@ def replace_entries(config: Any, overrides: Entries, what: str) -> None:
     Raises:
         ValueError: an override that it does not have or cannot take.
     """
-    with _refusing(overrides, what):
+    with fitting(overrides, what):
         for name, value in _replaced(config, overrides).items():
             setattr(config, name, value)
         config.validate()
@@ -67,6 +70,9 @@ def check_rotation(model: Any, overrides: Entries) -> None:
 def _replaced(config: Any, overrides: Entries) -> Entries:
     """The entries of `config` that change, tables as a whole; KeyError for one that it does not have."""
     changed: Entries = {}
+    layers = overrides.get("num_hidden_layers", 1)
+    if not isinstance(layers, int) or not 1 <= layers <= MOST_LAYERS:  # before a configuration lists them
+        raise ValueError(f"num_hidden_layers must be 1 to {MOST_LAYERS:,}, got {layers!r}")
     for name, value in overrides.items():
         head, *path = name.split(".")
         if not hasattr(config, head):
@@ -95,6 +101,8 @@ def _check(config: Any, overrides: Entries) -> None:
         if name in _COUNTS and isinstance(value, int):
             check_count(name, value, 1)
     heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if heads < 1:
+        raise ValueError(f"num_attention_heads must be >= 1, got {heads}")
     if shared is not None and (shared < 1 or heads % shared):
         raise ValueError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={shared}")
 
@@ -107,8 +115,8 @@ class _Refuse(logging.Handler):
 
 
 @contextmanager
-def _refusing(overrides: Entries, what: str) -> Iterator[None]:
-    """Make one error of what transformers raises about overrides, and of what it would only warn of."""
+def fitting(overrides: Entries, what: str) -> Iterator[None]:
+    """Make one ValueError of whatever comes of overrides that do not fit `what`, warnings about rotation included."""
     from huggingface_hub.errors import StrictDataclassError  # what transformers' configurations raise
 
     logger, refuse = logging.getLogger("transformers.modeling_rope_utils"), _Refuse()
@@ -118,9 +126,11 @@ def _refusing(overrides: Entries, what: str) -> Iterator[None]:
         logger.setLevel(logging.WARNING)
     try:
         yield
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # models are built of values that nobody has checked
+        if not overrides:
+            raise
         reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
-        said = reason.args[0] if reason and reason.args else error
+        said = reason.args[0] if reason and reason.args else repr(error)
         raise ValueError(
             f"model.overrides={overrides} do not fit {what}, correct or leave out the entry: {said}"
         ) from error
