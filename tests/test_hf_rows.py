@@ -161,6 +161,9 @@ def test_graphs_refuse_a_sequence_with_padding_inside(compiled: Callable[[Any], 
     mask[0, 10:15] = 0
     with pytest.raises(RuntimeError, match="padding must not lie within a sequence"):
         logits(model, ids, attention_mask=mask, use_cache=False)
+    # A graph that fails within a change of autocast would leave it to all that follows, with stale weights.
+    assert torch.autocast_increment_nesting() == 1
+    assert torch.autocast_decrement_nesting() == 0
 
 
 def test_graphs_refuse_more_sequences_than_they_have_room_for() -> None:

@@ -73,6 +73,11 @@ def attention_forward(
             cu_seq_lens_q = cu_seq_lens_k = attention_mask.flatten()
         if attention_mask.shape[2] > 1 or attention_mask.shape[3] == 0:
             attention_mask = None
+    padding_BT11 = None
+    if cu_seq_lens_q is None and attention_mask is not None and _padding_attends_to_itself(q_BTHD, k_BSHD):
+        cu_seq_lens_q = cu_seq_lens_k = whole_runs(attention_mask[:, 0, 0])
+        padding_BT11 = attention_mask[:, 0, 0, :, None, None] == PADDING
+        attention_mask = None
     # The sums behind the choice of blocks are fp32; autocast would compute them in 16 bits.
     with torch.autocast(query.device.type, enabled=False):
         if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
@@ -84,7 +89,15 @@ def attention_forward(
             out = attend.cached(q_BTHD, k_BSHD, v_BSHD, attention_mask, moba_layer)
         else:
             out = attend.masked(q_BTHD, k_BSHD, v_BSHD, attention_mask)
-    return out.contiguous(), None
+    return (out if padding_BT11 is None else out.masked_fill(padding_BT11, 0)).contiguous(), None
+
+
+def _padding_attends_to_itself(q_BTHD: Tensor, k_BSHD: Tensor) -> bool:
+    """Whether it has to: in a graph of whole rows, where what is padding cannot decide about shapes.
+
+    The assertions that come with it stand outside of the change of autocast: a graph that fails does not undo it.
+    """
+    return torch.compiler.is_compiling() and q_BTHD.shape[1] == k_BSHD.shape[1]
 
 
 @dataclass(frozen=True)
@@ -110,13 +123,10 @@ class _Attention:
 
     def cached(self, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask: Tensor | None, layer: PagedLayer) -> Tensor:
         """After a cache with pages: a few tokens read the pages they choose."""
-        queries = q_BTHD.shape[1]
-        if torch.compiler.is_compiling() and mask is not None and queries == k_BSHD.shape[1]:
-            # A prompt reads no pages, and in a graph its mask cannot be looked at; the next step completes them.
-            return self.masked(q_BTHD, k_BSHD, v_BSHD, mask)
         alignment = layer.align(mask, k_BSHD)
         if alignment is None:
             return self.masked(q_BTHD, k_BSHD, v_BSHD, mask)
+        queries = q_BTHD.shape[1]
         centroids = layer.pages(k_BSHD, alignment)
         trained = needs_gradient(q_BTHD, k_BSHD, v_BSHD)  # which `moba_decode` does not have
         if queries > MAX_QUERIES or queries == k_BSHD.shape[1] or trained:
@@ -137,11 +147,6 @@ class _Attention:
         """Within whole rows, or within the sequences of a segment map; zero for padding."""
         if mask is None:
             return self._rows(q_BTHD, k_BSHD, v_BSHD)
-        if torch.compiler.is_compiling() and q_BTHD.shape[1] == k_BSHD.shape[1]:
-            # Which tokens are padding decides about shapes, so in a graph padding attends to itself.
-            ends = whole_runs(mask[:, 0, 0])
-            padding_BT11 = mask[:, 0, 0, :, None, None] == PADDING
-            return self._joined(q_BTHD, k_BSHD, v_BSHD, ends, ends).masked_fill(padding_BT11, 0)
         plan = packing_of(mask, q_BTHD.shape[1])
         q_NHD = take(q_BTHD, plan.queries)
         k_NHD, v_NHD = (take(x, plan.keys) for x in (k_BSHD, v_BSHD))
