@@ -90,6 +90,25 @@ def test_laws_that_made_the_runs_are_found_again(study: Path) -> None:
         assert synthetic_study.LAWS[arm][1] in law.b
 
 
+def test_what_moba_loses_with_distance_is_paired_on_the_same_text(study: Path) -> None:
+    outcomes = [
+        o for o in read_outcomes(parse_recipe(RECIPE, title="t"), study) if o.run.name.startswith("pretrain/large")
+    ]
+    moba, full = (by("arm", outcomes)[arm] for arm in ("moba", "full"))
+    found = difference(moba, full, (RANGES - 1, 1), seed_noise(outcomes, (RANGES - 1, 1)))
+    ends = [difference(moba, full, number) for number in (RANGES - 1, 1)]
+    assert found is not None
+    assert ends[0] is not None
+    assert ends[1] is not None
+    assert found.mean == pytest.approx(ends[0].mean - ends[1].mean)
+    assert found.mean < 0
+    assert found.resolved
+    sentence = (
+        f"from 128-256 to 896-1,024 the difference of MoBA from full attention changes by {found.mean:+.4f} nats ["
+    )
+    assert sentence in (study / "report.md").read_text()
+
+
 def comparisons(study: Path) -> list[str]:
     """Sentences about MoBA against full attention."""
     lines = (study / "report.md").read_text().splitlines()

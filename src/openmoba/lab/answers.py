@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from openmoba.lab.candidates import Standing, percent, standings
 from openmoba.lab.outcomes import (
-    Loss,
+    Named,
     Outcome,
     behind,
     by,
@@ -21,7 +21,7 @@ from openmoba.lab.outcomes import (
 from openmoba.lab.recipe import Stage
 from openmoba.lab.resample import Difference, Interval
 
-LOSSES: dict[Loss, str] = {"lm": "LM loss", "trailing": "trailing loss"}
+LOSSES: dict[Named, str] = {"lm": "LM loss", "trailing": "trailing loss"}
 
 
 def answers(stage: Stage, outcomes: Sequence[Outcome], axis: str) -> list[str]:
@@ -105,19 +105,28 @@ def slopes(moba: Sequence[Outcome], full: Sequence[Outcome], axis: str) -> Itera
             )
 
 
-def use_of_context(outcomes: Sequence[Outcome]) -> str | None:
-    """Say what full attention gains from a longer context, the most that leaving blocks out could cost."""
-    full = of_kind(list(by("size", outcomes).values())[-1], "full")
+def use_of_context(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Say what full attention gains from a longer context, and how much of it MoBA does not."""
+    runs = list(by("size", outcomes).values())[-1]
+    full, moba = of_kind(runs, "full"), of_kind(runs, "moba")
     if len(by("arm", outcomes)) == 1 or not full or len(full[0].ranges) < 3:
-        return None
+        return
     last = len(full[0].ranges) - 1
-    found = gain(full, last, 1)
     span, before = (_span(full[0], number) for number in (last, 1))
-    return (
+    found = gain(full, last, 1)
+    yield (
         f"Use of context: with full attention ({full[0].run.size}) the loss at positions {span} differs from that at "
-        f"{before} by {found.mean:+.4f} nats{_in(found.interval)}. The lower, the more the model gains from far "
-        "context, and the more it can lose by leaving blocks out."
+        f"{before} by {found.mean:+.4f} nats{_in(found.interval)}, text that differs from range to range included. The "
+        "lower, the more the model gains from far context, and the more it can lose by leaving blocks out."
     )
+    lost = difference(moba, full, (last, 1), seed_noise(runs, (last, 1)))
+    if lost is not None and lost.interval is not None:
+        yield (
+            f"On the same text: from {before} to {span} the difference of MoBA from full attention changes by "
+            f"{_signed(lost)} ({behind(moba, last, len(lost.per_seed))}): "
+            f"{_word(lost.resolved, lost.noise is not None)}. What lies above zero is what full attention gains from "
+            "far context and MoBA does not."
+        )
 
 
 def _gained(own: Sequence[Outcome]) -> str:
@@ -213,7 +222,7 @@ def _resolved_above(found: Difference) -> bool:
     return found.mean > 0 and found.resolved
 
 
-def _verdict(own: Outcome, reference: Outcome, kind: Loss, found: Difference) -> str:
+def _verdict(own: Outcome, reference: Outcome, kind: Named, found: Difference) -> str:
     way = "above" if found.mean > 0 else "below"
     seeds = len(found.per_seed)
     measured = behind([own], kind, seeds)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from openmoba.lab.config import ArmConfig
 from openmoba.lab.figures import Level
-from openmoba.lab.outcomes import Loss, Outcome, by, difference, mean_loss, of_kind, seed_noise
+from openmoba.lab.outcomes import Named, Outcome, by, difference, mean_loss, of_kind, seed_noise
 from openmoba.lab.panels import Candidate
 from openmoba.lab.resample import LEVEL, Difference, Interval
 from openmoba.ops.cost import causal_pairs, moba_pairs
@@ -29,7 +29,7 @@ class Against:
     @classmethod
     def of(cls, runs: Sequence[Outcome], full: Sequence[Outcome], all_runs: Sequence[Outcome]) -> Against:
         """Compare `runs` with `full`, with the noise of seeds in `all_runs`."""
-        kinds: tuple[Loss, Loss] = ("trailing", "lm")
+        kinds: tuple[Named, Named] = ("trailing", "lm")
         trailing, lm = (difference(runs, full, kind, seed_noise(all_runs, kind)) for kind in kinds)
         pairs = [other for other in full if other.run.seed in {run.run.seed for run in runs}]
         return cls(trailing, lm, *(mean_loss(pairs, kind) for kind in kinds))

@@ -21,8 +21,10 @@ from openmoba.lab.records import Row
 from openmoba.lab.resample import Difference, Floats, Interval, Numbers, SeedNoise, paired_difference
 from openmoba.lab.study_data import RunData, check_same_data, origin
 
-Loss = Literal["trailing", "lm"] | int
-"""Trailing loss, LM loss, or that of a position range, by its number from 0."""
+Named = Literal["trailing", "lm"]
+"""The losses that a record names."""
+Loss = Named | int | tuple[int, int]
+"""One of these, that of a position range by its number from 0, or that of one range minus that of another."""
 
 ARM_NAMES = {"full": "Full attention", "moba": "MoBA"}
 
@@ -87,7 +89,7 @@ class Outcome:
         """Say whether a validation window has this loss; no trailing loss if all are shorter than the length."""
         return bool((~np.isnan(self.windows(kind))).any())
 
-    def loss(self, kind: Loss) -> float:
+    def loss(self, kind: Named | int) -> float:
         """Return the final loss in nats, a mean over tokens; ValueError if no validation window has it."""
         loss = self.final["position_loss"][kind]["loss"] if isinstance(kind, int) else self.final[f"{kind}_loss"]
         if loss is None:
@@ -102,7 +104,9 @@ class Outcome:
 
         Records made before windows kept their position ranges give one mean over all windows for a range.
         """
-        if not isinstance(kind, int):
+        if isinstance(kind, tuple):
+            return self.windows(kind[0]) - self.windows(kind[1])
+        if isinstance(kind, str):
             return np.asarray(self.final["windows"][kind], dtype=np.float64)  # None becomes NaN
         if not self.has_positions:
             return np.asarray([self.loss(kind)])
@@ -172,7 +176,7 @@ def behind(outcomes: Sequence[Outcome], kind: Loss, seeds: int | None = None) ->
         seeds: None counts those of the runs.
     """
     first, seeds = outcomes[0], seeds or len({outcome.run.seed for outcome in outcomes})
-    kind = "lm" if isinstance(kind, int) and not first.has_positions else kind
+    kind = "lm" if not isinstance(kind, str) and not first.has_positions else kind
     documents = first.documents(kind)[~np.isnan(first.windows(kind))]
     counts = [(len(set(documents.tolist())), "document"), (len(documents), "window"), (seeds, "seed")]
     if "document" not in first.final["windows"]:
@@ -187,7 +191,7 @@ def moba_settings(outcomes: Iterable[Outcome]) -> list[tuple[int, int, int]]:
     return list(dict.fromkeys(settings))
 
 
-def mean_loss(outcomes: Sequence[Outcome], kind: Loss) -> float:
+def mean_loss(outcomes: Sequence[Outcome], kind: Named | int) -> float:
     """Return the mean final loss of the runs."""
     return sum(outcome.loss(kind) for outcome in outcomes) / len(outcomes)
 

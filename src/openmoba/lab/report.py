@@ -11,7 +11,7 @@ from openmoba.lab.candidates import standing_table, standings
 from openmoba.lab.charts import Chart, draw_charts
 from openmoba.lab.claims import claim
 from openmoba.lab.outcomes import (
-    Loss,
+    Named,
     Outcome,
     behind,
     by,
@@ -95,9 +95,8 @@ def _report(
         for chart in (chart for chart in charts if chart.stage == stage):
             yield f"\n![{chart.caption}]({chart.files[0].relative_to(study)})\n\n*{chart.caption}*"
         yield from _without_trailing(stage, own)
-        for sentence in (*answers(stage, own, axis), *sweep(stage, outcomes), use_of_context(own)):
-            if sentence:
-                yield f"\n{sentence}"
+        for sentence in (*answers(stage, own, axis), *sweep(stage, outcomes), *use_of_context(own)):
+            yield f"\n{sentence}"
         if stage.chart == "compare":
             yield from _candidates(own)
         if sentences := list(comparisons(own)):
@@ -270,7 +269,7 @@ def _runs(outcomes: Sequence[Outcome]) -> Iterator[str]:
     yield from _table([*heads, "6ND", "Chinchilla", "causal-exact", "accelerator s", "tokens/s", "MFU"], rows)
 
 
-def _loss_cell(run: Outcome, kind: Loss) -> str:
+def _loss_cell(run: Outcome, kind: Named) -> str:
     if not run.has(kind):
         return "-"
     interval = run.final["intervals"][kind]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from openmoba.lab.answers import answers, sweep
+from openmoba.lab.answers import answers, sweep, use_of_context
 from openmoba.lab.candidates import key_share, percent, standing_table, standings, tokens_per_second
 from openmoba.lab.charts import FOLDER
 from openmoba.lab.outcomes import (
@@ -146,6 +146,8 @@ def _experiment(study: Study, page: Path) -> Iterator[str]:
         axes = AXES if stage.chart == "scaling" else AXES[:1]
         yield from (f"- {sentence}" for axis in axes for sentence in answers(stage, runs, axis))
         yield from (f"- {sentence}" for sentence in sweep(stage, study.outcomes))
+        if stage.chart in ("positions", "compare"):
+            yield from (f"- {sentence}" for sentence in use_of_context(runs))
         yield ""
         if stage.chart == "compare":
             for own in by("size", runs).values():
