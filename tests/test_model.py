@@ -104,7 +104,7 @@ def test_a_loaded_model_takes_the_entry_into_its_own_table(tmp_path: Path) -> No
         ({"num_hidden_layers": 0}, "num_hidden_layers must be 1 to 10,000, got 0"),
         ({"num_hidden_layers": 10**20}, "num_hidden_layers must be 1 to 10,000, got 10+"),
         ({"num_attention_heads": 0}, "num_attention_heads must be >= 1, got 0"),
-        ({"intermediate_size": -1}, r"do not fit a qwen3 model.*negative dimension -1"),
+        ({"intermediate_size": -1}, r"do not fit a qwen3 model.*intermediate_size must be >= 1, got -1"),
         ({"head_dim": 10**20}, r"head_dim.* do not fit a qwen3 model"),
         ({"hidden_act": "silo"}, r"do not fit a qwen3 model.*silo"),
         ({"pad_token_id": 10**20}, r"do not fit a qwen3 model.*num_embeddings"),
