@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config
 
@@ -370,3 +371,24 @@ def test_a_checkpoint_written_again_is_whole(config: RunConfig, cut: Path) -> No
     run_training(config, cut)
     assert newest_checkpoint(cut) == cut / "checkpoint-4"
     assert not (cut / "checkpoint-4" / "stray").exists()
+
+
+def test_a_cache_keeps_nothing_of_a_writer_that_was_killed(config: RunConfig, tmp_path: Path) -> None:
+    for name in ("dead", "alive"):
+        (tmp_path / "cache" / f".partial-{name}").mkdir(parents=True)
+    with FileLock(tmp_path / "cache" / "alive.lock"):
+        data_module.load_data(replace(config.data, cache=str(tmp_path / "cache")))
+    assert [path.name for path in (tmp_path / "cache").glob(".partial-*")] == [".partial-alive"]
+
+
+def test_a_damaged_cache_is_named(config: RunConfig, tmp_path: Path) -> None:
+    data = replace(config.data, cache=str(tmp_path / "cache"))
+    data_module.load_data(data)
+    (tokens,) = (tmp_path / "cache").glob("tokens-*/tokens.npy")
+    tokens.write_bytes(tokens.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"tokens\.npy is damaged .*; delete the folder .*tokens-\w+-\w+, it is made"):
+        data_module.load_data(data)
+    (sizes,) = (tmp_path / "cache").glob("documents-*/sizes.npy")
+    sizes.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"sizes\.npy is damaged"):
+        data_module.load_data(data)

@@ -18,7 +18,7 @@ from openmoba import cli
 from openmoba.lab import records
 from openmoba.lab.claims import claim, holder
 from openmoba.lab.config import RunConfig
-from openmoba.lab.errors import DivergenceError
+from openmoba.lab.errors import DivergenceError, Terminated
 from openmoba.lab.overview import overview
 from openmoba.lab.progress import Progress
 from openmoba.lab.recipe import parse_recipe, read_recipe
@@ -308,6 +308,22 @@ def test_a_run_that_diverges_is_marked_and_the_study_goes_on(
     assert cli.main(["study", str(path), "--out", str(out)]) == 0
     assert len(tried) == 12 + 14
     assert not list(out.rglob("failed.json"))
+
+
+def test_sigterm_ends_a_study_with_the_run(tmp_path: Path) -> None:
+    tried: list[Path] = []
+
+    def stop(config: RunConfig, folder: Path, **_: Any) -> dict[str, Any]:
+        tried.append(folder)
+        raise Terminated(f"{folder} stopped at step 3")
+
+    recipe = parse_recipe(RECIPE, title="t")
+    with pytest.raises(Terminated, match="stopped at step 3"):
+        run_study(recipe, tmp_path, stop, silent)
+    assert len(tried) == 1
+    assert not list(tmp_path.rglob("failed.json"))
+    with claim(tried[0]) as mine:
+        assert mine
 
 
 def test_leftovers_in_a_study_are_removed(tmp_path: Path) -> None:

@@ -102,5 +102,5 @@ def _folder(source: str | Path) -> Path:
     check_source(source)
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(_FILES)))
-    except (OSError, ValueError) as error:  # huggingface_hub's errors are kinds of these two
+    except Exception as error:  # those of the hub and of the connection to it have no common base
         raise ValueError(f"{source} is neither a folder nor a model of the hub ({error})") from error

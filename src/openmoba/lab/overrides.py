@@ -89,7 +89,7 @@ def _replaced(config: Any, overrides: Entries) -> Entries:
     return changed
 
 
-_COUNTS = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "head_dim")
+_COUNTS = ("hidden_size", "intermediate_size", "head_dim")
 
 
 def _check(config: Any, overrides: Entries) -> None:

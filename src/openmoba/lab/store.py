@@ -14,13 +14,13 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from openmoba.lab.chat import content_of, encode_chat
 from openmoba.lab.corpus import Corpus, Document
@@ -72,7 +72,7 @@ def survey(corpus: Corpus, cache: Path, progress: Progress) -> Survey:
             np.save(folder / f"{name}.npy", rows[name])
 
     folder = cached(cache, f"{_SURVEY}-{corpus.digest}", write)
-    return Survey(**{name: np.load(folder / f"{name}.npy") for name in _MEASURES.names or ()})
+    return Survey(**{name: _load(folder / f"{name}.npy") for name in _MEASURES.names or ()})
 
 
 _MEASURES = np.dtype([("sizes", np.int64), ("digests", np.uint64), ("bytes", np.int64)])
@@ -108,9 +108,9 @@ def tokenise(corpus: Corpus, tokenizer: Any, cache: Path, progress: Progress) ->
     )
     written = folder / "written.npy"
     return TokenStore(
-        np.load(folder / "tokens.npy", mmap_mode="r"),
-        np.load(folder / "starts.npy"),
-        np.load(written, mmap_mode="r") if written.exists() else None,
+        _load(folder / "tokens.npy", mmap_mode="r"),
+        _load(folder / "starts.npy"),
+        _load(written, mmap_mode="r") if written.exists() else None,
     )
 
 
@@ -123,12 +123,30 @@ def cached(cache: Path, name: str, write: Callable[[Path], None]) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{name}.lock"):
             if not target.exists():
+                _remove_leftovers(cache)
                 partial = cache / f".partial-{name}"
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
                 write(partial)
                 partial.rename(target)
     return target
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """Remove what writers that were killed left, which may be as large as a corpus: nobody holds its lock."""
+    for partial in cache.glob(".partial-*"):
+        with suppress(Timeout), FileLock(cache / f"{partial.name.removeprefix('.partial-')}.lock", timeout=0):
+            shutil.rmtree(partial)
+
+
+def _load(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    try:
+        array: np.ndarray = np.load(path, mmap_mode=mmap_mode)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); delete the folder {path.parent}, it is made again then"
+        ) from error
+    return array
 
 
 @contextmanager
