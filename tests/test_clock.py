@@ -10,6 +10,7 @@ import pytest
 import torch
 from synthetic_study import RECIPE, train
 
+from openmoba.hf.releases import recompute_activations
 from openmoba.lab.clock import PEAKS, Speedometer, median_speed, peak_operations
 from openmoba.lab.compute import PFLOPS_DAY, Shape, attention_flops, training_compute
 from openmoba.lab.config import ArmConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
@@ -155,7 +156,7 @@ def _kept(config: RunConfig) -> int:
     set_attention(model, config.arm.attention(0, 10))
     attach_loss(model)
     if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        recompute_activations(model)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, Any] = {}
 

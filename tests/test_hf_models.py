@@ -22,6 +22,7 @@ from transformers import (  # noqa: E402
 
 from openmoba import MobaConfig  # noqa: E402
 from openmoba.hf import configure  # noqa: E402
+from openmoba.hf.releases import recompute_activations  # noqa: E402
 
 VOCAB, LAYERS = 61, 3
 SPARSE = MobaConfig(block_size=4, top_k=2)
@@ -217,7 +218,7 @@ def test_gradients_through_checkpointing_and_against_the_reference(padded: bool)
         model = configure(build().to(dtype).train(), MobaConfig(4, 2, full_layers=(0,)))
         model.config.use_cache = False
         if name == "checkpointed":
-            model.gradient_checkpointing_enable()
+            recompute_activations(model)
         model(ids, attention_mask=mask, labels=labels).loss.backward()
         gradients[name] = [p.grad for p in model.parameters()]
     for plain, checkpointed, oracle in zip(*gradients.values(), strict=True):

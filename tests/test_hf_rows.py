@@ -18,6 +18,7 @@ from transformers import DynamicCache, LlamaConfig, OPTConfig, StaticCache  # no
 
 from openmoba import MobaConfig  # noqa: E402
 from openmoba.hf import configure  # noqa: E402
+from openmoba.hf.releases import recompute_activations  # noqa: E402
 
 SPARSE, HYBRID = MobaConfig(4, 2), MobaConfig(4, 2, full_layers=(1,))
 LENGTHS = [16, 24]
@@ -63,7 +64,7 @@ def test_layers_of_a_kind_share_one_graph() -> None:
     """Twelve layers, three full ones among them, forward and backward, checkpointed: two graphs, no break."""
     model = build(LlamaConfig(**SIZES | {"num_hidden_layers": 12}))
     configure(model, MobaConfig(4, 2, full_layers=(1, 5, 11))).train()
-    model.gradient_checkpointing_enable()
+    recompute_activations(model)
     torch._dynamo.utils.counters.clear()
     graphs = CompileCounterWithBackend("aot_eager")
     compile_layers(model, graphs)

@@ -27,6 +27,7 @@ from transformers import (  # noqa: E402
 from openmoba import MobaConfig  # noqa: E402
 from openmoba.cli import main  # noqa: E402
 from openmoba.hf import configure  # noqa: E402
+from openmoba.hf.releases import CHECKPOINTING  # noqa: E402
 from openmoba.lab.needle import Cell, hide, needle_chart  # noqa: E402
 from openmoba.lab.tokenizer import byte_tokenizer  # noqa: E402
 
@@ -127,7 +128,7 @@ def test_fine_tuning_with_trl(tmp_path: Path) -> None:
             max_steps=2,
             per_device_train_batch_size=2,
             learning_rate=1e-3,
-            gradient_checkpointing=False,
+            **{CHECKPOINTING: False},
             bf16=False,
             logging_steps=1,
             report_to=[],

@@ -28,6 +28,7 @@ from transformers import (  # noqa: E402
 from openmoba import MobaConfig  # noqa: E402
 from openmoba.cli import main  # noqa: E402
 from openmoba.hf import configure, convert  # noqa: E402
+from openmoba.hf.releases import recompute_activations  # noqa: E402
 from openmoba.ops.key_conv import key_convolution  # noqa: E402
 
 WIDTH = 4
@@ -269,7 +270,7 @@ def test_training_against_fp64_and_checkpointing() -> None:
         model = convolving().to(dtype).train()
         model.config.use_cache = False
         if name == "checkpointed":
-            model.gradient_checkpointing_enable()
+            recompute_activations(model)
         model(ids, labels=ids).loss.backward()
         gradients[name] = {key: p.grad for key, p in model.named_parameters()}
     for key, oracle in gradients["oracle"].items():
@@ -297,7 +298,7 @@ def test_compiled_layers_share_a_graph() -> None:
     torch._dynamo.reset()
     model, ids = convolving(FULL).train(), tokens(2, 23)
     model.config.use_cache = False
-    model.gradient_checkpointing_enable()
+    recompute_activations(model)
     losses, gradients, graphs = [], [], CompileCounterWithBackend("eager")
     for compiled in (False, True):
         if compiled:
@@ -320,7 +321,7 @@ def test_compiled_models(rows: str) -> None:
     torch._dynamo.reset()
     model, ids = convolving().train(), tokens(1, 40)
     model.config.use_cache = False
-    model.gradient_checkpointing_enable()
+    recompute_activations(model)
     told: dict[str, Any] = {"position_ids": torch.cat([torch.arange(16), torch.arange(24)])[None]}
     if rows == "left padded":
         told = {"attention_mask": (torch.arange(40) > 6).long()[None]}

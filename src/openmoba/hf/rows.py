@@ -51,7 +51,8 @@ class _LayOutRows:
         if module.config._attn_implementation != NAME:
             return None
         inputs = dict(zip(self.names, args, strict=False)) | kwargs
-        mask, positions, cache = (inputs.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
+        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        cache = next((x for x in inputs.values() if isinstance(x, Cache)), None)  # releases differ in its name
         # Laid out already, by kind of layer in some models, or refused by the attention function.
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             return None

@@ -17,6 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils.logging import disable_progress_bar
 
 from openmoba.config import MobaConfig
+from openmoba.hf.releases import CHECKPOINTING
 from openmoba.lab import records
 from openmoba.lab.checkpoint import prune, seal
 from openmoba.lab.clock import Clock, Speedometer, peak_operations
@@ -366,7 +367,6 @@ def training_arguments(config: RunConfig, folder: Path) -> Any:
         seed=train.seed,
         use_cpu=not cuda,
         bf16=train.precision == "bf16" or (train.precision == "auto" and cuda),
-        gradient_checkpointing=train.gradient_checkpointing,
         fsdp=train.fsdp or None,
         ddp_find_unused_parameters=False,
         # The callback decides when; see _RunCallback.
@@ -380,6 +380,7 @@ def training_arguments(config: RunConfig, folder: Path) -> Any:
         # Batches are copied to the device behind its back, which takes pinned memory.
         dataloader_pin_memory=cuda,
         accelerator_config={"non_blocking": cuda},
+        **{CHECKPOINTING: train.gradient_checkpointing},
     )
     # Without torchrun one process trains on one device; Trainer would split each batch over all it sees.
     arguments._n_gpu = min(arguments.n_gpu, 1)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from openmoba.bench.training.cases import VOCABULARY, TrainingCase
+from openmoba.hf.releases import recompute_activations
 from openmoba.lab.compile import compile_layers
 from openmoba.lab.compute import PFLOPS_DAY, Shape, training_compute
 from openmoba.lab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -53,7 +54,7 @@ class BareLoop:
         self.model = _model(case, device)
         attach_loss(self.model)
         if case.checkpointing:
-            self.model.gradient_checkpointing_enable()
+            recompute_activations(self.model)
         if case.layers == "compiled":
             compile_layers(self.model)  # after the loss is attached, which calls the model
         settings = _settings(case)
