@@ -123,6 +123,7 @@ def test_a_text_is_one_document_compressed_or_not(compress: Callable[[bytes], by
         ("caf\u00e9".encode("latin-1"), "in another encoding than UTF-8"),
         (b"PK\x03\x04\0\0", "binary"),
         (gzip.compress(b"a\0b"), "binary"),
+        (b"%PDF-1.4\ntext", "PDF"),
     ],
 )
 def test_what_is_no_text_is_refused_by_name_and_left_out_of_folders(
@@ -135,6 +136,12 @@ def test_what_is_no_text_is_refused_by_name_and_left_out_of_folders(
     corpus = open_corpus(str(tmp_path))
     assert list(corpus.named()) == [("even.txt", "text")]
     assert str(corpus.left_out) == f"left out: 1 {reason} (odd.txt)"
+
+
+def test_a_notebook_is_not_read_as_its_json(tmp_path: Path) -> None:
+    (tmp_path / "a.ipynb").write_text('{"cells": []}')
+    with pytest.raises(ValueError, match=r"a\.ipynb is a notebook, which is JSON"):
+        open_corpus(str(tmp_path / "a.ipynb"))
 
 
 def test_rows_beside_a_readme_are_the_documents_and_the_rest_is_named(tmp_path: Path) -> None:

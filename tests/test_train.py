@@ -525,6 +525,20 @@ def test_runs_are_listed_side_by_side(
     (tmp_path / "empty").mkdir()
     assert cli.main(["runs", str(tmp_path / "empty")]) == 2
     assert "there are no runs below" in capsys.readouterr().err
+    assert cli.main(["runs", str(tmp_path / "study" / "broken")]) == 2
+    assert "not listed: " in capsys.readouterr().err
+
+
+def test_a_run_that_failed_before_its_first_record_is_listed(config: RunConfig, tmp_path: Path, capsys: Any) -> None:
+    tmp_path.joinpath("run").mkdir()
+    records.write_json(tmp_path / "run" / "failed.json", {"reason": "no number", "config": to_dict(config)})
+    assert cli.main(["runs", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[1:4] == ["failed", "moba", "8/2"]
+
+
+def test_what_diverged_in_fp32_is_not_advised_to_use_it(config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"lower train\.learning_rate=1e\+30 or lower train\.clip=1\.0$"):
+        run_training(replace(config, train=replace(TRAIN, learning_rate=1e30)), tmp_path)
 
 
 def test_a_run_is_converted_without_its_training_state(finished: Path, tmp_path: Path) -> None:

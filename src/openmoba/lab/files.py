@@ -170,8 +170,12 @@ def read_text(path: Path) -> str:
         NotTextError: another encoding, or no text at all.
         ValueError: the file is damaged, or cannot be read.
     """
+    if path.suffix.lower() == ".ipynb":
+        raise NotTextError("a notebook, which is JSON")
     with open_bytes(path) as (stream, _):
         content = stream.read()
+    if content.startswith(b"%PDF-"):
+        raise NotTextError("PDF")
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise NotTextError("in UTF-16, not UTF-8")
     if b"\0" in content:

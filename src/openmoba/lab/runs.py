@@ -9,11 +9,11 @@ from typing import Any
 import tyro
 
 from openmoba.lab.columns import aligned, short
-from openmoba.lab.config import RunConfig, stored_config, to_dict
+from openmoba.lab.config import RunConfig, from_dict, stored_config, to_dict
 from openmoba.lab.history import FAILED_FILE, RESULT_FILE, evaluations, history, read_result
 from openmoba.lab.identity import stored_identity
 from openmoba.lab.progress import duration
-from openmoba.lab.records import Row
+from openmoba.lab.records import Row, read_json
 
 HEADS = ("run", "state", "arm", "size", "tokens", "LM", "trailing", "to first", "tokens/s", "MFU", "time")
 
@@ -39,7 +39,8 @@ def runs_table(folders: tuple[Path, ...]) -> str:
     Raises:
         ValueError: no runs there.
     """
-    found = sorted({path.parent for folder in folders for path in folder.rglob("metrics.jsonl")})
+    signs = ("metrics.jsonl", FAILED_FILE)  # a run may fail before its first record
+    found = sorted({path.parent for folder in folders for sign in signs for path in folder.rglob(sign)})
     if not found:
         raise ValueError(f"there are no runs below {', '.join(map(str, folders))}; give a folder that holds some")
     lines, problems = [], []
@@ -47,8 +48,8 @@ def runs_table(folders: tuple[Path, ...]) -> str:
     for folder in found:
         try:
             finished = (folder / RESULT_FILE).exists()
-            config, result = read_result(folder) if finished else (stored_config(folder), {})
-            rows = history(folder)
+            config, result = read_result(folder) if finished else (_config(folder), {})
+            rows = history(folder) if (folder / "metrics.jsonl").exists() else []
             measured = evaluations(folder, config, result) if finished else [r for r in rows if r["kind"] == "eval"]
             evaluation = measured[-1] if measured else None
             loss = None if evaluation is None else _loss(evaluation)
@@ -57,7 +58,16 @@ def runs_table(folders: tuple[Path, ...]) -> str:
             lines.append(_line(folder, config, result, rows, evaluation, against))
         except ValueError as error:
             problems.append(f"not listed: {folder}: {error}")
+    if not lines:
+        raise ValueError("\n".join(problems))
     return "\n".join([aligned(HEADS, lines), *problems])
+
+
+def _config(folder: Path) -> RunConfig:
+    """The configuration of an unfinished run, also of one that failed before it kept its own."""
+    if (folder / "config.json").exists() or not (folder / FAILED_FILE).exists():
+        return stored_config(folder)
+    return from_dict(RunConfig, read_json(folder / FAILED_FILE).get("config", {}))
 
 
 def _line(

@@ -154,10 +154,13 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def diverged(self, what: str, step: float) -> DivergenceError:
         """The error that says which number was none, and what to lower."""
+        train = self.config.train
+        ways_out = [f"lower train.learning_rate={train.learning_rate}", f"lower train.clip={train.clip}"]
+        if self.args.bf16:
+            ways_out.append("use train.precision=fp32")
         return DivergenceError(
             f"{self.folder}: the {what} was not a finite number at step {step:.0f}, nothing later is saved; "
-            f"lower train.learning_rate={self.config.train.learning_rate}, lower train.clip="
-            f"{self.config.train.clip}, or use train.precision=fp32"
+            f"{' or '.join(ways_out)}"
         )
 
     def record(self, row: dict[str, Any]) -> None:
