@@ -49,6 +49,15 @@ class MakeCorpus:
     cache: Path = Path(".data")
     """Folder that keeps tokenised corpora; the same as data.cache of a run, which then need not tokenise again."""
 
+    def __post_init__(self) -> None:
+        for name, value, lowest in (
+            *(("vocab_size", size, 257) for size in self.vocab_size),  # the bytes and the end of a text
+            ("length", self.length, 2),
+            ("merge_below", self.merge_below, 0),
+        ):
+            if value < lowest:
+                raise ValueError(f"{name} must be >= {lowest}, got {value}")
+
     def run(self) -> None:
         """Write, if asked, and report."""
         if self.out is None and self.select != DocumentRules():
