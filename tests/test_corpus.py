@@ -254,6 +254,22 @@ def test_bad_options_name_the_way_out(tmp_path: Path, capsys: Any) -> None:
     assert not list(tmp_path.glob("*.parquet"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--vocab-size", "4096", "256"], "vocab_size must be >= 257, got 256"),
+        (["--length", "1"], "length must be >= 2, got 1"),
+        (["--merge-below", "-1"], "merge_below must be >= 0, got -1"),
+        (["--smallest-file", "0"], "smallest_file must be >= 1 bytes, got 0"),
+        (["--smallest-file", "9", "--largest-file", "8"], "largest_file must be >= 9 bytes, got 8"),
+        (["--out", "x", "--hold-out", "1"], "hold_out must be >= 2, got 1"),
+    ],
+)
+def test_options_out_of_range_are_refused(arguments: list[str], message: str, capsys: Any) -> None:
+    assert main(["corpus", "stdlib", *arguments]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
 CODE = st.text(st.sampled_from("ab1_'s (){};\n\n\n \t\r\x1c\x85\u2028ä漢😀"), max_size=60)
 
 

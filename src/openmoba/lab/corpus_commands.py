@@ -51,8 +51,7 @@ class MakeCorpus:
 
     def run(self) -> None:
         """Write, if asked, and report."""
-        if self.out is None and self.select != DocumentRules():
-            raise ValueError("the options that pick documents need --out, the name of the files to write")
+        self._check()
         progress = TerminalProgress("corpus")
         corpora = [self._open()]
         surveyed = survey(corpora[0], self.cache, progress)
@@ -64,6 +63,17 @@ class MakeCorpus:
                 print(overview(str(path), survey(corpus, self.cache, progress)))
                 print(f"{path}: {path.stat().st_size:,} bytes, zstd level {self.select.level}", flush=True)
         print(table([row for corpus in corpora for row in self._holdings(corpora[0], corpus, progress)], self.length))
+
+    def _check(self) -> None:
+        for name, value, lowest in (
+            *(("vocab_size", size, 257) for size in self.vocab_size),  # the bytes and the end of a text
+            ("length", self.length, 2),
+            ("merge_below", self.merge_below, 0),
+        ):
+            if value < lowest:
+                raise ValueError(f"{name} must be >= {lowest}, got {value}")
+        if self.out is None and self.select != DocumentRules():
+            raise ValueError("the options that pick documents need --out, the name of the files to write")
 
     def _open(self) -> Corpus:
         if self.documents == "directories":
