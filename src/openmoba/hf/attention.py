@@ -119,7 +119,8 @@ class _Attention:
             raise ValueError("packed batches need both cu_seq_lens_q and cu_seq_lens_k; they may be the same")
         if mask is not None:
             _refuse_padding(mask)
-        return self._joined(q_BTHD, k_BSHD, v_BSHD, cu_q.int(), cu_k.int())
+        q_NHD, k_NHD, v_NHD = (x.flatten(0, 1) for x in (q_BTHD, k_BSHD, v_BSHD))
+        return self._sequences(q_NHD, k_NHD, v_NHD, cu_q.int(), cu_k.int(), k_NHD.shape[0]).view(q_BTHD.shape)
 
     def cached(self, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask: Tensor | None, layer: PagedLayer) -> Tensor:
         """After a cache with pages: a few tokens read the pages they choose."""
@@ -157,19 +158,7 @@ class _Attention:
         """Rows of one whole sequence each."""
         if self.settings.full:
             return dense_attention(q_BTHD, k_BSHD, v_BSHD, self.scale)
-        return moba_attention(
-            q_BTHD,
-            k_BSHD,
-            v_BSHD,
-            block_size=self.settings.block_size,
-            top_k=self.settings.top_k,
-            scale=self.scale,
-        )
-
-    def _joined(self, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, cu_q: Tensor, cu_k: Tensor) -> Tensor:
-        """The sequences between boundaries in the flattened batch."""
-        q_NHD, k_NHD, v_NHD = (x.flatten(0, 1) for x in (q_BTHD, k_BSHD, v_BSHD))
-        return self._sequences(q_NHD, k_NHD, v_NHD, cu_q, cu_k, k_NHD.shape[0]).view(q_BTHD.shape)
+        return self._moba(q_BTHD, k_BSHD, v_BSHD, None, None)
 
     def _sequences(
         self, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, cu_q: Tensor, cu_k: Tensor, longest: int
@@ -177,10 +166,13 @@ class _Attention:
         """Packed sequences of at most `longest` keys."""
         if self.settings.full:
             return dense_sequences(q_NHD, k_NHD, v_NHD, cu_q, cu_k, longest, self.scale)
+        return self._moba(q_NHD, k_NHD, v_NHD, cu_q, cu_k)
+
+    def _moba(self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> Tensor:
         return moba_attention(
-            q_NHD,
-            k_NHD,
-            v_NHD,
+            q,
+            k,
+            v,
             block_size=self.settings.block_size,
             top_k=self.settings.top_k,
             cu_seqlens_q=cu_q,
