@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,6 +12,14 @@ from torch import Tensor
 if not torch.cuda.is_available():
     # Read when a kernel module is imported, which is never before an operation first runs.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def own_recompile_limit() -> Iterator[None]:
+    """Take back what a test does to the compiler's limit: transformers' `generate` raises it for the process."""
+    before = torch._dynamo.config.recompile_limit
+    yield
+    torch._dynamo.config.recompile_limit = before
 
 
 @pytest.fixture(params=["placed", "sorted"])

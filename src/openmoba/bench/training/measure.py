@@ -24,6 +24,10 @@ from openmoba.bench.training.watch import Watch
 from openmoba.lab.compile import strict
 from openmoba.lab.compute import Shape
 
+# Graphs of one function, at most: the compiler's default, which libraries change for the whole process.
+_GRAPHS = 8
+_GRAPHS_OF_LENGTHS = 64  # every length may be another graph
+
 
 def measure_case(case: TrainingCase, machine: Machine, step_seconds: float) -> TrainingRow:
     """Measure one case. Its failure, out of memory included, is a row with an error."""
@@ -103,7 +107,7 @@ def blank(case: TrainingCase, machine: Machine) -> TrainingRow:
 @contextmanager
 def _fresh_compiler(case: TrainingCase) -> Iterator[None]:
     """Forget compiled graphs before and after; a limit of recompilations is an error, not a silent eager run."""
-    limit = 64 if case.kind == "longest" else compiler_config.recompile_limit  # every length may be another graph
+    limit = _GRAPHS_OF_LENGTHS if case.kind == "longest" else _GRAPHS
     torch.compiler.reset()
     counters.clear()
     with strict(), compiler_config.patch(recompile_limit=limit):
