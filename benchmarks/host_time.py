@@ -33,8 +33,8 @@ from openmoba.ops.triton import attention, hopper, replay
 from openmoba.ops.triton.launch import Launch
 
 OUT = Path(__file__).parent.parent / "results" / "cpu" / "host_time.csv"
-SETTINGS = (None, None, 16, 3, 0.25)  # no packed batch, block size, top-k, scale
-BLOCKS = (None, None, 128, 3, 0.25)
+SETTINGS = (None, None, None, 16, 3, 0.25)  # no given blocks, no packed batch, block size, top-k, scale
+BLOCKS = (None, None, None, 128, 3, 0.25)
 ROUNDS, CALLS = 15, 400
 
 
@@ -77,14 +77,14 @@ def triton_microseconds(call: Callable[..., Any]) -> tuple[float, float]:
     """512 tokens, 32 query and 8 key/value heads, D 128."""
     q, d_out, k, v = (torch.zeros(1, 512, heads, 128, dtype=torch.bfloat16) for heads in (32, 32, 8, 8))
 
-    (cu_q, cu_k, *numbers), caps = BLOCKS, attention.workspaces(q.device)
+    (blocks, cu_q, cu_k, *numbers), caps = BLOCKS, attention.workspaces(q.device)
     forward, backward = attention.forward, attention.backward  # of CPU tensors: never replayed by themselves
 
     def attend() -> Any:
-        return call(forward, (q, k, v, cu_q, cu_k), tuple(numbers), caps)
+        return call(forward, (q, k, v, blocks, cu_q, cu_k), tuple(numbers), caps)
 
     def both() -> Any:
-        return call(backward, (d_out, q, k, v, *attend(), cu_q, cu_k), tuple(numbers), caps)
+        return call(backward, (d_out, None, q, k, v, *attend(), cu_q, cu_k), tuple(numbers), caps)
 
     return microseconds(attend), microseconds(both)
 
@@ -121,7 +121,7 @@ def forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty(q.shape[:-1]), torch.empty(10, dtype=torch.int32)
 
 
-def backward(d_out: Tensor, *qkv: Any) -> tuple[Tensor, ...]:
+def backward(d_out: Tensor, d_lse: None, *qkv: Any) -> tuple[Tensor, ...]:
     """The same of gradients."""
     return tuple(torch.empty_like(x) for x in qkv[:3])
 

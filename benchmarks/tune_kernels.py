@@ -93,13 +93,13 @@ def prepare(options: argparse.Namespace) -> Callable[[], Tensor]:
     q, d_out, k, v = (x.to("cuda", torch.bfloat16) for x in (q, d_out, k, v))
     settings = (None, None, options.block_size, options.top_k, options.head_dim**-0.5)
 
-    kept = attention.forward(q, k, v, *settings)
+    kept = attention.forward(q, k, v, None, *settings)
 
     def call() -> Tensor:
-        results = kept if options.passes == "backward" else attention.forward(q, k, v, *settings)
+        results = kept if options.passes == "backward" else attention.forward(q, k, v, None, *settings)
         if options.passes == "forward":
             return results[0]
-        return attention.backward(d_out, q, k, v, *results, *settings)[0]
+        return attention.backward(d_out, None, q, k, v, *results, *settings)[0]
 
     return call
 

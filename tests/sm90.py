@@ -140,8 +140,8 @@ def report(
     q, k = (torch.empty(1, 4096, heads, width, dtype=dtype) for heads in (32, 8))
 
     def call() -> None:
-        out, lse, choice = attention.forward(q, k, k, None, None, block_size, top_k, 1.0)
-        attention.backward(out, q, k, k, out, lse, choice, None, None, block_size, top_k, 1.0)
+        out, lse, choice = attention.forward(q, k, k, None, None, None, block_size, top_k, 1.0)
+        attention.backward(out, None, q, k, k, out, lse, choice, None, None, block_size, top_k, 1.0)
 
     with patch.object(hopper, "is_available", lambda _: hoppers_own):
         launches = launches_of(call)
@@ -156,8 +156,8 @@ def plan_report() -> list[dict[str, Any]]:
     q, k = (torch.empty(1, 4096, heads, 64, dtype=torch.float16) for heads in (8, 2))
 
     def call() -> None:
-        out, lse, choice = attention.forward(q, k, k, None, None, 128, 4, 1.0)
-        attention.backward(out, q, k, k, out, lse, choice, None, None, 128, 4, 1.0)
+        out, lse, choice = attention.forward(q, k, k, None, None, None, 128, 4, 1.0)
+        attention.backward(out, None, q, k, k, out, lse, choice, None, None, 128, 4, 1.0)
 
     launches = []
     for most_looks in (2**40, 0):
@@ -227,8 +227,8 @@ def launcher_arguments() -> list[dict[str, Any]]:
 
     q, k = (torch.empty(1, 300, heads, 64, dtype=torch.bfloat16) for heads in (4, 2))
     with patch.object(hopper, "is_available", lambda _: True), patch.object(Launch, "__call__", launch_twice):
-        out, lse, choice = attention.forward(q, k, k, None, None, 128, 2, 1.0)
-        attention.backward(out, q, k, k, out, lse, choice, None, None, 128, 2, 1.0)
+        out, lse, choice = attention.forward(q, k, k, None, None, None, 128, 2, 1.0)
+        attention.backward(out, None, q, k, k, out, lse, choice, None, None, 128, 2, 1.0)
     return seen
 
 

@@ -205,12 +205,12 @@ def test_registration(boundaries):
     batch = (1,) if boundaries is None else ()
     q, k, v = (x.requires_grad_() for x in tensors(batch=batch))
     forward = torch.ops.openmoba.cpu_forward.default
-    torch.library.opcheck(forward, (q, k, v, boundaries, boundaries, 4, 2, 0.3))
-    out, lse, selected = (x.detach() for x in forward(q, k, v, boundaries, boundaries, 4, 2, 0.3))
+    torch.library.opcheck(forward, (q, k, v, None, boundaries, boundaries, 4, 2, 0.3))
+    out, lse, selected = (x.detach() for x in forward(q, k, v, None, boundaries, boundaries, 4, 2, 0.3))
     q, k, v = q.detach(), k.detach(), v.detach()
     torch.library.opcheck(
         torch.ops.openmoba.cpu_backward.default,
-        (out, q, k, v, out, lse, selected, boundaries, boundaries, 4, 2, 0.3),
+        (out, None, q, k, v, out, lse, selected, boundaries, boundaries, 4, 2, 0.3),
     )
     torch.library.opcheck(torch.ops.openmoba.cpu_select.default, (q, k, boundaries, boundaries, 4, 2))
 
@@ -221,7 +221,7 @@ def test_plain_tensors_go_around_the_dispatcher():
     results = []
     for attend in (
         lambda *x: moba_attention(*x, **SETTINGS),
-        lambda *x: torch.ops.openmoba.cpu_forward(*x, None, None, 4, 2, 8**-0.5)[0],
+        lambda *x: torch.ops.openmoba.cpu_forward(*x, None, None, None, 4, 2, 8**-0.5)[0],
     ):
         with profile(activities=[ProfilerActivity.CPU]) as recorded:
             out = attend(*inputs)
@@ -282,7 +282,7 @@ class _Cut(torch.autograd.Function):
 
 def forward_on_cpu(registered, q, k, v):
     """The output of the registered operation, or of the way around the dispatcher."""
-    settings = (None, None, *SETTINGS.values(), 0.25)
+    settings = (None, None, None, *SETTINGS.values(), 0.25)
     if registered:
         return torch.ops.openmoba.cpu_forward(q, k, v, *settings)[0]
     return library.attention("cpu", q, k, v, *settings)
@@ -300,7 +300,9 @@ def test_backward_fills_no_gradients_of_what_has_none(monkeypatch, registered):
     """Zeros for the log-sum-exp and the choice would take memory and launches."""
     q, k, v = (x.requires_grad_() for x in tensors())
     out = forward_on_cpu(registered, q, k, v)
-    monkeypatch.setattr(cpu, "backward", lambda _, q, k, v, *rest: tuple(torch.empty_like(x) for x in (q, k, v)))
+    monkeypatch.setattr(
+        cpu, "backward", lambda _d_out, _d_lse, q, k, v, *rest: tuple(torch.empty_like(x) for x in (q, k, v))
+    )
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
     names = {event.name for event in recorded.events()}

@@ -63,7 +63,7 @@ def test_enough_blocks_is_dense(normal):
     out = moba_attention(*inputs, block_size=10, top_k=7, **CPU)
     q, k, v = (x.transpose(1, 2) for x in inputs)
     dense = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-    blocks = torch.ops.openmoba.cpu_forward(*inputs, None, None, 10, 7, 0.25)[0]
+    blocks = torch.ops.openmoba.cpu_forward(*inputs, None, None, None, 10, 7, 0.25)[0]
     torch.testing.assert_close(out, dense, atol=0, rtol=0)
     torch.testing.assert_close(blocks, dense, atol=1e-6, rtol=1e-5)
     for a, b in zip(torch.autograd.grad(blocks, inputs, d_out), torch.autograd.grad(dense, inputs, d_out), strict=True):
@@ -227,8 +227,8 @@ def test_memory_is_linear_in_tokens(normal, monkeypatch):
     for tokens in (1024, 2048):
         (q, k, v), d_out = call(normal, tokens, heads=2, kv_heads=1, width=8)
         with torch.no_grad(), LargestTensor() as seen:
-            out, lse, selected = cpu.forward(q, k, v, None, None, 4, 3, 1.0)
-            cpu.backward(d_out, q, k, v, out, lse, selected, None, None, 4, 3, 1.0)
+            out, lse, selected = cpu.forward(q, k, v, None, None, None, 4, 3, 1.0)
+            cpu.backward(d_out, None, q, k, v, out, lse, selected, None, None, 4, 3, 1.0)
         largest.append(seen.elements)
     assert largest[1] <= 2.1 * largest[0]
     assert largest[1] < 2 * 2048 * 512 / 8

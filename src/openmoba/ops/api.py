@@ -113,7 +113,7 @@ def moba_attention(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if cu_seqlens_k is not None and top_k * block_size > k.shape[0]:
         top_k = -(-k.shape[0] // block_size)  # no sequence has more blocks to choose from
-    return library.attention(run, q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, scale)
+    return library.attention(run, q, k, v, None, cu_seqlens_q, cu_seqlens_k, block_size, top_k, scale)
 
 
 def moba_select(

@@ -51,6 +51,7 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    blocks: Tensor | None,
     cu_q: Tensor | None,
     cu_k: Tensor | None,
     block_size: int,
@@ -58,6 +59,7 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp and selection, as `openmoba.ops.library` defines them."""
+    assert blocks is None
     selected = select(q, k, cu_q, cu_k, block_size, top_k)
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
     q_TJGD, out_TJGD, lse_TJG, selected_TJGK = (
@@ -77,6 +79,7 @@ def forward(
 
 def backward(
     d_out: Tensor,
+    d_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -90,6 +93,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; those of k and v are summed in fp32."""
+    assert d_lse is None
     dq = q.new_empty(q.shape)
     dk, dv = (k.new_zeros(k.shape, dtype=torch.float32) for _ in range(2))
     q_TJGD, d_out_TJGD, out_TJGD, lse_TJG, selected_TJGK, dq_TJGD = (
@@ -110,7 +114,9 @@ def backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def choice_shape(q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> tuple[int, ...]:
+def choice_shape(
+    q: Tensor, k: Tensor, blocks: Tensor | None, cu_q: Tensor | None, block_size: int, top_k: int
+) -> tuple[int, ...]:
     """Shape of `selected`, the choice that the forward hands to the backward."""
     return (*q.shape[:-1], top_k - 1)
 

@@ -37,7 +37,7 @@ def dense_attention(q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, scale: float
         impl = _one_block(q_BTHD)
         if impl is not None:
             q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BTHD, k_BSHD, v_BSHD))
-            return library.attention(impl, q, k, v, None, None, keys, 1, scale)
+            return library.attention(impl, q, k, v, None, None, None, keys, 1, scale)
         options["attn_mask"] = _lower_right(queries, keys)
     if q_BTHD.shape[2] != k_BSHD.shape[2]:
         options["enable_gqa"] = True

@@ -2,13 +2,14 @@
 
 An implementation is a module with four functions (shapes as in `openmoba.ops.api`):
 
-    forward(q, k, v, cu_q, cu_k, block_size, top_k, scale)                              -> out, lse, choice
-    backward(d_out, q, k, v, out, lse, choice, cu_q, cu_k, block_size, top_k, scale)    -> dq, dk, dv
-    select(q, k, cu_q, cu_k, block_size, top_k)                                         -> selected
-    choice_shape(q, k, cu_q, block_size, top_k)                                         -> shape of `choice`
+    forward(q, k, v, blocks, cu_q, cu_k, block_size, top_k, scale)                           -> out, lse, choice
+    backward(d_out, d_lse, q, k, v, out, lse, choice, cu_q, cu_k, block_size, top_k, scale)   -> dq, dk, dv
+    select(q, k, cu_q, cu_k, block_size, top_k)                                              -> selected
+    choice_shape(q, k, blocks, cu_q, block_size, top_k)                                      -> shape of `choice`
 
 with `lse` fp32 `q.shape[:-1]` (natural logarithm), `selected` int32 `[*q.shape[:-1], top_k - 1]`, and `choice` int32 in
 whatever form the implementation's backward reads.
+`blocks` and `d_lse` are None.
 Modules are imported when an operation first runs, so that importing openmoba needs torch alone.
 """
 
@@ -38,6 +39,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    blocks: Tensor | None,
     cu_q: Tensor | None,
     cu_k: Tensor | None,
     block_size: int,
@@ -49,7 +51,7 @@ def attention(
     The registered operation is there for compilers and other tracers. Its dispatch takes as long as several kernels, so
     plain tensors go around it.
     """
-    arguments = (q, k, v, cu_q, cu_k, block_size, top_k, scale)
+    arguments = (q, k, v, blocks, cu_q, cu_k, block_size, top_k, scale)
     if are_transforms_active():
         from openmoba.ops import transforms  # imports what compiles, which importing openmoba must not
 
@@ -95,8 +97,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if d_out is None:
-            return (None,) * 9
-        arguments = (d_out, *ctx.saved_tensors, *ctx.settings)
+            return (None,) * 10
+        arguments = (d_out, None, *ctx.saved_tensors, *ctx.settings)
         if is_legacy_batchedtensor(d_out):  # of is_grads_batched: the registered operation takes batches apart
             gradients = getattr(torch.ops.openmoba, f"{ctx.impl}_backward")(*arguments)
         elif torch.is_grad_enabled() or are_transforms_active():  # create_graph, and transforms of the gradient
@@ -105,7 +107,7 @@ class _Attention(torch.autograd.Function):
             gradients = transforms.backward(ctx.impl, *arguments)
         else:
             gradients = run(ctx.impl, "backward", arguments)
-        return None, *gradients, None, None, None, None, None
+        return None, *gradients, None, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:
@@ -148,6 +150,7 @@ def _register(impl: str) -> None:
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        blocks: Tensor | None,
         cu_q: Tensor | None,
         cu_k: Tensor | None,
         block_size: int,
@@ -156,13 +159,14 @@ def _register(impl: str) -> None:
     ) -> tuple[Tensor, Tensor, Tensor]:
         with device_of(q):
             outputs: tuple[Tensor, Tensor, Tensor] = _module(impl).forward(
-                q, k, v, cu_q, cu_k, block_size, top_k, scale
+                q, k, v, blocks, cu_q, cu_k, block_size, top_k, scale
             )
         return outputs
 
     @torch.library.custom_op(f"openmoba::{impl}_backward", mutates_args=())
     def backward(
         d_out: Tensor,
+        d_lse: Tensor | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -177,7 +181,7 @@ def _register(impl: str) -> None:
     ) -> tuple[Tensor, Tensor, Tensor]:
         with device_of(q):
             gradients: tuple[Tensor, Tensor, Tensor] = _module(impl).backward(
-                d_out, q, k, v, out, lse, choice, cu_q, cu_k, block_size, top_k, scale
+                d_out, d_lse, q, k, v, out, lse, choice, cu_q, cu_k, block_size, top_k, scale
             )
         return gradients
 
@@ -192,13 +196,14 @@ def _register(impl: str) -> None:
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        blocks: Tensor | None,
         cu_q: Tensor | None,
         cu_k: Tensor | None,
         block_size: int,
         top_k: int,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        choice = _module(impl).choice_shape(q, k, cu_q, block_size, top_k)
+        choice = _module(impl).choice_shape(q, k, blocks, cu_q, block_size, top_k)
         lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
         return q.new_empty(q.shape), lse, q.new_empty(choice, dtype=torch.int32)
 
@@ -209,7 +214,9 @@ def _register(impl: str) -> None:
     select.register_vmap(lambda info, dims, *arguments: one_by_one(select, info, dims, arguments))
 
 
-def _fake_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(
+    d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -218,7 +225,7 @@ def _fake_select(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, cu_q, cu_k, *settings = inputs
+    q, k, v, _, cu_q, cu_k, *settings = inputs
     out, lse, choice = output
     ctx.mark_non_differentiable(lse, choice)
     ctx.set_materialize_grads(False)  # else every backward would fill gradients of lse and choice with zeros
@@ -232,9 +239,9 @@ class _Backward:
 
     def __call__(self, ctx: Any, d_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if d_out is None:
-            return (None,) * 8
-        dq, dk, dv = self.op(d_out, *ctx.saved_tensors, *ctx.settings)
-        return dq, dk, dv, None, None, None, None, None
+            return (None,) * 9
+        dq, dk, dv = self.op(d_out, None, *ctx.saved_tensors, *ctx.settings)
+        return dq, dk, dv, None, None, None, None, None, None
 
 
 def refuse_double_backward(ctx: Any, *_: Any) -> None:

@@ -47,9 +47,9 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if d_out is None:
-            return (None,) * 9
-        gradients = backward(ctx.impl, d_out, *ctx.saved_tensors, *ctx.settings)
-        return None, *gradients, None, None, None, None, None
+            return (None,) * 10
+        gradients = backward(ctx.impl, d_out, None, *ctx.saved_tensors, *ctx.settings)
+        return None, *gradients, None, None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, dims: tuple[int | None, ...], *arguments: Any) -> Any:

@@ -56,6 +56,7 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    blocks: Tensor | None,
     cu_q: Tensor | None,
     cu_k: Tensor | None,
     block_size: int,
@@ -63,6 +64,7 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp, and the plan (`choice_shape`) that the backward reads."""
+    assert blocks is None
     geometry = Geometry.shared(q, k, cu_q, block_size, top_k)
     _check_pairs(geometry)
     q = _near(q, geometry.group)
@@ -84,6 +86,7 @@ def forward(
 @_replaying_short_calls
 def backward(
     d_out: Tensor,
+    d_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -97,6 +100,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous."""
+    assert d_lse is None
     geometry = Geometry.shared(q, k, cu_q, block_size, top_k)
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     q, d_out = _near(q, geometry.group), _near(d_out, geometry.group)
@@ -114,7 +118,9 @@ def _near(x: Tensor, group: int) -> Tensor:
     return x.contiguous() if (group - 1) * x.stride(-2) >= 2**31 else x
 
 
-def choice_shape(q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> tuple[int]:
+def choice_shape(
+    q: Tensor, k: Tensor, blocks: Tensor | None, cu_q: Tensor | None, block_size: int, top_k: int
+) -> tuple[int]:
     """Elements of the plan of all heads: `pairs`, then `offsets` (see `plan.Plan`), head by head."""
     return (_choice_numbers(Geometry.of(q, k, cu_q, block_size, top_k)),)
 
