@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -23,7 +23,9 @@ from openmoba.bench.rows import commits, length_name, markdown_table, newest, re
 from openmoba.bench.table import Row, compared, dense_names
 from openmoba.bench.training.cases import TrainingRow
 from openmoba.bench.training.document import longest_document, training_document
+from openmoba.bench.training.table import ARMS, rate_name
 from openmoba.lab import results
+from openmoba.ops.cost import causal_pairs, moba_pairs
 
 ROOT = Path(__file__).parent.parent
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -44,39 +46,42 @@ def with_tables(text: str) -> str:
     return TABLE.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
 
 
-def figure() -> str:
-    """The figure of the first screen: the first one that there is."""
-    found = [f"![{caption}]({path})\n" for path, caption in FIGURES.items() if (ROOT / path).exists()]
-    return found[0] if found else ""
-
-
-def attention(machine: str) -> str:
-    """Attention on one GPU, with where the numbers come from."""
-    file = f"results/{machine}/attention.csv"
-    pairs = _headline(file)
-    if not pairs:
+def opening(machine: str) -> str:
+    """Say what a stranger should care about: one call's time beside full attention's, and what it leaves out."""
+    rows = [row for row in _attention_rows(machine) if row.tokens == 2**17]
+    if not rows:
         return ""
-    last = pairs[0].shown
+    row = rows[0]
+    share = moba_pairs(row.tokens, row.block_size or 1, row.top_k or 1) / causal_pairs(row.tokens)
+    dense = _dense(rows, f"results/{machine}/attention.csv").partition(",")[0].removesuffix(".")
+    return (
+        f"**With openmoba, attention over {length_name(row.tokens)} tokens takes {_ms(row)} ms forward and backward, "
+        f"where full attention takes {_dense_ms(row)} ms on the same {row.device}: it reads {share:.1%} of the "
+        "pairs of query and key.** "
+        f"{dense.replace('Dense attention', 'Full attention')}.\n"
+    )
+
+
+def speed(machine: str) -> str:
+    """Write the README's one table: attention, decoding, training and a CPU, each beside full attention."""
+    attention, steps, models = _attention_rows(machine), _decode_rows(machine), _trained_models(machine)
+    if not attention:
+        return ""
+    card = f"One {attention[0].device}, {attention[0].power_limit_w:.0f} W, bf16, medians, choice of blocks included."
+    arm = f"; in training {', top-'.join(ARMS[0].split('/'))}" if models else ""
     return "\n".join(
         (
-            f"One {last.device}, {last.power_limit_w:.0f} W, bf16, batch 1, 32 query and 8 key/value heads, causal, "
-            "normal random inputs. Medians in ms of the whole public call, choice of blocks included. The columns from "
-            "dense on compare both passes, or the forward where it alone was measured. "
-            f"{_dense(_shown_rows(pairs), file)}",
+            *markdown_table(("what", "tokens", "full attention", "MoBA", "gain"), [*_speed(attention, steps, models)]),
             "",
-            *markdown_table(HEADLINE, [pair.cells for pair in pairs]),
-            "",
-            f"Written by `openmoba bench attention` at commit {commits(_shown_rows(pairs))}, torch {last.torch}, "
-            f"Triton {last.triton}. All rows are in [{file}]({file}), the commands in "
-            f"[results/{machine}/README.md](results/{machine}/README.md), the method in "
-            "[benchmarks/README.md](benchmarks/README.md).",
+            f"{card} Blocks of {SPEED[0]}, top-{SPEED[1]}{arm}. Commits, versions, commands and every row: "
+            "[docs/speed.md](docs/speed.md).",
             "",
         )
     )
 
 
-def kernels(machine: str) -> str:
-    """The same with the share of the roofline and the extra memory."""
+def attention(machine: str) -> str:
+    """Write the attention of one GPU: times, share of the roofline, extra memory, and where they come from."""
     file = f"results/{machine}/attention.csv"
     pairs = _headline(file)
     if not pairs:
@@ -87,9 +92,10 @@ def kernels(machine: str) -> str:
         (
             *markdown_table(head, [(*pair.cells, *pair.costs) for pair in pairs]),
             "",
-            f"{last.device}, {last.power_limit_w:.0f} W. Medians in ms. The columns from dense on are of both passes, "
-            f"or of the forward where it alone was measured. {_dense(_shown_rows(pairs), file)} MB are extra memory, "
-            f"10^6 bytes. Commit {commits(_shown_rows(pairs))}, torch {last.torch}, Triton {last.triton}.",
+            f"One {last.device}, {last.power_limit_w:.0f} W, torch {last.torch}, Triton {last.triton}, commit "
+            f"{commits(_shown_rows(pairs))}: {_source(file)}. Medians in ms. The columns from dense on are of both "
+            f"passes, or of the forward where it alone was measured. {_dense(_shown_rows(pairs), file)} MB are extra "
+            "memory, 10^6 bytes.",
             "",
         )
     )
@@ -138,12 +144,6 @@ def flex(machine: str) -> str:
     return "\n".join((*markdown_table(head, cells), "", origin))
 
 
-def peers(machine: str) -> str:
-    """A sentence about the contenders that were timed apart, at one case of the headline."""
-    lines = [line for line in _beside(machine) if (line.row.head_dim, line.row.tokens) == (128, 2**17)]
-    return f"{lines[0].sentence} [docs/kernels.md](docs/kernels.md) has more lengths.\n" if lines else ""
-
-
 def cited(machine: str) -> str:
     """MoBA beside contenders that were timed apart."""
     lines = _beside(machine)
@@ -164,8 +164,7 @@ def cited(machine: str) -> str:
     first = next(peer for line in lines for peer in line.peers if peer)
     origin = (
         f"Forward and backward, ms. MoBA: commit {commits(line.row for line in lines)}. The others: {first.device}, "
-        f"torch {first.torch}, {first.date}, by a script that was not kept; all figures are in "
-        f"[results/{machine}/{CITED}](../results/{machine}/{CITED}).\n"
+        f"torch {first.torch}, {first.date}, by a script that was not kept: {_source(f'results/{machine}/{CITED}')}.\n"
     )
     return "\n".join((*markdown_table(head, cells), "", origin))
 
@@ -173,16 +172,12 @@ def cited(machine: str) -> str:
 def decode(machine: str) -> str:
     """A decoding step over a cache."""
     file = f"results/{machine}/decode.csv"
-    rows = [row for row in _newest_rows(file) if row.contender == "moba" and row.error is None]
-    steps = [row for row in rows if row.passes == "decode" and row.tokens in DECODE_TOKENS]
+    steps = _decode_rows(machine)
     if not steps:
         return ""
     first = steps[0]
     head = ("batch", "block / top-k", "cached tokens", "MoBA", "dense", "speed-up")
-    cells = [
-        (r.batch, _blocks(r), length_name(r.tokens), _ms(r), _dense_ms(r), _speedup(r))
-        for r in sorted(steps, key=lambda row: (row.batch, row.tokens))
-    ]
+    cells = [(r.batch, _blocks(r), length_name(r.tokens), _ms(r), _dense_ms(r), _speedup(r)) for r in steps]
     return "\n".join(
         (
             f"One attention layer, one token per sequence: one {first.device}, bf16, {first.heads} query and "
@@ -191,8 +186,8 @@ def decode(machine: str) -> str:
             "",
             *markdown_table(head, cells),
             "",
-            f"Written by `openmoba bench decode` at commit {commits(rows)}, torch {first.torch}, Triton "
-            f"{first.triton}. All rows are in [{file}]({file}).",
+            f"Written by `openmoba bench decode` at commit {commits(steps)}, torch {first.torch}, Triton "
+            f"{first.triton}: {_source(file)}.",
             "",
         )
     )
@@ -246,17 +241,14 @@ def attention_cpu() -> str:
     head = ("dtype", "block / top-k", "tokens", "MoBA", "causal SDPA", "speed-up")
     return "\n".join(
         (
-            "## Attention on a CPU",
-            "",
             f"{last['cpu']}, {last['threads']} threads, batch 1, {last['heads']} heads, width {last['width']}, causal. "
             "Medians in ms of forward and backward.",
             "",
             *markdown_table(head, cells),
             "",
             f"Written by `python benchmarks/cpu_attention.py` at commit {short_commit(last['commit'])}, "
-            f"torch {last['torch']}. "
-            "All rows are in [results/cpu/attention.csv](results/cpu/attention.csv); "
-            "[benchmarks/README.md](benchmarks/README.md) also has shorter lengths, the forward alone, and memory.",
+            f"torch {last['torch']}: {_source('results/cpu/attention.csv')}; "
+            "[benchmarks/README.md](../benchmarks/README.md) also has shorter lengths, the forward alone, and memory.",
             "",
         )
     )
@@ -299,20 +291,13 @@ def _studies(root: Path) -> list[results.Study]:
 CITED = "cited-peers.csv"
 STUDIES = "results/h200/study/*"
 DEMO = "results/demo"
-FIGURES = {
-    "results/h200/attention-speedup.png": "Times faster than dense attention over length, by block size and top-k",
-    f"{DEMO}/figures/pretrain-scaling-law.png": results.HEADLINES["scaling"],
-}
-"""Path -> what it shows, the preferred one first."""
-
 TABLES: dict[str, Callable[[], str]] = {
-    "figure": figure,
+    "opening": partial(opening, "h200"),
+    "speed": partial(speed, "h200"),
     "attention_h200": partial(attention, "h200"),
-    "kernels_h200": partial(kernels, "h200"),
-    "kernels_h100": partial(kernels, "h100"),
+    "attention_h100": partial(attention, "h100"),
     "short_h200": partial(short, "h200"),
     "flex_h200": partial(flex, "h200"),
-    "peers_h200": partial(peers, "h200"),
     "cited_h200": partial(cited, "h200"),
     "decode_h200": partial(decode, "h200"),
     "prefill_h200": partial(prefill, "h200"),
@@ -329,6 +314,8 @@ HEADLINE = ("D", "block / top-k", "tokens", "forward", "both passes", "dense", "
 CPU_TOKENS = 8192
 """Shortest length in the table."""
 DECODE_TOKENS = (2**15, 2**17, 2**19)
+SPEED = (128, 8)
+"""Block size and top-k of the README's table."""
 
 
 class Pair(NamedTuple):
@@ -375,6 +362,56 @@ def _headline(name: str) -> list[Pair]:
         if forward or both:
             pairs.append(Pair(forward, both, measured("flash_moba", case, PASSES[1] if both else PASSES[0])))
     return pairs
+
+
+def _attention_rows(machine: str) -> list[Row]:
+    """Return the README's rows of attention: both passes, D 128, the setting `SPEED`, dense attention beside."""
+    rows = [pair.both for pair in _headline(f"results/{machine}/attention.csv") if pair.both and pair.both.dense_ms]
+    return [row for row in rows if (row.head_dim, row.block_size, row.top_k) == (128, *SPEED)]
+
+
+def _speed(
+    attention: Sequence[Row], steps: Sequence[Row], models: Sequence[tuple[TrainingRow, TrainingRow]]
+) -> Iterator[tuple[str, ...]]:
+    """Yield the lines of `speed`."""
+    batched = [row for row in steps if row.batch > 1 and (row.block_size, row.top_k) == SPEED]
+    named = [("attention, forward and backward", row) for row in attention]
+    named += [(f"a decoding step of one layer, batch {row.batch}", row) for row in batched]
+    for what, row in named:
+        yield (what, length_name(row.tokens), f"{_dense_ms(row)} ms", f"{_ms(row)} ms", _speedup(row))
+    for full, moba in models:
+        rates = (full.tokens_per_second, moba.tokens_per_second)
+        what = f"a training step, {full.size.upper()} parameters"
+        times = (f"{rate_name(rate)} tokens/s" for rate in rates)
+        yield (what, length_name(full.tokens), *times, f"{(rates[1] or 0) / (rates[0] or 1):.1f}x")
+
+
+def _decode_rows(machine: str) -> list[Row]:
+    """Return the decoding steps of the documents, by batch and length."""
+    rows = _newest_rows(f"results/{machine}/decode.csv")
+    steps = [row for row in rows if row.contender == "moba" and row.error is None and row.passes == "decode"]
+    shown = [row for row in steps if row.tokens in DECODE_TOKENS]
+    return sorted(shown, key=lambda row: (row.batch, row.tokens))
+
+
+def _trained_models(machine: str) -> list[tuple[TrainingRow, TrainingRow]]:
+    """Return the training of each size of Llama with full attention, and with MoBA at the setting compared first."""
+    rows = [row for row in _training(machine)[0] if row.kind == "loop" and row.layers == "compiled" and not row.error]
+    found: dict[str, dict[str, TrainingRow]] = {}
+    for row in rows:
+        if row.family == "llama":
+            found.setdefault(row.size, {}).setdefault(f"{row.batch} {row.arm}", row)
+    pairs = []
+    for size in found.values():
+        batch = next(iter(size)).partition(" ")[0]
+        if f"{batch} full" in size and f"{batch} {ARMS[0]}" in size:
+            pairs.append((size[f"{batch} full"], size[f"{batch} {ARMS[0]}"]))
+    return pairs
+
+
+def _source(file: str) -> str:
+    """Return a link from a page in docs/ to the rows behind it."""
+    return f"[{file}](../{file})"
 
 
 def _training(machine: str) -> tuple[list[TrainingRow], str, bool]:

@@ -22,6 +22,7 @@ from openmoba.bench.table import Row
 from openmoba.bench.training.cases import GRIDS as TRAINING_GRIDS
 from openmoba.bench.training.cases import TrainingRow, arm_name
 from openmoba.lab.recipe import parse_recipe
+from openmoba.ops.cost import causal_pairs, moba_pairs
 
 ROOT = Path(__file__).parent.parent
 TRAINING = {"training_h200": "loop", "longest_h200": "longest"}
@@ -37,7 +38,12 @@ SETTING = re.compile(r"\bOPENMOBA_\w+")
 @pytest.fixture
 def tables() -> ModuleType:
     """docs/tables.py, which is a script."""
-    spec = spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+    return script("tables")
+
+
+def script(name: str) -> ModuleType:
+    """Import a script of docs/."""
+    spec = spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
@@ -104,10 +110,11 @@ def test_tables_follow_their_files(tables: ModuleType, tmp_path: Path, monkeypat
     for passes in ("forward", "forward+backward"):
         shown = replace(case, passes=passes, tokens=32768)
         append_row(path, Row.of("moba", shown, p50_ms=float(len(passes)), commit="new", **memory, **origin))
-    first = "| 128 | 128 / 8 | 8K | - | 2.00 | 5.00 | 2.5x | 6.00 |"
-    second = "| 128 | 128 / 8 | 32K | 7.00 | 16.0 | - | - | - |"
+    first = "| 128 | 128 / 8 | 8K | - | 2.00 | 5.00 | 2.5x | 6.00 | - | - | - |"
+    second = "| 128 | 128 / 8 | 32K | 7.00 | 16.0 | - | - | - | 40% | 60 | 90 |"
     assert f"{first}\n{second}\n\n" in tables.attention("h200")
-    assert f"{first} - | - | - |\n{second} 40% | 60 | 90 |\n\n" in tables.kernels("h200")
+    assert "| attention, forward and backward | 8K | 5.00 ms | 2.00 ms | 2.5x |\n\n" in tables.speed("h200")
+    assert tables.opening("h200") == "", "128K tokens were not measured"
     assert "Dense attention is SDPA/cuDNN." in tables.attention("h200")
     (tmp_path / "results" / "h200" / "cited-peers.csv").write_text(
         "contender,version,head_dim,tokens,block_size,top_k,forward_ms,backward_ms,device,torch,date\n"
@@ -115,10 +122,12 @@ def test_tables_follow_their_files(tables: ModuleType, tmp_path: Path, monkeypat
         "fa4,beta,128,131072,,,10,30,a GPU,2.11,2026-11-21\n"
         "flash_moba,2.0,128,8192,128,8,2,4,a GPU,2.11,2026-11-21\n"
     )
-    assert tables.peers("h200") == ""
     assert "| 128 | 128 / 8 | 8K | 2.00 | 4.00 | 2.0x |" in tables.cited("h200")  # FlashMoBA was timed above
     append_row(path, Row.of("moba", replace(case, tokens=2**17), p50_ms=2.0, commit="new", **origin))
-    assert "FlashAttention 4 beta took 40 ms, 20.0 times as long as 128 / 8 above" in tables.peers("h200")
+    assert "| 128 | 128 / 8 | 128K | 2.00 | 40.0 | 20.0x |" in tables.cited("h200")
+    append_row(path, Row.of("sdpa_cudnn", replace(case, tokens=2**17), p50_ms=50.0, commit="new", **origin))
+    assert "tokens takes 2.00 ms forward and backward, where full attention takes 50.0 ms" in tables.opening("h200")
+    assert "a GPU: it reads 1.5% of the pairs" in tables.opening("h200")
     path = tmp_path / "results" / "h200" / "short.csv"
     for commit, short in zip(("older", "newer"), tables.GRIDS["short"], strict=False):
         append_row(path, Row.of("sdpa_cudnn", short, p50_ms=1.25, commit=commit, **origin))
@@ -145,6 +154,7 @@ def test_tables_follow_their_files(tables: ModuleType, tmp_path: Path, monkeypat
         "128K tokens in chunks of 64K, block / top-k 128 / 8, takes 4.00 ms for the first chunk and 8.00 ms"
     )
     assert first_and_last in tables.prefill("h200")
+    assert "| a decoding step of one layer, batch 16 | 128K | 0.200 ms | 0.020 ms | 10.0x |" in tables.speed("h200")
     path = tmp_path / "results" / "h200" / "training.csv"
     rates = {"full": 1e5, "512/3": 4e5, "128/9": 3e5}
     times = {"p50_ms": 2000.0, "busy_ms": 1e3, "mfu": 0.5, "matrix_tflops": 700.0, "attention_share": 0.25}
@@ -157,9 +167,11 @@ def test_tables_follow_their_files(tables: ModuleType, tmp_path: Path, monkeypat
     moba = "| 4.0x | 50%, 50% | 25%, 25% | 50%, 50% | 9.0, 9.0 | 200 K | 400 K |"
     assert f"| llama 14m | 4 | 100 K | 400 K | 300 K {moba}\n" in tables.training("h200")
     assert "700 TFLOP/s. Full attention ran cuDNN's kernels." in tables.training("h200")
+    assert "| a training step, 14M parameters | 32K | 100 K tokens/s | 400 K tokens/s | 4.0x |" in tables.speed("h200")
+    assert "top-8; in training 512, top-3. Commits" in tables.speed("h200")
     assert "training.png" not in tables.training("h200")
     path.with_suffix(".png").touch()
-    assert "(results/h200/training.png)" in tables.training("h200")
+    assert "(../results/h200/training.png)" in tables.training("h200")
     assert "| llama 14m | yes | 32K, 2.0 s | 32K+, 2.0 s |\n" in tables.longest("h200")
     assert "was not tried" in tables.longest("h200")
     path = tmp_path / "results" / "cpu" / "attention.csv"
@@ -171,6 +183,27 @@ def test_tables_follow_their_files(tables: ModuleType, tmp_path: Path, monkeypat
         "moba,float32,16384,8,64,128,8,forward+backward,75.2,4,2,2,a CPU,c\n"
     )
     assert "| float32 | 128 / 8 | 16K | 75.2 | 300 | 4.0x |" in tables.attention_cpu()
+
+
+def test_the_picture_shows_what_the_operation_reads() -> None:
+    picture = script("picture")
+    assert picture.PICTURE.read_text() == picture.picture(), "run python docs/picture.py"
+    pairs = moba_pairs(picture.TOKENS, picture.BLOCK, picture.TOP_K)
+    assert picture.keys_read(picture.TOP_K).sum() == pairs
+    assert f"reads {pairs / causal_pairs(picture.TOKENS):.0%}</text>" in picture.picture()
+
+
+def test_the_readme_stays_short() -> None:
+    """Two screens before the links, the charts' sentences aside, and one table; the rest is in docs/."""
+    text = (ROOT / "README.md").read_text().partition("## Where to go next")[0]
+    assert len(text.splitlines()) < 130
+    assert len(re.findall(r"^\| ---", text, re.MULTILINE)) == 1
+
+
+def test_the_index_names_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert set(re.findall(r"\]\((\w+\.md)\)", index)) == pages
 
 
 def test_results_follow_the_records_of_studies(

@@ -146,23 +146,29 @@ def test_checks_can_fail(capsys: Any) -> None:
 
 def test_readme_shows_the_three_ways_and_every_command() -> None:
     text = (ROOT / "README.md").read_text()
-    shell = [words for block in blocks(ROOT / "README.md") if block.language == "sh" for words in commands(block)]
-    assert ["make", "demo"] in shell
-    assert ["make", "test"] in shell
-    assert all(name in text for name in ("moba_attention(", "configure(model", "openmoba convert"))
-    shown = {" ".join(words[1:]) for words in shell if words[0] == "openmoba"}
+    assert ["make", "demo"] in shell("README.md")
+    assert ["make", "test"] in shell("README.md")
+    assert all(name in text for name in ("moba_attention(", "configure(model", "openmoba study"))
+    documents = ("README.md", "docs/laboratory.md", "docs/models.md")
+    shown = {" ".join(words[1:]) for name in documents for words in shell(name) if words[0] == "openmoba"}
     assert all(any(line.startswith(name) for line in shown) for name in COMMANDS), sorted(COMMANDS)
 
 
-def test_commands_of_the_readme_run_on_a_cpu_unless_they_say_so_and_write_where_git_does_not_look() -> None:
+def shell(name: str) -> list[list[str]]:
+    """The commands that a document shows."""
+    return [words for block in blocks(ROOT / name) if block.language == "sh" for words in commands(block)]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/laboratory.md"])
+def test_commands_run_on_a_cpu_unless_they_say_so_and_write_where_git_does_not_look(name: str) -> None:
     ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines() if line.endswith("/")}
     before, written = "", []
-    for block in blocks(ROOT / "README.md"):
-        before = "\n".join((ROOT / "README.md").read_text().splitlines()[: block.line - 2]).rstrip().splitlines()[-1]
+    for block in blocks(ROOT / name):
+        before = "\n".join((ROOT / name).read_text().splitlines()[: block.line - 2]).rstrip().splitlines()[-1]
         for words in commands(block) if block.language == "sh" else ():
             if words[0] == "openmoba":
                 assert (words[1:3] == ["bench", "decode"]) == ("on a GPU" in before), words
                 options = parse(words[1:])
                 written += [getattr(options, name) for name in ("out", "folder") if getattr(options, name, None)]
-    assert len(written) > 5
+    assert written
     assert {path.parts[0] for path in written} <= ignored, written

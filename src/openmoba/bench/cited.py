@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from openmoba.bench.contenders import contender_label
-from openmoba.bench.rows import length_name
 from openmoba.bench.table import Row
 
 _Case = tuple[str, int, int, int | None, int | None]
@@ -49,19 +48,6 @@ class Beside(NamedTuple):
     def ratios(self) -> tuple[str, ...]:
         """How many times as long as MoBA each took."""
         return tuple(f"{peer.ms / (self.row.p50_ms or 1):.1f}x" if peer else "-" for peer in self.peers)
-
-    @property
-    def sentence(self) -> str:
-        """Who was timed when and where, and how long it took."""
-        found = [peer for peer in self.peers if peer]
-        ours, setting = self.row.p50_ms or 1, f"{self.row.block_size} / {self.row.top_k}"
-        took = " and ".join(
-            f"{peer.label} took {peer.ms:.0f} ms, {peer.ms / ours:.1f} times as long as {setting} above"
-            for peer in found
-        )
-        size = f"{length_name(self.row.tokens)} tokens, D {self.row.head_dim}"
-        where = f"Timed apart, on {found[0].date}, on one {found[0].device} with torch {found[0].torch}"
-        return f"{where}: for both passes at {size}, {took}."
 
 
 def beside(rows: Sequence[Row], path: Path, timed: Collection[str]) -> list[Beside]:

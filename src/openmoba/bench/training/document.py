@@ -1,4 +1,4 @@
-"""What the README says of training: two tables with where their numbers come from."""
+"""Two tables of docs/speed.md about training, with where their numbers come from."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ def training_document(rows: Sequence[TrainingRow], file: str, drawn: bool) -> st
     kernels = _named(row.attention_kernel or "?" for row in timed if row.block_size is None)
     return "\n".join(
         (
-            "## Training on a GPU",
-            "",
             f"One {first.device}, {first.power_limit_w:.0f} W: whole training steps, optimizer included, in tokens per "
             f"second. Random weights and tokens, vocabulary {first.vocabulary}, windows of {length_name(first.tokens)} "
             "tokens, fp32 weights under bf16 autocast, layers compiled. The columns from gain on compare "
@@ -32,12 +30,12 @@ def training_document(rows: Sequence[TrainingRow], file: str, drawn: bool) -> st
             *markdown_table(head, cells),
             "",
             *(
-                [f"![Tokens per second over the size of the model]({file.removesuffix('.csv')}.png)", ""]
+                [f"![Tokens per second over the size of the model](../{file.removesuffix('.csv')}.png)", ""]
                 if drawn
                 else []
             ),
             f"Written by `openmoba bench training` at commit {commits(timed)}, torch {first.torch}, Triton "
-            f"{first.triton}, transformers {first.transformers}. All rows are in [{file}]({file}).",
+            f"{first.triton}, transformers {first.transformers}: [{file}](../{file}).",
             "",
         )
     )
