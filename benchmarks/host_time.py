@@ -27,10 +27,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from openmoba.lab.provenance import provenance
 from openmoba.ops import library
 from openmoba.ops.triton import attention, hopper, replay
 from openmoba.ops.triton.launch import Launch
+from openmoba.records.provenance import provenance
 
 OUT = Path(__file__).parent.parent / "results" / "cpu" / "host_time.csv"
 SETTINGS = (None, None, None, 16, 3, 0.25)  # no given blocks, no packed batch, block size, top-k, scale

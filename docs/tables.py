@@ -24,7 +24,7 @@ from openmoba.bench.table import Row, compared, dense_names
 from openmoba.bench.training.cases import TrainingRow
 from openmoba.bench.training.document import longest_document, training_document
 from openmoba.bench.training.table import ARMS, rate_name
-from openmoba.lab import results
+from openmoba.lab.study import results
 from openmoba.ops.cost import causal_pairs, moba_pairs
 
 ROOT = Path(__file__).parent.parent

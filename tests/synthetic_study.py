@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from openmoba.lab.config import RunConfig, to_dict
-from openmoba.lab.identity import Known
+from openmoba.lab.data.identity import Known
 from openmoba.lab.progress import Progress
 
 LAWS = {"moba": (1.546, -0.108), "full": (1.464, -0.097), "hybrid": (1.50, -0.103)}

@@ -26,7 +26,7 @@ from openmoba.bench.training.profiles import describe, own_kernels, read_profile
 from openmoba.bench.training.table import markdown
 from openmoba.bench.training.watch import Watch
 from openmoba.cli import main
-from openmoba.lab.model import SIZES
+from openmoba.lab.model.build import SIZES
 
 CPU = torch.device("cpu")
 SMALL = TrainingCase("nano", 2, tokens=48, layers="eager")
@@ -106,7 +106,7 @@ def test_layers_are_compiled_where_a_case_says_so(monkeypatch: pytest.MonkeyPatc
     BareLoop(SMALL, CPU)
     assert len(compiled) == 1
     problems = iter([None, "no compiler"])
-    monkeypatch.setattr("openmoba.lab.trainer.compile_or_stay_eager", lambda *_: next(problems))
+    monkeypatch.setattr("openmoba.lab.train.trainer.compile_or_stay_eager", lambda *_: next(problems))
     steps = Watch(CPU, warmup=1, fewest=0, most=0, profiled=0)
     steps.run(make_loop(replace(SMALL, layers="compiled", kind="trainer"), CPU))
     with pytest.raises(RuntimeError, match="could not be compiled"):

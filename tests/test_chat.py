@@ -11,11 +11,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from openmoba.lab.chat import encode_chat
 from openmoba.lab.config import DataConfig
-from openmoba.lab.corpus import open_corpus
-from openmoba.lab.data import Data, load_data
-from openmoba.lab.tokenizer import byte_tokenizer
+from openmoba.lab.data.chat import encode_chat
+from openmoba.lab.data.corpus import open_corpus
+from openmoba.lab.data.load import Data, load_data
+from openmoba.lab.data.tokenizer import byte_tokenizer
 
 USER = {"role": "user", "content": "hi"}
 ASSISTANT = {"role": "assistant", "content": "hello"}

@@ -11,16 +11,16 @@ import torch
 from synthetic_study import RECIPE, train
 
 from openmoba.hf.releases import recompute_activations
-from openmoba.lab.clock import PEAKS, Speedometer, median_speed, peak_operations
-from openmoba.lab.compute import PFLOPS_DAY, Shape, attention_flops, training_compute
 from openmoba.lab.config import ArmConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
-from openmoba.lab.loss import attach_loss
-from openmoba.lab.model import build_model, set_attention
-from openmoba.lab.overview import overview
-from openmoba.lab.plan import activation_bytes, matrix_rate, plan_of, planned_shape, planned_work
+from openmoba.lab.measure.compute import PFLOPS_DAY, Shape, attention_flops, training_compute
+from openmoba.lab.model.build import build_model, set_attention
+from openmoba.lab.model.loss import attach_loss
 from openmoba.lab.progress import Progress, duration
-from openmoba.lab.recipe import parse_recipe
-from openmoba.lab.study import StudyClock, run_study
+from openmoba.lab.study.overview import overview
+from openmoba.lab.study.recipe import parse_recipe
+from openmoba.lab.study.work import StudyClock, run_study
+from openmoba.lab.train.clock import PEAKS, Speedometer, median_speed, peak_operations
+from openmoba.lab.train.plan import activation_bytes, matrix_rate, plan_of, planned_shape, planned_work
 
 RUN = RunConfig(
     data=DataConfig(length=4096, vocab_size=300),

@@ -12,11 +12,11 @@ import torch
 
 pytest.importorskip("transformers")
 
-from openmoba.lab import compile as lab_compile
-from openmoba.lab import records
 from openmoba.lab.config import ArmConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from openmoba.lab.model import compile as lab_compile
 from openmoba.lab.progress import Progress
-from openmoba.lab.train import run_training
+from openmoba.lab.train.run import run_training
+from openmoba.records import disk
 
 # Dynamo looks at the .grad of inner tensors and hides torch's warning about it by a way that errors bypass.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -66,7 +66,7 @@ def train(config: RunConfig, folder: Path, compile: str) -> tuple[dict[str, Any]
     progress = Notes()
     settings = replace(config, train=replace(config.train, compile=compile))
     result = run_training(settings, folder, progress=progress)
-    losses = [row["loss"] for row in records.read(folder / "metrics.jsonl") if row["kind"] == "train"]
+    losses = [row["loss"] for row in disk.read(folder / "metrics.jsonl") if row["kind"] == "train"]
     return result, progress.notes, losses
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from openmoba import MobaConfig
-from openmoba.lab.compute import PFLOPS_DAY, Shape, attention_flops, training_compute
 from openmoba.lab.config import ArmConfig, ModelConfig
-from openmoba.lab.model import SIZES, build_model
+from openmoba.lab.measure.compute import PFLOPS_DAY, Shape, attention_flops, training_compute
+from openmoba.lab.model.build import SIZES, build_model
 from openmoba.ops.cost import causal_pairs, moba_pairs, moba_scores
 from openmoba.ops.reference import attention_mask, block_scores, choose_blocks
 

@@ -16,13 +16,13 @@ from pyarrow import parquet
 
 from openmoba.cli import main
 from openmoba.lab.config import DataConfig
-from openmoba.lab.corpus import Corpus, open_corpus
-from openmoba.lab.data import load_data
-from openmoba.lab.directories import open_directories
-from openmoba.lab.files import FileRules
-from openmoba.lab.making import DocumentRules, pick
-from openmoba.lab.store import Survey
-from openmoba.lab.tokenizer import byte_tokenizer, cut_at_spaces, encode_texts, train_bpe
+from openmoba.lab.data.corpus import Corpus, open_corpus
+from openmoba.lab.data.directories import open_directories
+from openmoba.lab.data.files import FileRules
+from openmoba.lab.data.load import load_data
+from openmoba.lab.data.making import DocumentRules, pick
+from openmoba.lab.data.store import Survey
+from openmoba.lab.data.tokenizer import byte_tokenizer, cut_at_spaces, encode_texts, train_bpe
 
 
 def tree(root: Path, files: dict[str, str | bytes]) -> Path:
@@ -118,7 +118,7 @@ def test_of_copies_the_first_path_is_kept_in_whatever_order_a_folder_lists_them(
     root = tree(tmp_path, {f"{name}.c": "same\n" for name in "hbgaf"} | {"b/c.c": "same\n"})
     listed = [(here, folders, sorted(names)) for here, folders, names in os.walk(root)]
     for walked in (listed, [(here, folders, names[::-1]) for here, folders, names in listed[::-1]]):
-        monkeypatch.setattr("openmoba.lab.files.os.walk", lambda _, onerror, walked=walked: walked)
+        monkeypatch.setattr("openmoba.lab.data.files.os.walk", lambda _, onerror, walked=walked: walked)
         assert files_in(directories(root)) == {".": ["a.c"]}
         monkeypatch.undo()
 
@@ -304,7 +304,9 @@ def test_long_texts_have_the_same_tokens_in_any_tokenizer(bpe: Any, kind: str, m
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     texts = ["(a) b1;\n\tab " * 6_000, "", "b"]
     encoded: list[int] = []
-    monkeypatch.setattr("openmoba.lab.tokenizer.cut_at_spaces", lambda text: encoded.append(1) or cut_at_spaces(text))
+    monkeypatch.setattr(
+        "openmoba.lab.data.tokenizer.cut_at_spaces", lambda text: encoded.append(1) or cut_at_spaces(text)
+    )
     rows = encode_texts(tokenizer, texts)
     assert [row[:-1].tolist() for row in rows] == tokenizer(texts, add_special_tokens=False)["input_ids"]
     assert [row[-1] for row in rows] == [tokenizer.eos_token_id] * 3

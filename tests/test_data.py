@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from openmoba.lab.chat import encode_chat
 from openmoba.lab.config import DataConfig
-from openmoba.lab.corpus import open_corpus
-from openmoba.lab.data import Data, hold_out, load_data, validation_windows
-from openmoba.lab.store import Survey, TokenStore, cached
-from openmoba.lab.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
-from openmoba.lab.windows import IGNORED, TrainingWindows, cut_windows
+from openmoba.lab.data.chat import encode_chat
+from openmoba.lab.data.corpus import open_corpus
+from openmoba.lab.data.load import Data, hold_out, load_data, validation_windows
+from openmoba.lab.data.store import Survey, TokenStore, cached
+from openmoba.lab.data.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
+from openmoba.lab.data.windows import IGNORED, TrainingWindows, cut_windows
 
 CHAT = [
     {"role": "user", "content": "2+2?"},

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from openmoba.lab.config import ArmConfig
-from openmoba.lab.model import SIZES
-from openmoba.lab.recipe import PlannedRun, read_recipe
+from openmoba.lab.model.build import SIZES
+from openmoba.lab.study.recipe import PlannedRun, read_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 

@@ -21,7 +21,7 @@ from openmoba.bench.rows import append_row, read_rows
 from openmoba.bench.table import Row
 from openmoba.bench.training.cases import GRIDS as TRAINING_GRIDS
 from openmoba.bench.training.cases import TrainingRow, arm_name
-from openmoba.lab.recipe import parse_recipe
+from openmoba.lab.study.recipe import parse_recipe
 from openmoba.ops.cost import causal_pairs, moba_pairs
 
 ROOT = Path(__file__).parent.parent

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from openmoba import cli
-from openmoba.lab import loss as loss_module
 from openmoba.lab.config import DataConfig, EvalConfig, ModelConfig
-from openmoba.lab.evaluate import evaluate_source, summary, window_losses
-from openmoba.lab.loss import attach_loss, has_linear_head, linear_loss
-from openmoba.lab.model import build_model, load_model
-from openmoba.lab.store import TokenStore
-from openmoba.lab.tokenizer import byte_tokenizer
-from openmoba.lab.windows import IGNORED, Windows, cut_windows
+from openmoba.lab.data.store import TokenStore
+from openmoba.lab.data.tokenizer import byte_tokenizer
+from openmoba.lab.data.windows import IGNORED, Windows, cut_windows
+from openmoba.lab.measure.evaluate import evaluate_source, summary, window_losses
+from openmoba.lab.model import loss as loss_module
+from openmoba.lab.model.build import build_model, load_model
+from openmoba.lab.model.loss import attach_loss, has_linear_head, linear_loss
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ def test_no_more_trailing_positions_than_there_are(documents: DataConfig, model_
 
 
 def test_window_losses_put_each_loss_at_its_position(documents: DataConfig, model_folder: Path) -> None:
-    from openmoba.lab.data import load_validation
+    from openmoba.lab.data.load import load_validation
 
     windows = load_validation(documents, model_folder).spread(3)
     loss, labelled = window_losses(lambda ids, labels: ids + labels / 1000, windows, 2, torch.device("cpu"))

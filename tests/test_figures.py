@@ -13,7 +13,9 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from openmoba.lab.figures import (
+from openmoba.lab.measure.needle import Cell, write_needle
+from openmoba.lab.measure.resample import Interval
+from openmoba.lab.study.figures import (
     AXES,
     BLUE,
     GREY,
@@ -25,10 +27,8 @@ from openmoba.lab.figures import (
     save,
     scaling_chart,
 )
-from openmoba.lab.fit import fit_arms
-from openmoba.lab.needle import Cell, write_needle
-from openmoba.lab.panels import Candidate, candidates_chart, position_chart
-from openmoba.lab.resample import Interval
+from openmoba.lab.study.fit import fit_arms
+from openmoba.lab.study.panels import Candidate, candidates_chart, position_chart
 
 HYBRID = {
     "1 layer": Level(1.170, Interval(1.165, 1.176)),

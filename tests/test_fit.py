@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from openmoba.lab.fit import HUBER_DELTA, fit_arms, fit_power_law, fit_runs
+from openmoba.lab.study.fit import HUBER_DELTA, fit_arms, fit_power_law, fit_runs
 
 # a, b of the report's fits: MoBA and full, 8K language-model loss and 32K trailing loss
 REPORTED = [(2.625, -0.063), (2.622, -0.063), (1.546, -0.108), (1.464, -0.097)]
@@ -50,7 +50,7 @@ def test_residuals_are_log_deviations_from_the_law():
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_claim(monkeypatch):
-    for module in ("fit", "resample"):
+    for module in ("study.fit", "measure.resample"):
         monkeypatch.setattr(f"openmoba.lab.{module}.REPLICATES", 400)
     rng = np.random.default_rng(5)
     compute = np.geomspace(0.1, 10, 12)
@@ -126,7 +126,7 @@ def test_runs_of_one_size_may_differ_a_little_in_compute(seed, jitter):
 def test_bisection_and_reweighting_find_the_same_lines(monkeypatch):
     windows = synthetic_windows(np.random.default_rng(7), 2.6, -0.08, run_noise=0.005, window_noise=0.1)
     reweighted = fitted(COMPUTE, windows).replicates
-    monkeypatch.setattr("openmoba.lab.fit.REWEIGHTINGS", 0)
+    monkeypatch.setattr("openmoba.lab.study.fit.REWEIGHTINGS", 0)
     np.testing.assert_allclose(fitted(COMPUTE, windows).replicates, reweighted, rtol=0, atol=1e-6)
 
 

@@ -28,8 +28,8 @@ from openmoba import MobaConfig  # noqa: E402
 from openmoba.cli import main  # noqa: E402
 from openmoba.hf import configure  # noqa: E402
 from openmoba.hf.releases import CHECKPOINTING  # noqa: E402
-from openmoba.lab.needle import Cell, hide, needle_chart  # noqa: E402
-from openmoba.lab.tokenizer import byte_tokenizer  # noqa: E402
+from openmoba.lab.data.tokenizer import byte_tokenizer  # noqa: E402
+from openmoba.lab.measure.needle import Cell, hide, needle_chart  # noqa: E402
 
 BYTES = SIZES | {"vocab_size": 320, "max_position_embeddings": 1024, "pad_token_id": 256, "eos_token_id": 256}
 
@@ -206,7 +206,7 @@ def test_needle_command(tmp_path: Path, capsys: Any) -> None:
 
 def test_needle_scores_a_model_that_answers(monkeypatch: Any) -> None:
     """A model that repeats what followed the same words before scores 1; one that cannot look back does not."""
-    from openmoba.lab import needle
+    from openmoba.lab.measure import needle
 
     tokenizer = byte_tokenizer()
 

@@ -12,19 +12,19 @@ import pytest
 from tiny import tiny_config, write_texts
 
 from openmoba import cli
-from openmoba.lab import data as data_module
-from openmoba.lab import records
-from openmoba.lab.checkpoint import newest_checkpoint
 from openmoba.lab.config import RunConfig
-from openmoba.lab.evaluate import evaluate_source
-from openmoba.lab.identity import Known, stored_identity
-from openmoba.lab.needle import measure_needle
-from openmoba.lab.outcomes import read_outcomes
+from openmoba.lab.data import load as data_module
+from openmoba.lab.data.identity import Known, stored_identity
+from openmoba.lab.measure.evaluate import evaluate_source
+from openmoba.lab.measure.needle import measure_needle
+from openmoba.lab.model.checkpoint import newest_checkpoint
 from openmoba.lab.progress import Progress
-from openmoba.lab.recipe import parse_recipe
-from openmoba.lab.report import write_report
-from openmoba.lab.study import check_folders, run_study
-from openmoba.lab.train import run_training
+from openmoba.lab.study.outcomes import read_outcomes
+from openmoba.lab.study.recipe import parse_recipe
+from openmoba.lab.study.report import write_report
+from openmoba.lab.study.work import check_folders, run_study
+from openmoba.lab.train.run import run_training
+from openmoba.records import disk
 
 OLD_STUDY = Path(__file__).parent / "data" / "study-de9d508"
 """Two finished runs as commit de9d508 wrote them, without weights; the documents were those of `write_texts`."""
@@ -40,17 +40,17 @@ def cut_at_step_2(config: RunConfig, folder: Path) -> None:
     """A run of which records and checkpoint are those of its second step."""
     run_training(replace(config, train=replace(config.train, steps=2)), folder)
     (folder / "result.json").unlink()
-    stored = records.read_json(folder / "config.json")
+    stored = disk.read_json(folder / "config.json")
     stored["train"]["steps"] = 4
-    records.write_json(folder / "config.json", stored)
-    rows = [row for row in records.read(folder / "metrics.jsonl") if row["kind"] == "train"]
-    records.keep(folder / "metrics.jsonl", rows)
+    disk.write_json(folder / "config.json", stored)
+    rows = [row for row in disk.read(folder / "metrics.jsonl") if row["kind"] == "train"]
+    disk.keep(folder / "metrics.jsonl", rows)
 
 
 def test_a_run_says_what_it_was_trained_on(config: RunConfig, tmp_path: Path) -> None:
     result = run_training(config, tmp_path / "run")
     identity = stored_identity(tmp_path / "run")
-    assert identity == records.read_json(tmp_path / "run" / "data.json")
+    assert identity == disk.read_json(tmp_path / "run" / "data.json")
     assert set(identity) == {"train", "valid", "tokenizer", "vocabulary", "training_windows"}
     assert identity.items() <= result["data"].items()
     assert identity["vocabulary"] == 270
@@ -171,9 +171,9 @@ def test_a_study_of_de9d508_is_not_extended_with_other_documents(old_study: Path
 
 def test_a_setting_that_an_older_run_does_not_have_is_its_default(old_study: Path) -> None:
     folder = old_study / "pretrain" / "nano-full-seed0"
-    stored = records.read_json(folder / "config.json")
+    stored = disk.read_json(folder / "config.json")
     del stored["train"]["fsdp"], stored["data"]["column"]
-    records.write_json(folder / "config.json", stored)
+    disk.write_json(folder / "config.json", stored)
     check_folders(extended(old_study), old_study)
     run = next(run for run in extended(old_study).runs if run.name == "pretrain/nano-full-seed0")
     assert run_training(run.config(old_study), folder)["eval"]["step"] == 4
@@ -194,9 +194,9 @@ def test_a_study_goes_on_with_no_other_documents(old_study: Path) -> None:
 def test_runs_of_different_documents_are_not_compared(old_study: Path) -> None:
     for seed in (0, 1):
         path = old_study / "pretrain" / f"nano-full-seed{seed}" / "result.json"
-        result = records.read_json(path)
+        result = disk.read_json(path)
         result["data"] |= {"train": f"documents {seed}", "valid": "0" * 32, "tokenizer": "1" * 32}
-        records.write_json(path, result)
+        disk.write_json(path, result)
     with pytest.raises(ValueError, match=r"seed0 were others: training documents.*--out"):
         read_outcomes(extended(old_study, arms='["full"]'), old_study)
     with pytest.raises(ValueError, match=r"seed0 were others: training documents.*--out"):

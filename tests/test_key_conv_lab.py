@@ -11,14 +11,14 @@ from test_train import TRAIN, _interrupt, config, curve  # noqa: F401  the fixtu
 from transformers import Trainer
 
 from openmoba import cli
-from openmoba.lab import records
-from openmoba.lab.compute import Shape, training_compute
 from openmoba.lab.config import ArmConfig, ModelConfig, RunConfig
-from openmoba.lab.model import SIZES, build_model, load_model, set_attention
-from openmoba.lab.runs import _arm
-from openmoba.lab.summary import arm_name
-from openmoba.lab.train import run_training
-from openmoba.lab.trainer import RunTrainer
+from openmoba.lab.measure.compute import Shape, training_compute
+from openmoba.lab.model.build import SIZES, build_model, load_model, set_attention
+from openmoba.lab.train.run import run_training
+from openmoba.lab.train.runs import _arm
+from openmoba.lab.train.summary import arm_name
+from openmoba.lab.train.trainer import RunTrainer
+from openmoba.records import disk
 
 SHORT = replace(TRAIN, steps=4, log_every=1)
 
@@ -73,7 +73,7 @@ def test_fine_tuning_goes_on_with_it_or_says_what_would_be_lost(
     run_training(replace(config, arm=arm, train=SHORT), tmp_path / "first")
     tuned = replace(config, arm=replace(arm, name="full"), train=replace(SHORT, start_from=str(tmp_path / "first")))
     result = run_training(tuned, tmp_path / "tuned")
-    assert result["eval"]["lm_loss"] < records.read_json(tmp_path / "first" / "result.json")["eval"]["lm_loss"]
+    assert result["eval"]["lm_loss"] < disk.read_json(tmp_path / "first" / "result.json")["eval"]["lm_loss"]
     with pytest.raises(ValueError, match="key convolution of width 4 is trained"):
         run_training(replace(tuned, arm=ArmConfig("full")), tmp_path / "lost")
     assert not (tmp_path / "lost" / "metrics.jsonl").exists()

@@ -13,9 +13,9 @@ import torch
 
 from openmoba import MobaConfig, cli
 from openmoba.lab.config import ModelConfig, RunConfig, from_dict, to_dict
-from openmoba.lab.model import SIZES, build_model, check_model, load_model
-from openmoba.lab.recipe import parse_recipe
-from openmoba.lab.study import run_study
+from openmoba.lab.model.build import SIZES, build_model, check_model, load_model
+from openmoba.lab.study.recipe import parse_recipe
+from openmoba.lab.study.work import run_study
 
 MOBA = MobaConfig(8, 2)
 THETA = "rope_parameters.rope_theta"

@@ -23,12 +23,12 @@ from openmoba.bench.rows import columns
 from openmoba.bench.table import Row
 from openmoba.errors import explain
 from openmoba.hub import check_source
-from openmoba.lab import records
 from openmoba.lab.config import ArmConfig, DataConfig, EvalConfig, RunConfig, TrainConfig, from_dict, to_dict
 from openmoba.lab.errors import Terminated, on_sigterm
 from openmoba.lab.progress import Progress
-from openmoba.lab.train import run_training
-from openmoba.lab.trainer import RunTrainer
+from openmoba.lab.train.run import run_training
+from openmoba.lab.train.trainer import RunTrainer
+from openmoba.records import disk
 
 HUGE = str(10**20)
 CONVERT = ["--block-size", "8", "--top-k", "2"]
@@ -55,7 +55,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(root / "model", root / "sentencepiece")
     (root / "sentencepiece" / "tokenizer.json").unlink()
     (root / "sentencepiece" / "tokenizer.model").write_bytes(b"\x0a\x01")
-    records.write_json(root / "sentencepiece" / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
+    disk.write_json(root / "sentencepiece" / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
     for name, file, content in (
         ("run-of-a-list", "config.json", b"[]"),
         ("run-of-a-word", "config.json", b'{"data": {"length": "x"}}'),
@@ -279,7 +279,7 @@ def test_a_librarys_error_says_whose_it_is() -> None:
         json.loads("")
     assert explain(raised.value) == "Python says: Expecting value: line 1 column 1 (char 0)"
     with pytest.raises(ValueError, match="a line is not str") as raised:
-        records.expect(3, str, "a line")
+        disk.expect(3, str, "a line")
     assert explain(raised.value) == "a line is not str but 3; restore the file from a copy"
 
 
@@ -289,7 +289,7 @@ def test_a_fault_of_the_program_is_a_traceback_and_says_so(
     def fault(*_: Any) -> None:
         raise KeyError("kind")
 
-    monkeypatch.setattr("openmoba.lab.study_commands.Plot.run", fault)
+    monkeypatch.setattr("openmoba.lab.study.commands.Plot.run", fault)
     assert cli.main(["plot", "anything"]) == 1
     error = capsys.readouterr().err
     assert "Traceback" in error
@@ -331,7 +331,7 @@ def test_sigterm_stops_what_does_not_handle_it(capsys: pytest.CaptureFixture[str
         time.sleep(10)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("openmoba.lab.study_commands.Plot.run", stop)
+        patch.setattr("openmoba.lab.study.commands.Plot.run", stop)
         assert cli.main(["plot", "anything"]) == 143
     assert "stopped by SIGTERM" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -364,7 +364,7 @@ def test_a_run_that_gets_sigterm_keeps_its_last_step_and_goes_on_as_if_it_had_no
         return plain(trainer, *args, **kwargs)
 
     folder = tmp_path / "run"
-    records.write_json(make(folder) / "config.json", to_dict(tiny_config(place)))
+    disk.write_json(make(folder) / "config.json", to_dict(tiny_config(place)))
     with monkeypatch.context() as patch:
         patch.setattr(RunTrainer, "training_step", terminated)
         assert cli.main(["train", str(folder)]) == 143
@@ -384,13 +384,13 @@ def make(folder: Path) -> Path:
 
 
 def losses(folder: Path) -> list[Any]:
-    rows = records.read(folder / "metrics.jsonl")
+    rows = disk.read(folder / "metrics.jsonl")
     return [(row["kind"], row["step"], row.get("loss"), row.get("lm_loss"), row.get("windows")) for row in rows]
 
 
 def test_output_that_nobody_reads_any_more_ends_the_command() -> None:
     code = (
-        "import sys; from openmoba import cli; from openmoba.lab.study_commands import Plot\n"
+        "import sys; from openmoba import cli; from openmoba.lab.study.commands import Plot\n"
         "Plot.run = lambda self: print('x' * 10**6)\nsys.exit(cli.main(['plot', 'x']))"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -19,11 +19,11 @@ import pytest
 from pyarrow import feather, parquet
 
 from openmoba.lab.config import DataConfig
-from openmoba.lab.corpus import Corpus, Item, open_corpus
-from openmoba.lab.data import load_data, trained_bpe
+from openmoba.lab.data.corpus import Corpus, Item, open_corpus
+from openmoba.lab.data.load import load_data, trained_bpe
+from openmoba.lab.data.store import survey, tokenise
+from openmoba.lab.data.tokenizer import byte_tokenizer
 from openmoba.lab.progress import Progress
-from openmoba.lab.store import survey, tokenise
-from openmoba.lab.tokenizer import byte_tokenizer
 
 TEXTS = ["first, with a comma\nand two lines", 'second "quoted" ä漢', "x" * 200_000, "[last"]
 
@@ -206,7 +206,7 @@ def test_a_data_set_whose_description_is_damaged_is_named(tmp_path: Path) -> Non
 
 
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openmoba.lab.corpus._hub_files", lambda source: pytest.fail(source))
+    monkeypatch.setattr("openmoba.lab.data.corpus._hub_files", lambda source: pytest.fail(source))
     (tmp_path / "texts").mkdir()
     monkeypatch.chdir(tmp_path)
     for source in ("texts/gone", "some/where/else", "gone.jsonl.gz", "./gone"):
@@ -257,7 +257,7 @@ def test_what_is_not_readable_names_file_and_row(name: str, content: bytes, mess
 def test_a_list_of_objects_is_read_over_the_borders_of_what_is_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("openmoba.lab.rows._CHARACTERS_AT_ONCE", 7)
+    monkeypatch.setattr("openmoba.lab.data.rows._CHARACTERS_AT_ONCE", 7)
     texts = [f"{n} ]}}, {{" * n for n in range(1, 9)]
     (tmp_path / "a.json").write_bytes(json_list(texts))
     assert list(open_corpus(str(tmp_path / "a.json")).documents()) == texts
@@ -296,7 +296,7 @@ def config(source: Path, tmp_path: Path, **options: Any) -> DataConfig:
 
 
 def test_reading_and_tokenising_tell_how_far_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openmoba.lab.store._CHARACTERS_PER_BATCH", 3000)
+    monkeypatch.setattr("openmoba.lab.data.store._CHARACTERS_PER_BATCH", 3000)
     path = tmp_path / "a.jsonl"
     path.write_bytes(json_lines([f"{n} and {n * n % 1009}, " * 90 for n in range(100)]))
     told = Told()
@@ -346,7 +346,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
 
 
 def test_batches_bound_what_is_tokenised_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openmoba.lab.store._CHARACTERS_PER_BATCH", 1000)
+    monkeypatch.setattr("openmoba.lab.data.store._CHARACTERS_PER_BATCH", 1000)
     sizes = []
     encode = byte_tokenizer().backend_tokenizer.encode_batch_fast
 

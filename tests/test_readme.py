@@ -23,8 +23,8 @@ import tyro
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from openmoba.cli import COMMANDS, main
-from openmoba.lab.recipe import read_recipe
-from openmoba.lab.tokenizer import byte_tokenizer
+from openmoba.lab.data.tokenizer import byte_tokenizer
+from openmoba.lab.study.recipe import read_recipe
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from openmoba.lab import records
 from openmoba.lab.config import (
     ArmConfig,
     DataConfig,
@@ -25,48 +24,49 @@ from openmoba.lab.config import (
     to_dict,
 )
 from openmoba.lab.progress import TerminalProgress, bar, duration
+from openmoba.records import disk
 
 
 def test_appended_rows_are_read_back(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     rows = [{"step": 1, "loss": 2.5, "name": "ä\n"}, {"step": 2, "loss": 0.1, "parts": [1, None]}]
     for row in rows:
-        records.append(path, row)
-    assert records.read(path) == rows
-    assert records.read(tmp_path / "missing.jsonl") == []
+        disk.append(path, row)
+    assert disk.read(path) == rows
+    assert disk.read(tmp_path / "missing.jsonl") == []
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 2, "lo', b"{", '{"name": "ä'.encode()[:-1]])
 def test_a_torn_last_line_is_skipped_and_cut_off_by_the_next_append(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
-    records.append(path, {"step": 1})
+    disk.append(path, {"step": 1})
     with path.open("ab") as file:
         file.write(torn)
-    assert records.read(path) == [{"step": 1}]
-    records.append(path, {"step": 2})
-    assert records.read(path) == [{"step": 1}, {"step": 2}]
+    assert disk.read(path) == [{"step": 1}]
+    disk.append(path, {"step": 2})
+    assert disk.read(path) == [{"step": 1}, {"step": 2}]
 
 
 def test_a_torn_line_longer_than_the_read_buffer_is_cut_off_whole(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    records.append(path, {"step": 1})
+    disk.append(path, {"step": 1})
     with path.open("ab") as file:
         file.write(b'{"x": "' + b"a" * 200_000)
-    records.append(path, {"step": 2})
-    assert records.read(path) == [{"step": 1}, {"step": 2}]
+    disk.append(path, {"step": 2})
+    assert disk.read(path) == [{"step": 1}, {"step": 2}]
 
 
 def test_a_broken_line_in_the_middle_names_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step":1}\nbroken\n{"step":3}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
-        records.read(path)
+        disk.read(path)
 
 
 def test_a_writer_killed_at_any_moment_leaves_every_earlier_line_readable(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     code = (
-        "import itertools, sys; from pathlib import Path; from openmoba.lab.records import append\n"
+        "import itertools, sys; from pathlib import Path; from openmoba.records.disk import append\n"
         "for step in itertools.count():\n"
         "    append(Path(sys.argv[1]), {'step': step, 'pad': 'x' * 1000}); print(step, flush=True)"
     )
@@ -76,16 +76,16 @@ def test_a_writer_killed_at_any_moment_leaves_every_earlier_line_readable(tmp_pa
     writer.send_signal(signal.SIGKILL)
     writer.wait()
     writer.stdout.close()
-    steps = [row["step"] for row in records.read(path)]
+    steps = [row["step"] for row in disk.read(path)]
     assert steps == list(range(len(steps)))
     assert len(steps) > announced
 
 
 def test_numbers_that_json_cannot_say_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="loss=nan"):
-        records.append(tmp_path / "metrics.jsonl", {"loss": float("nan")})
+        disk.append(tmp_path / "metrics.jsonl", {"loss": float("nan")})
     with pytest.raises(ValueError, match=r"compute\.6nd=inf"):
-        records.write_json(tmp_path / "result.json", {"compute": {"6nd": float("inf")}})
+        disk.write_json(tmp_path / "result.json", {"compute": {"6nd": float("inf")}})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -94,20 +94,20 @@ def test_a_full_disk_is_one_error_that_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.symlink_to("/dev/full")
     with pytest.raises(ValueError, match=r"cannot write .*metrics\.jsonl: No space left on device"):
-        records.append(path, {"step": 1})
+        disk.append(path, {"step": 1})
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
-    records.write_json(path, {"tokens": 1})
+    disk.write_json(path, {"tokens": 1})
     with pytest.raises(TypeError):
-        records.write_json(path, {"tokens": object()})
-    assert records.read_json(path) == {"tokens": 1}
-    records.keep(tmp_path / "metrics.jsonl", [{"step": 1}, {"step": 2}])
-    assert len(records.read(tmp_path / "metrics.jsonl")) == 2
+        disk.write_json(path, {"tokens": object()})
+    assert disk.read_json(path) == {"tokens": 1}
+    disk.keep(tmp_path / "metrics.jsonl", [{"step": 1}, {"step": 2}])
+    assert len(disk.read(tmp_path / "metrics.jsonl")) == 2
     assert {p.name for p in tmp_path.iterdir()} == {"result.json", "metrics.jsonl"}
     with pytest.raises(ValueError, match=r"cannot write .*absent"):
-        records.write_json(tmp_path / "absent" / "result.json", {})
+        disk.write_json(tmp_path / "absent" / "result.json", {})
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "does not exist"), ("{", "not JSON"), ("[1]", "holds a list")])
@@ -116,7 +116,7 @@ def test_an_unreadable_json_file_is_named(tmp_path: Path, content: str | None, m
     if content is not None:
         path.write_text(content)
     with pytest.raises(ValueError, match=message):
-        records.read_json(path)
+        disk.read_json(path)
 
 
 def test_configurations_survive_json() -> None:

@@ -13,16 +13,17 @@ from matplotlib.figure import Figure
 from synthetic_study import CANDIDATES, DOCUMENTS, RANGES, RECIPE, WINDOWS, train
 
 from openmoba import cli
-from openmoba.lab import figures, panels, resample
-from openmoba.lab import fit as fitting
-from openmoba.lab.candidates import key_share, standings
-from openmoba.lab.charts import describe_sparsity
-from openmoba.lab.figures import Level
-from openmoba.lab.outcomes import behind, by, difference, fit, read_outcomes, seed_noise
+from openmoba.lab.measure import resample
 from openmoba.lab.progress import Progress
-from openmoba.lab.recipe import Recipe, parse_recipe
-from openmoba.lab.report import write_report
-from openmoba.lab.study import run_study
+from openmoba.lab.study import figures, panels
+from openmoba.lab.study import fit as fitting
+from openmoba.lab.study.candidates import key_share, standings
+from openmoba.lab.study.charts import describe_sparsity
+from openmoba.lab.study.figures import Level
+from openmoba.lab.study.outcomes import behind, by, difference, fit, read_outcomes, seed_noise
+from openmoba.lab.study.recipe import Recipe, parse_recipe
+from openmoba.lab.study.report import write_report
+from openmoba.lab.study.work import run_study
 
 
 def silent(label: str) -> Progress:

@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from openmoba.lab.resample import (
+from openmoba.lab.measure.resample import (
     LEVEL,
     REPLICATES,
     Interval,
@@ -29,7 +29,7 @@ def clustered(rng, share):
 @pytest.mark.parametrize(("share", "least"), [(0.0, 95), (0.3, 89), (0.9, 88)])
 def test_intervals_cover_with_windows_of_shared_documents(share, least, monkeypatch):
     """Measured over 1,000 data sets: 98.9, 94.5 and 92.6 % cover."""
-    monkeypatch.setattr("openmoba.lab.resample.REPLICATES", 300)
+    monkeypatch.setattr("openmoba.lab.measure.resample.REPLICATES", 300)
     rng = np.random.default_rng(3)
     hits = 0
     for _ in range(100):
@@ -40,7 +40,7 @@ def test_intervals_cover_with_windows_of_shared_documents(share, least, monkeypa
 
 
 def test_windows_taken_for_independent_do_not_cover(monkeypatch):
-    monkeypatch.setattr("openmoba.lab.resample.REPLICATES", 300)
+    monkeypatch.setattr("openmoba.lab.measure.resample.REPLICATES", 300)
     rng = np.random.default_rng(3)
     hits = 0
     for _ in range(100):
@@ -56,7 +56,7 @@ def test_intervals_with_the_noise_of_seeds_cover_with_few_seeds(seeds, monkeypat
 
     Measured over 2,000 data sets: 94.5, 95.9 and 94.4 % cover.
     """
-    monkeypatch.setattr("openmoba.lab.resample.REPLICATES", 300)
+    monkeypatch.setattr("openmoba.lab.measure.resample.REPLICATES", 300)
     rng = np.random.default_rng(4)
     hits = 0
     for _ in range(200):

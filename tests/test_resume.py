@@ -16,20 +16,20 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_config
 
 from openmoba import cli
-from openmoba.lab import data as data_module
-from openmoba.lab import records
-from openmoba.lab import train as train_module
-from openmoba.lab.checkpoint import checkpoints, damage, newest_checkpoint, newest_held, prune, seal
 from openmoba.lab.config import ArmConfig, EvalConfig, RunConfig, TrainConfig
+from openmoba.lab.data import load as data_module
 from openmoba.lab.errors import DivergenceError
-from openmoba.lab.evaluate import evaluate_source
-from openmoba.lab.generate import generate_text
-from openmoba.lab.history import evaluations, history_until, read_result
-from openmoba.lab.needle import measure_needle
+from openmoba.lab.measure.evaluate import evaluate_source
+from openmoba.lab.measure.generate import generate_text
+from openmoba.lab.measure.needle import measure_needle
+from openmoba.lab.model.checkpoint import checkpoints, damage, newest_checkpoint, newest_held, prune, seal
 from openmoba.lab.progress import Progress
-from openmoba.lab.schedule import check_lengthening
-from openmoba.lab.train import run_training
-from openmoba.lab.trainer import RunTrainer
+from openmoba.lab.train import run as train_module
+from openmoba.lab.train.history import evaluations, history_until, read_result
+from openmoba.lab.train.run import run_training
+from openmoba.lab.train.schedule import check_lengthening
+from openmoba.lab.train.trainer import RunTrainer
+from openmoba.records import disk
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +72,8 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def drop(folder: Path, kind: str, step: int) -> None:
-    rows = records.read(folder / "metrics.jsonl")
-    records.keep(folder / "metrics.jsonl", [row for row in rows if (row["kind"], row["step"]) != (kind, step)])
+    rows = disk.read(folder / "metrics.jsonl")
+    disk.keep(folder / "metrics.jsonl", [row for row in rows if (row["kind"], row["step"]) != (kind, step)])
 
 
 @pytest.mark.parametrize(("kind", "step"), [("train", 2), ("train", 4), ("eval", 4)])
@@ -84,7 +84,7 @@ def test_a_run_does_not_go_on_over_a_lost_record(config: RunConfig, cut: Path, k
 
 
 def test_a_record_twice_is_named(config: RunConfig, cut: Path) -> None:
-    records.append(cut / "metrics.jsonl", records.read(cut / "metrics.jsonl")[0])
+    disk.append(cut / "metrics.jsonl", disk.read(cut / "metrics.jsonl")[0])
     with pytest.raises(ValueError, match=r"record of training of step 2 comes after that of step 4"):
         run_training(config, cut)
 
@@ -92,11 +92,11 @@ def test_a_record_twice_is_named(config: RunConfig, cut: Path) -> None:
 def test_a_result_without_its_evaluation_is_not_drawn(finished: Path) -> None:
     config, result = read_result(finished)
     assert [row["step"] for row in evaluations(finished, config, result)] == [4]
-    rows = records.read(finished / "metrics.jsonl")
-    records.keep(finished / "metrics.jsonl", [row | {"lm_loss": 5.0} if row["kind"] == "eval" else row for row in rows])
+    rows = disk.read(finished / "metrics.jsonl")
+    disk.keep(finished / "metrics.jsonl", [row | {"lm_loss": 5.0} if row["kind"] == "eval" else row for row in rows])
     with pytest.raises(ValueError, match=r"metrics\.jsonl: the evaluation of step 4 says lm_loss=5\.0, .*result\.json"):
         evaluations(finished, config, result)
-    records.keep(finished / "metrics.jsonl", rows[:-1])
+    disk.keep(finished / "metrics.jsonl", rows[:-1])
     with pytest.raises(ValueError, match=r"metrics\.jsonl lacks the evaluation of step 4, though .*result\.json is of"):
         evaluations(finished, config, result)
 
@@ -148,13 +148,13 @@ def test_whoever_measures_a_damaged_run_is_told(cut: Path, notes: list[str]) -> 
 def test_a_damaged_run_goes_on_from_the_older_checkpoint(config: RunConfig, cut: Path, trained: Path) -> None:
     flip_a_byte(cut / "checkpoint-4" / "optimizer.pt")
     run_training(config, cut)
-    lost, kept = ([row["loss"] for row in records.read(f / "metrics.jsonl") if "loss" in row] for f in (cut, trained))
+    lost, kept = ([row["loss"] for row in disk.read(f / "metrics.jsonl") if "loss" in row] for f in (cut, trained))
     assert lost == kept
 
 
 def test_a_seal_without_hashes_is_one_of_an_older_run(cut: Path) -> None:
     seal_file = cut / "checkpoint-4" / "complete.json"
-    records.write_json(seal_file, {"files": records.read_json(seal_file)["files"]})
+    disk.write_json(seal_file, {"files": disk.read_json(seal_file)["files"]})
     assert newest_checkpoint(cut) == cut / "checkpoint-4"
     seal_file.write_text('{"files": 3}')
     assert newest_checkpoint(cut) == cut / "checkpoint-2"
@@ -193,7 +193,7 @@ def test_a_checkpoint_that_was_pruned_meanwhile_is_not_missed(cut: Path, monkeyp
             checkpoint.rename(cut / "checkpoint-6")  # the reader has listed it, and it is there no more
         return plain(checkpoint)
 
-    monkeypatch.setattr("openmoba.lab.checkpoint.damage", late)
+    monkeypatch.setattr("openmoba.lab.model.checkpoint.damage", late)
     assert newest_checkpoint(cut) == cut / "checkpoint-2", "an older one that is whole will do"
     shutil.rmtree(cut / "checkpoint-2")
     (cut / "checkpoint-6").rename(cut / "checkpoint-4")
@@ -270,7 +270,7 @@ def test_a_gradient_that_is_no_number_is_divergence(
     monkeypatch.setattr(RunTrainer, "_clip_grad_norm", lambda *_: torch.tensor(torch.nan))
     with pytest.raises(DivergenceError, match=r"the gradient was not a finite number at step 2.*lower train\.learning"):
         run_training(config, tmp_path / "run")
-    assert records.read(tmp_path / "run" / "metrics.jsonl") == []
+    assert disk.read(tmp_path / "run" / "metrics.jsonl") == []
 
 
 CONSTANT = {"schedule": "wsd", "decay": 0.0, "warmup": 0.0}
@@ -281,11 +281,11 @@ def test_a_run_is_lengthened_into_the_run_that_it_would_have_been(root: Path, tm
     run_training(long, tmp_path / "long")
     run_training(tiny_config(root, **CONSTANT), tmp_path / "run")
     assert cli.main(["train", str(tmp_path / "run"), "--train.steps", "6"]) == 0
-    once, twice = (records.read(tmp_path / name / "metrics.jsonl") for name in ("long", "run"))
+    once, twice = (disk.read(tmp_path / name / "metrics.jsonl") for name in ("long", "run"))
     assert [row["loss"] for row in once if "loss" in row] == [row["loss"] for row in twice if "loss" in row]
     assert once[-1]["windows"] == twice[-1]["windows"]
-    assert records.read_json(tmp_path / "run" / "config.json")["train"]["steps"] == 6
-    assert records.read_json(tmp_path / "run" / "result.json")["eval"]["step"] == 6
+    assert disk.read_json(tmp_path / "run" / "config.json")["train"]["steps"] == 6
+    assert disk.read_json(tmp_path / "run" / "result.json")["eval"]["step"] == 6
 
 
 @pytest.mark.parametrize(
@@ -351,9 +351,9 @@ def test_a_strangers_run_makes_no_cache_where_it_says(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    stored = records.read_json(finished / "config.json")
+    stored = disk.read_json(finished / "config.json")
     stored["data"]["cache"] = str(tmp_path / "somewhere")
-    records.write_json(finished / "config.json", stored)
+    disk.write_json(finished / "config.json", stored)
     assert cli.main(["evaluate", str(finished)]) == 0
     evaluate_source(str(finished))
     assert not (tmp_path / "somewhere").exists()

@@ -15,14 +15,14 @@ import pytest
 from synthetic_study import RECIPE, train
 
 from openmoba import cli
-from openmoba.lab import records
-from openmoba.lab.claims import claim, holder
 from openmoba.lab.config import RunConfig
 from openmoba.lab.errors import DivergenceError, Terminated
-from openmoba.lab.overview import overview
 from openmoba.lab.progress import Progress
-from openmoba.lab.recipe import parse_recipe, read_recipe
-from openmoba.lab.study import run_study
+from openmoba.lab.study.overview import overview
+from openmoba.lab.study.recipe import parse_recipe, read_recipe
+from openmoba.lab.study.work import run_study
+from openmoba.records import disk
+from openmoba.records.claims import claim, holder
 
 SMALL = """
 title = "A study in seconds"
@@ -58,7 +58,7 @@ def silent(label: str) -> Progress:
 
 def curve(folder: Path) -> list[dict[str, Any]]:
     """The records without measured time."""
-    rows = records.read(folder / "metrics.jsonl")
+    rows = disk.read(folder / "metrics.jsonl")
     for row in rows:
         for name in ("seconds", "tokens_per_second", "mfu"):
             row.pop(name, None)
@@ -107,7 +107,7 @@ def test_killed_study_is_finished_by_a_second_call_with_the_same_curves(
     process = start(recipe, out)
     metrics = out / RUNS[0] / "metrics.jsonl"
     deadline = time.monotonic() + 60
-    while not any(row["step"] >= 10 for row in records.read(metrics)):
+    while not any(row["step"] >= 10 for row in disk.read(metrics)):
         assert process.poll() is None, "the study ended before it could be killed"
         assert time.monotonic() < deadline, "the study makes no progress"
         time.sleep(0.005)
@@ -134,10 +134,10 @@ def test_two_processes_share_a_study_without_doing_a_run_twice(
 
 def test_branches_start_from_the_run_they_name(uninterrupted: Path) -> None:
     for run in RUNS[1:]:
-        config = records.read_json(uninterrupted / run / "config.json")
+        config = disk.read_json(uninterrupted / run / "config.json")
         assert config["train"]["start_from"].endswith(RUNS[0])
-        first = records.read(uninterrupted / run / "metrics.jsonl")[0]
-        scratch = records.read(uninterrupted / RUNS[0] / "metrics.jsonl")[0]
+        first = disk.read(uninterrupted / run / "metrics.jsonl")[0]
+        scratch = disk.read(uninterrupted / RUNS[0] / "metrics.jsonl")[0]
         assert first["loss"] < scratch["loss"] - 0.5, "a branch keeps what its origin learned"
 
 
@@ -288,11 +288,11 @@ def test_a_run_that_diverges_is_marked_and_the_study_goes_on(
     def diverge(config: RunConfig, folder: Path, **_: Any) -> dict[str, Any]:
         tried.append(folder.name)
         if config.train.learning_rate > 1:
-            records.append(folder / "metrics.jsonl", {"kind": "train", "step": 1})
+            disk.append(folder / "metrics.jsonl", {"kind": "train", "step": 1})
             raise DivergenceError("the gradient was not a finite number at step 2; lower train.learning_rate=1e+30")
         return train(config, folder)
 
-    monkeypatch.setattr("openmoba.lab.train.run_training", diverge)
+    monkeypatch.setattr("openmoba.lab.train.run.run_training", diverge)
     text = RECIPE.replace("train = { steps = 400 }", "train = { steps = 400, learning_rate = 1e30 }")
     path, out = tmp_path / "r.toml", tmp_path / "out"
     path.write_text(text)
@@ -340,7 +340,7 @@ def test_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_claim_of_a_dead_process_is_free(tmp_path: Path) -> None:
-    code = "import sys, time; from pathlib import Path; from openmoba.lab.claims import claim\n"
+    code = "import sys, time; from pathlib import Path; from openmoba.records.claims import claim\n"
     code += "with claim(Path(sys.argv[1])) as mine: print(mine, flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -361,4 +361,4 @@ def forbidden(*_: Any, **__: Any) -> dict[str, Any]:
 def test_config_of_a_run_is_as_trained(uninterrupted: Path) -> None:
     for run in RUNS:
         result = json.loads((uninterrupted / run / "result.json").read_text())
-        assert result["config"] == records.read_json(uninterrupted / run / "config.json")
+        assert result["config"] == disk.read_json(uninterrupted / run / "config.json")

@@ -20,16 +20,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from openmoba import cli
-from openmoba.lab import records
-from openmoba.lab import trainer as trainer_module
-from openmoba.lab.checkpoint import damage, newest_checkpoint
-from openmoba.lab.claims import claim
 from openmoba.lab.config import ArmConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig, to_dict
-from openmoba.lab.model import SIZES, build_model, load_model
+from openmoba.lab.model.build import SIZES, build_model, load_model
+from openmoba.lab.model.checkpoint import damage, newest_checkpoint
 from openmoba.lab.progress import Progress
-from openmoba.lab.schedule import learning_rate_factor
-from openmoba.lab.train import run_training
-from openmoba.lab.trainer import RunTrainer
+from openmoba.lab.train import trainer as trainer_module
+from openmoba.lab.train.run import run_training
+from openmoba.lab.train.schedule import learning_rate_factor
+from openmoba.lab.train.trainer import RunTrainer
+from openmoba.records import disk
+from openmoba.records.claims import claim
 
 TRAIN = TrainConfig(steps=12, batch_size=4, log_every=2, checkpoint_every=4, learning_rate=5e-3)
 
@@ -60,7 +60,7 @@ def finished(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def curve(folder: Path) -> list[dict[str, Any]]:
     """The records without measured time."""
-    rows = records.read(folder / "metrics.jsonl")
+    rows = disk.read(folder / "metrics.jsonl")
     for row in rows:
         for name in ("seconds", "tokens_per_second", "mfu"):
             row.pop(name, None)
@@ -69,7 +69,7 @@ def curve(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_leaves_its_records(config: RunConfig, finished: Path) -> None:
-    rows = records.read(finished / "metrics.jsonl")
+    rows = disk.read(finished / "metrics.jsonl")
     train = [row for row in rows if row["kind"] == "train"]
     evaluations = [row for row in rows if row["kind"] == "eval"]
     assert [row["step"] for row in train] == [2, 4, 6, 8, 10, 12]
@@ -86,21 +86,21 @@ def test_a_run_leaves_its_records(config: RunConfig, finished: Path) -> None:
     assert set(windows) == {"document", "lm", "trailing", "positions"}
     assert [len(ranges) for ranges in windows["positions"]] == [4] * 4
     assert sum(windows["lm"]) / 4 == pytest.approx(evaluations[-1]["lm_loss"], rel=1e-5)
-    result = records.read_json(finished / "result.json")
+    result = disk.read_json(finished / "result.json")
     assert result["eval"] == evaluations[-1]
-    assert result["config"] == to_dict(config) == records.read_json(finished / "config.json")
+    assert result["config"] == to_dict(config) == disk.read_json(finished / "config.json")
     assert (result["arm"], result["size"], result["seed"]) == ("moba", "nano", 0)
     assert result["params"]["total"] > result["params"]["non_embedding"] > 0
     assert set(result) >= {"tokens", "compute", "versions", "hardware", "commit", "seconds"}
 
 
 def test_records_carry_the_speed_of_their_own_steps(config: RunConfig, finished: Path) -> None:
-    rows = [row for row in records.read(finished / "metrics.jsonl") if row["kind"] == "train"]
+    rows = [row for row in disk.read(finished / "metrics.jsonl") if row["kind"] == "train"]
     for before, row in pairwise([{"compute": {"accelerator_seconds": 0.0}}, *rows]):
         seconds = row["compute"]["accelerator_seconds"] - before["compute"]["accelerator_seconds"]
         assert row["tokens_per_second"] == pytest.approx(2 * 4 * 64 / seconds, rel=1e-3)
         assert row["mfu"] is None, "nobody states the peak of this CPU"
-    speed = records.read_json(finished / "result.json")["speed"]
+    speed = disk.read_json(finished / "result.json")["speed"]
     found = sorted(row["tokens_per_second"] for row in rows)
     assert speed == {"tokens_per_second": pytest.approx((found[2] + found[3]) / 2), "mfu": None, "peak": None}
 
@@ -118,7 +118,7 @@ def test_a_finished_run_is_not_trained_again(
     config: RunConfig, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(RunTrainer, "train", None)
-    assert run_training(config, finished) == records.read_json(finished / "result.json")
+    assert run_training(config, finished) == disk.read_json(finished / "result.json")
 
 
 def test_another_configuration_in_the_same_folder_is_refused(config: RunConfig, finished: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_killed_run_goes_on_with_the_same_records(config: RunConfig, finished:
     """Killed twice: once somewhere after the first checkpoint, once in the middle of writing one."""
     folder = tmp_path / "run"
     folder.mkdir()
-    records.write_json(folder / "config.json", to_dict(config))
+    disk.write_json(folder / "config.json", to_dict(config))
     command = [sys.executable, "-m", "openmoba.cli", "train", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_environment()) as process:
         deadline = time.monotonic() + 120
@@ -146,7 +146,7 @@ def test_a_killed_run_goes_on_with_the_same_records(config: RunConfig, finished:
     unfinished.mkdir()
     (unfinished / "model.safetensors").write_bytes(b"torn")
     dropped = {"kind": "train", "step": 11, "loss": 0.0, "seconds": 0.0, "compute": {"accelerator_seconds": 0.0}}
-    records.append(folder / "metrics.jsonl", dropped)
+    disk.append(folder / "metrics.jsonl", dropped)
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(b'{"kind": "tra')
     run_training(config, folder)
@@ -197,7 +197,7 @@ def test_a_time_hybrid_switches_and_can_be_killed_across_the_switch(
         _interrupt(timed, tmp_path / "cut", stop, monkeypatch)
     run_training(timed, tmp_path / "cut")
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
-    saved = records.read_json(tmp_path / "cut" / "checkpoint-12" / "config.json")
+    saved = disk.read_json(tmp_path / "cut" / "checkpoint-12" / "config.json")
     assert saved.get("moba") is None
 
 
@@ -350,7 +350,7 @@ def test_a_disk_that_is_full_stops_the_run_with_earlier_records_whole(
     with pytest.raises(ValueError, match=r"cannot write .*No space left on device"):
         run_training(config, tmp_path)
     monkeypatch.setattr(os, "fsync", plain)
-    assert [row["step"] for row in records.read(tmp_path / "metrics.jsonl")][:1] == [2]
+    assert [row["step"] for row in disk.read(tmp_path / "metrics.jsonl")][:1] == [2]
 
 
 @pytest.mark.parametrize(
@@ -377,7 +377,7 @@ def test_bad_runs_are_refused_before_training(
     with pytest.raises(ValueError, match=message):
         run_training(replace(config, **changes), tmp_path)
     assert not (tmp_path / "config.json").exists(), "a start that failed decides nothing for the next"
-    assert records.read(tmp_path / "metrics.jsonl") == []
+    assert disk.read(tmp_path / "metrics.jsonl") == []
 
 
 def test_schedules_warm_up_hold_and_decay() -> None:
@@ -402,7 +402,7 @@ def test_two_processes_train_as_one(config: RunConfig, finished: Path, tmp_path:
     """Data parallel over gloo: the same records as one process, up to the order of sums."""
     folder = tmp_path / "run"
     folder.mkdir()
-    records.write_json(folder / "config.json", to_dict(config))
+    disk.write_json(folder / "config.json", to_dict(config))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "-m", "openmoba.cli", "train", str(folder)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=_environment())
@@ -420,10 +420,9 @@ def test_commands(config: RunConfig, finished: Path, tmp_path: Path, capsys: pyt
     assert "last 16" in capsys.readouterr().out
     assert cli.main(["evaluate", str(finished)]) == 0
     assert (
-        f"last 16  {records.read_json(finished / 'result.json')['eval']['trailing_loss']:.4f}"
-        in capsys.readouterr().out
+        f"last 16  {disk.read_json(finished / 'result.json')['eval']['trailing_loss']:.4f}" in capsys.readouterr().out
     )
-    assert len(records.read_json(tmp_path / "row.json")["windows"]["lm"]) == 2
+    assert len(disk.read_json(tmp_path / "row.json")["windows"]["lm"]) == 2
     assert cli.main(["evaluate", str(tmp_path), "--data.source", str(tmp_path / "no.txt")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
     assert cli.main(["--help"]) == 0
@@ -460,7 +459,7 @@ def test_a_run_says_what_it_is_and_how_it_goes(config: RunConfig, tmp_path: Path
         r"records .*run/metrics\.jsonl every 2 steps, 2 evaluations, checkpoint every 4",
     ):
         assert re.search(said, summary), (said, summary)
-    evaluations = [row for row in records.read(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "eval"]
+    evaluations = [row for row in disk.read(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "eval"]
     for row in evaluations:
         told = f"step {row['step']}: held-out loss {row['lm_loss']:.4f}, last 16 tokens {row['trailing_loss']:.4f}"
         assert told in heard.notes
@@ -512,7 +511,7 @@ def test_runs_are_listed_side_by_side(
     cells = {Path(line.split()[0]).name: line.split()[1:] for line in lines[:-1]}
     losses = {}
     for folder in (finished, tmp_path / "study" / "cut"):
-        rows = records.read(folder / "metrics.jsonl")
+        rows = disk.read(folder / "metrics.jsonl")
         losses[folder] = next(row["trailing_loss"] for row in reversed(rows) if row["kind"] == "eval")
     first, second = sorted(losses)
     assert cells["run"][:4] == ["finished", "moba", "8/2", "nano"]
@@ -531,7 +530,7 @@ def test_runs_are_listed_side_by_side(
 
 def test_a_run_that_failed_before_its_first_record_is_listed(config: RunConfig, tmp_path: Path, capsys: Any) -> None:
     tmp_path.joinpath("run").mkdir()
-    records.write_json(tmp_path / "run" / "failed.json", {"reason": "no number", "config": to_dict(config)})
+    disk.write_json(tmp_path / "run" / "failed.json", {"reason": "no number", "config": to_dict(config)})
     assert cli.main(["runs", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[1:4] == ["failed", "moba", "8/2"]
 
@@ -586,7 +585,7 @@ def test_overrides_are_any_value_and_kept_by_the_run(
     given = ["--model.overrides", "sliding_window", "None", "tie_word_embeddings", "False"]
     for arguments in ([*data, *small, *model, *given], given, []):
         assert cli.main([*command, *arguments]) == 0
-    stored = records.read_json(tmp_path / "config.json")["model"]["overrides"]
+    stored = disk.read_json(tmp_path / "config.json")["model"]["overrides"]
     assert stored == {"sliding_window": None, "tie_word_embeddings": False}
     assert cli.main([*command, "--model.overrides", "sliding_window", "3"]) == 2
     assert "holds another run: model.overrides was" in capsys.readouterr().err
@@ -606,13 +605,13 @@ def test_options_that_cannot_work_are_refused_before_the_work(
 def test_a_run_that_never_began_gives_way(config: RunConfig, finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    records.write_json(folder / "config.json", to_dict(replace(config, model=ModelConfig(size="7b"))))
+    disk.write_json(folder / "config.json", to_dict(replace(config, model=ModelConfig(size="7b"))))
     run_training(config, folder)
     assert curve(folder) == curve(finished)
 
 
 def test_one_process_trains_a_run(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    records.write_json(tmp_path / "config.json", to_dict(config))
+    disk.write_json(tmp_path / "config.json", to_dict(config))
     with claim(tmp_path):
         assert cli.main(["train", str(tmp_path)]) == 2
     assert f"is being trained by process {os.getpid()} on" in capsys.readouterr().err

@@ -16,16 +16,16 @@ from openmoba.errors import explain
 from openmoba.lab.errors import Terminated, on_sigterm
 
 COMMANDS = {
-    "corpus": ("openmoba.lab.corpus_commands:MakeCorpus", "say what documents a source holds, write them as Parquet"),
-    "train": ("openmoba.lab.commands:Train", "train one model, or go on with it"),
-    "evaluate": ("openmoba.lab.commands:Evaluate", "LM, position-wise and trailing loss of a run or a model"),
-    "runs": ("openmoba.lab.runs:Runs", "list runs and compare them: state, losses, speed"),
-    "study": ("openmoba.lab.study_commands:Study", "train a recipe's runs, draw its charts, write its report"),
-    "fit": ("openmoba.lab.study_commands:Fit", "power laws of a study's runs, with intervals"),
-    "plot": ("openmoba.lab.study_commands:Plot", "draw a study's charts again, by any convention of compute"),
-    "evaluate needle": ("openmoba.lab.model_commands:Needle", "needle in a haystack: depth-by-length heat map"),
-    "generate": ("openmoba.lab.model_commands:Generate", "continue a text with a run's or a model's weights"),
-    "convert": ("openmoba.lab.model_commands:Convert", "make a MoBA checkpoint of a Llama, Qwen, Mistral ... one"),
+    "corpus": ("openmoba.lab.data.commands:MakeCorpus", "say what documents a source holds, write them as Parquet"),
+    "train": ("openmoba.lab.train.commands:Train", "train one model, or go on with it"),
+    "evaluate": ("openmoba.lab.measure.commands:Evaluate", "LM, position-wise and trailing loss of a run or a model"),
+    "runs": ("openmoba.lab.train.runs:Runs", "list runs and compare them: state, losses, speed"),
+    "study": ("openmoba.lab.study.commands:Study", "train a recipe's runs, draw its charts, write its report"),
+    "fit": ("openmoba.lab.study.commands:Fit", "power laws of a study's runs, with intervals"),
+    "plot": ("openmoba.lab.study.commands:Plot", "draw a study's charts again, by any convention of compute"),
+    "evaluate needle": ("openmoba.lab.measure.commands:Needle", "needle in a haystack: depth-by-length heat map"),
+    "generate": ("openmoba.lab.measure.commands:Generate", "continue a text with a run's or a model's weights"),
+    "convert": ("openmoba.lab.model.commands:Convert", "make a MoBA checkpoint of a Llama, Qwen, Mistral ... one"),
     "bench attention": ("openmoba.bench.attention:Attention", "time MoBA against dense attention and sparse peers"),
     "bench decode": ("openmoba.bench.decode:Decode", "time decoding over a cache, and prefill in chunks"),
     "bench training": ("openmoba.bench.training.command:Training", "time training steps by size, attention and length"),
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_usage())
         return 0 if arguments else 2
     if arguments == ["--version"]:
-        from openmoba.lab.provenance import versions
+        from openmoba.records.provenance import versions
 
         print(", ".join(f"{package} {version}" for package, version in versions().items()))
         return 0

@@ -15,7 +15,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache  # noqa: E402
 
 from openmoba import MobaConfig  # noqa: E402
 from openmoba.hf import configure  # noqa: E402
-from openmoba.lab.model import set_attention  # noqa: E402
+from openmoba.lab.model.build import set_attention  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

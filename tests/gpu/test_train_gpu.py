@@ -9,10 +9,10 @@ import torch
 
 pytest.importorskip("transformers")
 
-from openmoba.lab import records
 from openmoba.lab.config import ArmConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
-from openmoba.lab.train import run_training
-from openmoba.lab.trainer import RunTrainer
+from openmoba.lab.train.run import run_training
+from openmoba.lab.train.trainer import RunTrainer
+from openmoba.records import disk
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -50,6 +50,6 @@ def test_no_step_between_two_records_waits_for_the_device(
         run_training(config, tmp_path / "run")
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    rows = [row for row in records.read(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train"]
+    rows = [row for row in disk.read(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train"]
     assert [row["step"] for row in rows] == [4, 8, 12, 16]
     assert all(row["tokens_per_second"] > 0 for row in rows)

@@ -19,7 +19,7 @@ from openmoba.bench.cases import PASSES
 from openmoba.bench.contenders import contender_label
 from openmoba.bench.rows import length_name, newest
 from openmoba.bench.table import Row, compared, dense_names
-from openmoba.lab.figures import BLUE, GREY, RED, STYLE
+from openmoba.lab.study.figures import BLUE, GREY, RED, STYLE
 
 # Of Paul Tol's schemes; in grey, they and the markers still differ.
 _SETTINGS = ((BLUE, "o"), ("#33BBEE", "s"), ("#009988", "^"), ("#882255", "D"), ("#EE7733", "v"), ("#332288", "P"))

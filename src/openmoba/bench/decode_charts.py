@@ -14,7 +14,7 @@ from openmoba.bench.contenders import contender_label
 from openmoba.bench.decode import CHUNK, EAGER, GRAPH
 from openmoba.bench.rows import length_name, newest
 from openmoba.bench.table import Row, dense_names
-from openmoba.lab.figures import BLUE, RED, STYLE
+from openmoba.lab.study.figures import BLUE, RED, STYLE
 
 _MOBA: dict[str, Any] = {"color": BLUE, "marker": "o", "markersize": 5, "linewidth": 1.6}
 _DENSE: dict[str, Any] = {"color": RED, "marker": "s", "markersize": 5, "linewidth": 1.6}

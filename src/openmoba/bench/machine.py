@@ -12,7 +12,7 @@ import torch
 
 import openmoba
 from openmoba.bench.timing import matrix_tflops
-from openmoba.lab.provenance import provenance
+from openmoba.records.provenance import provenance
 
 
 @dataclass

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from openmoba.lab.records import write_text
+from openmoba.records.disk import write_text
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from openmoba.config import MobaConfig, parse_full_layers
-from openmoba.lab.records import read_json
 from openmoba.limits import check_count, check_number, check_share
+from openmoba.records.disk import read_json
 
 ARMS = ("full", "moba", "hybrid", "time_hybrid")
 
@@ -60,10 +60,10 @@ class ModelConfig:
     family: str = "llama"
     """transformers `model_type`: llama, qwen3, mistral ..."""
     size: str = "tiny"
-    """Preset of width and depth (`openmoba.lab.model.SIZES`). With heads of 32, for CPUs: nano, micro, tiny, mini,
-    small. With heads of 64: base, medium, large, and by millions of parameters without embeddings 2m, 5m, 9m, 14m,
-    15m (12 layers), 17m, 32m, 85m; grouped-query 13m-gqa, 75m-gqa. With heads of 128: 32m-d128, 85m-d128, and those
-    of arXiv 2502.13189: 545m, 822m, 1.1b, 1.5b, 2.1b."""
+    """Preset of width and depth (`openmoba.lab.model.build.SIZES`). With heads of 32, for CPUs: nano, micro, tiny,
+    mini, small. With heads of 64: base, medium, large, and by millions of parameters without embeddings 2m, 5m, 9m,
+    14m, 15m (12 layers), 17m, 32m, 85m; grouped-query 13m-gqa, 75m-gqa. With heads of 128: 32m-d128, 85m-d128, and
+    those of arXiv 2502.13189: 545m, 822m, 1.1b, 1.5b, 2.1b."""
     overrides: dict[str, bool | int | float | str | None] = field(default_factory=dict)
     """Entries of the transformers configuration that replace the preset's, e.g. num_key_value_heads 2, or
     sliding_window None, which mistral needs; a dot leads into a table: rope_parameters.rope_theta 1e6."""
@@ -283,6 +283,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 def stored_config(folder: str | Path) -> RunConfig:
     """The configuration of the run in `folder`; ValueError if its config.json is missing or damaged."""
     return from_dict(RunConfig, read_json(Path(folder) / "config.json"))
+
+
+def is_run(source: str | Path) -> bool:
+    """Whether `source` is the folder of a run, not that of a model or a hub name."""
+    return str(source) != "" and (Path(source) / "metrics.jsonl").exists()
 
 
 def changes(stored: RunConfig, wanted: RunConfig) -> list[str]:

@@ -67,7 +67,7 @@ class TrainingRow(CsvRow):
         head_dim: width of a head.
         p20_ms, p50_ms, p80_ms: quantiles of `samples` steps.
         tokens_per_second, tflops: at the median; operations are counted as `causal_exact` of
-            `openmoba.lab.compute`, 10^12 a second.
+            `openmoba.lab.measure.compute`, 10^12 a second.
         matrix_tflops: rate of a large matrix product in this run; `mfu` is `tflops` over it.
         peak_mb: most memory that tensors took in a step, weights and optimizer included, 10^6 bytes.
         attention_share: of the time of all kernels, that of attention's; of all operations on a CPU.

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from openmoba.bench.charts import name_lines
 from openmoba.bench.rows import length_name, newest
 from openmoba.bench.training.cases import TrainingRow
-from openmoba.lab.figures import BLUE, RED, STYLE
+from openmoba.lab.study.figures import BLUE, RED, STYLE
 
 _OTHERS = ("#009988", "#EE7733", "#EE3377", "#33BBEE")
 _MARKERS = "os^DvP"

@@ -19,15 +19,15 @@ from torch import Tensor
 
 from openmoba.bench.training.cases import VOCABULARY, TrainingCase
 from openmoba.hf.releases import recompute_activations
-from openmoba.lab.compile import compile_layers
-from openmoba.lab.compute import PFLOPS_DAY, Shape, training_compute
 from openmoba.lab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from openmoba.lab.evaluate import autocast
-from openmoba.lab.loss import attach_loss
-from openmoba.lab.model import build_model, set_attention
+from openmoba.lab.data.store import TokenStore
+from openmoba.lab.data.windows import cut_windows
+from openmoba.lab.measure.compute import PFLOPS_DAY, Shape, training_compute
+from openmoba.lab.measure.evaluate import autocast
+from openmoba.lab.model.build import build_model, set_attention
+from openmoba.lab.model.compile import compile_layers
+from openmoba.lab.model.loss import attach_loss
 from openmoba.lab.progress import Progress
-from openmoba.lab.store import TokenStore
-from openmoba.lab.windows import cut_windows
 
 # Low enough for every size to stay finite on tokens that cannot be learned.
 LEARNING_RATE = 1e-4
@@ -115,8 +115,8 @@ class TrainerLoop:
         return None
 
     def _trainer(self, folder: Path) -> Any:
-        from openmoba.lab.tokenizer import byte_tokenizer
-        from openmoba.lab.trainer import RunTrainer
+        from openmoba.lab.data.tokenizer import byte_tokenizer
+        from openmoba.lab.train.trainer import RunTrainer
 
         case = self.case
         config = RunConfig(

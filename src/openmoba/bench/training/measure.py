@@ -21,8 +21,8 @@ from openmoba.bench.training.longest import find_longest
 from openmoba.bench.training.loops import make_loop, operations
 from openmoba.bench.training.profiles import describe, read_profile
 from openmoba.bench.training.watch import Watch
-from openmoba.lab.compile import strict
-from openmoba.lab.compute import Shape
+from openmoba.lab.measure.compute import Shape
+from openmoba.lab.model.compile import strict
 
 # Graphs of one function, at most: the compiler's default, which libraries change for the whole process.
 _GRAPHS = 8

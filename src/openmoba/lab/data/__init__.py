@@ -1,0 +1,1 @@
+"""From a source of documents to windows of tokens."""

@@ -1,0 +1,91 @@
+"""`openmoba corpus`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+
+from openmoba.lab.data.corpus import Corpus, open_corpus
+from openmoba.lab.data.directories import open_directories
+from openmoba.lab.data.files import FileRules
+from openmoba.lab.data.holdings import Holding, holding, overview, table
+from openmoba.lab.data.load import named_tokenizer, trained_bpe
+from openmoba.lab.data.making import DocumentRules, write_corpus
+from openmoba.lab.data.store import survey
+from openmoba.lab.progress import Progress, TerminalProgress
+
+
+@dataclass(frozen=True)
+class MakeCorpus:
+    """Say what a source of documents holds, and write it as Parquet, split for training and validation.
+
+    The same source and options give the same documents in the same order.
+    """
+
+    source: tyro.conf.Positional[str]
+    """Documents: what data.source of a run takes, or a folder whose directories are to be the documents."""
+    documents: Literal["files", "directories"] = "files"
+    """Of a folder: each text file is a document, or each directory is one, its files in order of their paths, each
+    under a line with its path, and of files with the same contents the first alone."""
+    files: Annotated[FileRules, tyro.conf.arg(name="")] = field(default_factory=FileRules)
+    merge_below: int = 200_000
+    """directories: those of fewer bytes are merged into the one around them."""
+    column: str = "text"
+    """Column of the text, where the source has columns."""
+    out: Path | None = None
+    """Write OUT.parquet, or, with --hold-out, OUT-train.parquet and OUT-valid.parquet; columns id and text."""
+    select: Annotated[DocumentRules, tyro.conf.arg(name="")] = field(default_factory=DocumentRules)
+    tokenizer: str = "bpe"
+    """"bpe" (trained on the training documents), "bytes", or a folder or hub name for AutoTokenizer."""
+    vocab_size: tuple[int, ...] = (2048,)
+    """Entries of the BPE tokenizers to count tokens with."""
+    length: int = 1024
+    """Tokens of the windows to count."""
+    cache: Path = Path(".data")
+    """Folder that keeps tokenised corpora; the same as data.cache of a run, which then need not tokenise again."""
+
+    def run(self) -> None:
+        """Write, if asked, and report."""
+        self._check()
+        progress = TerminalProgress("corpus")
+        corpora = [self._open()]
+        surveyed = survey(corpora[0], self.cache, progress)
+        print(overview(self.source, surveyed), *filter(None, [str(corpora[0].left_out)]), sep="\n", flush=True)
+        if self.out is not None:
+            paths = write_corpus(corpora[0], surveyed, self.select, self.out, progress)
+            corpora = [open_corpus(str(path)) for path in paths]
+            for path, corpus in zip(paths, corpora, strict=True):
+                print(overview(str(path), survey(corpus, self.cache, progress)))
+                print(f"{path}: {path.stat().st_size:,} bytes, zstd level {self.select.level}", flush=True)
+        print(table([row for corpus in corpora for row in self._holdings(corpora[0], corpus, progress)], self.length))
+
+    def _check(self) -> None:
+        for name, value, lowest in (
+            *(("vocab_size", size, 257) for size in self.vocab_size),  # the bytes and the end of a text
+            ("length", self.length, 2),
+            ("merge_below", self.merge_below, 0),
+        ):
+            if value < lowest:
+                raise ValueError(f"{name} must be >= {lowest}, got {value}")
+        if self.out is None and self.select != DocumentRules():
+            raise ValueError("the options that pick documents need --out, the name of the files to write")
+
+    def _open(self) -> Corpus:
+        if self.documents == "directories":
+            return open_directories(self.source, self.files, self.merge_below)
+        return open_corpus(self.source, self.column, self.files)
+
+    def _holdings(self, train: Corpus, corpus: Corpus, progress: Progress) -> Iterator[Holding]:
+        """A corpus in the tokens of each vocabulary, which is that of the training documents."""
+        everything = np.arange(len(survey(train, self.cache, progress).sizes))
+        for size in self.vocab_size if self.tokenizer == "bpe" else (0,):
+            if self.tokenizer == "bpe":
+                tokenizer = trained_bpe(train, everything, size, self.cache, progress)
+            else:
+                tokenizer = named_tokenizer(self.tokenizer)
+            yield holding(corpus, tokenizer, self.length, self.cache, progress)

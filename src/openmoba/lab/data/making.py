@@ -1,0 +1,95 @@
+"""A corpus made of a source: which documents train, which are held out, written as Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from openmoba.lab.data.corpus import Corpus
+from openmoba.lab.data.parquet import write_documents
+from openmoba.lab.data.store import Survey
+from openmoba.lab.progress import Percent, Progress
+
+
+@dataclass(frozen=True)
+class DocumentRules:
+    """Which documents are written, and how they are split."""
+
+    smallest: int = 1
+    """Documents of fewer bytes are left out."""
+    hold_out: int | None = None
+    """One of every this many documents is held out for validation, picked at random; not given: none."""
+    largest: int | None = None
+    """Training documents of more bytes are left out; not given: none."""
+    total: int | None = None
+    """Bytes of all training documents together at most, picked at random; not given: all."""
+    cut: int | None = None
+    """Validation documents end after this many bytes; not given: where they end."""
+    seed: int = 0
+    """Of the picking."""
+    level: int = 9
+    """Compression of the Parquet files by zstd, 1 to 22; more is smaller, and slower to write."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.level <= 22:
+            raise ValueError(f"level is one of zstd's, 1 to 22, got {self.level}")
+        for name, lowest in (("smallest", 1), ("hold_out", 2), ("largest", 1), ("total", 1), ("cut", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ValueError(f"{name} must be >= {lowest}, got {value}")
+
+
+def pick(surveyed: Survey, rules: DocumentRules) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the documents to train on and of those held out, int64, in order; of copies, the first alone.
+
+    Raises:
+        ValueError: the rules leave no document, or none to hold out.
+    """
+    _, unique = np.unique(surveyed.digests, return_index=True)
+    usable = np.sort(unique[surveyed.bytes[unique] >= rules.smallest])
+    order = np.random.default_rng(rules.seed).permutation(usable)
+    held = 0 if rules.hold_out is None else len(usable) // rules.hold_out
+    if rules.hold_out is not None and held == 0:
+        raise ValueError(f"{len(usable)} documents hold no {rules.hold_out}, to hold one out; lower --hold-out")
+    train = order[held:]
+    if rules.largest is not None:
+        train = train[surveyed.bytes[train] <= rules.largest]
+    if rules.total is not None:
+        train = train[np.cumsum(surveyed.bytes[train]) <= rules.total]
+    if len(train) == 0:
+        raise ValueError(
+            f"no document is left to write of {len(surveyed.sizes)}, of {surveyed.bytes.min()} to "
+            f"{surveyed.bytes.max()} bytes; change --smallest, --largest or --total"
+        )
+    return np.sort(train), np.sort(order[:held])
+
+
+def write_corpus(corpus: Corpus, surveyed: Survey, rules: DocumentRules, out: Path, progress: Progress) -> list[Path]:
+    """Write the documents that the rules pick, and return the files: of all, or for training and for validation.
+
+    Raises:
+        ValueError: no documents left, a document that is no text, a folder that cannot be written.
+    """
+    train, valid = pick(surveyed, rules)
+    parts = [("", train, None)] if rules.hold_out is None else [("-train", train, None), ("-valid", valid, rules.cut)]
+    paths = [out.with_name(f"{out.name}{part}.parquet") for part, _, _ in parts]
+    for path, (_, documents, cut) in zip(paths, parts, strict=True):
+        progress.note(f"writing {path}")
+        write_documents(path, _chosen(corpus, documents, cut, progress), rules.level)
+    return paths
+
+
+def _chosen(corpus: Corpus, documents: np.ndarray, cut: int | None, progress: Progress) -> Iterator[tuple[str, str]]:
+    """Ids and texts of the documents of these numbers."""
+    percent = Percent(progress, "percent of the documents written")
+    for number, (name, document) in enumerate(corpus.named()):
+        place = int(np.searchsorted(documents, number))
+        if place == len(documents) or documents[place] != number:
+            continue
+        if not isinstance(document, str):
+            raise ValueError(f"{corpus.name} holds conversations, which are not written; use it as it is")
+        yield name, document if cut is None else document.encode()[:cut].decode(errors="ignore")
+        percent.step((place + 1) / len(documents))

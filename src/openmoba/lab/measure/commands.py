@@ -1,0 +1,169 @@
+"""`openmoba evaluate`, `openmoba evaluate needle` and `openmoba generate`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import tyro
+
+from openmoba.lab.config import DataConfig, EvalConfig, is_run, stored_config
+from openmoba.lab.progress import TerminalProgress
+from openmoba.limits import check_count, check_number
+from openmoba.records.disk import write_json
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """LM, position-wise and trailing loss of a trained model, with the attention saved in it."""
+
+    source: tyro.conf.Positional[str]
+    """A run's folder, a model's folder, or a model of the hub."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Validation documents and window length; of a run, by default its own."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """What is measured; of a run, by default what it measured."""
+    out: Path | None = None
+    """JSON file for the measurement, with every window's loss."""
+
+    def as_stored(self) -> Evaluate:
+        """With the settings of the run that is measured."""
+        from openmoba.lab.data.load import data_of_run
+
+        if not is_run(self.source):
+            return self
+        return replace(self, data=data_of_run(self.source), eval=stored_config(self.source).eval)
+
+    def run(self) -> None:
+        """Measure, and print a table."""
+        from openmoba.lab.measure.evaluate import evaluate_source
+
+        if self.out is not None:
+            make_parent(self.out)
+            if self.out.is_dir():
+                raise ValueError(f"--out {self.out} is a folder; name a file")
+        row = evaluate_source(self.source, self.data, self.eval, TerminalProgress(Path(self.source).name))
+        print(losses_table(row))
+        if self.out is not None:
+            write_json(self.out, {"source": self.source, **row})
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue a text with a trained model; the text goes to standard output, the speed to standard error."""
+
+    source: tyro.conf.Positional[str]
+    """A run's folder, a model's folder, or a model of the hub."""
+    prompt: str | None = None
+    """Text to continue; without it, that of --file, or standard input."""
+    file: Path | None = None
+    """File with the text to continue."""
+    max_new_tokens: int = 128
+    """How many tokens to add at most."""
+    temperature: float = 0.0
+    """0 takes the likeliest token, more samples."""
+    seed: int = 0
+    """Of the sampling."""
+    prefill_chunk: int | None = None
+    """Tokens of the prompt per forward pass; left out, the prompt is taken whole."""
+
+    def __post_init__(self) -> None:
+        check_count("--max-new-tokens", self.max_new_tokens, 1)
+        check_number("--temperature", self.temperature, 0)
+        check_count("--seed", self.seed, 0, 2**63 - 1)
+        check_count("--prefill-chunk", self.prefill_chunk, 1)
+
+    def run(self) -> None:
+        """Generate."""
+        from openmoba.lab.measure.generate import generate_text, read_prompt
+
+        speed = generate_text(
+            self.source,
+            read_prompt(self.prompt, self.file),
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+            prefill_chunk=self.prefill_chunk,
+            progress=TerminalProgress("generate"),
+        )
+        print(speed, file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Needle:
+    """Needle in a haystack: a number hidden in real long documents, asked for at their end."""
+
+    source: tyro.conf.Positional[str]
+    """A run's folder, a model's folder, or a model of the hub."""
+    lengths: tuple[int, ...] = (512, 1024)
+    """Tokens of the examples."""
+    depths: int = 5
+    """Places of the needle, evenly from the beginning of the document to its end."""
+    samples: int = 8
+    """Documents per length and depth."""
+    seed: int = 0
+    """Of the hidden numbers."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Validation documents; of a run, by default its own."""
+    out: Path = Path("needle")
+    """Name of the table and the charts: OUT.csv, OUT.png, OUT.svg."""
+
+    def __post_init__(self) -> None:
+        for length in self.lengths:
+            check_count("--lengths", length, 2)
+        check_count("--depths", self.depths, 1)
+        check_count("--samples", self.samples, 1)
+        check_count("--seed", self.seed, 0, 2**63 - 1)
+
+    def as_stored(self) -> Needle:
+        """With the documents of the run that is measured."""
+        from openmoba.lab.data.load import data_of_run
+
+        return replace(self, data=data_of_run(self.source)) if is_run(self.source) else self
+
+    def run(self) -> None:
+        """Measure, and write the table and the charts."""
+        from openmoba.lab.measure.needle import measure_needle, write_needle
+
+        make_parent(self.out)
+        cells = measure_needle(
+            self.source,
+            lengths=self.lengths,
+            depths=self.depths,
+            samples=self.samples,
+            data=self.data,
+            seed=self.seed,
+            progress=TerminalProgress("needle"),
+        )
+        print(*write_needle(cells, self.out, title=f"Needle in a haystack, {self.source}"), sep="\n")
+
+
+def make_parent(out: Path) -> None:
+    """Make the folder that `out` will lie in, before the work whose result it takes.
+
+    Raises:
+        ValueError: there can be no such folder, or nothing written into it.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write into the folder of --out {out}: {error.strerror}; choose another") from error
+
+
+def losses_table(row: dict[str, Any]) -> str:
+    """An evaluation as a table: what, mean in nats, 95 % interval."""
+    lines = [
+        ("LM loss", row["lm_loss"], row["intervals"]["lm"]),
+        (f"last {row['trailing']}", row["trailing_loss"], row["intervals"]["trailing"]),
+        *((f"{part['start']}-{part['end']}", part["loss"], part["interval"]) for part in row["position_loss"]),
+    ]
+    return "\n".join(
+        f"{name:>14}  {loss:.4f}" + (f"  [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
+        for name, loss, interval in lines
+        if loss is not None
+    )

@@ -1,0 +1,1 @@
+"""The decoder: sizes, weights, checkpoints, compiling, and the loss."""

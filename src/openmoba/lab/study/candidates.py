@@ -1,0 +1,186 @@
+"""The candidates of a short list: how far each is from full attention, and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from openmoba.lab.config import ArmConfig
+from openmoba.lab.measure.resample import LEVEL, Difference, Interval
+from openmoba.lab.study.figures import Level
+from openmoba.lab.study.outcomes import Named, Outcome, by, difference, mean_loss, of_kind, seed_noise
+from openmoba.lab.study.panels import Candidate
+from openmoba.ops.cost import causal_pairs, moba_pairs
+
+# What full attention has no use for; all else an arm shares with the full attention that it is fairly compared with.
+CHOICE_OF_BLOCKS = ("name", "block_size", "top_k", "full_layers", "switch_at")
+
+
+@dataclass(frozen=True)
+class Against:
+    """Paired differences of an arm from one of full attention, and that one's mean losses; None without the loss."""
+
+    trailing: Difference | None
+    lm: Difference | None
+    trailing_loss: float
+    lm_loss: float
+
+    @classmethod
+    def of(cls, runs: Sequence[Outcome], full: Sequence[Outcome], all_runs: Sequence[Outcome]) -> Against:
+        """Compare `runs` with `full`, with the noise of seeds in `all_runs`."""
+        kinds: tuple[Named, Named] = ("trailing", "lm")
+        trailing, lm = (difference(runs, full, kind, seed_noise(all_runs, kind)) for kind in kinds)
+        pairs = [other for other in full if other.run.seed in {run.run.seed for run in runs}]
+        return cls(trailing, lm, *(mean_loss(pairs, kind) for kind in kinds))
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a candidate stands.
+
+    Attributes:
+        runs: the seeds of the arm.
+        plain: against full attention.
+        own: against full attention with the same parameters of its own, for an arm that has some (key convolution).
+        key_share: keys read in training over all layers, as a share of those that full attention reads.
+        tokens_per_second: of training.
+    """
+
+    runs: list[Outcome]
+    plain: Against
+    own: Against | None
+    key_share: float | None
+    tokens_per_second: float
+
+    @property
+    def fair(self) -> Against:
+        """Against the full attention that differs in nothing but the choice of blocks."""
+        return self.own or self.plain
+
+    @property
+    def candidate(self) -> Candidate:
+        """Its row of the chart."""
+        cost = f"{_thousands(self.tokens_per_second)} tokens/s"
+        if self.key_share is not None:
+            cost = f"{self.key_share:.1%} of keys, {cost}"
+        own = None if self.own is None else _level(self.own.trailing, self.own.trailing_loss)
+        trailing, lm = (
+            _level(self.plain.trailing, self.plain.trailing_loss),
+            _level(self.plain.lm, self.plain.lm_loss),
+        )
+        return Candidate(self.runs[0].label, trailing, lm, own, cost)
+
+
+def standings(runs: Sequence[Outcome]) -> list[Standing]:
+    """Return every arm but full attention, that of the lowest trailing loss first; empty without full attention.
+
+    Args:
+        runs: finished runs of one stage and size, all with a trailing loss.
+    """
+    full = of_kind(runs, "full")
+    found = []
+    for own in by("arm", runs).values():
+        if full and own != full and {run.run.seed for run in own} & {run.run.seed for run in full}:
+            fair = _fair(own[0].config.arm, runs)
+            against = Against.of(own, fair, runs) if fair and fair not in (full, own) else None
+            found.append(Standing(own, Against.of(own, full, runs), against, key_share(own[0]), tokens_per_second(own)))
+    return sorted(found, key=lambda standing: standing.plain.trailing.mean if standing.plain.trailing else 0.0)
+
+
+def standing_table(runs: Sequence[Outcome], found: Sequence[Standing]) -> Iterator[str]:
+    """Write the candidates as a Markdown table, and the smallest difference that can be seen."""
+    with_own = any(standing.own for standing in found)
+    heads = ["arm", "seeds", "trailing, nats", "%", "LM, nats", "%"]
+    heads += ["trailing, from full with the same keys", "%"] if with_own else []
+    yield f"| {' | '.join([*heads, 'keys read', 'tokens/s'])} |"
+    yield f"|{' --- |' * (len(heads) + 2)}"
+    for standing in found:
+        cells = [standing.runs[0].label, str(len(standing.runs))]
+        cells += [*_cells(standing.plain.trailing, standing.plain.trailing_loss)]
+        cells += [*_cells(standing.plain.lm, standing.plain.lm_loss)]
+        if with_own:
+            own = standing.own
+            cells += _cells(own.trailing, own.trailing_loss) if own else ["", ""]
+        share = "" if standing.key_share is None else f"{standing.key_share:.1%}"
+        yield f"| {' | '.join([*cells, share, f'{standing.tokens_per_second:,.0f}'])} |"
+    yield ""
+    yield _noise_sentence(runs, found[0].plain.trailing_loss)
+
+
+def key_share(run: Outcome, length: int | None = None) -> float | None:
+    """Return the keys that the run's queries read in training, over all layers, of those that full attention reads.
+
+    None for a model from outside the study, whose layers are not known.
+
+    Args:
+        length: only the first so many positions of a window; None for all.
+    """
+    if run.layers is None:
+        return None
+    arm, steps = run.config.arm, run.config.train.steps
+    length = length or run.config.data.length
+    sparse_layers = (run.layers - len(run.full_layers)) / run.layers
+    sparse = sparse_layers * arm.switch_step(steps) / steps
+    return 1 - sparse * (1 - moba_pairs(length, arm.block_size, arm.top_k) / causal_pairs(length))
+
+
+def percent(found: Difference, loss: float) -> str:
+    """Write a difference and its interval in percent of `loss`."""
+    level = _level(found, loss)
+    assert level is not None
+    bounds = f" [{level.interval.low:+.2f}, {level.interval.high:+.2f}]" if level.interval else ""
+    return f"{level.loss:+.2f}{bounds}"
+
+
+def _fair(arm: ArmConfig, runs: Sequence[Outcome]) -> list[Outcome]:
+    """The runs with full attention that share all settings of `arm` but its choice of blocks."""
+
+    def rest(other: ArmConfig) -> list[object]:
+        return [getattr(other, f.name) for f in dataclasses.fields(other) if f.name not in CHOICE_OF_BLOCKS]
+
+    fulls = by("arm", (run for run in runs if run.config.arm.name == "full")).values()
+    return next((own for own in fulls if rest(own[0].config.arm) == rest(arm)), [])
+
+
+def tokens_per_second(runs: Sequence[Outcome]) -> float:
+    """Return the training speed of one arm, the mean over its seeds."""
+    return sum(run.tokens_per_second for run in runs) / len(runs)
+
+
+def _noise_sentence(runs: Sequence[Outcome], loss: float) -> str:
+    noise = seed_noise(runs, "trailing")
+    if noise is None:
+        return (
+            "No arm has two seeds, so the luck of a seed is not known here, and no interval holds it: small "
+            "differences may change sign with another seed."
+        )
+    several = [own[0].label for own in by("arm", runs).values() if len(own) > 1]
+    smallest = noise.smallest_difference(1)
+    return (
+        f"The smallest difference in trailing loss that one seed of each arm lets one see is {smallest:.4f} nats "
+        f"({smallest / loss:.2%}): t · s · √(2 / seeds), where s = {noise.sd:.4f} nats is the standard deviation "
+        f"between seeds, pooled over {' and '.join(several)}, and t the {LEVEL:.0%} quantile of Student's t with "
+        f"{noise.freedom} degrees of freedom. All intervals hold this noise."
+    )
+
+
+def _cells(found: Difference | None, loss: float) -> list[str]:
+    """A difference in nats and in percent of `loss`, each with its interval."""
+    if found is None:
+        return ["-", "-"]
+    if found.interval is None:
+        return [f"{found.mean:+.4f}", percent(found, loss)]
+    low, high = found.interval.low, found.interval.high
+    return [f"{found.mean:+.4f} [{low:+.4f}, {high:+.4f}]", percent(found, loss)]
+
+
+def _level(found: Difference | None, loss: float) -> Level | None:
+    if found is None:
+        return None
+    interval = found.interval and Interval(100 * found.interval.low / loss, 100 * found.interval.high / loss)
+    return Level(100 * found.mean / loss, interval)
+
+
+def _thousands(rate: float) -> str:
+    return f"{rate / 1000:.0f}K" if rate >= 10_000 else f"{rate:,.0f}"

@@ -1,0 +1,104 @@
+"""`openmoba study`, `openmoba fit` and `openmoba plot`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from openmoba.lab.progress import TerminalProgress, duration
+
+if TYPE_CHECKING:
+    from openmoba.lab.study.recipe import Recipe
+
+Axis = Literal["6nd", "chinchilla", "causal_exact", "accelerator_seconds"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Train every run of a recipe that is not finished yet, then draw its charts and write its report.
+
+    Stop it at any moment and give the same command again: finished runs are skipped, a cut one goes on from its
+    checkpoint. The same command in several processes shares the runs among them; for several GPUs, give each
+    process its CUDA_VISIBLE_DEVICES.
+    """
+
+    recipe: tyro.conf.Positional[Path]
+    """TOML file that lists sizes, arms, seeds and stages; recipes/demo.toml is one to start from."""
+    out: Path | None = None
+    """Folder of the study; left out: runs/ and the recipe's name."""
+    source: str | None = None
+    """Documents to use instead of the recipe's run.data.source."""
+    axis: Axis = "6nd"
+    """Convention of compute on the scaling chart's x axis."""
+    dry_run: bool = False
+    """Check the recipe and the folder, list the runs, their state, parameters, tokens, compute, and about how much
+    memory and time they take, and stop."""
+
+    def run(self) -> None:
+        """Train what is missing, and say where the charts are."""
+        import time
+
+        from openmoba.lab.study.overview import overview
+        from openmoba.lab.study.recipe import read_recipe
+        from openmoba.lab.study.work import check_folders, check_models, failures, finished, run_study
+        from openmoba.lab.train.run import run_training
+
+        recipe = read_recipe(self.recipe, self.source)
+        out = self.out or Path("runs") / self.recipe.stem
+        if self.dry_run:
+            check_folders(recipe, out)
+            check_models(recipe)
+            print(overview(recipe, out))
+            return
+        start = time.monotonic()
+        run_study(recipe, out, run_training, TerminalProgress)
+        failed = failures(recipe, out)
+        if any(finished(run, out) for run in recipe.runs):
+            _write_report(recipe, out, self.axis)
+        if failed:
+            raise ValueError(failed)
+        print(f"all {len(recipe.runs)} runs are finished, {duration(time.monotonic() - start)} in this process")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Print the fitted power laws of a study's finished runs, with their intervals."""
+
+    study: tyro.conf.Positional[Path]
+    """Folder of the study."""
+    axis: Axis = "6nd"
+    """Convention of compute."""
+
+    def run(self) -> None:
+        """Fit and print."""
+        from openmoba.lab.study.outcomes import read_outcomes
+        from openmoba.lab.study.recipe import RECIPE_FILE, read_recipe
+        from openmoba.lab.study.report import fit_tables
+
+        recipe = read_recipe(self.study / RECIPE_FILE)
+        print(fit_tables(recipe, read_outcomes(recipe, self.study), self.axis))
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw the charts of a study's finished runs again, and write its report."""
+
+    study: tyro.conf.Positional[Path]
+    """Folder of the study."""
+    axis: Axis = "6nd"
+    """Convention of compute on the scaling chart's x axis."""
+
+    def run(self) -> None:
+        """Draw, and say where the charts are."""
+        from openmoba.lab.study.recipe import RECIPE_FILE, read_recipe
+
+        _write_report(read_recipe(self.study / RECIPE_FILE), self.study, self.axis)
+
+
+def _write_report(recipe: Recipe, study: Path, axis: str) -> None:
+    from openmoba.lab.study.report import write_report
+
+    print(*write_report(recipe, study, axis), sep="\n")

@@ -1,0 +1,243 @@
+"""The charts: layer-wise hybrid (chart A) and scaling law (chart B); `openmoba.lab.study.panels` has the others.
+
+Arms differ in colour, line style and marker, so that the charts survive grey printing and colour-blind eyes
+(colours of Paul Tol's "vibrant" scheme). Every function returns a figure; `save` writes it as PNG and SVG.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from openmoba.lab.measure.resample import Interval
+from openmoba.lab.study.fit import Fit
+
+TITLE_WIDTH = 68  # characters that fit on one line
+BLUE, RED, GREY = "#0077BB", "#CC3311", "#666666"
+
+AXES = {
+    "6nd": "Training compute, 6·N·tokens (PFLOP/s-days)",
+    "chinchilla": "Training compute with embeddings and softmax (PFLOP/s-days)",
+    "causal_exact": "Training compute, attention at its real reads (PFLOP/s-days)",
+    "accelerator_seconds": "Measured accelerator time (s)",
+}
+
+STYLE: Any = {  # matplotlib types the keys of its settings one by one
+    "font.size": 11,
+    "font.family": "DejaVu Sans",
+    "axes.titlesize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E3E3E3",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.hashsalt": "openmoba",
+}
+
+
+@dataclass(frozen=True)
+class Level:
+    """A loss, or a difference of losses, in nats, with the interval that its bar shows; None draws no bar."""
+
+    loss: float
+    interval: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss along one training run, one entry per evaluation; `size` is written at its end."""
+
+    arm: str
+    size: str
+    compute: Sequence[float]
+    loss: Sequence[float]
+
+
+def layers_chart(
+    hybrid: Mapping[str, Level],
+    full: float | None,
+    moba: Level | None,
+    *,
+    title: str,
+    layers_name: str,
+    loss_name: str,
+) -> Figure:
+    """Draw chart A: loss over the full layers, between the lines of MoBA and full attention.
+
+    Args:
+        hybrid: what names a hybrid's full layers -> loss, in the order to show.
+        full, moba: the two horizontal lines; None leaves one out. MoBA's bar stands at the end of its line.
+        layers_name: what the names of `hybrid` say.
+    """
+    with chart_style():
+        figure = new_figure()
+        axes = figure.add_subplot()
+        end = len(hybrid) - 0.5
+        bars: Any = {"fmt": "none", "capsize": 4, "linewidth": 2}
+        if moba:
+            axes.axhline(moba.loss, color=GREY, linewidth=2, label="MoBA")
+            axes.errorbar([end - 0.15], [moba.loss], yerr=error_bars([moba]), color=GREY, **bars)
+        if full is not None:
+            axes.axhline(full, color=RED, linewidth=2, label="Full Attention")
+        levels = list(hybrid.values())
+        losses = [level.loss for level in levels]
+        axes.plot(losses, color=BLUE, linestyle="--", marker="o", markersize=8, linewidth=2, label="Layer-wise Hybrid")
+        axes.errorbar(range(len(levels)), losses, yerr=error_bars(levels), color=BLUE, **bars)
+        axes.set_xticks(range(len(levels)), list(hybrid))
+        axes.set_xlim(-0.5, end)
+        axes.margins(y=0.12)
+        axes.grid(visible=False, axis="x")
+        axes.set(title=fill(title, TITLE_WIDTH), xlabel=layers_name, ylabel=loss_name)
+        handles, names = axes.get_legend_handles_labels()
+        figure.legend(handles[::-1], names[::-1], loc="outside lower center", ncols=3, handlelength=3)
+    return figure
+
+
+def scaling_chart(
+    curves: Sequence[Curve],
+    laws: Mapping[str, Fit],
+    differences: Mapping[str, tuple[Fit, Fit]],
+    *,
+    title: str,
+    loss_name: str,
+    axis: str,
+) -> Figure:
+    """Draw chart B: every run's loss over its compute, and each arm's fitted law through the end points.
+
+    Args:
+        curves: one per run, arms named as in `laws`.
+        laws: arm -> law through the ends of its curves; an arm without a law shows its curves only.
+        differences: arm -> its law and that of the arm it is compared with, of `fit_arms`. The band around the arm's
+            law is the interval of their ratio, laid on the other's law.
+        axis: a compute convention, a key of `AXES`.
+    """
+    with chart_style():
+        figure = new_figure(height=5.6)
+        axes = figure.add_subplot()
+        axes.set(xscale="log", yscale="log", title=fill(title, TITLE_WIDTH), xlabel=AXES[axis], ylabel=loss_name)
+        grid_P = _beyond([curve.compute[-1] for curve in curves])
+        for arm, (colour, _, marker) in arm_styles(curve.arm for curve in curves).items():
+            for curve in (curve for curve in curves if curve.arm == arm):
+                axes.plot(curve.compute, curve.loss, color=colour, linewidth=1.3, alpha=0.8)
+                axes.plot(curve.compute[-1], curve.loss[-1], color=colour, marker=marker, markersize=6)
+            axes.plot([], [], color=colour, marker=marker, linewidth=1.3, label=arm)
+            if arm in laws:
+                law = laws[arm].law
+                name = f"{arm} Projection: {law.a:.3g} · C$^{{{law.b:.3f}}}$"
+                axes.plot(grid_P, law(grid_P), color=colour, linestyle="--", linewidth=1.6, label=name)
+            if arm in differences:
+                own, other = differences[arm]
+                low_P, high_P = own.ratio(other, grid_P)
+                level_P = other.law(grid_P)
+                axes.fill_between(grid_P, level_P * low_P, level_P * high_P, color=colour, alpha=0.18, linewidth=0)
+        _frame(axes, curves, grid_P)
+        _name_sizes(axes, curves)
+        _plain_log_ticks(axes)
+        handles, names = axes.get_legend_handles_labels()
+        order = sorted(range(len(names)), key=lambda place: " Projection: " in names[place])  # a column each
+        figure.legend(
+            [handles[place] for place in order], [names[place] for place in order],
+            loc="outside lower center", ncols=2 if laws else 4, handlelength=3,
+        )  # fmt: skip
+    return figure
+
+
+def arm_styles(arms: Iterable[str]) -> dict[str, tuple[str, Any, str]]:
+    """Return colour, dash pattern and marker of every arm: full attention red, MoBA blue, others as they come."""
+    dashes = ["--", "-.", ":", (0, (5, 1))]
+    colours = ["#EE7733", "#009988", "#EE3377", "#33BBEE", "#AA3377", "#888800", "#444444"]
+    others = zip(cycle(colours), cycle(dashes), cycle("^DvPX<>p*h"), strict=False)
+    fixed = {"Full attention": (RED, "-", "s"), "MoBA": (BLUE, "-", "o")}
+    return {arm: fixed.get(arm) or next(others) for arm in dict.fromkeys(arms)}
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """Write `path`.png and `path`.svg, dots in its name kept; the same figure gives the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = [path.with_name(f"{path.name}{suffix}") for suffix in (".png", ".svg")]
+    with chart_style():
+        figure.savefig(files[0], dpi=160)
+        figure.savefig(files[1], metadata={"Date": None})
+    return files
+
+
+@contextmanager
+def chart_style() -> Iterator[None]:
+    """Use the settings that all charts are drawn with."""
+    with mpl.rc_context(STYLE):
+        yield
+
+
+def new_figure(height: float = 4.8) -> Figure:
+    """Return an empty figure as wide as a page, `height` inches high."""
+    return Figure(figsize=(7.2, height), layout="constrained")
+
+
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """Put the legend of `axes` under the figure, in as many columns as its names leave room for."""
+    handles, names = axes.get_legend_handles_labels()
+    columns = min(4, max(1, 84 // (8 + max(map(len, names)))))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3)
+
+
+def error_bars(levels: Sequence[Level]) -> Any:
+    """Return [2, N] distances below and above; 0 for a level without an interval."""
+    bounds = [level.interval or Interval(level.loss, level.loss) for level in levels]
+    below = [max(0.0, level.loss - bound.low) for level, bound in zip(levels, bounds, strict=True)]
+    above = [max(0.0, bound.high - level.loss) for level, bound in zip(levels, bounds, strict=True)]
+    return [below, above]
+
+
+def _beyond(ends: Sequence[float]) -> np.ndarray[Any, Any]:
+    """Amounts of compute from below the least of `ends` to above the largest."""
+    reach = max(2.0, (max(ends) / min(ends)) ** 0.2)
+    return np.geomspace(min(ends) / reach, max(ends) * reach, 100)
+
+
+def _frame(axes: Axes, curves: Sequence[Curve], grid_P: np.ndarray[Any, Any]) -> None:
+    """Show the ends and what leads to them; curves begin at the loss of a random model, far above."""
+    shown = [loss for curve in curves for c, loss in zip(curve.compute, curve.loss, strict=True) if c >= grid_P[0] / 4]
+    ends = [curve.loss[-1] for curve in curves]
+    axes.set_xlim(grid_P[0] / 5, grid_P[-1] * 1.2)
+    axes.set_ylim(min(ends) * 0.9, min(max(shown) * 1.03, max(ends) * 1.7))
+
+
+def _name_sizes(axes: Axes, curves: Sequence[Curve]) -> None:
+    """Each size's name once, under the lowest end of its curves."""
+    for size in dict.fromkeys(curve.size for curve in curves):
+        lowest = min((curve for curve in curves if curve.size == size), key=lambda curve: curve.loss[-1])
+        axes.annotate(
+            size, (lowest.compute[-1], lowest.loss[-1]), xytext=(-2, -10), ha="right", va="top", fontsize=9,
+            textcoords="offset points", color=GREY,
+        )  # fmt: skip
+
+
+def _plain_log_ticks(axes: Axes) -> None:
+    """Few plain numbers; a log axis of less than a decade would otherwise have hardly a label, or two that touch."""
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if low >= 1 else _power(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _power(value: float) -> str:
+    """A number as a multiple of a power of ten, for matplotlib."""
+    exponent = int(np.floor(np.log10(value) + 1e-9))
+    factor = value / 10.0**exponent
+    return f"$10^{{{exponent}}}$" if abs(factor - 1) < 1e-6 else f"${factor:.0f}\\cdot10^{{{exponent}}}$"

@@ -1,0 +1,294 @@
+"""What the finished runs of a study measured, and the comparisons and fits made of it."""
+
+# W validation windows
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from openmoba.lab.config import RunConfig
+from openmoba.lab.data.identity import identity_in
+from openmoba.lab.measure.resample import Difference, Floats, Interval, Numbers, SeedNoise, paired_difference
+from openmoba.lab.model.build import SIZES
+from openmoba.lab.study.fit import Fit, fit_arms, fit_runs
+from openmoba.lab.study.recipe import PlannedRun, Recipe, Stage
+from openmoba.lab.study.same_data import RunData, check_same_data, origin
+from openmoba.lab.train.history import evaluations, read_result
+from openmoba.records.disk import Row
+
+Named = Literal["trailing", "lm"]
+"""The losses that a record names."""
+Loss = Named | int | tuple[int, int]
+"""One of these, that of a position range by its number from 0, or that of one range minus that of another."""
+
+ARM_NAMES = {"full": "Full attention", "moba": "MoBA"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished run: its plan, its configuration, `result.json`, and its evaluations in order of steps."""
+
+    run: PlannedRun
+    config: RunConfig
+    result: Row
+    evals: list[Row]
+
+    @property
+    def final(self) -> Row:
+        """The evaluation of the finished model."""
+        return self.evals[-1]
+
+    @property
+    def label(self) -> str:
+        """The arm's name in figures and tables."""
+        convolved = self.run.arm in ARM_NAMES and self.config.arm.key_conv is not None
+        return ARM_NAMES.get(self.run.arm, self.run.arm) + (" + key convolution" if convolved else "")
+
+    @property
+    def layers(self) -> int | None:
+        """Layers of the model; None if it comes from outside the study."""
+        if self.config.train.start_from is not None and self.run.after is None:
+            return None
+        layers = self.config.model.overrides.get("num_hidden_layers", SIZES[self.config.model.size].layers)
+        return int(layers or 0)
+
+    @property
+    def full_layers(self) -> frozenset[int]:
+        """Layers whose attention is full; of a model from outside the study, as if it had 1,000 layers."""
+        layers = self.layers or 1000
+        attention = self.config.arm.attention(0, self.config.train.steps)
+        return frozenset(range(layers)) if attention is None else attention.full_layer_indices(layers)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of training, over all devices; of records that do not hold it, the mean with what it takes to start."""
+        speed = (self.result.get("speed") or {}).get("tokens_per_second")
+        return float(speed or self.final["tokens"] / self.final["compute"]["accelerator_seconds"])
+
+    @property
+    def mfu(self) -> float | None:
+        """Share of the devices' peak that training reached; None where it is not known."""
+        return (self.result.get("speed") or {}).get("mfu")
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """First position of every position range, and the one after its last."""
+        return [(row["start"], row["end"]) for row in self.final["position_loss"]]
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether the final evaluation kept the loss of every window's ranges; old records have their means alone."""
+        return "positions" in self.final["windows"]
+
+    def has(self, kind: Loss) -> bool:
+        """Say whether a validation window has this loss; no trailing loss if all are shorter than the length."""
+        return bool((~np.isnan(self.windows(kind))).any())
+
+    def loss(self, kind: Named | int) -> float:
+        """Return the final loss in nats, a mean over tokens; ValueError if no validation window has it."""
+        loss = self.final["position_loss"][kind]["loss"] if isinstance(kind, int) else self.final[f"{kind}_loss"]
+        if loss is None:
+            raise ValueError(
+                f"{self.run.name} has no trailing loss, since none of its validation windows reaches "
+                f"data.length={self.config.data.length}; lower it, or give longer validation documents"
+            )
+        return float(loss)
+
+    def windows(self, kind: Loss) -> Floats:
+        """Return the final loss of every validation window, float64 `[W]` in nats, NaN where a window lacks it.
+
+        Records made before windows kept their position ranges give one mean over all windows for a range.
+        """
+        if isinstance(kind, tuple):
+            return self.windows(kind[0]) - self.windows(kind[1])
+        if isinstance(kind, str):
+            return np.asarray(self.final["windows"][kind], dtype=np.float64)  # None becomes NaN
+        if not self.has_positions:
+            return np.asarray([self.loss(kind)])
+        return np.asarray([losses[kind] for losses in self.final["windows"]["positions"]], dtype=np.float64)
+
+    def documents(self, kind: Loss) -> Numbers:
+        """Return the document of every one of these windows, int64 `[W]`; each its own where the records do not say."""
+        one_mean = isinstance(kind, int) and not self.has_positions
+        documents = None if one_mean else self.final["windows"].get("document")
+        return np.asarray(range(len(self.windows(kind))) if documents is None else documents, dtype=np.int64)
+
+
+def read_outcomes(recipe: Recipe, study: Path) -> list[Outcome]:
+    """Read the finished runs of `recipe` in the folder `study`, in the recipe's order.
+
+    Raises:
+        ValueError: damaged records, or runs of the same documents by their settings that were trained on others.
+    """
+    outcomes = []
+    for run in recipe.runs:
+        folder = study / run.name
+        if (folder / "result.json").exists():
+            config, result = read_result(folder)
+            outcomes.append(Outcome(run, config, result, evaluations(folder, config, result)))
+    check_same_data(
+        [
+            RunData(str(study / o.run.name), o.config.data, origin(o.run, recipe, study), identity_in(o.result))
+            for o in outcomes
+        ]
+    )
+    if not all(outcome.has_positions for outcome in outcomes):  # older records: ranges are compared by their means
+        for outcome in outcomes:
+            outcome.final["windows"].pop("positions", None)
+    return outcomes
+
+
+def of_stage(stage: Stage, outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """Return the runs that a stage compares: those of the other arms of the stage beside it, and its own."""
+    beside, own = [], []
+    for outcome in outcomes:
+        run = outcome.run
+        if run.stage == stage:
+            own.append(outcome)
+        elif run.stage.name == stage.beside and run.size in stage.sizes and run.arm not in stage.arms:
+            beside.append(outcome)
+    return beside + own if own else []
+
+
+def by(key: str, outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
+    """Group outcomes by `key`: "arm" or "size", by its name in the recipe, in order of appearance."""
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault(getattr(outcome.run, key), []).append(outcome)
+    return groups
+
+
+def of_kind(outcomes: Iterable[Outcome], arm: str) -> list[Outcome]:
+    """Return the runs of the first arm of the kind "full", "moba", ...; empty without one."""
+    own = [outcome for outcome in outcomes if outcome.config.arm.name == arm]
+    return [outcome for outcome in own if outcome.run.arm == own[0].run.arm]
+
+
+def behind(outcomes: Sequence[Outcome], kind: Loss, seeds: int | None = None) -> str:
+    """Say how many documents, windows and seeds stand behind a number of these runs.
+
+    Args:
+        seeds: None counts those of the runs.
+    """
+    first, seeds = outcomes[0], seeds or len({outcome.run.seed for outcome in outcomes})
+    kind = "lm" if not isinstance(kind, str) and not first.has_positions else kind
+    documents = first.documents(kind)[~np.isnan(first.windows(kind))]
+    counts = [(len(set(documents.tolist())), "document"), (len(documents), "window"), (seeds, "seed")]
+    if "document" not in first.final["windows"]:
+        del counts[0]
+    return ", ".join(f"{count:,} {name}{'s' * (count != 1)}" for count, name in counts)
+
+
+def moba_settings(outcomes: Iterable[Outcome]) -> list[tuple[int, int, int]]:
+    """Return block size, top-k, and blocks of a window of every MoBA setting among the runs, each once."""
+    runs = [(outcome.config.arm, outcome.config.data.length) for outcome in outcomes]
+    settings = [(arm.block_size, arm.top_k, -(-length // arm.block_size)) for arm, length in runs if arm.name != "full"]
+    return list(dict.fromkeys(settings))
+
+
+def mean_loss(outcomes: Sequence[Outcome], kind: Named | int) -> float:
+    """Return the mean final loss of the runs."""
+    return sum(outcome.loss(kind) for outcome in outcomes) / len(outcomes)
+
+
+def seed_noise(outcomes: Iterable[Outcome], kind: Loss) -> SeedNoise | None:
+    """Return the noise of seeds, pooled over the arms that have several; None if none has.
+
+    Args:
+        outcomes: the runs of one stage and one size.
+    """
+    measured = [outcome for outcome in outcomes if outcome.has(kind)]
+    arms = by("arm", measured).values()
+    return SeedNoise.of([float(np.nanmean(outcome.windows(kind))) for outcome in own] for own in arms)
+
+
+def difference(
+    first: Sequence[Outcome], second: Sequence[Outcome], kind: Loss, noise: SeedNoise | None = None
+) -> Difference | None:
+    """Return the loss of the first arm minus that of the second, over the seeds that both have.
+
+    None without such a seed, or without windows that have this loss.
+
+    Args:
+        first, second: the runs of two arms of one stage and one size.
+        noise: `seed_noise` of that stage and size, which the interval then holds.
+
+    Raises:
+        ValueError: the runs of a pair were not measured on the same windows.
+    """
+    own, other = ({run.run.seed: run for run in runs} for runs in (first, second))
+    pairs = [(own[seed], other[seed]) for seed in sorted(own.keys() & other.keys())]
+    if not pairs or not all(run.has(kind) for pair in pairs for run in pair):
+        return None
+    documents = _common_documents([run for pair in pairs for run in pair], kind)
+    firsts, seconds = zip(*((one.windows(kind), two.windows(kind)) for one, two in pairs), strict=True)
+    return paired_difference(firsts, seconds, documents, noise)
+
+
+def gain(outcomes: Sequence[Outcome], later: int, earlier: int) -> Difference:
+    """Return the loss of one arm at a position range minus that at an earlier one of the same windows."""
+    documents = _common_documents(outcomes, later)
+    first, second = ([outcome.windows(number) for outcome in outcomes] for number in (later, earlier))
+    return paired_difference(first, second, documents)
+
+
+def fit(outcomes: Sequence[Outcome], kind: Loss, axis: str) -> Fit | None:
+    """Fit the law through the ends of one arm's runs; None if they do not differ in compute or lack this loss."""
+    if not _fittable(outcomes, kind, axis):
+        return None
+    documents = _common_documents(outcomes, kind)
+    windows, documents = _whole(np.stack([outcome.windows(kind) for outcome in outcomes]), documents)
+    return fit_runs(_compute(outcomes, axis), windows, documents)
+
+
+def fit_pair(first: Sequence[Outcome], second: Sequence[Outcome], kind: Loss, axis: str) -> tuple[Fit, Fit] | None:
+    """Fit the laws of two arms with the same draws, over the sizes and seeds that both have."""
+    own, other = ({(run.run.size, run.run.seed): run for run in runs} for runs in (first, second))
+    pairs = [(run, other[key]) for key, run in own.items() if key in other]
+    arms = [[pair[arm] for pair in pairs] for arm in (0, 1)]
+    if not all(_fittable(runs, kind, axis) for runs in arms):
+        return None
+    documents = _common_documents([*arms[0], *arms[1]], kind)
+    windows = np.stack([outcome.windows(kind) for runs in arms for outcome in runs])
+    windows, documents = _whole(windows, documents)
+    by_arm = list(windows.reshape(2, len(pairs), -1))
+    one, two = fit_arms([_compute(runs, axis) for runs in arms], by_arm, documents)
+    return one, two
+
+
+def slope_difference(first: Fit, second: Fit) -> Interval:
+    """Return the interval of the first exponent minus the second's, over replicates that share their draws."""
+    return Interval.of(first.replicates[:, 1] - second.replicates[:, 1])
+
+
+def _fittable(outcomes: Sequence[Outcome], kind: Loss, axis: str) -> bool:
+    return len(set(_compute(outcomes, axis))) > 1 and all(outcome.has(kind) for outcome in outcomes)
+
+
+def _compute(outcomes: Sequence[Outcome], axis: str) -> list[float]:
+    return [outcome.final["compute"][axis] for outcome in outcomes]
+
+
+def _whole(windows_NW: Floats, document_W: Numbers) -> tuple[Floats, Numbers]:
+    """The windows that have this loss."""
+    whole_W = ~np.isnan(windows_NW).any(axis=0)
+    return windows_NW[:, whole_W], document_W[whole_W]
+
+
+def _common_documents(outcomes: Sequence[Outcome], kind: Loss) -> Numbers:
+    """The documents of the windows that all these runs were measured on, as far as their records say."""
+    known = [outcome for outcome in outcomes if "document" in outcome.final["windows"]] or outcomes
+    documents = known[0].documents(kind)
+    for other in outcomes:
+        same = np.array_equal(other.documents(kind), documents) if other in known else True
+        if not same or len(other.windows(kind)) != len(documents):
+            raise ValueError(
+                f"{known[0].run.name} and {other.run.name} were not measured on the same validation windows, so "
+                "they cannot be compared; train one of them again with the other's data"
+            )
+    return documents

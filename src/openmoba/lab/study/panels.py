@@ -1,0 +1,159 @@
+"""Charts of several arms side by side: loss by position, and the candidates of a short list as dots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from openmoba.lab.study.figures import (
+    BLUE,
+    GREY,
+    RED,
+    Level,
+    arm_styles,
+    chart_style,
+    error_bars,
+    legend_below,
+    new_figure,
+)
+
+MOST_TICKS = 9
+PERCENT_TICKS = (-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50)
+TICK_ROOM = 0.09  # of the axis, for one number
+LINEAR_PERCENT = 2.0  # differences up to this are to scale, larger ones are drawn closer together
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One arm of a short list; differences are in percent of the loss of the arm they are taken from.
+
+    Attributes:
+        name: the arm.
+        trailing, lm: from full attention; None for an arm without this loss.
+        own: of the trailing loss, from full attention with the same key convolution, for an arm that has one.
+        cost: what stands at the end of its row.
+    """
+
+    name: str
+    trailing: Level | None
+    lm: Level | None
+    own: Level | None
+    cost: str
+
+
+def position_chart(
+    ranges: Sequence[tuple[int, int]],
+    losses: Mapping[str, Sequence[float]],
+    differences: Mapping[str, Sequence[Level]],
+    *,
+    title: str,
+    loss_name: str,
+    difference_name: str,
+) -> Figure:
+    """Draw the loss by position, and below it a difference with its intervals.
+
+    Args:
+        ranges: first position of every range, and the one after its last.
+        losses: curve's name -> its loss in every range.
+        differences: name of some of these curves -> what the lower panel shows of it in every range.
+    """
+    with chart_style():
+        figure = new_figure(height=6.6)
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 3])
+        edges = np.array([ranges[0][0], *(end for _, end in ranges)])
+        centre = (edges[1:] + edges[:-1]) / 2
+        looks = {name: _look(*style) for name, style in arm_styles(losses).items()}
+        for name, loss in losses.items():
+            upper.plot(centre, loss, label=name, **looks[name])
+        lower.axhline(0, color=GREY, linewidth=1)
+        barred = any(level.interval for levels in differences.values() for level in levels)
+        apart = min(0.13, 0.6 / max(1, len(differences))) * np.diff(edges) * barred
+        for place, (name, levels) in enumerate(differences.items()):
+            beside = centre + (place - (len(differences) - 1) / 2) * apart
+            mean = [level.loss for level in levels]
+            lower.errorbar(beside, mean, yerr=error_bars(levels), capsize=2.5, elinewidth=1.2, **looks[name])
+        upper.set(title=title, ylabel=loss_name)
+        lower.set(xlabel="Position in the window (tokens)", ylabel=difference_name)
+        _position_ticks(lower, edges)
+        for axes in (upper, lower):
+            axes.locator_params(axis="y", nbins=6)
+        legend_below(figure, upper)
+    return figure
+
+
+def candidates_chart(
+    candidates: Sequence[Candidate], smallest: float | None, *, title: str, difference_name: str
+) -> Figure:
+    """Draw every candidate's difference from full attention as a dot with its interval, the first one on top.
+
+    Args:
+        smallest: the least difference, in percent, that the noise of seeds lets one see; None draws no band.
+    """
+    with chart_style():
+        figure = new_figure(height=1.9 + 0.46 * len(candidates))
+        axes = figure.add_subplot()
+        axes.set_xscale("symlog", linthresh=LINEAR_PERCENT, linscale=1.2)
+        axes.axvline(0, color=RED, linewidth=2, label="Full attention")
+        if smallest is not None:
+            axes.axvspan(-smallest, smallest, color=GREY, alpha=0.15, linewidth=0, label="Within the noise of seeds")
+        marks = (
+            ("trailing", "Trailing loss", BLUE, "o", BLUE, -0.17),
+            ("lm", "LM loss", BLUE, "s", "white", 0.0),
+            ("own", "Trailing, against full + key conv.", "#EE7733", "D", "#EE7733", 0.17),
+        )
+        for name, label, colour, marker, face, aside in marks:
+            rows = [(row, level) for row, item in enumerate(candidates) if (level := getattr(item, name)) is not None]
+            if rows:
+                axes.errorbar(
+                    [level.loss for _, level in rows], [row + aside for row, _ in rows],
+                    xerr=error_bars([level for _, level in rows]), fmt=marker, color=colour, markerfacecolor=face,
+                    markersize=6, capsize=3, linewidth=1.4, label=label,
+                )  # fmt: skip
+        axes.set_yticks(range(len(candidates)), [item.name for item in candidates])
+        axes.set_ylim(len(candidates) - 0.5, -0.5)
+        axes.set(title=title, xlabel=difference_name)
+        axes.margins(x=0.08)
+        _percent_ticks(axes)
+        costs = axes.secondary_yaxis("right")
+        costs.set_yticks(range(len(candidates)), [item.cost for item in candidates], fontsize=9, color=GREY)
+        costs.tick_params(length=0)
+        costs.spines["right"].set_visible(False)
+        legend_below(figure, axes)
+    return figure
+
+
+def _look(colour: str, line: Any, marker: str) -> dict[str, Any]:
+    return {"color": colour, "linestyle": line, "marker": marker, "markersize": 5, "linewidth": 1.5}
+
+
+def _position_ticks(axes: Axes, edges: np.ndarray[Any, Any]) -> None:
+    """Every edge of a range gets a line, few enough of them a number."""
+    step = next(step for step in (1, 2, 4, 8, 16, 32, len(edges)) if (len(edges) - 1) / step < MOST_TICKS)
+    axes.xaxis.set_major_locator(FixedLocator(edges[::step].tolist()))
+    axes.xaxis.set_minor_locator(FixedLocator(edges.tolist()))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_xlim(edges[0], edges[-1])
+
+
+def _percent_ticks(axes: Axes) -> None:
+    """Signed percentages at round places, with zero in sight."""
+    low, high = axes.get_xlim()
+    low, high = min(low, -LINEAR_PERCENT), max(high, LINEAR_PERCENT)
+    axes.set_xlim(low, high)
+    place = dict(
+        zip(PERCENT_TICKS, axes.transScale.transform([(tick, 0) for tick in PERCENT_TICKS])[:, 0], strict=True)
+    )
+    width = np.diff(axes.transScale.transform([(low, 0), (high, 0)])[:, 0])[0]
+    shown = [0]
+    for tick in sorted(PERCENT_TICKS, key=abs):  # from zero outwards, where there is room for a number
+        if low <= tick <= high and min(abs(place[tick] - place[other]) for other in shown) > TICK_ROOM * width:
+            shown.append(tick)
+    axes.xaxis.set_major_locator(FixedLocator(sorted(shown)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0f}%".replace("-", "−") if value else "0"))

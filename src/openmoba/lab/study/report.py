@@ -1,0 +1,309 @@
+"""`report.md` of a study: figures, tables, and what may be said of every comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from openmoba.lab.measure.resample import LEVEL, Interval
+from openmoba.lab.study.answers import LOSSES, answers, comparisons, slopes, sweep, use_of_context
+from openmoba.lab.study.candidates import standing_table, standings
+from openmoba.lab.study.charts import Chart, draw_charts
+from openmoba.lab.study.outcomes import (
+    Named,
+    Outcome,
+    behind,
+    by,
+    fit,
+    fit_pair,
+    moba_settings,
+    of_kind,
+    of_stage,
+    read_outcomes,
+    seed_noise,
+    slope_difference,
+)
+from openmoba.lab.study.recipe import Recipe, Stage
+from openmoba.records.claims import claim
+from openmoba.records.disk import write_text
+
+REPORT_FILE = "report.md"
+
+# Smallest model, its tokens, and the window of arXiv 2502.13189's scaling law.
+REPORTED_PARAMETERS, REPORTED_TOKENS, REPORTED_LENGTH = 545e6, 10.8e9, 32768
+
+
+def write_report(recipe: Recipe, study: Path, axis: str) -> list[Path]:
+    """Draw the charts and write the report of the finished runs; returns the files, the report first.
+
+    Of several processes that finish a study together, one writes; the others return the report alone.
+
+    Args:
+        axis: compute convention of the scaling charts and the fits.
+
+    Raises:
+        ValueError: no run is finished, or an unknown axis.
+    """
+    outcomes = read_outcomes(recipe, study)
+    if not outcomes:
+        raise ValueError(f"no run of {study} is finished; `openmoba study RECIPE --out {study}` trains them")
+    with claim(study) as mine:
+        if not mine:
+            return [study / REPORT_FILE]
+        charts = draw_charts(recipe, outcomes, study, axis)
+        write_text(study / REPORT_FILE, "\n".join(_report(recipe, outcomes, charts, axis, study)) + "\n")
+    return [study / REPORT_FILE, *(chart.files[0] for chart in charts)]
+
+
+def fit_tables(recipe: Recipe, outcomes: Sequence[Outcome], axis: str) -> str:
+    """Write the fitted laws of every scaling stage, as Markdown.
+
+    Raises:
+        ValueError: no stage has an arm with two finished runs of different compute.
+    """
+    tables = [
+        "\n".join([f"{stage.name}, compute by the convention {axis}", "", *rows])
+        for stage in recipe.stages
+        if stage.chart == "scaling" and (rows := _fits(of_stage(stage, outcomes), axis))
+    ]
+    if not tables:
+        raise ValueError(
+            'a law needs finished runs of at least two sizes of one arm, in a stage with chart = "scaling"'
+        )
+    return "\n\n".join(tables)
+
+
+def _report(
+    recipe: Recipe, outcomes: Sequence[Outcome], charts: Sequence[Chart], axis: str, study: Path
+) -> Iterator[str]:
+    yield f"# {recipe.title}"
+    yield ""
+    if recipe.question:
+        yield f"**{recipe.question}**\n"
+    yield from _setting(outcomes)
+    if len(outcomes) < len(recipe.runs):
+        yield f"\n**{len(outcomes)} of {len(recipe.runs)} runs are finished**; what follows is of these alone."
+    yield ""
+    yield from _scale(recipe, outcomes)
+    for stage in recipe.stages:
+        own = of_stage(stage, outcomes)
+        if not own:
+            continue
+        yield f"\n## Stage {stage.name}\n"
+        yield _stage_sentence(stage, own)
+        for chart in (chart for chart in charts if chart.stage == stage):
+            yield f"\n![{chart.caption}]({chart.files[0].relative_to(study)})\n\n*{chart.caption}*"
+        yield from _without_trailing(stage, own)
+        for sentence in (*answers(stage, own, axis), *sweep(stage, outcomes), *use_of_context(own)):
+            yield f"\n{sentence}"
+        if stage.chart == "compare":
+            yield from _candidates(own)
+        if sentences := list(comparisons(own)):
+            yield "\n### Comparisons\n"
+            yield from (f"- {sentence}" for sentence in sentences)
+        if stage.chart == "scaling":
+            yield from _laws(own, axis)
+        yield "\n### Runs\n"
+        yield from _runs([outcome for outcome in own if outcome.run.stage == stage])
+    yield "\n## Provenance\n"
+    yield from _provenance(outcomes)
+
+
+def _setting(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    first = outcomes[0]
+    data, length = first.config.data, first.config.data.length
+    settings = [f"blocks of {size}, top-{top_k} of {blocks} blocks" for size, top_k, blocks in moba_settings(outcomes)]
+    moba = f"MoBA: {'; '.join(settings)}. " if settings else ""
+    yield (
+        f"Documents: {data.source}. Windows of {length:,} tokens from inside single documents, vocabulary "
+        f"{first.result['data']['vocabulary']:,}. {moba}Losses in nats per token on held-out "
+        f"documents ({behind([first], 'lm')} for a run); the trailing loss is that of the last "
+        f"{first.config.trailing:,} positions. "
+        f"Comparisons and laws count every window equally. "
+        f"Compute in PFLOP/s-days (8.64e19 operations). All intervals: {LEVEL:.0%}, by a bootstrap over "
+        "documents and their windows."
+    )
+
+
+def _scale(recipe: Recipe, outcomes: Sequence[Outcome]) -> Iterator[str]:
+    largest = max(outcomes, key=lambda outcome: float(outcome.result["params"]["non_embedding"]))
+    parameters, length = largest.result["params"]["non_embedding"], largest.config.data.length
+    tokens = max(outcome.config.tokens for outcome in outcomes)
+    yield "## What this study can and cannot show\n"
+    yield (
+        f"The largest model has {parameters:,} parameters without embeddings and the longest run reads "
+        f"{tokens:,} tokens in windows of {length:,}. The smallest model of the MoBA report's scaling law has "
+        f"{REPORTED_PARAMETERS:,.0f}, reads {REPORTED_TOKENS:,.0f} tokens, and its trailing loss is of windows of "
+        f"{REPORTED_LENGTH:,}."
+    )
+    if parameters < REPORTED_PARAMETERS or length < REPORTED_LENGTH:
+        yield (
+            "\nIt can show that the three systems train on the same data in the same order, that nothing but the "
+            "attention differs, and how large their differences are *here*, against the noise measured here. It "
+            "cannot confirm or refute the report's numbers: a fitted exponent holds inside the range of compute "
+            "it was fitted in, and what a query loses by leaving out blocks depends on how much a model has "
+            "learned to use from far away, which grows with training and length. Where a difference is within "
+            "noise, these runs do not say that the systems are equal."
+        )
+    yield from _seeds(recipe, outcomes)
+
+
+def _seeds(recipe: Recipe, outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """What noise of seeds the intervals hold, by stage and size."""
+    known, unknown = [], []
+    for stage in recipe.stages:
+        for size, own in by("size", of_stage(stage, outcomes)).items():
+            noise, place = seed_noise(own, "lm"), f"{size} in stage {stage.name}"
+            if noise is None:
+                unknown.append(place)
+            else:
+                several = [arm for arm, same in by("arm", own).items() if len(same) > 1]
+                known.append(f"{place}: {noise.sd:.4f} nats between the seeds of {', '.join(several)}")
+    if known:
+        yield f"\nDifferences hold the noise of seeds, pooled over the arms with several ({'; '.join(known)}; LM loss)."
+    if unknown:
+        which = f" of {', '.join(unknown)}" if known else ""
+        yield (
+            f"\nEvery run{which} was trained with one seed. Intervals are over documents and windows alone and do not "
+            "hold the luck of initialisation and of the order of data; differences of a few hundredths of a nat may "
+            "change sign with another seed."
+        )
+
+
+def _stage_sentence(stage: Stage, compared: Sequence[Outcome]) -> str:
+    outcomes = [outcome for outcome in compared if outcome.run.stage == stage]
+    loss_tokens = outcomes[0].config.train.loss_tokens
+    parts = [f"{len(outcomes)} runs"]
+    if stage.beside:
+        arms = dict.fromkeys(run.label for run in compared if run.run.stage != stage)
+        parts.append(f"compared with {', '.join(arms)} of stage {stage.beside}")
+    if stage.after:
+        parts.append(f"each from its own arm of stage {stage.after}")
+        new = [run.run.arm for run in outcomes if run.run.after and f"-{run.run.arm}-seed" not in run.run.after]
+        if new:
+            parts[-1] += f", {', '.join(dict.fromkeys(new))} from that of {stage.branch}"
+    if loss_tokens:
+        parts.append(f"trained with the loss on the last {loss_tokens:,} tokens of each window alone")
+    if stage.after:
+        parts.append("tokens and compute are those of this stage alone")
+    return "; ".join(parts) + "."
+
+
+def _without_trailing(stage: Stage, outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Why a stage lacks a trailing loss, and with it the chart that it asks for."""
+    short = [outcome for outcome in outcomes if not outcome.has("trailing")]
+    if short:
+        chart = f"; the {stage.chart} chart, which shows it, is left out" if stage.chart != "positions" else ""
+        yield (
+            f"\nThere is no trailing loss of {len(short)} of these runs, since none of their validation windows "
+            f"reaches data.length={short[0].config.data.length:,}{chart}."
+        )
+
+
+def _candidates(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    for size, runs in by("size", outcomes).items():
+        found = standings(runs)
+        if found:
+            yield f"\n### Candidates ({size}; {behind(runs, 'trailing')})\n"
+            yield from standing_table(runs, found)
+
+
+def _laws(outcomes: Sequence[Outcome], axis: str) -> Iterator[str]:
+    rows = list(_fits(outcomes, axis))
+    if not rows:
+        return
+    yield f"\n### Fitted laws, L = a · C^b, C by the convention {axis} ({behind(outcomes, 'trailing')})\n"
+    yield from rows
+    full = of_kind(outcomes, "full")
+    for own in by("arm", outcomes).values():
+        if full and own != full:
+            yield ""
+            yield from (f"- {sentence}" for sentence in slopes(own, full, axis))
+            yield from _position_laws(own, full, axis)
+
+
+def _fits(outcomes: Sequence[Outcome], axis: str) -> list[str]:
+    rows = []
+    for own in by("arm", outcomes).values():
+        for kind, name in LOSSES.items():
+            law = fit(own, kind, axis)
+            if law is not None:
+                worst = float(abs(law.residual).max())
+                rows.append(
+                    [own[0].label, name, f"{law.law.a:.4g} [{law.a.low:.4g}, {law.a.high:.4g}]",
+                     f"{law.law.b:.4f} [{law.b.low:.4f}, {law.b.high:.4f}]", str(len(law.loss)), f"{worst:.2%}"]
+                )  # fmt: skip
+    return list(_table(["arm", "loss", "a", "b", "runs", "largest residual"], rows)) if rows else []
+
+
+def _position_laws(own: Sequence[Outcome], full: Sequence[Outcome], axis: str) -> Iterator[str]:
+    """Both arms' laws of every position range, and the interval of the difference of their exponents."""
+    yield f"\n{own[0].label} and full attention by position ({behind(own, 0)}):\n"
+    rows = []
+    for number, (start, end) in enumerate(own[0].ranges):
+        pair = fit_pair(own, full, number, axis)
+        if pair is not None:
+            found = slope_difference(*pair)
+            cells = [text for law in pair for text in (f"{law.law.a:.4g}", f"{law.law.b:.4f} {_bounds(law.b)}")]
+            rows.append([f"{start:,}-{end:,}", *cells, _bounds(found)])
+    name = own[0].label
+    yield from _table(["positions", f"{name} a", f"{name} b", "full a", "full b", "difference of b"], rows)
+
+
+def _bounds(interval: Interval) -> str:
+    return f"[{interval.low:.4f}, {interval.high:.4f}]"
+
+
+def _runs(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    rows = []
+    for run in outcomes:
+        compute, losses = run.final["compute"], [_loss_cell(run, kind) for kind in LOSSES]
+        conventions = [f"{compute[name]:.3g}" for name in ("6nd", "chinchilla", "causal_exact")]
+        rows.append(
+            [run.run.size, run.label, str(run.run.seed), f"{run.result['params']['non_embedding']:,}",
+             f"{run.result['tokens']:,}", *losses, *conventions, f"{compute['accelerator_seconds']:.0f}",
+             f"{run.tokens_per_second:,.0f}", "-" if run.mfu is None else f"{run.mfu:.0%}"]
+        )  # fmt: skip
+    heads = ["size", "arm", "seed", "parameters without embeddings", "tokens", *LOSSES.values()]
+    yield from _table([*heads, "6ND", "Chinchilla", "causal-exact", "accelerator s", "tokens/s", "MFU"], rows)
+
+
+def _loss_cell(run: Outcome, kind: Named) -> str:
+    if not run.has(kind):
+        return "-"
+    interval = run.final["intervals"][kind]
+    bounds = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
+    return f"{run.loss(kind):.4f}{bounds}"
+
+
+def _provenance(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    for name, values in (
+        ("Commit", (str(run.result["commit"]) for run in outcomes)),
+        ("Hardware", (_hardware(run) for run in outcomes)),
+        ("Versions", (", ".join(f"{k} {v}" for k, v in run.result["versions"].items()) for run in outcomes)),
+    ):
+        yield f"- {name}: {'; '.join(dict.fromkeys(values))}"
+    documents = dict.fromkeys(
+        f"training {run.result['data']['train'][:12]}, validation {run.result['data']['valid'][:12]}"
+        for run in outcomes
+        if "train" in run.result["data"]
+    )
+    if documents:
+        yield f"- Digests of the documents: {'; '.join(documents)}"
+    if older := sum("train" not in run.result["data"] for run in outcomes):
+        yield f"- {older} of {len(outcomes)} runs are older than the record of their data"
+    yield f"- Training and evaluation, all runs: {sum(run.result['seconds'] for run in outcomes) / 60:.1f} minutes"
+
+
+def _hardware(run: Outcome) -> str:
+    hardware = run.result["hardware"]
+    gpus = [f"{len(list(same))} x {name}" for name, same in groupby(hardware["gpus"])]
+    return ", ".join([*gpus, f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} threads"])
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(heads)} |"
+    yield f"|{'|'.join(' --- ' for _ in heads)}|"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"

@@ -1,0 +1,222 @@
+"""A page of results: every study's question, figures and answer, and which setting to take, from the records alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from openmoba.lab.study.answers import answers, sweep, use_of_context
+from openmoba.lab.study.candidates import key_share, percent, standing_table, standings, tokens_per_second
+from openmoba.lab.study.charts import FOLDER
+from openmoba.lab.study.outcomes import (
+    Outcome,
+    behind,
+    by,
+    difference,
+    mean_loss,
+    of_kind,
+    of_stage,
+    read_outcomes,
+    seed_noise,
+)
+from openmoba.lab.study.recipe import RECIPE_FILE, Recipe, Stage, read_recipe
+from openmoba.lab.study.report import REPORT_FILE
+
+ORDER = ("positions", "compare", "scaling", "layers")
+"""Charts in the order in which their questions build on each other."""
+AXES = ("6nd", "causal_exact", "accelerator_seconds")
+"""The conventions of compute by which laws are compared."""
+HEADLINES = {
+    "scaling": "Trailing loss over compute, with the fitted laws of MoBA and full attention",
+    "layers": "Trailing loss over the number of full layers, between MoBA and full attention",
+}
+"""What the two charts show that the project is about."""
+BUDGETS = (0.1, 0.2, 0.35, 1.0)
+"""Shares of the keys that a setting may read."""
+PARTS = (8, 4, 2, 1)
+"""Of the windows' length, the lengths that a setting is chosen for."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's folder, its recipe and its finished runs."""
+
+    folder: Path
+    recipe: Recipe
+    outcomes: list[Outcome]
+
+    def runs(self, stage: Stage) -> list[Outcome]:
+        """Return the finished runs that one stage compares."""
+        return of_stage(stage, self.outcomes)
+
+    def figures(self, stage: Stage) -> list[Path]:
+        """Return the charts that the stage asks for, as far as they are drawn."""
+        ends = {"scaling": "scaling-law*", "layers": "*layerwise-hybrid", "compare": "*candidates"}
+        found = (self.folder / FOLDER).glob(f"{stage.name}-{ends.get(stage.chart, 'positions')}.png")
+        return sorted(found, key=lambda path: path.stem)
+
+
+def read_studies(folders: Sequence[Path]) -> list[Study]:
+    """Read the studies in the folders that hold a recipe and a finished run, in the order of their questions."""
+    studies = []
+    for folder in folders:
+        if (folder / RECIPE_FILE).exists():
+            recipe = read_recipe(folder / RECIPE_FILE)
+            if outcomes := read_outcomes(recipe, folder):
+                studies.append(Study(folder, recipe, outcomes))
+    return sorted(studies, key=lambda study: ORDER.index(study.recipe.stages[-1].chart))
+
+
+def experiments(studies: Sequence[Study], page: Path) -> str:
+    """Write question, figures and answers of every study, as Markdown.
+
+    Args:
+        page: folder of the page, which links are relative to.
+    """
+    return "\n".join(line for study in studies for line in _experiment(study, page))
+
+
+def headlines(studies: Sequence[Study], page: Path) -> str:
+    """Show the first scaling chart and the first of layer-wise hybrids, with what they say, as Markdown."""
+    lines = []
+    for chart, caption in HEADLINES.items():
+        stages = [(study, stage) for study in studies for stage in study.recipe.stages if stage.chart == chart]
+        for study, stage in stages[:1]:
+            lines += [f"![{caption}]({_link(figure, page)})\n" for figure in study.figures(stage)[:1]]
+            lines += [*(f"- {sentence}" for sentence in answers(stage, study.runs(stage), AXES[0])), ""]
+            report = _link(study.folder / REPORT_FILE, page)
+            lines.append(f"[{study.recipe.title}]({report}): {provenance(study.outcomes)}.\n")
+    return "\n".join(lines)
+
+
+def settings(studies: Sequence[Study], page: Path) -> str:
+    """Say which setting to take, by length and by how many keys it may read, and on what it rests, as Markdown.
+
+    A row is the arm with the lowest loss at the last position range of that length, among the arms that read no more
+    keys than the budget, in the stage with the most arms. Empty without an arm that could be compared.
+    """
+    heads = ("length", "keys read at most", "setting", "against full attention, %", "keys read",
+             "training speed", "measured with")  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for study, runs in _most_arms(studies):
+        for number, (_, end) in enumerate(runs[0].ranges):
+            if end in [runs[0].config.data.length // part for part in PARTS]:
+                lines += [f"| {' | '.join([f'{end:,}', *row])} |" for row in _rows(runs, number, study, page)]
+    return "\n".join([*lines, ""]) if len(lines) > 2 else ""
+
+
+def limits(studies: Sequence[Study]) -> str:
+    """Say what the studies do not show: how large, how long, on which documents, with how many seeds."""
+    runs = [run for study in studies for run in study.outcomes]
+    if not runs:
+        return ""
+    parameters = [int(run.result["params"]["non_embedding"]) for run in runs]
+    tokens, lengths = [run.config.tokens for run in runs], sorted({run.config.data.length for run in runs})
+    sources = dict.fromkeys(Path(run.config.data.source).name for run in runs)
+    seeds = {len({run.run.seed for run in own}) for study in studies for own in _by_arm_and_size(study)}
+    return (
+        f"Models of {min(parameters):,} to {max(parameters):,} parameters without embeddings, at most {max(tokens):,} "
+        f"training tokens a run, windows of {' and '.join(f'{length:,}' for length in lengths)} tokens, documents of "
+        f"{', '.join(sources)}, {min(seeds)}{f' to {max(seeds)}' if max(seeds) > min(seeds) else ''} "
+        f"seed{'s' * (max(seeds) > 1)} of a run. Nothing here says how the differences change beyond that: with larger "
+        "models, more tokens, longer windows, other text, or other seeds.\n"
+    )
+
+
+def provenance(outcomes: Sequence[Outcome]) -> str:
+    """Say the hardware, time and commit of some runs."""
+    devices = dict.fromkeys((run.result["hardware"]["gpus"] or [run.result["hardware"]["cpu"]])[0] for run in outcomes)
+    commits = dict.fromkeys(str(run.result["commit"])[:10] for run in outcomes)
+    minutes = sum(run.result["seconds"] for run in outcomes) / 60
+    return f"{' and '.join(devices)}, {minutes:.0f} minutes, commit {' and '.join(commits)}"
+
+
+def _experiment(study: Study, page: Path) -> Iterator[str]:
+    yield f"### {study.recipe.title}\n"
+    if study.recipe.question:
+        yield f"**{study.recipe.question}**\n"
+    for stage in study.recipe.stages:
+        runs = study.runs(stage)
+        if not runs:
+            continue
+        for figure in study.figures(stage):
+            yield f"![{study.recipe.title}, stage {stage.name}]({_link(figure, page)})\n"
+        axes = AXES if stage.chart == "scaling" else AXES[:1]
+        yield from (f"- {sentence}" for axis in axes for sentence in answers(stage, runs, axis))
+        yield from (f"- {sentence}" for sentence in sweep(stage, study.outcomes))
+        if stage.chart in ("positions", "compare"):
+            yield from (f"- {sentence}" for sentence in use_of_context(runs))
+        yield ""
+        if stage.chart == "compare":
+            for own in by("size", runs).values():
+                yield from standing_table(own, standings(own))
+                yield ""
+    missing = len(study.recipe.runs) - len(study.outcomes)
+    unfinished = f"; {missing} of {len(study.recipe.runs)} runs are not finished" if missing else ""
+    report, recipe = (_link(study.folder / name, page) for name in (REPORT_FILE, RECIPE_FILE))
+    yield (
+        f"{len(study.outcomes)} runs{unfinished}: [report]({report}), [recipe]({recipe}), "
+        f"`openmoba study RECIPE --out FOLDER`; {provenance(study.outcomes)}.\n"
+    )
+
+
+def _most_arms(studies: Sequence[Study]) -> list[tuple[Study, list[Outcome]]]:
+    """For every length the runs of the stage and size that compare the most arms with full attention, longest last."""
+    found: dict[int, tuple[Study, list[Outcome]]] = {}
+
+    def rank(runs: Sequence[Outcome]) -> tuple[int, int]:
+        return len(by("arm", runs)), int(runs[0].result["params"]["non_embedding"])
+
+    for study in studies:
+        for stage in study.recipe.stages:
+            for runs in by("size", study.runs(stage)).values():
+                length = runs[0].config.data.length
+                if of_kind(runs, "full") and (length not in found or rank(runs) > rank(found[length][1])):
+                    found[length] = study, runs
+    return [found[length] for length in sorted(found)]
+
+
+def _rows(runs: Sequence[Outcome], number: int, study: Study, page: Path) -> Iterator[list[str]]:
+    """Cells of the best arm within each budget at one position range, each arm once."""
+    full, noise, length = of_kind(runs, "full"), seed_noise(runs, number), runs[0].ranges[number][1]
+    level = mean_loss(full, number)
+    found = []
+    for own in by("arm", runs).values():
+        against, share = difference(own, full, number, noise), key_share(own[0], length)
+        if own != full and against is not None and share is not None:
+            found.append((against, share, own))
+    last = None
+    for budget in BUDGETS:
+        within = [item for item in found if item[1] <= budget]
+        best = min(within, key=lambda item: item[0].mean, default=None)
+        if best is None or best == last:
+            continue
+        last = against, share, own = best
+        speed, parameters = tokens_per_second(own) / tokens_per_second(full), own[0].result["params"]["non_embedding"]
+        report = _link(study.folder / REPORT_FILE, page)
+        yield [
+            f"{budget:.0%}", _describe(own[0]), percent(against, level), f"{share:.1%}", f"{speed:.2f}x",
+            f"[{parameters:,} parameters; {behind(own, number)}]({report})",
+        ]  # fmt: skip
+
+
+def _describe(run: Outcome) -> str:
+    arm = run.config.arm
+    convolved = "" if arm.key_conv is None else f", key convolution over {arm.key_conv} tokens"
+    if arm.name == "full":
+        return run.label + convolved
+    text = f"{run.label}: blocks of {arm.block_size}, top-{arm.top_k}"
+    full = f", {len(run.full_layers)} of {run.layers} layers full" if run.full_layers else ""
+    return text + full + convolved
+
+
+def _by_arm_and_size(study: Study) -> Iterator[list[Outcome]]:
+    for stage in study.recipe.stages:
+        for own in by("size", study.runs(stage)).values():
+            yield from by("arm", own).values()
+
+
+def _link(path: Path, page: Path) -> str:
+    return Path(os.path.relpath(path, page)).as_posix()

@@ -1,0 +1,1 @@
+"""One training run: its settings checked, its steps, its records."""

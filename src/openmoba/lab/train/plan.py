@@ -1,0 +1,137 @@
+"""What a run will be, before it is one: its model, the operations and the memory it takes, and about how long."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from openmoba.config import MobaConfig
+from openmoba.lab.config import ModelConfig, RunConfig
+from openmoba.lab.measure.compute import PFLOPS_DAY, Shape, training_compute
+from openmoba.lab.model.build import build_model, set_attention
+from openmoba.lab.model.loss import LOGITS_PER_CHUNK
+
+SHARE = 0.3
+"""Of the rate of large matrix products, what training reaches: 0.12 to 0.35 on an H200, 0.2 to 0.5 on two cores."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's model, compute in PFLOP/s-days by convention, operations, and bytes of one device.
+
+    Attributes:
+        work: operations by which time is estimated, see `planned_work`.
+        activations: the part of `memory` that is kept from the forward pass for the backward pass.
+    """
+
+    shape: Shape
+    compute: dict[str, float]
+    work: float
+    memory: float
+    activations: float
+
+
+def plan_of(config: RunConfig) -> Plan:
+    """The plan of a run, with a tokenizer of `data.vocab_size` entries, trained on one device."""
+    shape, train = planned_shape(config), config.train
+    compute = training_compute(shape, config.arm, train.steps, train.steps, train.batch_size, 0.0)
+    compute.pop("accelerator_seconds")
+    activations = activation_bytes(config)
+    # Weights, gradients and two moments in fp32; a chunk of logits, its softmax and that in the weights' precision.
+    chunk = min(shape.vocab * config.data.length, LOGITS_PER_CHUNK["cuda" if _cuda() else "cpu"])
+    memory = 16 * shape.total + activations + 10 * chunk
+    return Plan(shape, compute, planned_work(config), memory, activations)
+
+
+def planned_shape(config: RunConfig) -> Shape:
+    """The shape of the model that the run will have with a tokenizer of `data.vocab_size` entries.
+
+    Of a model from elsewhere (`train.start_from`) this is a guess: that of `model.size`.
+    """
+    return Shape.of(planned_model(config), config.data.length)
+
+
+def planned_model(config: RunConfig) -> Any:
+    """That model, without memory for its weights."""
+    overrides = () if config.train.start_from else tuple(config.model.overrides.items())
+    attention = config.arm.attention(0, config.train.steps)
+    return _model(
+        config.model.family, config.model.size, overrides, config.data.vocab_size, config.data.length, attention
+    )
+
+
+def planned_work(config: RunConfig) -> float:
+    """Operations of a run, by which its time is estimated and the time left of a study is told.
+
+    Counted are training and evaluation, causal-exact, and an allowance per layer and token for what does not shrink
+    with the width (norms, kernel launches).
+    """
+    shape, train = planned_shape(config), config.train
+    compute = training_compute(shape, config.arm, train.steps, train.steps, train.batch_size, 0.0)
+    operations = compute["causal_exact"] * PFLOPS_DAY + config.tokens * shape.layers * 6 * 60_000
+    evaluated = len(config.evaluation_steps) * config.eval.windows * config.data.length
+    return operations * (1 + evaluated / config.tokens / 3)  # a forward pass is a third of a step
+
+
+def activation_bytes(config: RunConfig) -> float:
+    """Bytes that eager layers keep from the forward to the backward pass of one micro-batch.
+
+    Per token and layer of width C, with p bytes in products (2 in bf16, 4 in fp32): the hidden state before and after
+    each norm in fp32 and once more as the input of a product, queries, keys, values, the attention's output twice, and
+    four tensors of the feed-forward width. Compiled layers keep less, gradient checkpointing the hidden states alone.
+    """
+    model, shape, train = planned_model(config), planned_shape(config), config.train
+    entries = model.config
+    bf16 = in_bf16(config)
+    product, width = 2 if bf16 else 4, shape.hidden
+    heads = shape.heads * shape.head_dim
+    shared = (getattr(entries, "num_key_value_heads", None) or shape.heads) * shape.head_dim
+    layer: int = 20 * width + product * (3 * heads + 2 * shared + 4 * entries.intermediate_size)
+    layer += 2 * product * width if bf16 else 0
+    if "qwen3" in config.model.family:  # norms of queries and keys
+        layer += (4 + product) * (heads + shared)
+    together = 1 if train.gradient_checkpointing else shape.layers
+    layers = 4 * width * (shape.layers - together) + layer * together
+    tokens = config.data.length * (train.micro_batch_size or train.batch_size)
+    weights = 2 * shape.non_embedding * together / shape.layers if bf16 else 0  # autocast's copies
+    return tokens * (layers + 24 * width) + weights
+
+
+def in_bf16(config: RunConfig) -> bool:
+    """Whether the run's products are in bf16 on this machine."""
+    return config.train.precision == "bf16" or (config.train.precision == "auto" and _cuda())
+
+
+def matrix_rate(bf16: bool) -> float:
+    """Operations per second of a large matrix product on this machine's device, measured in a moment."""
+    size, device = (8192, "cuda") if _cuda() else (1024, "cpu")
+    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for it
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+@lru_cache(maxsize=64)
+def _model(
+    family: str,
+    size: str,
+    overrides: tuple[tuple[str, bool | int | float | str | None], ...],
+    vocab_size: int,
+    length: int,
+    attention: MobaConfig | None,
+) -> Any:
+    with torch.device("meta"):
+        model = build_model(ModelConfig(family, size, dict(overrides)), vocab_size, length, 0)
+        set_attention(model, attention)
+    return model

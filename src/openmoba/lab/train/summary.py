@@ -1,0 +1,115 @@
+"""What a run says before its first step, and instead of it: what is trained, on what, how, and where its records go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openmoba.config import MobaConfig
+from openmoba.lab.columns import gigabytes, short
+from openmoba.lab.config import ArmConfig, RunConfig
+from openmoba.lab.data.load import Data
+from openmoba.lab.measure.compute import Shape
+from openmoba.lab.progress import duration
+from openmoba.lab.train.plan import SHARE, in_bf16, matrix_rate, plan_of
+from openmoba.ops.api import explain
+from openmoba.records.provenance import cpu_name
+
+
+def summary_of(config: RunConfig, folder: Path, trainer: Any, data: Data) -> str:
+    """The summary, several lines; `trainer` is the run's `RunTrainer`."""
+    shape, args = trainer.shape, trainer.args
+    train, tokens = config.train, config.train.batch_size * config.data.length
+    epochs = train.steps * train.batch_size / len(data.train)
+    devices = f"{args.world_size} x {device_name(args.device)}" if args.world_size > 1 else device_name(args.device)
+    evaluations = len(config.evaluation_steps)
+    rows = {
+        "model": f"{config.model.family} {config.model.size}, {parameters(shape)}",
+        "attention": "; ".join(attention_paths(config, shape, trainer.model, args)),
+        "data": f"{config.data.source}: {len(data.train):,} windows of {config.data.length:,} tokens, "
+        f"{len(trainer.valid):,} held out, vocabulary {len(data.tokenizer):,}",
+        "training": f"{train.steps:,} steps of {tokens:,} tokens in {train.batch_size} windows: "
+        f"{config.tokens:,} tokens, {epochs:.2g} epochs",
+        "device": f"{devices}, {'bf16' if args.bf16 else 'fp32'}",
+        "records": f"{folder / 'metrics.jsonl'} every {train.log_every} steps, {evaluations} "
+        f"evaluation{'s' if evaluations > 1 else ''}, checkpoint every {train.checkpoint_every}",
+    }
+    return f"{folder}\n{_described(rows)}"
+
+
+def plan_text(config: RunConfig) -> str:
+    """What a dry run says: parameters, tokens, compute by convention, and about how much memory and time."""
+    plan, train, evaluations = plan_of(config), config.train, len(config.evaluation_steps)
+    rate = matrix_rate(in_bf16(config))
+    compute = ", ".join(f"{name} {value:.3g}" for name, value in plan.compute.items())
+    rows = {
+        "model": f"{config.model.family} {config.model.size}, {parameters(plan.shape)}, "
+        f"vocabulary {config.data.vocab_size:,}",
+        "attention": arm_name(config.arm, train.steps, plan.shape.layers),
+        "training": f"{train.steps:,} steps of {train.batch_size:,} windows of {config.data.length:,} tokens: "
+        f"{config.tokens:,} tokens; {config.eval.windows:,} windows evaluated {evaluations:,} "
+        f"time{'s' if evaluations > 1 else ''}",
+        "compute": f"{compute} PFLOP/s-days",
+        "memory": f"about {gigabytes(plan.memory)} on one device, {gigabytes(plan.activations)} of it activations of "
+        "eager layers",
+        "time": f"about {duration(plan.work / (SHARE * rate))} on this machine, if training reaches {SHARE:.0%} of the "
+        f"{rate / 1e12:.3g} TFLOP/s that matrices reach here",
+    }
+    return _described(rows)
+
+
+def _described(rows: dict[str, str]) -> str:
+    return "\n".join(f"  {name:<10} {text}" for name, text in rows.items())
+
+
+def parameters(shape: Shape) -> str:
+    """A model's parameters in words."""
+    return f"{short(shape.total)} parameters ({short(shape.non_embedding)} without embeddings)"
+
+
+def arm_name(arm: ArmConfig, steps: int, layers: int) -> str:
+    """The attention of an arm in words."""
+    convolved = "" if arm.key_conv is None else f", key convolution over {arm.key_conv} tokens"
+    attention = arm.attention(0, steps)
+    if attention is None or arm.name == "full":
+        return f"full attention{convolved}"
+    full = sorted(attention.full_layer_indices(layers))
+    text = f"MoBA, blocks of {attention.block_size:,}, top-{attention.top_k}"
+    if full:
+        text += f", {len(full)} of {layers} layers full ({', '.join(map(str, full))})"
+    switch = arm.switch_step(steps)
+    if switch < steps:
+        text += f", full attention from step {switch + 1:,} on"
+    return text + convolved
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def attention_paths(config: RunConfig, shape: Shape, model: Any, args: Any) -> list[str]:
+    """What the run's layers attend with, and what of ours that runs."""
+    arm, steps = config.arm, config.train.steps
+    attention = arm.attention(0, steps)
+    name = arm_name(arm, steps, shape.layers)
+    if attention is None or arm.name == "full":
+        return [name]
+    return [name, _path(attention, shape, model, args)]
+
+
+def _path(attention: MobaConfig, shape: Shape, model: Any, args: Any) -> str:
+    """Which implementation of MoBA runs, as `openmoba.explain` says it."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    shared = getattr(model.config, "num_key_value_heads", None) or shape.heads
+    q, k, v = (
+        torch.empty(1, shape.length, heads, shape.head_dim, dtype=dtype, device=args.device)
+        for heads in (shape.heads, shared, shared)
+    )
+    found = explain(q, k, v, block_size=attention.block_size, top_k=attention.top_k)
+    return f"{found.impl} ({found.reason})"

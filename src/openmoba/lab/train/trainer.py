@@ -1,0 +1,414 @@
+"""`transformers.Trainer` for runs of the laboratory: our loss, order of data, schedule, records and switch."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.utils.data import SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils.logging import disable_progress_bar
+
+from openmoba.config import MobaConfig
+from openmoba.hf.releases import CHECKPOINTING
+from openmoba.lab.config import RunConfig
+from openmoba.lab.data.windows import IGNORED, TrainingWindows, Windows
+from openmoba.lab.errors import DivergenceError
+from openmoba.lab.measure.compute import Shape, training_compute
+from openmoba.lab.measure.evaluate import autocast, summary, window_losses
+from openmoba.lab.model.build import set_attention
+from openmoba.lab.model.checkpoint import prune, seal
+from openmoba.lab.model.compile import compile_or_stay_eager
+from openmoba.lab.model.loss import attach_loss
+from openmoba.lab.progress import SECONDS_PER_LINE, Progress, duration
+from openmoba.lab.train.clock import Clock, Speedometer, peak_operations
+from openmoba.lab.train.schedule import learning_rate_factor
+from openmoba.records import disk
+
+_UNRECORDED = "unrecorded.json"
+"""In a checkpoint between two records: the sum of the losses since the last one, and its step."""
+
+
+class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
+    """Trains one run and writes its records.
+
+    Args:
+        model: a decoder of the transformers library; its `forward` is replaced by `attach_loss`.
+        train: all training windows.
+        valid: the validation windows.
+        tokenizer: saved with every checkpoint.
+        spent: (wall seconds, accelerator seconds) of the earlier attempts at this run.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        model: Any,
+        train: Windows,
+        valid: Windows,
+        tokenizer: Any,
+        progress: Progress,
+        spent: tuple[float, float],
+    ) -> None:
+        self.config, self.folder, self.valid, self.progress = config, folder, valid, progress
+        self.shape = Shape.of(model, config.data.length)
+        attach_loss(model)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(model.config, name, getattr(tokenizer, name))
+            setattr(model.generation_config, name, getattr(tokenizer, name))
+        disable_progress_bar()  # of writing weights, in the middle of ours
+        settings = config.train
+        order = TrainingWindows(train, settings.steps * settings.batch_size, settings.seed, settings.loss_tokens)
+        super().__init__(
+            model=model,
+            args=training_arguments(config, folder),
+            train_dataset=order,
+            data_collator=_stack,
+            processing_class=tokenizer,
+            callbacks=[_RunCallback(self)],
+        )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True  # our loss is divided by the whole step's count already
+        self.clock = Clock(self.args.device, *spent)
+        self.speedometer = Speedometer(peak_operations(self.args.device, self.args.bf16, self.args.world_size))
+        self._unchecked: list[tuple[int, Tensor]] = []
+        self.compiled = False
+        self.stopping = False
+        self._attention: MobaConfig | str | None = "unset"
+
+    def attend_as_configured(self, step: int) -> None:
+        """Give the model the attention of step `step` (from 0)."""
+        wanted = self.config.arm.attention(step, self.config.train.steps)
+        if wanted != self._attention:
+            set_attention(self.accelerator.unwrap_model(self.model), wanted)
+            self._attention = wanted
+
+    def compile_layers(self) -> None:
+        """Compile the layers if the run says so, with all graphs that it needs: before its time is measured."""
+        wanted = self.config.train.compile
+        self.compiled = wanted == "layers" or (wanted == "auto" and self.args.device.type == "cuda")
+        if not self.compiled:
+            return
+        start = time.perf_counter()
+        problem = compile_or_stay_eager(self.accelerator.unwrap_model(self.model), self._try_out)
+        self.compiled = problem is None
+        seconds = duration(time.perf_counter() - start)
+        outcome = f"layers compiled in {seconds}" if self.compiled else f"layers run eagerly, not compiled: {problem}"
+        self.progress.note(f"{outcome} (train.compile={wanted})")
+
+    def _try_out(self) -> None:
+        """Train and evaluate on one batch of every shape, with every attention of the run; leaves nothing behind."""
+        model, steps, evaluation = self.model_wrapped, self.config.train.steps, self.config.eval
+        for step in sorted({0, steps - 1}):
+            self.attend_as_configured(step)
+            windows = [self.train_dataset[i] for i in range(self.args.per_device_train_batch_size)]
+            batches, count = self.get_batch_samples(iter([self.data_collator(windows)]), 1, self.args.device)
+            model.train()
+            self.training_step(model, self._prepare_inputs(batches[0]), num_items_in_batch=count)
+            model.eval()
+            with autocast(self.args.device, self.args.bf16):
+                for size in {min(evaluation.batch_size, len(self.valid)), len(self.valid) % evaluation.batch_size} - {
+                    0
+                }:
+                    window_losses(model, self.valid.spread(size), evaluation.batch_size, self.args.device)
+        model.train()
+        model.zero_grad()
+        self._unchecked.clear()
+
+    def stop(self) -> None:
+        """Stop after this step, with a checkpoint."""
+        self.stopping = True
+
+    def must_stop(self, agreeing: bool) -> bool:
+        """Whether to stop now. Several devices say so to each other where they are `agreeing`, in the same steps."""
+        if self.args.world_size == 1 or not agreeing:
+            return self.stopping and self.args.world_size == 1
+        self.stopping = bool(self.accelerator.gather(torch.tensor([self.stopping], device=self.args.device)).any())
+        return self.stopping
+
+    def go_on(self) -> None:
+        """Take up the losses that the checkpoint of a stopped run has and no record yet."""
+        file = self.folder / f"checkpoint-{self.state.global_step}" / _UNRECORDED
+        if file.exists():
+            found = disk.read_json(file)
+            self._tr_loss += found["loss"]
+            self._globalstep_last_logged = found["since"]
+
+    def check_loss(self) -> None:
+        """Raise DivergenceError if the loss of a step since the last check was not a number, on any device."""
+        steps, losses = zip(*self._unchecked, strict=True)
+        self._unchecked.clear()
+        bad = [step for step, fine in zip(steps, torch.stack(losses).isfinite().tolist(), strict=True) if not fine]
+        first = torch.tensor([min(bad, default=math.inf)], device=self.args.device)
+        step = float(self.accelerator.gather(first).min())
+        if step < math.inf:
+            raise self.diverged("loss", step)
+
+    def diverged(self, what: str, step: float) -> DivergenceError:
+        """The error that says which number was none, and what to lower."""
+        train = self.config.train
+        ways_out = [f"lower train.learning_rate={train.learning_rate}", f"lower train.clip={train.clip}"]
+        if self.args.bf16:
+            ways_out.append("use train.precision=fp32")
+        return DivergenceError(
+            f"{self.folder}: the {what} was not a finite number at step {step:.0f}, nothing later is saved; "
+            f"{' or '.join(ways_out)}"
+        )
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Append a record, completed by step, tokens and compute."""
+        if not self.is_world_process_zero():
+            return
+        head = {"kind": row.pop("kind"), "step": self.state.global_step, "tokens": self.tokens}
+        disk.append(self.folder / "metrics.jsonl", {**head, **row, "compute": self.compute()})
+
+    def start_clock(self) -> None:
+        """Measure time and speed from here on."""
+        self.speedometer.start(self.tokens, self.clock.trained, self.compute()["causal_exact"])
+        self.clock.skip()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained so far, over all devices."""
+        return self.state.global_step * self.config.train.batch_size * self.config.data.length  # type: ignore[no-any-return]
+
+    def compute(self, step: int | None = None) -> dict[str, float]:
+        """Compute of the first `step` steps, by all conventions; by default of those so far."""
+        step, settings = self.state.global_step if step is None else step, self.config.train
+        return training_compute(
+            self.shape, self.config.arm, step, settings.steps, settings.batch_size, self.accelerator_seconds
+        )
+
+    @property
+    def accelerator_seconds(self) -> float:
+        """Seconds of training steps, summed over devices."""
+        return float(self.clock.trained * self.args.world_size)
+
+    # What Trainer calls.
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
+        """The micro-batches of one step, and their number of labelled positions over all devices."""
+        batches = list(islice(epoch_iterator, num_batches))
+        # Counted before they went to the device: neither the host nor the device waits for the other here.
+        count = torch.full((1,), sum(batch.pop("labelled") for batch in batches), device=device)
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(count)
+        return batches, count.sum()
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of one micro-batch; returns its share of the step's mean loss.
+
+        Does without what Trainer does here for other devices and optimizers: it took 1 ms of the host.
+        """
+        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """This micro-batch's share of the step's mean loss, in nats per labelled position."""
+        loss: Tensor = model(**inputs, count=num_items_in_batch)
+        self._unchecked.append((self.state.global_step + 1, loss.detach()))
+        # Gradients are averaged over devices, and `count` is the sum over them.
+        devices: int = self.args.world_size
+        return loss * devices if devices > 1 else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """0: `compute` counts them, and Trainer's own count looks through the whole model at every step."""
+        return 0
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule of `learning_rate_factor`."""
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer,
+            lambda step: learning_rate_factor(step, num_training_steps, self.config.train),
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measure the model on the validation windows and record it."""
+        self.clock.tick()
+        model = self.model_wrapped
+        model.eval()
+        with autocast(self.args.device, self.args.bf16):
+            losses = window_losses(model, self.valid, self.config.eval.batch_size, self.args.device)
+        row = summary(
+            *losses,
+            self.valid,
+            self.config.trailing,
+            self.config.position_range,
+            each_window=self.state.global_step == self.config.train.steps,
+        )
+        self.record({"kind": "eval", **row})
+        last = "" if row["trailing_loss"] is None else f", last {row['trailing']:,} tokens {row['trailing_loss']:.4f}"
+        self.progress.note(f"step {self.state.global_step:,}: held-out loss {row['lm_loss']:.4f}{last}")
+        logs = {f"eval_{name}": row[name] for name in ("lm_loss", "trailing_loss") if row[name] is not None}
+        self.log(dict(logs))
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics=logs)
+        model.train()
+        self.clock.skip()
+        return logs
+
+    def _save_checkpoint(self, *args: Any) -> None:
+        checkpoint = self.folder / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero() and checkpoint.exists():
+            shutil.rmtree(checkpoint)  # damaged, else training would have gone on from it
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(*args)
+            self.accelerator.wait_for_everyone()
+            if self._globalstep_last_logged < self.state.global_step:  # stopped between two records, on one device
+                row = {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}
+                disk.write_json(checkpoint / _UNRECORDED, row)
+            if self.is_world_process_zero():
+                seal(checkpoint)
+                prune(self.folder, keep=2)
+        except (OSError, RuntimeError, SafetensorError) as error:  # as writers of files and of tensors say it
+            raise ValueError(
+                f"cannot write {checkpoint}: {error}; earlier checkpoints are whole, make room and run again"
+            ) from error
+        self.clock.skip()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        # TrainingWindows are in their order already.
+        return SequentialSampler(self.train_dataset)
+
+
+class _RunCallback(TrainerCallback):  # type: ignore[misc]
+    """Switches the attention, and decides when to log, evaluate and save."""
+
+    def __init__(self, trainer: RunTrainer) -> None:
+        self.trainer = trainer
+        self.evaluations = frozenset(trainer.config.evaluation_steps)
+        self._told, self._detail = time.monotonic(), ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.compile_layers()
+        self.trainer.model_wrapped.train()
+        self.trainer.go_on()
+        self.trainer.start_clock()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.attend_as_configured(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        config, step = self.trainer.config, state.global_step
+        last = step == config.train.steps
+        control.should_log = last or step % config.train.log_every == 0
+        control.should_evaluate = step in self.evaluations
+        control.should_training_stop = last or self.trainer.must_stop(control.should_log)
+        control.should_save = control.should_training_stop or step % config.train.checkpoint_every == 0
+        if control.should_log or control.should_evaluate or control.should_save:
+            self.trainer.check_loss()
+            self.trainer.clock.tick()
+        elif time.monotonic() - self._told >= SECONDS_PER_LINE:
+            self._tell(state)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "loss" not in logs:
+            return
+        trainer = self.trainer
+        if not math.isfinite(logs["grad_norm"]):
+            raise trainer.diverged("gradient", state.global_step)
+        compute = trainer.compute()["causal_exact"]
+        speed = trainer.speedometer.read(trainer.tokens, trainer.clock.trained, compute)
+        trainer.record(
+            {
+                "kind": "train",
+                "loss": logs["loss"],
+                "lr": logs["learning_rate"],
+                "grad_norm": logs["grad_norm"],
+                "seconds": trainer.clock.seconds,
+                **speed,
+            }
+        )
+        self._detail = _told(logs, speed)
+        self._tell(state)
+
+    def _tell(self, state: Any) -> None:
+        """Show how far the training is, with what the last record said."""
+        self._told = time.monotonic()
+        done, whole = (self.trainer.compute(step)["causal_exact"] for step in (state.global_step, state.max_steps))
+        self.trainer.progress.step(state.global_step, state.max_steps, self._detail, done / whole)
+
+
+def training_arguments(config: RunConfig, folder: Path) -> Any:
+    """Trainer's settings for a run.
+
+    Raises:
+        ValueError: no GPU to shard over, or the batch cannot be shared evenly by the devices and micro-batches.
+    """
+    train = config.train
+    cuda = torch.cuda.is_available()
+    if train.fsdp and not cuda:
+        raise ValueError("train.fsdp needs GPUs, and none is available; leave it out")
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=train.steps,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.beta1,
+        adam_beta2=train.beta2,
+        max_grad_norm=train.clip,
+        optim="adamw_torch_fused",
+        seed=train.seed,
+        use_cpu=not cuda,
+        bf16=train.precision == "bf16" or (train.precision == "auto" and cuda),
+        fsdp=train.fsdp or None,
+        ddp_find_unused_parameters=False,
+        # The callback decides when; see _RunCallback.
+        logging_strategy="no",
+        eval_strategy="no",
+        save_strategy="no",
+        logging_nan_inf_filter=False,
+        report_to="tensorboard" if train.tensorboard else "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        # Batches are copied to the device behind its back, which takes pinned memory.
+        dataloader_pin_memory=cuda,
+        accelerator_config={"non_blocking": cuda},
+        **{CHECKPOINTING: train.gradient_checkpointing},
+    )
+    # Without torchrun one process trains on one device; Trainer would split each batch over all it sees.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    share, rest = divmod(train.batch_size, arguments.world_size)
+    micro = train.micro_batch_size or share
+    if rest or share % micro:
+        raise ValueError(
+            f"train.batch_size={train.batch_size} does not divide into {arguments.world_size} device(s) with "
+            f"micro-batches of {micro}; change train.batch_size or train.micro_batch_size"
+        )
+    arguments.per_device_train_batch_size = micro
+    arguments.gradient_accumulation_steps = share // micro
+    return arguments
+
+
+def _told(logs: dict[str, float], speed: dict[str, float | None]) -> str:
+    """What progress says of a step."""
+    mfu = "" if speed["mfu"] is None else f"  MFU {speed['mfu']:.0%}"
+    return f"loss {logs['loss']:.3f}  lr {logs['learning_rate']:.2g}  {speed['tokens_per_second']:,.0f} tokens/s{mfu}"
+
+
+def _stack(windows: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """A batch, with the places of its labels and how many there are, see `attach_loss`."""
+    batch: dict[str, Any] = {key: torch.stack([window[key] for window in windows]) for key in windows[0]}
+    labels = batch["labels"].flatten()
+    batch["places"] = (labels != IGNORED).nonzero()[:, 0] if (labels.numpy() == IGNORED).any() else slice(None)
+    batch["labelled"] = len(labels[batch["places"]])
+    return batch
