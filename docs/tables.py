@@ -37,12 +37,12 @@ def main() -> None:
 
 
 def documents() -> list[Path]:
-    """The files that may hold tables."""
+    """List the files that may hold tables."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def with_tables(text: str) -> str:
-    """`text` with all its tables written anew; KeyError for a name without a function."""
+    """Write all tables of `text` anew; KeyError for a name without a function."""
     return TABLE.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
 
 
@@ -63,20 +63,17 @@ def opening(machine: str) -> str:
 
 
 def speed(machine: str) -> str:
-    """Write the README's one table: attention, decoding, training and a CPU, each beside full attention."""
+    """Write the README's one table: attention, decoding and training beside full attention."""
     attention, steps, models = _attention_rows(machine), _decode_rows(machine), _trained_models(machine)
     if not attention:
         return ""
     card = f"One {attention[0].device}, {attention[0].power_limit_w:.0f} W, bf16, medians, choice of blocks included."
     arm = f"; in training {', top-'.join(ARMS[0].split('/'))}" if models else ""
-    return "\n".join(
-        (
-            *markdown_table(("what", "tokens", "full attention", "MoBA", "gain"), [*_speed(attention, steps, models)]),
-            "",
-            f"{card} Blocks of {SPEED[0]}, top-{SPEED[1]}{arm}. Commits, versions, commands and every row: "
-            "[docs/speed.md](docs/speed.md).",
-            "",
-        )
+    return _table(
+        ("what", "tokens", "full attention", "MoBA", "gain"),
+        [*_speed(attention, steps, models)],
+        f"{card} Blocks of {SPEED[0]}, top-{SPEED[1]}{arm}. Commits, versions, commands and every row: "
+        "[docs/speed.md](docs/speed.md).\n",
     )
 
 
@@ -87,22 +84,18 @@ def attention(machine: str) -> str:
     if not pairs:
         return ""
     last = pairs[0].shown
-    head = (*HEADLINE, "roofline", "MB forward", "MB backward")
-    return "\n".join(
-        (
-            *markdown_table(head, [(*pair.cells, *pair.costs) for pair in pairs]),
-            "",
-            f"One {last.device}, {last.power_limit_w:.0f} W, torch {last.torch}, Triton {last.triton}, commit "
-            f"{commits(_shown_rows(pairs))}: {_source(file)}. Medians in ms. The columns from dense on are of both "
-            f"passes, or of the forward where it alone was measured. {_dense(_shown_rows(pairs), file)} MB are extra "
-            "memory, 10^6 bytes.",
-            "",
-        )
+    return _table(
+        (*HEADLINE, "roofline", "MB forward", "MB backward"),
+        [(*pair.cells, *pair.costs) for pair in pairs],
+        f"One {last.device}, {last.power_limit_w:.0f} W, torch {last.torch}, Triton {last.triton}, commit "
+        f"{commits(_shown_rows(pairs))}: {_source(file)}. Medians in ms. The columns from dense on are of both "
+        f"passes, or of the forward where it alone was measured. {_dense(_shown_rows(pairs), file)} MB are extra "
+        "memory, 10^6 bytes.\n",
     )
 
 
 def short(machine: str) -> str:
-    """Short sequences, where the host counts as much as the GPU."""
+    """Write the short sequences, where the host counts as much as the GPU."""
     file = f"results/{machine}/short.csv"
     rows = [row for row in _measured(file, "moba", "short").values() if row.dense_ms]
     if not rows:
@@ -123,11 +116,11 @@ def short(machine: str) -> str:
     ]
     dense = _dense(rows, file)
     origin = f"{rows[0].device}, forward and backward, medians in ms. {dense} Commit {commits(rows)}.\n"
-    return "\n".join((*markdown_table(head, cells), "", origin))
+    return _table(head, cells, origin)
 
 
 def flex(machine: str) -> str:
-    """FlexAttention with the mask of MoBA's choice."""
+    """Write FlexAttention, with the mask of MoBA's choice, beside MoBA."""
     file = f"results/{machine}/attention.csv"
     ours, theirs = (_measured(file, contender, "peers") for contender in ("moba", "flex"))
     pairs = [(ours[case], row) for case, row in theirs.items() if case in ours]
@@ -141,11 +134,11 @@ def flex(machine: str) -> str:
     ]
     measured = commits(row for pair in pairs for row in pair)
     origin = f"{pairs[0][0].device}, forward and backward, medians in ms. Commit {measured}.\n"
-    return "\n".join((*markdown_table(head, cells), "", origin))
+    return _table(head, cells, origin)
 
 
 def cited(machine: str) -> str:
-    """MoBA beside contenders that were timed apart."""
+    """Write MoBA beside contenders that were timed apart."""
     lines = _beside(machine)
     if not lines:
         return ""
@@ -166,11 +159,11 @@ def cited(machine: str) -> str:
         f"Forward and backward, ms. MoBA: commit {commits(line.row for line in lines)}. The others: {first.device}, "
         f"torch {first.torch}, {first.date}, by a script that was not kept: {_source(f'results/{machine}/{CITED}')}.\n"
     )
-    return "\n".join((*markdown_table(head, cells), "", origin))
+    return _table(head, cells, origin)
 
 
 def decode(machine: str) -> str:
-    """A decoding step over a cache."""
+    """Write a decoding step over a cache."""
     file = f"results/{machine}/decode.csv"
     steps = _decode_rows(machine)
     if not steps:
@@ -178,23 +171,16 @@ def decode(machine: str) -> str:
     first = steps[0]
     head = ("batch", "block / top-k", "cached tokens", "MoBA", "dense", "speed-up")
     cells = [(r.batch, _blocks(r), length_name(r.tokens), _ms(r), _dense_ms(r), _speedup(r)) for r in steps]
-    return "\n".join(
-        (
-            f"One attention layer, one token per sequence: one {first.device}, bf16, {first.heads} query and "
-            f"{first.kv_heads} key/value heads, D {first.head_dim}. Medians in ms, replayed from a CUDA graph. "
-            f"{_dense(steps, file)}",
-            "",
-            *markdown_table(head, cells),
-            "",
-            f"Written by `openmoba bench decode` at commit {commits(steps)}, torch {first.torch}, Triton "
-            f"{first.triton}: {_source(file)}.",
-            "",
-        )
+    origin = (
+        f"One attention layer, one token per sequence: one {first.device}, bf16, {first.heads} query and "
+        f"{first.kv_heads} key/value heads, D {first.head_dim}. Medians in ms, replayed from a CUDA graph. "
+        f"{_dense(steps, file)} Commit {commits(steps)}, torch {first.torch}, Triton {first.triton}: {_source(file)}.\n"
     )
+    return _table(head, cells, origin)
 
 
 def prefill(machine: str) -> str:
-    """The first and last chunk of a long prompt."""
+    """Write the times of the first and last chunk of a long prompt."""
     rows = [row for row in _newest_rows(f"results/{machine}/decode.csv") if row.error is None]
     lines = []
     for chunks in _by_setting(row for row in rows if row.passes == "prefill chunk"):
@@ -208,17 +194,17 @@ def prefill(machine: str) -> str:
 
 
 def training(machine: str) -> str:
-    """Training steps of the headline's models: what a user gains end to end."""
+    """Write the training steps of the headline's models: what a user gains end to end."""
     return training_document(*_training(machine))
 
 
 def longest(machine: str) -> str:
-    """The longest window that fits on one card."""
+    """Write the longest window that fits on one card."""
     return longest_document(_training(machine)[0])
 
 
 def attention_cpu() -> str:
-    """MoBA and causal SDPA on a CPU, forward and backward."""
+    """Write MoBA and causal SDPA on a CPU, forward and backward."""
     path = ROOT / "results" / "cpu" / "attention.csv"
     if not path.exists():
         return ""
@@ -239,23 +225,17 @@ def attention_cpu() -> str:
     ]
     last = rows[-1]
     head = ("dtype", "block / top-k", "tokens", "MoBA", "causal SDPA", "speed-up")
-    return "\n".join(
-        (
-            f"{last['cpu']}, {last['threads']} threads, batch 1, {last['heads']} heads, width {last['width']}, causal. "
-            "Medians in ms of forward and backward.",
-            "",
-            *markdown_table(head, cells),
-            "",
-            f"Written by `python benchmarks/cpu_attention.py` at commit {short_commit(last['commit'])}, "
-            f"torch {last['torch']}: {_source('results/cpu/attention.csv')}; "
-            "[benchmarks/README.md](../benchmarks/README.md) also has shorter lengths, the forward alone, and memory.",
-            "",
-        )
+    origin = (
+        f"{last['cpu']}, {last['threads']} threads, batch 1, {last['heads']} heads, width {last['width']}, causal. "
+        f"Medians in ms of forward and backward. Commit {short_commit(last['commit'])}, torch {last['torch']}: "
+        f"{_source('results/cpu/attention.csv')}; [benchmarks/README.md](../benchmarks/README.md) also has shorter "
+        "lengths, the forward alone, and memory.\n"
     )
+    return _table(head, cells, origin)
 
 
 def study() -> str:
-    """Charts A and B with what they say, from models of a realistic size if they are drawn, else from the demo."""
+    """Show charts A and B with what they say, of models of a realistic size if they are drawn, else of the demo."""
     found = _studies(ROOT)
     if not found:
         return ""
@@ -264,12 +244,12 @@ def study() -> str:
 
 
 def experiments() -> str:
-    """Every study: its question, its figures and its answer; the demo last."""
+    """Write every study: its question, its figures and its answer; the demo last."""
     return results.experiments(_studies(ROOT), ROOT / "docs")
 
 
 def settings() -> str:
-    """Which setting to take, by length and budget."""
+    """Say which setting to take, by length and budget."""
     found, page = _studies(ROOT), ROOT / "docs"
     return results.settings([study for study in found if study.folder != ROOT / DEMO], page) or results.settings(
         found, page
@@ -277,14 +257,30 @@ def settings() -> str:
 
 
 def limits() -> str:
-    """What the studies do not show."""
+    """Say what the studies do not show."""
     found = _studies(ROOT)
     return results.limits([study for study in found if study.folder != ROOT / DEMO] or found)
 
 
+def verdicts() -> str:
+    """Write the log's entries by verdict, each with a link, from their own headings."""
+    log = ROOT / "docs" / "log.md"
+    entries = re.findall(r"^### (\w+): (.+)$", log.read_text(), re.MULTILINE) if log.exists() else []
+    lines = []
+    for verdict in ("Open", "Dropped", "Kept", "Found", "Mended", "Closed"):
+        links = [f"[{title}](#{anchor(f'{verdict}: {title}')})" for found, title in entries if found == verdict]
+        lines += [f"- **{verdict}**: {'; '.join(links)}.\n"] if links else []
+    return "".join(lines)
+
+
+def anchor(heading: str) -> str:
+    """Return the name under which GitHub links to a heading."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
 @cache
 def _studies(root: Path) -> list[results.Study]:
-    """The studies on a GPU, then the demo."""
+    """Read the studies on a GPU, then the demo."""
     return [study for pattern in (STUDIES, DEMO) for study in results.read_studies(sorted(root.glob(pattern)))]
 
 
@@ -308,6 +304,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "experiments": experiments,
     "settings": settings,
     "limits": limits,
+    "verdicts": verdicts,
 }
 
 HEADLINE = ("D", "block / top-k", "tokens", "forward", "both passes", "dense", "speed-up", "FlashMoBA")
@@ -348,7 +345,7 @@ class Pair(NamedTuple):
 
 
 def _headline(name: str) -> list[Pair]:
-    """The measured headline cases of one sequence and random routing."""
+    """Read the measured headline cases of one sequence and random routing."""
     rows = {replace(row, device=None, commit=None).key: row for row in _newest_rows(name)}
 
     def measured(contender: str, case: Case, passes: str) -> Row | None:
@@ -368,6 +365,11 @@ def _attention_rows(machine: str) -> list[Row]:
     """Return the README's rows of attention: both passes, D 128, the setting `SPEED`, dense attention beside."""
     rows = [pair.both for pair in _headline(f"results/{machine}/attention.csv") if pair.both and pair.both.dense_ms]
     return [row for row in rows if (row.head_dim, row.block_size, row.top_k) == (128, *SPEED)]
+
+
+def _table(head: Sequence[str], cells: Sequence[Sequence[object]], origin: str) -> str:
+    """Return a table as Markdown, and below it where its numbers come from."""
+    return "\n".join((*markdown_table(head, cells), "", origin))
 
 
 def _speed(
@@ -415,20 +417,20 @@ def _source(file: str) -> str:
 
 
 def _training(machine: str) -> tuple[list[TrainingRow], str, bool]:
-    """The newest row of every training case, their file, and whether it has been drawn."""
+    """Read the newest row of every training case; return them, their file, and whether it has been drawn."""
     file = f"results/{machine}/training.csv"
     return newest(read_rows(ROOT / file, TrainingRow)), file, (ROOT / file).with_suffix(".png").exists()
 
 
 def _beside(machine: str) -> list[Beside]:
-    """The headline's cases of which there are figures of others."""
+    """Read the headline's cases of which there are figures of others."""
     rows = [pair.both for pair in _headline(f"results/{machine}/attention.csv") if pair.both]
     timed = {row.contender for row in _newest_rows(f"results/{machine}/attention.csv") if row.p50_ms}
     return beside(rows, ROOT / f"results/{machine}/{CITED}", timed)
 
 
 def _measured(name: str, contender: str, grid: str) -> dict[Case, Row]:
-    """A contender's rows of a grid by case, in the grid's order, failures left out."""
+    """Read a contender's rows of a grid by case, in the grid's order, failures left out."""
     rows = {replace(row, device=None, commit=None).key: row for row in _newest_rows(name) if row.error is None}
     return {case: rows[key] for case in GRIDS[grid] if (key := Row.of(contender, case).key) in rows}
 
@@ -438,13 +440,13 @@ def _shown_rows(pairs: Sequence[Pair]) -> list[Row]:
 
 
 def _newest_rows(name: str) -> list[Row]:
-    """The newest row of every case; none without the file."""
+    """Read the newest row of every case; none without the file."""
     rows = newest(read_rows(ROOT / name, Row))
     return [compared(row, rows) for row in rows]
 
 
 def _dense(rows: Sequence[Row], name: str) -> str:
-    """A sentence: which dense attention `rows` are compared with, and which others were slower."""
+    """Say which dense attention `rows` are compared with, and which others were slower."""
     timed = [row for row in _newest_rows(name) if row.block_size is None and row.passes in {row.passes for row in rows}]
     fastest = dense_names(rows, timed)
     others = dict.fromkeys(row.contender for row in timed if row.p50_ms and row.contender not in fastest)
@@ -453,7 +455,7 @@ def _dense(rows: Sequence[Row], name: str) -> str:
 
 
 def _by_setting(rows: Iterable[Row]) -> list[list[Row]]:
-    """The rows of each block size and top-k, by tokens."""
+    """Group rows by block size and top-k, in the order of tokens."""
     settings: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.tokens):
         settings.setdefault(_blocks(row), []).append(row)

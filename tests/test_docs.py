@@ -73,6 +73,10 @@ def test_names_and_links_exist(document: Path) -> None:
         resolve(f"openmoba.ops.triton.{module}.{kernel}")
     links = [link for link in LINK.findall(text) if "://" not in link]
     assert [link for link in links if not (document.parent / link).exists()] == []
+    anchor = script("tables").anchor
+    for page, name in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text):
+        headings = re.findall(r"^#+ (.+)$", (document.parent / page if page else document).read_text(), re.MULTILINE)
+        assert name in map(anchor, headings), f"{document.name} links to {page}#{name}"
     sources = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
     assert [name for name in SETTING.findall(text) if name not in sources] == []
 
@@ -198,6 +202,16 @@ def test_the_readme_stays_short() -> None:
     text = (ROOT / "README.md").read_text().partition("## Where to go next")[0]
     assert len(text.splitlines()) < 130
     assert len(re.findall(r"^\| ---", text, re.MULTILINE)) == 1
+
+
+def test_the_log_says_of_every_entry_what_became_of_it() -> None:
+    sections = re.split(r"^##+ ", (ROOT / "docs" / "log.md").read_text(), flags=re.MULTILINE)[1:]
+    entries = [section for section in sections if not section.startswith("20")]
+    assert len(entries) > 50
+    for entry in entries:
+        assert re.match(r"(Open|Dropped|Kept|Found|Mended|Closed): ", entry), entry
+        assert re.search(r"\*(Tried and result|Result)[:*]", entry), entry
+        assert entry.startswith("Closed") == ("*Later:*" in entry), entry
 
 
 def test_the_index_names_every_page() -> None:
