@@ -82,7 +82,7 @@ def write(options: argparse.Namespace, new: list[dict[str, Any]]) -> None:
 
 
 def measure(options: argparse.Namespace, tokens: int, dtype: str) -> Iterator[dict[str, Any]]:
-    """Rows of all contestants at one length, with the times they come from as `ms`."""
+    """Measure all contestants at one length; rows, with the times they come from as `ms`."""
     torch.manual_seed(0)
     q, k, v, d_out = (
         torch.randn(1, tokens, heads, options.width).to(DTYPES[dtype])
@@ -137,7 +137,7 @@ def moba(block_size: int, top_k: int) -> Attention:
 
 
 def masked(q: Tensor, k: Tensor, block_size: int, top_k: int) -> Attention:
-    """SDPA that is given MoBA's mask; neither the choice nor the mask is timed."""
+    """Make SDPA with MoBA's mask; neither the choice nor the mask is timed."""
     selected = moba_select(q, k, block_size=block_size, top_k=top_k)
     mask = attention_mask(selected, k.shape[1], block_size)
 
@@ -152,7 +152,7 @@ def masked(q: Tensor, k: Tensor, block_size: int, top_k: int) -> Attention:
 def take_turns(
     contestants: dict[Contestant, Attention], inputs: tuple[Tensor, ...], d_out: Tensor, seconds: float
 ) -> dict[Contestant, dict[str, list[float]]]:
-    """Times of each contestant in ms, per pass: one round to warm up, then three or more as time permits."""
+    """Time each contestant in ms, per pass: one round to warm up, then three or more as time permits."""
     times: dict[Contestant, dict[str, list[float]]] = {name: {p: [] for p in PASSES} for name in contestants}
     for attention in contestants.values():
         run(attention, inputs, d_out)
@@ -166,7 +166,7 @@ def take_turns(
 
 
 def run(attention: Attention, inputs: tuple[Tensor, ...], d_out: Tensor) -> tuple[float, float]:
-    """Milliseconds of the forward, and of forward and backward."""
+    """Return the milliseconds of the forward, and of forward and backward."""
     start = time.perf_counter()
     out = attention(*inputs)
     forward = time.perf_counter()
@@ -179,7 +179,7 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def peak_memory(attention: Attention, inputs: tuple[Tensor, ...], d_out: Tensor) -> int | None:
-    """MB that forward + backward add to the process at their peak; None where the system does not tell."""
+    """Measure the MB that forward + backward add at their peak; None where the system does not tell."""
     if platform.system() != "Linux":
         return None
     ctypes.CDLL(None).malloc_trim(0)
@@ -214,7 +214,7 @@ def write_table(readme: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line per length, dtype and setting; times are medians of forward / forward + backward."""
+    """Write Markdown: a line per length, dtype and setting; times are medians of forward / forward + backward."""
     first, commits = rows[0], ", ".join(sorted({row["commit"] for row in rows}))
     lines = [
         "## Attention on CPU",

@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def measured() -> Iterator[tuple[str, float, float]]:
-    """Path, and microseconds of forward and of both passes."""
+    """Time each path: its name, microseconds of forward and of both passes."""
     q, k, v = (torch.randn(1, 64, heads, 16, requires_grad=True) for heads in (4, 2, 2))
     paths: dict[str, Callable[[], Tensor]] = {
         "registered operation": lambda: torch.ops.openmoba.cpu_forward(q, k, v, *SETTINGS)[0],
@@ -74,7 +74,7 @@ def measured() -> Iterator[tuple[str, float, float]]:
 
 
 def triton_microseconds(call: Callable[..., Any]) -> tuple[float, float]:
-    """512 tokens, 32 query and 8 key/value heads, D 128."""
+    """Time Triton's path on 512 tokens, 32 query and 8 key/value heads, D 128."""
     q, d_out, k, v = (torch.zeros(1, 512, heads, 128, dtype=torch.bfloat16) for heads in (32, 32, 8, 8))
 
     (blocks, cu_q, cu_k, *numbers), caps = BLOCKS, attention.workspaces(q.device)
@@ -92,7 +92,7 @@ def triton_microseconds(call: Callable[..., Any]) -> tuple[float, float]:
 def work_out(
     function: Callable[..., Any], inputs: tuple[Tensor | None, ...], numbers: tuple[float, ...], _: Any
 ) -> Any:
-    """As `replay.replayed`, every time anew."""
+    """Do as `replay.replayed` does, every time anew."""
     return function(*inputs, *numbers)
 
 
@@ -101,7 +101,7 @@ def launch_by_triton(launch: Launch, *tensors: Any) -> None:
 
 
 def launch_nothing() -> None:
-    """From here on kernels are compiled for an H100 and never run."""
+    """Make every kernel from here on be compiled for an H100, and never run."""
     properties = {"max_shared_mem": 232448}
     driver.set_active(
         SimpleNamespace(
@@ -117,17 +117,17 @@ def launch_nothing() -> None:
 
 
 def forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """What an implementation returns, undefined."""
+    """Return what an implementation returns, undefined."""
     return torch.empty_like(q), torch.empty(q.shape[:-1]), torch.empty(10, dtype=torch.int32)
 
 
 def backward(d_out: Tensor, d_lse: None, *qkv: Any) -> tuple[Tensor, ...]:
-    """The same of gradients."""
+    """Return gradients, undefined."""
     return tuple(torch.empty_like(x) for x in qkv[:3])
 
 
 def microseconds(call: Callable[[], Any]) -> float:
-    """Median over rounds of the mean of many calls."""
+    """Return the median over rounds of the mean of many calls."""
     call()
     times = []
     for _ in range(ROUNDS):

@@ -68,13 +68,13 @@ def main() -> None:
 
 
 def line(shape: Shape, costs: Sequence[float], times: Sequence[float]) -> str:
-    """One row of a table."""
+    """Write one row of a table."""
     name = f"{shape.batch} x {shape.tokens}, {shape.block_size} / {shape.top_k}, {shape.heads} heads"
     return f"{name:28}{sum(costs) / MULTIPROCESSORS:7.0f}" + "".join(f"{time:8.0f}" for time in times)
 
 
 def makespan(costs: Iterable[float]) -> float:
-    """When the last program ends, if they start in this order."""
+    """Return when the last program ends, if they start in this order."""
     free = [0.0] * MULTIPROCESSORS
     for cost in costs:
         heapq.heapreplace(free, free[0] + cost)
@@ -82,7 +82,7 @@ def makespan(costs: Iterable[float]) -> float:
 
 
 def items_of(shape: Shape) -> list[tuple[int, int]]:
-    """List and pairs of every item. Every query chooses evenly among its past blocks; lists scatter by 7 %."""
+    """Return list and pairs of every item. Every query chooses evenly among its past blocks; lists scatter by 7 %."""
     blocks = shape.tokens // shape.block_size
     expected = [0.0] * blocks
     for block in range(1, blocks):
@@ -97,7 +97,7 @@ def items_of(shape: Shape) -> list[tuple[int, int]]:
 
 
 def key_gradients(items: Sequence[tuple[int, int]], shape: Shape, longest_first: int) -> list[float]:
-    """Times of all programs in the order in which they start."""
+    """Return the times of all programs in the order in which they start."""
     first_sorted = shape.heads * shape.batch * shape.tokens // shape.block_size - longest_first
     ordered = sorted(items, key=lambda item: -item[1] if item[0] >= first_sorted else -SEGMENT - 1)
     pieces = shape.block_size // PIECE
@@ -105,7 +105,7 @@ def key_gradients(items: Sequence[tuple[int, int]], shape: Shape, longest_first:
 
 
 def own_key_gradients(shape: Shape, together: int) -> list[float]:
-    """The same for the blocks' own queries; the first piece of a block has all its rows."""
+    """Return the times for the blocks' own queries; the first piece of a block has all its rows."""
     pieces = shape.block_size // PIECE
     slots = shape.batch * shape.tokens // shape.block_size
     costs = []

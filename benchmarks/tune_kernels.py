@@ -87,7 +87,7 @@ def forget() -> None:
 
 
 def prepare(options: argparse.Namespace) -> Callable[[], Tensor]:
-    """The passes on standard normal bf16 inputs."""
+    """Make the passes on standard normal bf16 inputs."""
     q, d_out = (torch.randn(1, options.tokens, options.heads, options.head_dim) for _ in range(2))
     k, v = (torch.randn(1, options.tokens, options.kv_heads, options.head_dim) for _ in range(2))
     q, d_out, k, v = (x.to("cuda", torch.bfloat16) for x in (q, d_out, k, v))

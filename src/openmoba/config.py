@@ -35,7 +35,7 @@ class MobaConfig:
             raise ValueError(f"key_conv is a width >= 2 in tokens, or None for none, got {self.key_conv!r}")
 
     def full_layer_indices(self, num_layers: int) -> frozenset[int]:
-        """Indices of the full-attention layers in a model of `num_layers` layers.
+        """Return the indices of the full-attention layers in a model of `num_layers` layers.
 
         Layers "spread:N" are cut into N groups as even as possible, of which each ends in a full layer: with 12
         layers and N = 3 these are 3, 7 and 11, with N = 5 they are 1, 3, 6, 8 and 11.
@@ -62,14 +62,14 @@ class MobaConfig:
         return frozenset(self.full_layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready form, as stored in a model's `config.json`."""
+        """Return a JSON-ready form, as stored in a model's `config.json`."""
         full = list(self.full_layers) if isinstance(self.full_layers, tuple) else self.full_layers
         values = {"block_size": self.block_size, "top_k": self.top_k, "full_layers": full}
         return values if self.key_conv is None else values | {"key_conv": self.key_conv}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MobaConfig:
-        """Inverse of `to_dict`; unknown or missing keys are an error."""
+        """Read what `to_dict` returned; unknown or missing keys are an error."""
         unknown = sorted(set(values) - {"block_size", "top_k", "full_layers", "key_conv"})
         missing = sorted({"block_size", "top_k"} - set(values))
         if unknown or missing:
@@ -78,7 +78,7 @@ class MobaConfig:
 
 
 def parse_full_layers(layers: Any) -> int | str | tuple[int, ...]:
-    """The one form of each way to say which layers of a model keep full attention.
+    """Bring each way to say which layers of a model keep full attention into one form.
 
     Args:
         layers: a count of last layers; indices; or a text: "none", "all", "last:3", "first:3", "spread:3" (see
@@ -107,7 +107,7 @@ def parse_full_layers(layers: Any) -> int | str | tuple[int, ...]:
 
 
 def count_full_layers(layers: int | str | tuple[int, ...]) -> int:
-    """How many layers a form that `parse_full_layers` returned names; "all" does not say it."""
+    """Count the layers that a form of `parse_full_layers` names; "all" does not say it."""
     if isinstance(layers, str):
         return int(layers.partition(":")[2])
     return layers if isinstance(layers, int) else len(layers)

@@ -24,7 +24,7 @@ _WAYS_OUT = {
 
 
 def explain(error: Exception) -> str | None:
-    """One sentence on `error` for whoever typed the command; None if the program is at fault."""
+    """Return one sentence on `error` for whoever typed the command; None if the program is at fault."""
     if isinstance(error, OSError):
         return _of_system(error)
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
@@ -53,19 +53,19 @@ def _of_system(error: OSError) -> str:
 
 
 def way_out(error: OSError) -> str:
-    """What to do where the system refused."""
+    """Say what to do where the system refused."""
     return _WAYS_OUT.get(error.errno or 0, "try another path")
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether torch ran out of memory, for which it has a class on a GPU and words on a CPU."""
+    """Tell whether torch ran out of memory, for which it has a class on a GPU and words on a CPU."""
     if not isinstance(error, RuntimeError):
         return False
     return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _library(error: Exception) -> str | None:
-    """The library that raised the error; None if this package did."""
+    """Name the library that raised the error; None if this package did."""
     frames = extract_tb(error.__traceback__)
     if not frames or _OWN in Path(frames[-1].filename).parents:
         return None

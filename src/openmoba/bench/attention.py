@@ -137,7 +137,7 @@ def _path(case: Case, inputs: Inputs) -> str:
 
 
 def _present(names: Iterable[str], device: torch.device) -> list[str]:
-    """Contenders that this machine has, in the order of `CONTENDERS`; says why the others are left out."""
+    """List the contenders that this machine has, in the order of `CONTENDERS`; says why the others are left out."""
     asked, present = set(names), []
     for name, contender in CONTENDERS.items():
         reason = contender.missing(device)
@@ -149,7 +149,7 @@ def _present(names: Iterable[str], device: torch.device) -> list[str]:
 
 
 def _tasks(cases: list[Case], names: list[str]) -> Iterator[tuple[str, Case]]:
-    """Case by case; contenders that compile for every case come after all others."""
+    """Order the work case by case; contenders that compile for every case come after all others."""
     for last in (False, True):
         for case in cases:
             for name in names:

@@ -41,7 +41,7 @@ class Case:
         return self.passes == "forward+backward"
 
     def operations(self, *, dense: bool, scores: bool) -> int:
-        """Floating-point operations that attention in memory linear in tokens has to do, two per multiply-add.
+        """Count the operations that attention in memory linear in tokens has to do, two per multiply-add.
 
         4 D per query-key pair forward and 10 D backward, which forms the logits anew; 2 D per centroid score.
 

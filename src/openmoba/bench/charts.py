@@ -49,7 +49,7 @@ class Line(NamedTuple):
 
 
 def time_chart(rows: Sequence[Row]) -> Figure:
-    """Median time of one sequence over its length, log-log, all contenders; a panel per width and kind of pass."""
+    """Draw the median time of one sequence over its length, log-log; a panel per width and kind of pass."""
     times = {row: row.p50_ms / row.batch for row in _main_slice(rows) if row.p50_ms is not None}
     _check(times, "times need rows of any contender")
     passes = [kind for kind in PASSES if kind in {row.passes for row in times}]
@@ -73,7 +73,7 @@ def time_chart(rows: Sequence[Row]) -> Figure:
 
 
 def speedup_chart(rows: Sequence[Row]) -> Figure:
-    """How many times faster MoBA is than the fastest dense attention timed, which the axis names.
+    """Draw how many times faster MoBA is than the fastest dense attention timed, which the axis names.
 
     One panel, of the widest heads and both passes where they were timed. A line is named at its end.
     """
@@ -101,7 +101,7 @@ def speedup_chart(rows: Sequence[Row]) -> Figure:
 
 
 def _main_slice(rows: Sequence[Row]) -> list[Row]:
-    """Random routing, the newest rows on the machine of the last, in the dtype and heads of most.
+    """Pick random routing, the newest rows on the machine of the last, in the dtype and heads of most.
 
     A head width measured at one length is no curve; it is left out beside others that are.
     """
@@ -127,7 +127,7 @@ def _line(row: Row) -> Line:
 
 
 def _looks(rows: Iterable[Row]) -> dict[Line, dict[str, Any]]:
-    """How each line is drawn, MoBA's first."""
+    """Choose how each line is drawn, MoBA's first."""
     lines = {_line(row) for row in rows}
     own = sorted(line for line in lines if line.contender == "moba")
     looks = {line: _look(*look, "-") for line, look in zip(own, _SETTINGS, strict=False)}
@@ -152,7 +152,7 @@ def _curves(axes: Axes, values: Mapping[Row, float], looks: Mapping[Line, dict[s
 
 
 def name_lines(axes: Axes) -> None:
-    """Each line's label beside its last point, moved up or down where two would touch."""
+    """Write each line's label beside its last point, moved up or down where two would touch."""
     named = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
     ends = sorted((line.get_xydata()[-1].tolist(), line) for line in named)  # type: ignore[union-attr, index]
     ends.sort(key=lambda end: end[0][1])
@@ -167,7 +167,7 @@ def name_lines(axes: Axes) -> None:
 
 
 def spread(values: Sequence[float], ratio: float) -> Iterator[float]:
-    """Ascending values, each at least `ratio` times the one before; groups that touch stay around their middle."""
+    """Move ascending values apart by at least `ratio`; groups that touch stay around their middle."""
     groups: list[list[float]] = []
     for value in values:
         groups.append([value])
@@ -179,7 +179,7 @@ def spread(values: Sequence[float], ratio: float) -> Iterator[float]:
 
 
 def _bottom(group: Sequence[float], ratio: float) -> float:
-    """Where a group of values begins if they are `ratio` apart and keep their geometric mean."""
+    """Return where a group of values begins if they are `ratio` apart and keep their geometric mean."""
     product = 1.0
     for i, value in enumerate(group):
         product *= (value / ratio**i) ** (1 / len(group))
@@ -187,7 +187,7 @@ def _bottom(group: Sequence[float], ratio: float) -> float:
 
 
 def _legend(figure: Figure, order: Sequence[str]) -> None:
-    """One legend for all panels, its labels in `order`."""
+    """Draw one legend for all panels, its labels in `order`."""
     named = [panel.get_legend_handles_labels() for panel in figure.axes]
     lines = {text: line for handles, texts in named for line, text in zip(handles, texts, strict=True)}
     shown = [text for text in order if text in lines]
@@ -195,7 +195,7 @@ def _legend(figure: Figure, order: Sequence[str]) -> None:
 
 
 def _ticks(panels: Sequence[Axes], lengths: Sequence[int]) -> None:
-    """A tick at every length; a name where there is room beside the one before: at most nine of them."""
+    """Set a tick at every length, and a name where there is room beside the one before: at most nine."""
     apart = (lengths[-1] / lengths[0]) ** (1 / 8)
     names, named = [], 0
     for tokens in lengths:

@@ -51,7 +51,7 @@ class Beside(NamedTuple):
 
 
 def beside(rows: Sequence[Row], path: Path, timed: Collection[str]) -> list[Beside]:
-    """Those of `rows`, of both passes, of which the file has figures of contenders that were not `timed` here."""
+    """Find those of `rows`, of both passes, of which the file has figures of contenders that were not `timed` here."""
     if not path.exists():
         return []
     with path.open(newline="") as file:

@@ -49,7 +49,7 @@ class Contender:
     version: Callable[[], str]
 
     def missing(self, device: torch.device) -> str | None:
-        """Why it cannot run on this machine, or None."""
+        """Say why it cannot run on this machine; None if it can."""
         if device.type not in self.devices:
             return f"runs on {', '.join(self.devices)}"
         root = self.module.partition(".")[0]
@@ -158,7 +158,7 @@ _GROUPED = "_grouped"
 
 
 def contender_label(name: str) -> str:
-    """A contender's name in figures and tables; the decode benchmark has some of its own."""
+    """Return a contender's name in figures and tables; the decode benchmark has some of its own."""
     if name.endswith(_GROUPED):
         return f"{contender_label(name.removesuffix(_GROUPED))} with grouped queries"
     return CONTENDERS[name].label if name in CONTENDERS else {"sdpa_efficient": "SDPA/memory-efficient"}[name]

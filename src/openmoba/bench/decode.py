@@ -95,7 +95,7 @@ class Shape:
     dtype: str = "bfloat16"
 
     def row(self, contender: str, passes: str, settings: tuple[int, int] | None) -> Row:
-        """The row to fill; `settings` are MoBA's block size and top-k, None for dense attention."""
+        """Begin a row; `settings` are MoBA's block size and top-k, None for dense attention."""
         block_size, top_k = settings or (None, None)
         routing = None if settings is None else "random"
         return Row(contender, passes, block_size=block_size, top_k=top_k, routing=routing, **vars(self))
@@ -117,7 +117,7 @@ class Cache:
         self.lengths = torch.full((shape.batch,), shape.tokens, dtype=torch.int32, device=device)
 
     def moba(self, block_size: int, top_k: int) -> Callable[[], Tensor]:
-        """A step of MoBA; the pages are completed here, once."""
+        """Make a step of MoBA; the pages are completed here, once."""
         slots = self.k.shape[1]
         centroids = new_centroids(self.k, slots, block_size)
         complete_pages(centroids, self.k, self.lengths, None, slots, block_size)
@@ -125,7 +125,7 @@ class Cache:
         return lambda: moba_decode(self.q, *caches, block_size=block_size, top_k=top_k)
 
     def dense(self, backend: SDPBackend, grouped: bool) -> Callable[[], Tensor]:
-        """A step of attention to everything."""
+        """Make a step of attention to everything."""
         k_BKSD, v_BKSD = self.k.transpose(1, 2), self.v.transpose(1, 2)
         q_BHTD = self.q.transpose(1, 2)
         if grouped:
@@ -146,7 +146,7 @@ class Bench:
     out: Path
 
     def decode(self, shape: Shape) -> Iterator[Row]:
-        """The rows of one cache, from a graph and eager, dense attention first; those in the file as they are."""
+        """Measure one cache, from a graph and eager, dense attention first; rows in the file stay as they are."""
         passes = (GRAPH, EAGER) if self.session.device.type == "cuda" else (EAGER,)
         dense = [shape.row(name, kind, None) for kind in passes for name in DENSE]
         sparse = [shape.row("moba", kind, settings) for kind in passes for settings in SETTINGS]
@@ -160,7 +160,7 @@ class Bench:
         self.session.tidy()
 
     def prefill(self, shape: Shape, chunk: int) -> Iterator[Row]:
-        """One row per chunk of a prompt and per setting of MoBA."""
+        """Measure a row per chunk of a prompt and per setting of MoBA."""
         rows = [
             replace(shape, tokens=end).row("moba", CHUNK, settings)
             for settings in SETTINGS
@@ -180,7 +180,7 @@ class Bench:
         return next((known for known in self.session.rows if known.key == asked), None)
 
     def _step(self, cache: Cache | None, row: Row) -> Callable[[], Callable[[], Tensor]]:
-        """What makes the call to time, which may fail."""
+        """Return what makes the call to time, which may fail."""
 
         def build() -> Callable[[], Tensor]:
             assert cache is not None
@@ -233,7 +233,7 @@ def check_chunk(chunk: int, out: Path) -> None:
 
 
 def _replayed(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """`step`, captured in a CUDA graph after a call that compiles it."""
+    """Capture `step` in a CUDA graph, after a call that compiles it."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -22,7 +22,7 @@ _LINES = ("-", "--", ":", "-.")
 
 
 def step_chart(rows: Sequence[Row]) -> Figure:
-    """Median time of a decoding step over cached tokens, log-log, a panel per batch; graphs, else eager."""
+    """Draw the median time of a decoding step over cached tokens, a panel per batch; graphs, else eager."""
     rows = _measured(rows, GRAPH) or _measured(rows, EAGER)
     batches = sorted({row.batch for row in rows})
     with mpl.rc_context(STYLE):
@@ -47,7 +47,7 @@ def step_chart(rows: Sequence[Row]) -> Figure:
 
 
 def prefill_chart(rows: Sequence[Row]) -> Figure:
-    """Median time of a chunk of the prompt over the tokens at its end."""
+    """Draw the median time of a chunk of the prompt over the tokens at its end."""
     rows = _measured(rows, CHUNK)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.4), layout="constrained")

@@ -17,7 +17,7 @@ TILE = 128
 
 
 def flex_call(case: Case, inputs: Inputs, selected_BTHR: Tensor) -> Callable[[], Tensor]:
-    """A compiled call `-> [B, T, H, D]`; choosing blocks and building the mask are not part of it."""
+    """Make a compiled call `-> [B, T, H, D]`; choosing blocks and building the mask are not part of it."""
     mask = choice_mask(case, selected_BTHR)
     grouped = case.heads != case.kv_heads
 
@@ -38,7 +38,7 @@ def flex_call(case: Case, inputs: Inputs, selected_BTHR: Tensor) -> Callable[[],
 
 
 def choice_mask(case: Case, selected_BTHR: Tensor) -> BlockMask:
-    """The mask of MoBA's choice.
+    """Build the mask of MoBA's choice.
 
     Raises:
         ValueError: tokens or block size do not divide into tiles of 128.
@@ -63,7 +63,7 @@ def choice_mask(case: Case, selected_BTHR: Tensor) -> BlockMask:
 
 
 def _touched_tiles(selected_BTHR: Tensor, tokens: int, block_size: int) -> Tensor:
-    """Whether any query of a query tile reads any key of a key tile."""
+    """Tell which tiles of queries by keys hold a pair that is read."""
     batch, _, heads, _ = selected_BTHR.shape
     device = selected_BTHR.device
     blocks, tiles = -(-tokens // block_size), tokens // TILE

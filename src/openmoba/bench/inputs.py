@@ -26,7 +26,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """The same tensors for the same case on the same kind of device."""
+    """Make the inputs: the same tensors for the same case on the same kind of device."""
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(heads: int) -> Tensor:
@@ -46,5 +46,5 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
 
 
 def first_block_share(selected_BTHR: Tensor) -> float:
-    """Share of all queries, over all heads, that chose block 0 as a past block."""
+    """Measure the share of all queries, over all heads, that chose block 0 as a past block."""
     return float((selected_BTHR == 0).any(-1).double().mean())

@@ -42,7 +42,7 @@ class Machine:
         }
 
     def matrix_tflops(self, dtype: str) -> float:
-        """The machine's matrix rate, measured once."""
+        """Measure the machine's matrix rate, once."""
         if dtype not in self.rates:
             self.rates[dtype] = matrix_tflops(getattr(torch, dtype), self.device)
         return self.rates[dtype]
@@ -56,7 +56,7 @@ class Machine:
 
 
 def failure(error: Exception) -> str:
-    """What a row's `error` says."""
+    """Say what failed, as a row's `error`."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
@@ -66,7 +66,7 @@ def say(text: str) -> None:
 
 
 def _power_limit(device: torch.device) -> float | None:
-    """Watts, or None where the driver's tool does not say."""
+    """Read the power limit in watts; None where the driver's tool does not say."""
     gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     command = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits", "-i", gpu]
     try:

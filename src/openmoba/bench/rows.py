@@ -33,17 +33,17 @@ R = TypeVar("R", bound=CsvRow)
 
 
 def columns(kind: type[CsvRow]) -> list[str]:
-    """Names of the columns."""
+    """List the names of the columns."""
     return [field.name for field in fields(kind)]
 
 
 def read_columns(path: Path) -> list[str]:
-    """Names of the columns of a file; none without it."""
+    """Read the names of a file's columns; none without it."""
     return next(csv.reader(io.StringIO(_whole_lines(path))), []) if path.exists() else []
 
 
 def read_rows(path: Path, kind: type[R]) -> list[R]:
-    """The whole rows of `path`; a torn last one is left out, a missing file has none.
+    """Read the whole rows of `path`; a torn last one is left out, a missing file has none.
 
     Raises:
         ValueError: the columns are not those of `kind`.
@@ -61,7 +61,7 @@ def read_rows(path: Path, kind: type[R]) -> list[R]:
 
 
 def newest(rows: Sequence[R]) -> list[R]:
-    """Of the last row's device, the last row of every case; a run that ended early leaves older ones beside it."""
+    """Keep the last row of every case on the last row's device; a run that ended early leaves older ones too."""
 
     def case(row: Any) -> tuple[Any, ...]:
         return replace(row, commit=None).key  # type: ignore[no-any-return]
@@ -88,7 +88,7 @@ def append_row(path: Path, row: CsvRow) -> None:
 
 
 def length_name(tokens: int) -> str:
-    """1536 -> "1536", 32768 -> "32K", 1048576 -> "1M"."""
+    """Name a length: 1536 -> "1536", 32768 -> "32K", 1048576 -> "1M"."""
     for unit, size in (("M", 2**20), ("K", 2**10)):
         if tokens % size == 0:
             return f"{tokens // size}{unit}"
@@ -96,19 +96,19 @@ def length_name(tokens: int) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """The lines of a table; columns without a value ("-") in all rows are left out."""
+    """Write the lines of a table; columns without a value ("-") in all rows are left out."""
     kept = [i for i in range(len(head)) if any(row[i] != "-" for row in rows)]
     lines = [[str(line[i]) for i in kept] for line in (head, *rows)]
     return [f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * len(kept), *lines[1:])]
 
 
 def commits(rows: Iterable[Any]) -> str:
-    """The commits that rows come from."""
+    """Name the commits that rows come from."""
     return " and ".join(dict.fromkeys(short_commit(row.commit) for row in rows))
 
 
 def short_commit(commit: str | None) -> str:
-    """Ten digits, and whether the files differed."""
+    """Shorten a commit to ten digits, and whether the files differed."""
     number, plus, changes = (commit or "unknown").partition("+")
     return number[:10] + plus + changes
 

@@ -63,7 +63,7 @@ class Row(CsvRow):
 
     @classmethod
     def of(cls, contender: str, case: Case, **results: Any) -> Row:
-        """The row of `contender` on `case`; dense attention is the same for all blocks and routings."""
+        """Make the row of `contender` on `case`; dense attention is the same for all blocks and routings."""
         settings = asdict(case)
         if CONTENDERS[contender].kind == "dense":
             settings |= {"block_size": None, "top_k": None, "routing": None}
@@ -86,14 +86,14 @@ class Row(CsvRow):
 
 
 def fastest_dense(row: Row, rows: Iterable[Row]) -> Row | None:
-    """The fastest dense contender on the shape, device and torch of `row`, of the last row of each."""
+    """Find the fastest dense contender on the shape, device and torch of `row`, by the last row of each."""
     dense = (other for other in rows if other.block_size is None and other.p50_ms and other.setting == row.setting)
     last = {other.contender: other for other in dense}
     return min(last.values(), key=lambda other: other.p50_ms or 0, default=None)
 
 
 def compared(row: Row, rows: Iterable[Row]) -> Row:
-    """`row` with `dense_ms` and `speedup` by the dense contenders of `rows`; none for a dense contender itself."""
+    """Fill in `dense_ms` and `speedup` by the dense contenders of `rows`; none for a dense contender itself."""
     dense = None if row.block_size is None else fastest_dense(row, rows)
     if dense is None or not dense.p50_ms or not row.p50_ms:
         return replace(row, dense_ms=None, speedup=None)
@@ -101,13 +101,13 @@ def compared(row: Row, rows: Iterable[Row]) -> Row:
 
 
 def dense_names(rows: Iterable[Row], timed: Sequence[Row]) -> list[str]:
-    """The dense contenders that `rows` are compared with: for each the fastest of `timed`."""
+    """Name the dense contenders that `rows` are compared with: for each the fastest of `timed`."""
     found = (fastest_dense(row, timed) for row in rows)
     return list(dict.fromkeys(row.contender for row in found if row is not None))
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """MoBA's rows as a Markdown table; dense contenders are in it as the fastest of them."""
+    """Write MoBA's rows as a Markdown table; dense contenders are in it as the fastest of them."""
     lines = [
         "| D | block/top-k | T | passes | routing | ms | best dense, ms | speed-up | roofline | extra MB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",

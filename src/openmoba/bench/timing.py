@@ -32,7 +32,7 @@ class Work:
     d_out: Tensor | None = None
 
     def run(self, after_forward: Callable[[], None] = lambda: None) -> tuple[Tensor, ...]:
-        """Call it; the output and the gradients."""
+        """Call it; return the output and the gradients."""
         if self.d_out is None:
             with torch.no_grad():
                 return (self.forward(),)
@@ -78,14 +78,14 @@ def measure(work: Work, device: torch.device) -> Measurement:
 
 
 def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
-    """The 20, 50 and 80 % quantiles."""
+    """Return the 20, 50 and 80 % quantiles."""
     wanted = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     p20, p50, p80 = torch.tensor(samples, dtype=torch.float64).quantile(wanted).tolist()
     return p20, p50, p80
 
 
 def matrix_tflops(dtype: torch.dtype, device: torch.device) -> float:
-    """Rate of a large square matrix product, the ceiling of the roofline, in 10^12 operations per second."""
+    """Measure a large square matrix product, the roofline's ceiling, in 10^12 operations per second."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / measure(Work(lambda: a @ b), device).p50_ms / 1e9

@@ -123,7 +123,7 @@ class TrainingRow(CsvRow):
 
     @classmethod
     def of(cls, case: TrainingCase, dtype: str, **results: Any) -> TrainingRow:
-        """The row of `case`."""
+        """Make the row of `case`."""
         return cls(**asdict(case), dtype=dtype, **results)
 
     @property
@@ -139,7 +139,7 @@ class TrainingRow(CsvRow):
 
 
 def arm_name(block_size: int | None, top_k: int | None) -> str:
-    """`full`, or `512/3`."""
+    """Name an arm: `full`, or `512/3`."""
     return "full" if block_size is None else f"{block_size}/{top_k}"
 
 

@@ -18,7 +18,7 @@ _MARKERS = "os^DvP"
 
 
 def rate_chart(rows: Sequence[TrainingRow]) -> Figure:
-    """Tokens per second over parameters, log-log, each line named at its end.
+    """Draw tokens per second over parameters, log-log, each line named at its end.
 
     Of every size and attention the fastest micro-batch of compiled layers, in the family and at the length of most
     rows; eager layers where none are compiled.
@@ -57,7 +57,7 @@ def _shown(rows: Sequence[TrainingRow]) -> list[TrainingRow]:
 
 
 def _ticks(sizes: Mapping[str, int]) -> tuple[list[int], list[str]]:
-    """A tick at every size; a name where there is room beside the one before."""
+    """Set a tick at every size, and a name where there is room beside the one before."""
     places, names, named = sorted(sizes.items(), key=lambda item: item[1]), [], 0.0
     for size, total in places:
         has_room = total > 1.3 * named

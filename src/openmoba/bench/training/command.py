@@ -57,7 +57,7 @@ class Training:
         print(markdown(rows))
 
     def _cases(self) -> list[TrainingCase]:
-        """The cases asked for."""
+        """List the cases asked for."""
         if self.grid not in GRIDS:
             raise ValueError(f"grid must be one of {', '.join(GRIDS)}, got {self.grid!r}")
         cases = [case for case in GRIDS[self.grid] if set(self.only) <= set(case.words)]

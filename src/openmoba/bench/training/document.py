@@ -10,7 +10,7 @@ from openmoba.bench.training.table import ARMS, comparison, longest_windows
 
 
 def training_document(rows: Sequence[TrainingRow], file: str, drawn: bool) -> str:
-    """The comparison of `rows`, which are in `file`, and their figure if it has been `drawn`; "" without any."""
+    """Write the comparison of `rows`, which are in `file`, and their figure if it is `drawn`; "" without any."""
     rows = [row for row in rows if not row.error]
     head, cells = comparison(rows)
     if not cells:
@@ -42,7 +42,7 @@ def training_document(rows: Sequence[TrainingRow], file: str, drawn: bool) -> st
 
 
 def longest_document(rows: Sequence[TrainingRow]) -> str:
-    """The longest windows of `rows`; "" without any."""
+    """Write the longest windows of `rows`; "" without any."""
     rows = [row for row in rows if row.kind == "longest" and not row.error]
     head, cells = longest_windows(rows)
     if not cells:
@@ -62,6 +62,6 @@ def longest_document(rows: Sequence[TrainingRow]) -> str:
 
 
 def _named(kernels: Iterable[str]) -> str:
-    """Whose kernels these are; cuDNN's names say how they were generated, and nothing to a reader."""
+    """Say whose kernels these are; cuDNN's names say how they were generated, and nothing to a reader."""
     names = dict.fromkeys(kernels)
     return "cuDNN's kernels" if all(name.startswith("cudnn") for name in names) else f"`{'`, `'.join(names)}`"

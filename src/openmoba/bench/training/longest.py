@@ -63,7 +63,7 @@ def _search(
     takes_too_long: Callable[[Longest, int], bool],
     capacity_mb: float | None = None,
 ) -> Longest:
-    """The longest that `attempt` says has no limit, with the limit of what is longer."""
+    """Return the longest that `attempt` says has no limit, and the limit of what is longer."""
     fits: list[Longest] = []
     tokens, step = start, max(1, start // 8)
     while not (found := attempt(tokens)).limit:
@@ -86,7 +86,7 @@ def _search(
 
 
 def _longer(fits: Sequence[Longest], capacity_mb: float | None, step: int) -> list[int]:
-    """What to try next: what the memory of the last two leads to expect to fit, or twice the last."""
+    """Choose what to try next: what the memory of the last two leads to expect to fit, or twice the last."""
     last = fits[-1]
     if capacity_mb is None or len(fits) < 2:
         return [2 * last.tokens]
@@ -101,5 +101,5 @@ def _longer(fits: Sequence[Longest], capacity_mb: float | None, step: int) -> li
 
 
 def _capacity_mb(device: torch.device) -> float | None:
-    """What tensors may take of a GPU's memory; some is the driver's, and some is lost between them."""
+    """Estimate what tensors may take of a GPU's memory; some is the driver's, and some is lost between them."""
     return 0.96 * torch.cuda.mem_get_info(device)[1] / 1e6 if device.type == "cuda" else None

@@ -40,10 +40,10 @@ class Loop(Protocol):
     model: Any
 
     def run(self, watch: Iterator[None]) -> None:
-        """One step for every item of `watch`, which is asked for one more before each step."""
+        """Make one step for every item of `watch`, which is asked for one more before each step."""
 
     def loss(self) -> float | None:
-        """Loss of the last step in nats per token, where the loop has it; ValueError if it is not finite."""
+        """Return the last step's loss in nats per token, where the loop has it; ValueError if it is not finite."""
 
 
 class BareLoop:
@@ -80,7 +80,7 @@ class BareLoop:
             self.step()
 
     def step(self) -> None:
-        """One step."""
+        """Make one step."""
         with autocast(self.device, self.device.type == "cuda"):
             loss: Tensor = self.model(**self.windows, count=self.count, places=slice(None))  # every label counts
         loss.backward()  # type: ignore[no-untyped-call]
@@ -132,18 +132,18 @@ class TrainerLoop:
 
 
 def make_loop(case: TrainingCase, device: torch.device) -> BareLoop | TrainerLoop:
-    """The loop of a case's kind."""
+    """Make the loop of a case's kind."""
     return TrainerLoop(case, device) if case.kind == "trainer" else BareLoop(case, device)
 
 
 def operations(case: TrainingCase, model: Any, tokens: int) -> float:
-    """Floating-point operations of one step, by the convention `causal_exact`."""
+    """Count the operations of one step, by the convention `causal_exact`."""
     compute = training_compute(Shape.of(model, tokens), case.arm, 1, 1, case.batch, 0.0)
     return compute["causal_exact"] * PFLOPS_DAY
 
 
 def _settings(case: TrainingCase) -> TrainConfig:
-    """Those of a run, but for a length that is never reached."""
+    """Return the settings of a run, with a length that is never reached."""
     return TrainConfig(
         steps=10**6,
         batch_size=case.batch,

@@ -76,7 +76,7 @@ def _longest(case: TrainingCase, machine: Machine, row: TrainingRow, seconds: fl
 
 
 def _timed(case: TrainingCase, row: TrainingRow, model: Any, watch: Watch, rate: float) -> TrainingRow:
-    """`row` with its times and what follows from them."""
+    """Fill in the times of `row` and what follows from them."""
     shape = Shape.of(model, row.tokens)
     p20, p50, p80 = quantiles(watch.times_ms)
     tflops = operations(case, model, row.tokens) / p50 / 1e9
@@ -99,7 +99,7 @@ def _timed(case: TrainingCase, row: TrainingRow, model: Any, watch: Watch, rate:
 
 
 def blank(case: TrainingCase, machine: Machine) -> TrainingRow:
-    """The row before it is measured."""
+    """Make the row, before it is measured."""
     dtype = "bfloat16" if machine.device.type == "cuda" else "float32"
     return TrainingRow.of(case, dtype, **machine.machine, transformers=version("transformers"))
 

@@ -47,7 +47,7 @@ class Seen:
 
 
 def read_profile(profile: Any) -> Seen:
-    """What a profile says: of the GPU's kernels where it has some, else of the operations."""
+    """Sum up a profile: the GPU's kernels where it has some, else the operations."""
     events = list(profile.events())
     # An annotation has a shadow on the GPU, which spans the kernels in it.
     kernels = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
@@ -55,7 +55,7 @@ def read_profile(profile: Any) -> Seen:
 
 
 def describe(seen: Seen, steps: int, step_ms: float, top: int = 25) -> str:
-    """The longest kernels, what they leave idle of an unprofiled step of `step_ms`, and the longest runtime calls."""
+    """List the longest kernels, what they leave idle of a step of `step_ms`, and the longest runtime calls."""
     total = sum(seen.kernel_ms.values())
     lines = [
         f"a step: {step_ms:.2f} ms, {sum(seen.launches.values()) / steps:.0f} kernels of {total / steps:.2f} ms",
@@ -101,7 +101,7 @@ def _of_operations(events: list[Any]) -> Seen:
 
 
 def _inside(event: Any) -> bool:
-    """Whether an operation that calls this one is attention."""
+    """Tell whether an operation that calls this one is attention."""
     parent = event.cpu_parent
     while parent is not None:
         if _OPERATION.search(parent.name):
@@ -111,7 +111,7 @@ def _inside(event: Any) -> bool:
 
 
 def own_kernels() -> dict[str, str]:
-    """The package's Triton and Gluon kernels, of the modules that have been imported: name -> module below `triton`."""
+    """List the Triton and Gluon kernels of the imported modules: name -> module below `triton`."""
     modules = [module for name, module in list(sys.modules.items()) if name.startswith("openmoba.ops.triton")]
     if not modules:
         return {}
@@ -123,7 +123,7 @@ def own_kernels() -> dict[str, str]:
 
 
 def _sums(pairs: Iterable[tuple[str, float]]) -> tuple[dict[str, float], dict[str, int]]:
-    """The sum and the count of each name, the largest sum first."""
+    """Return the sum and the count of each name, the largest sum first."""
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     for name, value in pairs:
@@ -133,7 +133,7 @@ def _sums(pairs: Iterable[tuple[str, float]]) -> tuple[dict[str, float], dict[st
 
 
 def _covered_us(ranges: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of time ranges."""
+    """Return the length of the union of time ranges."""
     covered, reached = 0.0, float("-inf")
     for start, end in sorted(ranges):
         covered += max(0.0, end - max(start, reached))

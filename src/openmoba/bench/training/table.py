@@ -19,7 +19,7 @@ Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
 def outcome(row: TrainingRow) -> str:
-    """What was found, in a few words."""
+    """Say what was found, in a few words."""
     if row.error:
         return row.error
     longest = f"{length_name(row.tokens)} tokens fit ({row.limit}), " if row.kind == "longest" else ""
@@ -27,13 +27,13 @@ def outcome(row: TrainingRow) -> str:
 
 
 def markdown(rows: Iterable[TrainingRow]) -> str:
-    """A line per row."""
+    """Write a line per row."""
     lines = [_HEAD, ("---",) * len(_HEAD), *(_cells(row) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def rate_name(rate: float | None) -> str:
-    """Tokens per second: 1.63 M, 489 K, 812."""
+    """Write tokens per second: 1.63 M, 489 K, 812."""
     if rate is None:
         return "-"
     if rate >= 1e6:
@@ -51,7 +51,7 @@ class _Model(NamedTuple):
 
 
 def comparison(rows: Sequence[TrainingRow]) -> Table:
-    """A line per model: tokens per second of full attention and of `ARMS`, compiled; and what explains them."""
+    """Write a line per model: tokens per second of full attention and of `ARMS`, and what explains them."""
     found = {
         (_Model(row.family, row.size, row.batch, row.tokens), row.arm, row.layers, row.kind): row
         for row in rows
@@ -69,7 +69,7 @@ def comparison(rows: Sequence[TrainingRow]) -> Table:
 
 
 def longest_windows(rows: Sequence[TrainingRow]) -> Table:
-    """A line per model: the longest window of full attention and of MoBA, with the time of a step."""
+    """Write a line per model: the longest window of full attention and of MoBA, with the time of a step."""
     found = {(f"{row.family} {row.size}", row.checkpointing, row.arm): row for row in rows}
     lines = [
         (model, "yes" if stored else "no", *(_longest(found.get((model, stored, arm))) for arm in ("full", ARMS[0])))
@@ -81,7 +81,7 @@ def longest_windows(rows: Sequence[TrainingRow]) -> Table:
 def _compared(
     model: _Model, full: TrainingRow, sparse: Sequence[TrainingRow | None], others: Iterable[TrainingRow | None]
 ) -> tuple[str, ...]:
-    """A line of `comparison`; the columns after the rates compare the first of `sparse` with `full`."""
+    """Write a line of `comparison`; the columns after the rates compare the first of `sparse` with `full`."""
     moba = sparse[0]
     assert moba is not None
     gain = (moba.tokens_per_second or 0) / (full.tokens_per_second or 1)

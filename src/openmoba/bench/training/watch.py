@@ -43,7 +43,7 @@ class Watch:
         loop.run(self._steps())
 
     def _steps(self) -> Iterator[None]:
-        """One item per step to make."""
+        """Yield an item per step to make."""
         on_gpu = self.device.type == "cuda"
         start = time.perf_counter()
         for i in range(self.warmup):
