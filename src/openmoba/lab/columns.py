@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def aligned(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table with columns as wide as they must be: the first to the left, the others to the right."""
+    """Align a table: columns as wide as they must be, the first to the left, the others to the right."""
     lines = [list(heads), *map(list, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -15,7 +15,7 @@ def aligned(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def short(count: float) -> str:
-    """A count as a person says it: 950, 14.2 M, 1.5 B."""
+    """Write a count as a person says it: 950, 14.2 M, 1.5 B."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if count >= limit:
             return f"{count / limit:.3g} {unit}"
@@ -23,5 +23,5 @@ def short(count: float) -> str:
 
 
 def gigabytes(count: float) -> str:
-    """Bytes in GB."""
+    """Write bytes in GB."""
     return f"{count / 1e9:.2g} GB"

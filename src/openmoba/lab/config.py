@@ -99,13 +99,13 @@ class ArmConfig:
             raise ValueError("arm.full_layers='all' is full attention; set arm.name to full")
 
     def switch_step(self, steps: int) -> int:
-        """First step (counted from 0) of `steps` that trains with full attention; `steps` if none does."""
+        """Return the first step (counted from 0) of `steps` that trains with full attention; `steps` if none does."""
         if self.name == "full":
             return 0
         return round(self.switch_at * steps) if self.name == "time_hybrid" else steps
 
     def attention(self, step: int, steps: int) -> MobaConfig | None:
-        """Attention of step `step` (from 0) of `steps`; None is full attention without key convolution."""
+        """Return the attention of step `step` (from 0) of `steps`; None is full attention without key convolution."""
         full = step >= self.switch_step(steps) and self.name in ("full", "time_hybrid")
         if full and self.key_conv is None:
             return None
@@ -256,7 +256,7 @@ class RunConfig:
 
 
 def spaced_steps(steps: int, count: int) -> tuple[int, ...]:
-    """`count` steps from the first to the last of `steps`, evenly spaced in their logarithm, rounded and all different.
+    """Return `count` of `steps`, first and last among them, evenly spaced in their logarithm, all different.
 
     Where rounding would make two the same, as near the first step, the next free one is taken.
     """
@@ -267,12 +267,12 @@ def spaced_steps(steps: int, count: int) -> tuple[int, ...]:
 
 
 def default_range(length: int) -> int:
-    """2048 positions as in arXiv 2502.13189, an eighth of windows shorter than 16K."""
+    """Return 2048 positions as in arXiv 2502.13189, an eighth of windows shorter than 16K."""
     return max(1, min(2048, length // 8))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """JSON-ready form of a configuration; the inverse of `from_dict`."""
+    """Return a configuration ready for JSON; `from_dict` reads it."""
     return {
         f.name: to_dict(value) if dataclasses.is_dataclass(value) else _plain(value)
         for f in dataclasses.fields(config)
@@ -281,17 +281,17 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def stored_config(folder: str | Path) -> RunConfig:
-    """The configuration of the run in `folder`; ValueError if its config.json is missing or damaged."""
+    """Read the configuration of the run in `folder`; ValueError if its config.json is missing or damaged."""
     return from_dict(RunConfig, read_json(Path(folder) / "config.json"))
 
 
 def is_run(source: str | Path) -> bool:
-    """Whether `source` is the folder of a run, not that of a model or a hub name."""
+    """Tell whether `source` is the folder of a run, not that of a model or a hub name."""
     return str(source) != "" and (Path(source) / "metrics.jsonl").exists()
 
 
 def changes(stored: RunConfig, wanted: RunConfig) -> list[str]:
-    """What makes `wanted` another run than `stored`: "train.steps was 100 and is 200".
+    """Say what makes `wanted` another run than `stored`: "train.steps was 100 and is 200".
 
     Configurations are compared, not files: a setting that is newer than a stored file has its default there, and the
     default of a new setting must be what runs did before it. Where the cache lies changes no run.
@@ -326,7 +326,7 @@ def _plain(value: Any) -> Any:
 
 
 def _read(hint: Any, value: Any, where: str) -> Any:
-    """`value` as `hint` asks, or a ValueError that names `where`."""
+    """Read `value` as `hint` asks; a ValueError names `where`."""
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where)  # type: ignore[arg-type]
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
@@ -348,7 +348,7 @@ def _read(hint: Any, value: Any, where: str) -> Any:
 
 
 def _dotted(table: dict[str, Any], where: str) -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`: the entries of tables by one name, as on the command line."""
+    """Turn `{"a": {"b": 1}}` into `{"a.b": 1}`: entries of tables by one name, as on the command line."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         inner = _dotted(value, f"{where}.{key}") if isinstance(value, dict) else None

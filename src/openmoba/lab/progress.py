@@ -11,10 +11,10 @@ class Progress:
     """Silent; the base of all reporters."""
 
     def note(self, text: str) -> None:
-        """A sentence about what is going on."""
+        """Say what is going on, in a sentence."""
 
     def step(self, done: int, total: int, detail: str = "", share: float | None = None) -> None:
-        """`done` of `total` steps are finished; `detail` is a few words, such as the loss.
+        """Note that `done` of `total` steps are finished; `detail` is a few words, such as the loss.
 
         Args:
             share: how much of the work that is, where steps differ in it; it makes the time left.
@@ -28,7 +28,7 @@ class Percent:
         self._progress, self._detail, self._done = progress, detail, -1
 
     def step(self, share: float) -> None:
-        """A share of the work is done, 0 to 1."""
+        """Note that a share of the work is done, 0 to 1."""
         if int(100 * share) > self._done:
             self._done = int(100 * share)
             self._progress.step(self._done, 100, self._detail)
@@ -85,13 +85,13 @@ class TerminalProgress(Progress):
 
 
 def bar(share: float, width: int = 24) -> str:
-    """A text bar, `share` of it filled."""
+    """Draw a bar of text, `share` of it filled."""
     filled = round(max(0.0, min(1.0, share)) * width)
     return "[" + "#" * filled + "." * (width - filled) + "]"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 42s, 3m10s, 2h05m."""
+    """Write seconds as a person says them: 42s, 3m10s, 2h05m."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

@@ -37,6 +37,6 @@ def claim(folder: Path) -> Iterator[bool]:
 
 
 def holder(folder: Path) -> str:
-    """Who claimed `folder` last, as written by `claim`; empty when nobody did."""
+    """Say who claimed `folder` last, as written by `claim`; empty when nobody did."""
     file = folder / CLAIM_FILE
     return file.read_text(encoding="utf-8").strip() if file.exists() else ""

@@ -35,7 +35,7 @@ def append(path: Path, row: Row) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """All whole lines of `path`; a torn last line is skipped, a missing file has none.
+    """Read all whole lines of `path`; a torn last line is skipped, a missing file has none.
 
     Raises:
         ValueError: a line before the last is not a JSON object.
@@ -59,7 +59,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Row:
-    """The JSON object in `path`; ValueError if it is missing or is none."""
+    """Read the JSON object in `path`; ValueError if it is missing or is none."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -138,7 +138,7 @@ def _encode(row: Row, path: Path) -> bytes:
 
 
 def _finite(value: Any, path: Path, name: str = "") -> Any:
-    """`value`, or a ValueError that names the number in it which is none."""
+    """Return `value`; a ValueError names the number in it which is none."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{path}: {name}={value} is no number that JSON can hold")
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -192,5 +192,5 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether the run in `folder` left a record or a checkpoint."""
+    """Tell whether the run in `folder` left a record or a checkpoint."""
     return (folder / "metrics.jsonl").exists() or any(folder.glob("checkpoint-*"))

@@ -15,7 +15,7 @@ from openmoba import __version__
 
 
 def provenance() -> dict[str, Any]:
-    """`{"versions", "hardware", "commit"}` of this process.
+    """Return `{"versions", "hardware", "commit"}` of this process.
 
     The commit is that of the checkout; of a copy of its files without history, what OPENMOBA_COMMIT says, or None.
     """
@@ -24,7 +24,7 @@ def provenance() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Version of this package, of Python, and of the libraries that a result depends on."""
+    """Return the version of this package, of Python, and of the libraries that a result depends on."""
     found = {"openmoba": __version__, "python": platform.python_version()}
     for package in ("torch", "triton", "transformers", "accelerate", "tokenizers"):
         try:
@@ -40,7 +40,7 @@ def _hardware() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's name."""
+    """Name the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -50,7 +50,7 @@ def cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout this package runs from, with "+changes" if it differs from it."""
+    """Return the commit of the checkout this package runs from, with "+changes" if it differs from it."""
     package = Path(__file__).parents[1]
     try:
         commit = _git(package, "rev-parse", "HEAD")

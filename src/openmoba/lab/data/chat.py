@@ -15,7 +15,7 @@ _CALLS = ("tool_calls", "function_call")
 
 
 def messages_of(values: list[Any], where: str) -> Messages:
-    """The messages of a row: a content that is left out or null is empty, and one of text parts is their text.
+    """Return the messages of a row: a content that is left out or null is empty, and one of text parts is their text.
 
     Raises:
         ValueError: what is no message, or holds more than text, with the row.
@@ -52,12 +52,12 @@ def _part(part: Any, where: str) -> str:
 
 
 def content_of(messages: Messages) -> str:
-    """All that a conversation says, as one text that tells conversations apart."""
+    """Return all that a conversation says, as one text that tells conversations apart."""
     return "\n".join(json.dumps(message, sort_keys=True, ensure_ascii=False) for message in messages)
 
 
 def encode_chat(tokenizer: Any, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of a conversation through the chat template, int64, and which the assistant wrote, bool.
+    """Tokenise a conversation through the chat template, int64, and say which the assistant wrote, bool.
 
     An assistant's turn is what the template adds to the conversation before it and its generation prompt.
 
@@ -87,7 +87,7 @@ _REWRITES = (
 
 
 def _begin(tokenizer: Any, before: Messages, answer: str) -> int:
-    """Where in the rendered conversation the assistant's last turn begins, behind its generation prompt."""
+    """Return where in the rendered conversation the assistant's last turn begins, behind its generation prompt."""
     if before:
         prompt = _render(tokenizer, before, add_generation_prompt=True)
         if not answer.startswith(prompt):

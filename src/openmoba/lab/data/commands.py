@@ -81,7 +81,7 @@ class MakeCorpus:
         return open_corpus(self.source, self.column, self.files)
 
     def _holdings(self, train: Corpus, corpus: Corpus, progress: Progress) -> Iterator[Holding]:
-        """A corpus in the tokens of each vocabulary, which is that of the training documents."""
+        """Count a corpus in the tokens of each vocabulary, which is that of the training documents."""
         everything = np.arange(len(survey(train, self.cache, progress).sizes))
         for size in self.vocab_size if self.tokenizer == "bpe" else (0,):
             if self.tokenizer == "bpe":

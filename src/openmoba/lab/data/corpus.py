@@ -54,16 +54,16 @@ class Corpus:
     left_out: LeftOut = field(default_factory=LeftOut)
 
     def named(self) -> Iterator[tuple[str, Document]]:
-        """The documents that hold something, with their names, in order."""
+        """Return the documents that hold something, with their names, in order."""
         return ((item.name, item.document) for item in self.items() if item.document)
 
     def documents(self) -> Iterator[Document]:
-        """The documents alone."""
+        """Return the documents alone."""
         return (document for _, document in self.named())
 
 
 def open_corpus(source: str, column: str = "text", rules: FileRules | None = None) -> Corpus:
-    """The corpus that `source` names: "stdlib", a file, a folder, a pattern of files, or a data set on the hub.
+    """Open what `source` names: "stdlib", a file, a folder, a pattern of files, or a data set on the hub.
 
     Args:
         column: of the documents, where files have columns.
@@ -106,7 +106,7 @@ def _of_file(source: str, path: Path, column: str) -> Corpus:
 
 
 def _of_folder(source: str, folder: Path, column: str, rules: FileRules) -> Corpus:
-    """A folder that `datasets` saved, or one of files."""
+    """Open a folder that `datasets` saved, or one of files."""
     if (folder / "dataset_dict.json").exists():
         splits = _saved(folder / "dataset_dict.json", "splits")
         raise ValueError(f"{source} holds the splits {', '.join(splits)}; set data.source to {folder / splits[0]}")
@@ -118,7 +118,7 @@ def _of_folder(source: str, folder: Path, column: str, rules: FileRules) -> Corp
 
 
 def _saved(path: Path, key: str) -> Any:
-    """An entry of a file that `datasets` wrote beside its data."""
+    """Read an entry of a file that `datasets` wrote beside its data."""
     values = read_json(path)
     if not values.get(key):
         raise ValueError(f"{path} has no {key}, which datasets writes; save the data set again")
@@ -126,7 +126,7 @@ def _saved(path: Path, key: str) -> Any:
 
 
 def _of_files(source: str, files: dict[str, Path], column: str, left_out: LeftOut) -> Corpus:
-    """Files of rows, all of one kind; or files of text; or such rows as only data have, beside text that is left out.
+    """Open files of rows of one kind; or of text; or rows as only data have, beside text that is left out.
 
     Args:
         files: by their paths below the source.
@@ -166,7 +166,7 @@ def _ambiguous(source: str, by_suffix: dict[str, dict[str, Path]]) -> str:
 
 
 def _of_texts(source: str, files: dict[str, Path], left_out: LeftOut | None = None) -> Corpus:
-    """Each file that holds text is a document; the others are left out."""
+    """Make each file that holds text a document; the others are left out."""
     left_out = left_out or LeftOut()
     digest = _digest("text")
     texts = {}
@@ -192,7 +192,7 @@ def _of_texts(source: str, files: dict[str, Path], left_out: LeftOut | None = No
 
 
 def _of_rows(source: str, files: dict[str, Path], kind: str, column: str, left_out: LeftOut | None = None) -> Corpus:
-    """Each row of the files is a document."""
+    """Make each row of the files a document."""
     digest = _digest(f"{kind} {column}")
     sizes = []
     for path in files.values():
@@ -226,7 +226,7 @@ def _document(value: Any, where: str) -> Document | None:
 
 
 def _of_one_kind(source: str, items: Callable[[], Iterator[Item]]) -> Callable[[], Iterator[Item]]:
-    """The items, until one is a text after conversations, or the other way round."""
+    """Yield the items, until one is a text after conversations, or the other way round."""
 
     def checked() -> Iterator[Item]:
         first: Item | None = None
@@ -254,12 +254,12 @@ def _standard_library() -> dict[str, Path]:
 
 
 def _below(path: Path, paths: Iterable[Path]) -> str:
-    """The path below the folder that all the paths share."""
+    """Return the path below the folder that all the paths share."""
     return path.relative_to(os.path.commonpath([other.parent for other in paths])).as_posix()
 
 
 def _hub_files(source: str) -> list[Path]:
-    """Arrow files of a hub data set `NAME[@CONFIG][:SPLIT]` in the local cache, downloaded where missing."""
+    """Find the Arrow files of `NAME[@CONFIG][:SPLIT]` in the local cache, downloaded where missing."""
     import datasets
 
     name, _, split = source.partition(":")

@@ -60,12 +60,12 @@ def open_directories(folder: str, rules: FileRules, merge_below: int) -> Corpus:
 
 
 def _entry(path: str, text: str) -> str:
-    """A file in a document: a line with its path, then its text."""
+    """Write a file in a document: a line with its path, then its text."""
     return f"==> {path} <==\n{text}" + ("" if text.endswith("\n") else "\n")
 
 
 def _merged(sizes: dict[str, int], merge_below: int) -> dict[str, list[str]]:
-    """Paths by directory, where directories of fewer bytes have become part of the one around them."""
+    """Group paths by directory, where directories of fewer bytes are part of the one around them."""
     files: dict[PurePosixPath, list[str]] = {}
     for path in sizes:
         around = PurePosixPath(path).parents

@@ -36,7 +36,7 @@ class FileRules:
                 raise ValueError(f"{name} must be >= {lowest} bytes, got {value}")
 
     def why_not(self, path: str, size: int) -> str | None:
-        """Why the file of `size` bytes at `path`, below the folder, is left out; None if it is taken."""
+        """Say why the file of `size` bytes at `path`, below the folder, is left out; None if it is taken."""
         parts = PurePosixPath(path).parts
         if any(parts[: len(PurePosixPath(left).parts)] == PurePosixPath(left).parts for left in self.exclude):
             return "excluded"
@@ -60,13 +60,13 @@ class LeftOut:
         self.paths.setdefault(reason, []).append(path)
 
     def __str__(self) -> str:
-        """A sentence that counts the files of each reason and names some, or nothing."""
+        """Count the files of each reason and name some, in a sentence, or in none."""
         parts = [f"{len(paths)} {reason} ({some(paths)})" for reason, paths in self.paths.items()]
         return f"left out: {'; '.join(parts)}" if parts else ""
 
 
 def some(names: list[str]) -> str:
-    """The first names, and dots if there are more."""
+    """Name the first, and write dots if there are more."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
@@ -75,7 +75,7 @@ class NotTextError(ValueError):
 
 
 def walk(folder: Path, rules: FileRules, left_out: LeftOut) -> Iterator[tuple[str, Path]]:
-    """Path below the folder, with slashes, and path of each file that the rules take, in order of the paths."""
+    """Yield the files that the rules take: path below the folder, with slashes, and path, in their order."""
     for path in sorted(_visible(folder, left_out)):
         below = path.relative_to(folder).as_posix()
         if not path.is_file():
@@ -87,7 +87,7 @@ def walk(folder: Path, rules: FileRules, left_out: LeftOut) -> Iterator[tuple[st
 
 
 def _visible(folder: Path, left_out: LeftOut) -> Iterator[Path]:
-    """All files below the folder but those that are hidden, or in a folder that is hidden or elsewhere."""
+    """Yield all files below the folder but those that are hidden, or in a folder hidden or elsewhere."""
 
     def leave(reason: str, path: str | Path) -> None:
         left_out.add(reason, Path(path).relative_to(folder).as_posix())
@@ -112,14 +112,14 @@ COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 
 
 def suffix_of(path: Path) -> str:
-    """What the name says that the file holds, in lower case: ".jsonl" of `a.JSONL.gz`."""
+    """Return what the name says that the file holds, in lower case: ".jsonl" of `a.JSONL.gz`."""
     name = PurePosixPath(path.name.lower())
     return PurePosixPath(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
 
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], float]]]:
-    """The bytes that a file holds, decompressed where it is compressed, and the share of the file read so far.
+    """Open a file's bytes, decompressed where it is compressed, and tell the share read so far.
 
     Raises:
         ValueError: the file is damaged, or cannot be read.
@@ -133,7 +133,7 @@ def open_bytes(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], float]]]:
 
 
 def _decompressed(file: BinaryIO) -> BinaryIO:
-    """Told by the first bytes, since names may be wrong."""
+    """Decompress, as the first bytes say, since names may be wrong."""
     head = file.read(6)
     file.seek(0)
     if head.startswith(b"\x1f\x8b"):
@@ -151,7 +151,7 @@ def _decompressed(file: BinaryIO) -> BinaryIO:
 
 @contextmanager
 def open_lines(path: Path) -> Iterator[tuple[io.TextIOWrapper, Callable[[], float]]]:
-    """The text that a file holds in UTF-8, compressed or not, to be read bit by bit, and the share read so far.
+    """Open a file's UTF-8 text, compressed or not, to be read bit by bit, and tell the share read so far.
 
     Raises:
         ValueError: the file is damaged, cannot be read, or holds no text in UTF-8.
@@ -164,7 +164,7 @@ def open_lines(path: Path) -> Iterator[tuple[io.TextIOWrapper, Callable[[], floa
 
 
 def read_text(path: Path) -> str:
-    """The text that a file holds in UTF-8, compressed or not, with lines that end in `\\n`.
+    """Read a file's UTF-8 text, compressed or not, with lines that end in `\n`.
 
     Raises:
         NotTextError: another encoding, or no text at all.

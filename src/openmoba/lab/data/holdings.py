@@ -59,7 +59,7 @@ def holding(corpus: Corpus, tokenizer: Any, length: int, cache: Path, progress: 
 
 
 def _entropy(store: TokenStore, vocabulary: int) -> float:
-    """Bits per token of the tokens' frequencies."""
+    """Return the bits per token of the tokens' frequencies."""
     counts = np.zeros(vocabulary, dtype=np.int64)
     for start in range(0, len(store.tokens), _TOKENS_AT_ONCE):
         counts += np.bincount(store.tokens[start : start + _TOKENS_AT_ONCE], minlength=vocabulary)
@@ -68,7 +68,7 @@ def _entropy(store: TokenStore, vocabulary: int) -> float:
 
 
 def overview(name: str, surveyed: Survey) -> str:
-    """A corpus' documents as a line: how many, how long, and the digest of their contents."""
+    """Describe a corpus in a line: how many documents, how long, and the digest of their contents."""
     sizes = surveyed.bytes / 1e6
     copies = len(sizes) - len(np.unique(surveyed.digests))
     return (
@@ -79,7 +79,7 @@ def overview(name: str, surveyed: Survey) -> str:
 
 
 def table(holdings: list[Holding], length: int) -> str:
-    """The holdings as a table, and how to read a loss in bits per byte."""
+    """Write the holdings as a table, and how to read a loss in bits per byte."""
     rows = [
         ("corpus", "vocabulary", "tokens", "bytes/token", "frequency bits/byte", f"windows of {length}", "documents"),
         *(

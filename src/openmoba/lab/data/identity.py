@@ -63,7 +63,7 @@ _LIBRARY = " (it is the library of the running Python, so it changes with every 
 
 
 def differences(first: Identity, second: Identity) -> list[str]:
-    """What differs, among what both know: "training documents (1f2e3d4c there, 5b6a7988 here)"."""
+    """Say what differs, among what both know: "training documents (1f2e3d4c there, 5b6a7988 here)"."""
     return [
         f"{name} ({_short(first[key])} there, {_short(second[key])} here)"
         for key, name in ASPECTS.items()
@@ -72,12 +72,12 @@ def differences(first: Identity, second: Identity) -> list[str]:
 
 
 def documents_digest(digests: np.ndarray) -> str:
-    """Digest of documents from the digest of each, uint64 `[documents]`, in order."""
+    """Return the digest of documents from the digest of each, uint64 `[documents]`, in order."""
     return hashlib.blake2b(np.ascontiguousarray(digests).tobytes(), digest_size=16).hexdigest()
 
 
 def stored_identity(run: str | Path) -> Identity:
-    """The identity of the data of the run in the folder `run`; empty if it has none."""
+    """Read the identity of the data of the run in the folder `run`; empty if it has none."""
     folder = Path(run)
     if (folder / IDENTITY_FILE).exists():
         return {key: value for key, value in read_json(folder / IDENTITY_FILE).items() if key in ASPECTS}
@@ -85,12 +85,12 @@ def stored_identity(run: str | Path) -> Identity:
 
 
 def identity_in(result: Row) -> Identity:
-    """The identity of the data that a run's result tells of."""
+    """Return the identity of the data that a run's result tells of."""
     return {key: value for key, value in result["data"].items() if key in ASPECTS}
 
 
 def known_of_run(run: str | Path | None, config: DataConfig, way_out: str, progress: Progress) -> list[Known]:
-    """What the run in the folder `run` says of data read by `config`: nothing if they are others, or it is no run."""
+    """Return what the run in `run` says of data read by `config`: nothing of others, or without a run."""
     if run is None or not is_run(run):
         return []
     identity, settings = stored_identity(run), stored_config(run).data
@@ -115,7 +115,7 @@ def _check_split(run: str | Path, config: DataConfig, settings: DataConfig) -> N
 
 
 def shared(identity: Identity, config: DataConfig, other: DataConfig, *, same_origin: bool = True) -> Identity:
-    """The part of `identity`, of data read by the settings `other`, that data read by `config` should have too.
+    """Return the part of `identity`, of data read by the settings `other`, that data read by `config` should have too.
 
     Documents are shared if the settings name the same ones; the tokenizer, if its settings agree as well and, where it
     is that of a model, `same_origin`; windows, if they have the same length too.

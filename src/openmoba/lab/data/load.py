@@ -85,7 +85,7 @@ def load_data(
 def load_validation(
     config: DataConfig, model: Path | str, progress: Progress | None = None, *, known: Sequence[Known] = ()
 ) -> Windows:
-    """All validation windows, in the tokens of the model in the folder or of the hub name `model`.
+    """Load all validation windows, in the tokens of the model in the folder or of the hub name `model`.
 
     Args:
         known: data whose validation documents these must be.
@@ -107,7 +107,7 @@ def load_validation(
 
 
 def data_of_run(run: Path | str) -> DataConfig:
-    """The data settings of the run in the folder `run`, to measure it.
+    """Read the data settings of the run in the folder `run`, to measure it.
 
     Its cache is used where it is one already. Elsewhere the default is: a run from another machine, or by a stranger,
     does not say where folders are made here.
@@ -117,7 +117,7 @@ def data_of_run(run: Path | str) -> DataConfig:
 
 
 def validation_windows(windows: Windows, count: int) -> Windows:
-    """`count` windows evenly spread over all validation windows, or a ValueError if there are fewer."""
+    """Pick `count` windows evenly from all validation windows; ValueError if there are fewer."""
     if count > len(windows):
         raise ValueError(
             f"eval.windows={count}, but the validation documents hold {len(windows)} windows of "
@@ -128,7 +128,7 @@ def validation_windows(windows: Windows, count: int) -> Windows:
 
 
 def hold_out(surveyed: Survey, every: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the documents to train on and of those held out, int64; copies of a document appear once.
+    """Number the documents to train on and those held out, int64; copies of a document appear once.
 
     Documents are put in order of size and one of every `every` is held out, picked by its hash: so the
     held-out ones are spread over all sizes, and depend on nothing but the documents.
@@ -166,7 +166,7 @@ def _split(config: DataConfig, cache: Path, progress: Progress) -> _Split:
 
 
 def _open(source: str, column: str, progress: Progress) -> Corpus:
-    """The corpus of a source; says which of its files are in no document."""
+    """Open the corpus of a source, and say which of its files are in no document."""
     corpus = open_corpus(source, column)
     if corpus.left_out.paths:
         progress.note(f"{source}: {corpus.left_out}")
@@ -200,12 +200,12 @@ def _tokenizer(
 
 
 def named_tokenizer(name: str) -> Any:
-    """The tokenizer "bytes", or that of a folder or hub name."""
+    """Load the tokenizer "bytes", or that of a folder or hub name."""
     return byte_tokenizer() if name == "bytes" else load_tokenizer(name)
 
 
 def trained_bpe(corpus: Corpus, documents: np.ndarray, vocab_size: int, cache: Path, progress: Progress) -> Any:
-    """A BPE of the documents of these numbers alone, kept in the cache."""
+    """Train a BPE on the documents of these numbers alone, kept in the cache."""
 
     def texts() -> Iterator[str]:
         sizes = survey(corpus, cache, progress).sizes

@@ -43,7 +43,7 @@ class DocumentRules:
 
 
 def pick(surveyed: Survey, rules: DocumentRules) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the documents to train on and of those held out, int64, in order; of copies, the first alone.
+    """Number the documents to train on and those held out, int64, in order; of copies, the first alone.
 
     Raises:
         ValueError: the rules leave no document, or none to hold out.
@@ -83,7 +83,7 @@ def write_corpus(corpus: Corpus, surveyed: Survey, rules: DocumentRules, out: Pa
 
 
 def _chosen(corpus: Corpus, documents: np.ndarray, cut: int | None, progress: Progress) -> Iterator[tuple[str, str]]:
-    """Ids and texts of the documents of these numbers."""
+    """Yield ids and texts of the documents of these numbers."""
     percent = Percent(progress, "percent of the documents written")
     for number, (name, document) in enumerate(corpus.named()):
         place = int(np.searchsorted(documents, number))

@@ -39,7 +39,7 @@ def write_documents(path: Path, documents: Iterable[tuple[str, str]], level: int
 
 
 def _groups(documents: Iterable[tuple[str, str]]) -> Iterator[dict[str, list[Any]]]:
-    """Columns of some documents at a time."""
+    """Yield the columns of some documents at a time."""
     group: dict[str, list[Any]] = {"id": [], "text": []}
     size = 0
     for name, text in documents:

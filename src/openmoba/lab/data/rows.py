@@ -28,7 +28,7 @@ class Row(NamedTuple):
 
 
 def read_rows(path: Path, kind: str, column: str) -> Iterator[Row]:
-    """The values of a column; None in rows that have none.
+    """Yield the values of a column; None in rows that have none.
 
     Args:
         kind: a value of `KINDS`.
@@ -40,7 +40,7 @@ def read_rows(path: Path, kind: str, column: str) -> Iterator[Row]:
 
 
 def _json(path: Path, column: str) -> Iterator[Row]:
-    """An object on each line, or a list of objects."""
+    """Yield the objects of lines, or of a list."""
     with open_lines(path) as (stream, share):
         start = stream.read(1)
         rows = _listed(path, stream) if start == "[" else _lines(path, start, stream)
@@ -69,7 +69,7 @@ def _lines(path: Path, start: str, stream: TextIO) -> Iterator[tuple[int, Any]]:
 
 
 def _listed(path: Path, stream: TextIO) -> Iterator[tuple[int, Any]]:
-    """The objects of a list, of which a megabyte is held, or one."""
+    """Yield the objects of a list, of which a megabyte is held, or one."""
     decoder = json.JSONDecoder()
     text, at, number = "", 0, 1
     while True:
@@ -120,7 +120,7 @@ def _parquet(path: Path, column: str) -> Iterator[Row]:
 
 
 def _arrow(path: Path, column: str) -> Iterator[Row]:
-    """Files of `datasets`, which are streams, and those of Arrow and Feather."""
+    """Yield from files of `datasets`, which are streams, and from those of Arrow and Feather."""
     import pyarrow
 
     try:
@@ -141,7 +141,7 @@ def _arrow(path: Path, column: str) -> Iterator[Row]:
 
 
 def _of_batches(batches: Iterable[Any], column: str, share: Callable[[int, int], float]) -> Iterator[Row]:
-    """The rows of batches; `share` is of this many rows, of this many batches."""
+    """Yield the rows of batches; `share` is of this many rows, of this many batches."""
     number = 0
     for place, batch in enumerate(batches, 1):
         for value in batch.column(column):
@@ -155,7 +155,7 @@ def _check_column(path: Path, column: str, names: list[str]) -> None:
 
 
 def no_column(path: Path, column: str, names: list[str]) -> ValueError:
-    """The error that a file has other columns."""
+    """Make the error that a file has other columns."""
     return ValueError(f"{path} has no column {column!r}; set data.column to one of {', '.join(names)}")
 
 

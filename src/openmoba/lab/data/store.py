@@ -63,7 +63,7 @@ class Survey:
 
 
 def survey(corpus: Corpus, cache: Path, progress: Progress) -> Survey:
-    """Sizes and digests of the documents, kept in `cache`."""
+    """Measure sizes and digests of the documents, kept in `cache`."""
 
     def write(folder: Path) -> None:
         progress.note(f"reading {corpus.name}")
@@ -79,7 +79,7 @@ _MEASURES = np.dtype([("sizes", np.int64), ("digests", np.uint64), ("bytes", np.
 
 
 def _measures(corpus: Corpus, progress: Progress) -> Iterator[tuple[int, int, int]]:
-    """Characters, hash and bytes of each document."""
+    """Yield characters, hash and bytes of each document."""
     percent = Percent(progress, f"percent read of {corpus.name}")
     empty = 0
     for item in corpus.items():
@@ -115,7 +115,7 @@ def tokenise(corpus: Corpus, tokenizer: Any, cache: Path, progress: Progress) ->
 
 
 def cached(cache: Path, name: str, write: Callable[[Path], None]) -> Path:
-    """The folder `name` of `cache`, filled by `write` unless it is there; one process at a time does that."""
+    """Return the folder `name` of `cache`, filled by `write` unless it is there; by one process at a time."""
     target = cache / name
     if target.exists():  # a cache that is complete may be read-only
         return target
@@ -162,7 +162,7 @@ def _writing_to(cache: Path) -> Iterator[None]:
 
 
 def is_cache(folder: Path) -> bool:
-    """Whether something was kept in `folder` before."""
+    """Tell whether something was kept in `folder` before."""
     return any(folder.glob(f"{_SURVEY}-*"))
 
 
@@ -207,7 +207,7 @@ def _encode(corpus: str, tokenizer: Any, documents: list[Named]) -> Iterator[tup
 
 
 def _batches(documents: Iterable[Named]) -> Iterator[list[Named]]:
-    """Documents in lists of some megabytes, so that encoding is parallel and memory bounded."""
+    """Yield documents in lists of some megabytes, so that encoding is parallel and memory bounded."""
     batch: list[Named] = []
     size = 0
     for name, document in documents:

@@ -27,7 +27,7 @@ _CHAT_TEMPLATE = (
 
 
 def byte_tokenizer() -> Any:
-    """256 bytes and an end-of-text token."""
+    """Make a tokenizer of 256 bytes and an end-of-text token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -52,7 +52,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def load_tokenizer(name: str | Path) -> Any:
-    """The tokenizer in a folder or of a hub name, which must be a fast one."""
+    """Load the tokenizer in a folder or of a hub name, which must be a fast one."""
     from transformers import AutoTokenizer
 
     check_source(name, "bytes, bpe, a folder, or OWNER/NAME on the hub")
@@ -66,13 +66,13 @@ def load_tokenizer(name: str | Path) -> Any:
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """Hash of all that decides what a document's tokens are."""
+    """Hash all that decides what a document's tokens are."""
     parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token, tokenizer.chat_template]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def encode_texts(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
-    """Tokens of each text, and the end-of-text token where the tokenizer has one; int64.
+    """Yield the tokens of each text, and the end-of-text token where the tokenizer has one; int64.
 
     The cores share the texts, or pieces of them where the tokenizer makes the same tokens of those.
     """
@@ -90,7 +90,7 @@ def encode_texts(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
 
 
 def cut_at_spaces(text: str, size: int = 1 << 16) -> list[str]:
-    """The text in pieces of `size` characters and those up to the next space or line end after a character that
+    """Yield pieces of `size` characters and those up to the next space or line end after a character that
     is none, where a byte-level tokenizer's words end whatever follows."""
     pieces, start = [], 0
     while found := _WORD_END.search(text, start + max(1, size)):
@@ -107,7 +107,7 @@ def _whole(text: str) -> list[str]:
 
 
 def _knows_words_by_spaces(backend: Any) -> bool:
-    """Whether tokens never reach over the places where `cut_at_spaces` cuts, and do not depend on what is there.
+    """Tell whether no token crosses the places where `cut_at_spaces` cuts, or depends on what is there.
 
     True of GPT-2's byte-level words, as of the tokenizers made here; others, such as those that put a space before
     each text, are not told apart.

@@ -64,12 +64,12 @@ class Windows(Dataset[Window]):
         return np.searchsorted(self.store.starts, self.starts, side="right") - 1
 
     def labelled(self, last: int) -> np.ndarray:
-        """Which windows have a label among their last positions, bool `[windows]`."""
+        """Tell which windows have a label among their last positions, bool `[windows]`."""
         some = [bool((self[i]["labels"][-last:] != IGNORED).any()) for i in range(len(self))]
         return np.asarray(some, dtype=bool)
 
     def spread(self, count: int) -> Windows:
-        """`count` of these windows, evenly spread over them."""
+        """Pick `count` of these windows, evenly spread over them."""
         chosen = np.linspace(0, len(self) - 1, count).round().astype(np.int64)
         return Windows(self.store, self.starts[chosen], self.ends[chosen], self.length)
 
@@ -107,7 +107,7 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def cut_windows(store: TokenStore, documents: np.ndarray, length: int) -> Windows:
-    """All windows of the given documents of a store, in order, none of them overlapping another's labels.
+    """Cut all windows of the given documents, in order, none of them overlapping another's labels.
 
     Args:
         documents: int64, numbers of documents.

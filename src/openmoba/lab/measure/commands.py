@@ -30,7 +30,7 @@ class Evaluate:
     """JSON file for the measurement, with every window's loss."""
 
     def as_stored(self) -> Evaluate:
-        """With the settings of the run that is measured."""
+        """Return the command with the settings of the run that is measured."""
         from openmoba.lab.data.load import data_of_run
 
         if not is_run(self.source):
@@ -119,7 +119,7 @@ class Needle:
         check_count("--seed", self.seed, 0, 2**63 - 1)
 
     def as_stored(self) -> Needle:
-        """With the documents of the run that is measured."""
+        """Return the command with the documents of the run that is measured."""
         from openmoba.lab.data.load import data_of_run
 
         return replace(self, data=data_of_run(self.source)) if is_run(self.source) else self
@@ -156,7 +156,7 @@ def make_parent(out: Path) -> None:
 
 
 def losses_table(row: dict[str, Any]) -> str:
-    """An evaluation as a table: what, mean in nats, 95 % interval."""
+    """Write an evaluation as a table: what, mean in nats, 95 % interval."""
     lines = [
         ("LM loss", row["lm_loss"], row["intervals"]["lm"]),
         (f"last {row['trailing']}", row["trailing_loss"], row["intervals"]["trailing"]),

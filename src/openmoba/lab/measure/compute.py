@@ -41,7 +41,7 @@ class Shape:
 
     @classmethod
     def of(cls, model: Any, length: int) -> Shape:
-        """The shape of a transformers decoder, trained on windows of `length` tokens."""
+        """Read the shape of a transformers decoder, trained on windows of `length` tokens."""
         config = model.config
         tables = {id(t.weight): t.weight for t in (model.get_input_embeddings(), model.get_output_embeddings())}
         total = sum(parameter.numel() for parameter in model.parameters())
@@ -66,7 +66,7 @@ class Shape:
 def training_compute(
     shape: Shape, arm: ArmConfig, step: int, steps: int, batch_size: int, seconds: float
 ) -> dict[str, float]:
-    """The compute of the first `step` of `steps` steps, by all conventions.
+    """Count the compute of the first `step` of `steps` steps, by all conventions.
 
     Args:
         batch_size: windows per step.
@@ -89,7 +89,7 @@ def training_compute(
 
 
 def attention_flops(shape: Shape, attention: MobaConfig | None) -> int:
-    """Operations of all layers' attention on one window, forward and backward, scoring included."""
+    """Count the operations of all layers' attention on one window, both passes, scoring included."""
     sparse_layers = 0
     if attention is not None:
         sparse_layers = shape.layers - len(attention.full_layer_indices(shape.layers))

@@ -77,7 +77,7 @@ def evaluate_source(
 
 
 def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
-    """bf16 autocast, or nothing."""
+    """Enter bf16 autocast, or nothing."""
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
@@ -88,7 +88,7 @@ def window_losses(
     device: torch.device,
     progress: Progress | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Loss of every position, float32 `[W, T]`, 0 where not labelled, and which are labelled, bool `[W, T]`.
+    """Return every position's loss, float32 `[W, T]`, 0 where not labelled, and the labelled, bool `[W, T]`.
 
     Under torchrun, each process computes a share of the windows and all get the whole.
     """
@@ -119,7 +119,7 @@ def summary(
     *,
     each_window: bool = True,
 ) -> Row:
-    """The part of an evaluation record that follows from the losses.
+    """Return the part of an evaluation record that follows from the losses.
 
     Returns:
         `lm_loss`, `trailing_loss` (None without full windows), `position_loss` by range (those that have labels),

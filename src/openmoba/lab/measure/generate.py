@@ -107,7 +107,7 @@ def _load(folder: str | Path) -> Any:
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
-    """The prompt as given, from a file, or from standard input.
+    """Read the prompt as given, from a file, or from standard input.
 
     Raises:
         ValueError: both are given, or the file is not readable text.

@@ -67,7 +67,7 @@ def measure_needle(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Cell]:
-    """The grid of a model, with the attention saved in it.
+    """Measure the grid of a model, with the attention saved in it.
 
     Args:
         source: a run's folder (its newest checkpoint), a model's folder, or a model of the hub.
@@ -104,7 +104,7 @@ def measure_needle(
 
 
 def hide(tokenizer: Any, document: Tensor, depth: float, generator: np.random.Generator) -> tuple[Tensor, int]:
-    """An example of the document's length, int64 `[L]`, and how many of its last tokens are the answer.
+    """Make an example of the document's length, int64 `[L]`; say how many of its last tokens are the answer.
 
     Raises:
         ValueError: the document is not longer than the question.
@@ -127,7 +127,7 @@ def hide(tokenizer: Any, document: Tensor, depth: float, generator: np.random.Ge
 
 
 def needle_chart(cells: list[Cell], *, title: str) -> Figure:
-    """Heat maps of the exact score and of the answer's loss, depth by length.
+    """Draw heat maps of the exact score and of the answer's loss, depth by length.
 
     The loss is coloured from 0 to chance, so that the charts of models with one vocabulary compare.
     """
@@ -156,7 +156,7 @@ def needle_chart(cells: list[Cell], *, title: str) -> Figure:
 
 
 def write_needle(cells: list[Cell], out: Path, *, title: str) -> list[Path]:
-    """The grid as `out`.csv, and its chart as .png and .svg."""
+    """Write the grid as `out`.csv, and its chart as .png and .svg."""
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["length", "depth", "samples", "exact", "loss", "chance"])
@@ -172,7 +172,7 @@ def write_needle(cells: list[Cell], out: Path, *, title: str) -> list[Path]:
 def _documents(
     data: DataConfig, folder: str | Path, samples: int, progress: Progress, known: list[Known]
 ) -> list[Tensor]:
-    """`samples` different stretches of `data.length` tokens, each from inside one document."""
+    """Pick `samples` different stretches of `data.length` tokens, each from inside one document."""
     windows = load_validation(data, folder, progress, known=known)
     if len(windows) < samples:
         raise ValueError(
@@ -184,7 +184,7 @@ def _documents(
 
 @torch.no_grad()
 def _score(model: Any, example: Tensor, answer: int) -> tuple[bool, float]:
-    """Whether the answer is exact, and its loss per token in nats."""
+    """Tell whether the answer is exact, and its loss per token in nats."""
     device = model.device
     with autocast(device, bf16=device.type == "cuda"):
         out = model(example[None].to(device), logits_to_keep=answer + 1, use_cache=False)

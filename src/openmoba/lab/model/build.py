@@ -73,7 +73,7 @@ SIZES = {
 
 
 def build_model(config: ModelConfig, vocab_size: int, length: int, seed: int) -> Any:
-    """A decoder with fresh fp32 weights that depend on the configuration and the seed alone.
+    """Build a decoder with fresh fp32 weights that depend on the configuration and the seed alone.
 
     Args:
         vocab_size: entries of the tokenizer; the model's table is rounded up to a multiple of 64.
@@ -102,7 +102,7 @@ def check_model(config: ModelConfig, length: int, attention: MobaConfig | None) 
 
 
 def load_model(source: str | Path, overrides: dict[str, Any] | None = None) -> Any:
-    """The model of a folder or a hub name, its weights in fp32, with entries of its configuration replaced.
+    """Load the model of a folder or a hub name, weights in fp32, entries of its configuration replaced.
 
     Raises:
         ValueError: there is none, its files are broken, its weights are not safetensors or no numbers, or an
@@ -146,7 +146,7 @@ def check_finite(model: Any, source: str | Path) -> None:
 
 @contextmanager
 def model_folder(source: str | Path, progress: Progress | None = None) -> Iterator[str | Path]:
-    """Where a run's model lies: its newest whole checkpoint, held for the body of the `with`.
+    """Yield where a run's model lies: its newest whole checkpoint, held for the body of the `with`.
 
     Anything that is no run's folder is returned as it is.
     """
@@ -161,7 +161,7 @@ def model_folder(source: str | Path, progress: Progress | None = None) -> Iterat
 
 
 def set_attention(model: Any, attention: MobaConfig | None) -> None:
-    """MoBA as configured, or full attention for None; at any time, also between two steps of training."""
+    """Set MoBA as configured, or full attention for None; at any time, also between two steps of training."""
     from openmoba.hf import configure
     from openmoba.hf.model import attend_fully
 

@@ -22,7 +22,7 @@ SEAL = "complete.json"
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """Optimizer steps done at a checkpoint."""
+    """Return the optimizer steps done at a checkpoint."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
@@ -39,7 +39,7 @@ def seal(checkpoint: Path) -> None:
 
 
 def damage(checkpoint: Path, *, contents: bool = True) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole.
+    """Say what is wrong with a checkpoint; None if it is whole.
 
     Args:
         contents: read the files too, where the seal has their hashes; otherwise look at their sizes alone.
@@ -66,20 +66,20 @@ def _hash(path: Path) -> str:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The run's checkpoint folders, newest first, whole or not."""
+    """List the run's checkpoint folders, newest first, whole or not."""
     found = [path for path in run.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     return sorted(found, key=checkpoint_step, reverse=True)
 
 
 def newest_checkpoint(run: Path, progress: Progress | None = None) -> Path | None:
-    """The run's newest whole checkpoint, for whoever trains the run; see `newest_held`."""
+    """Find the run's newest whole checkpoint, for whoever trains the run; see `newest_held`."""
     with newest_held(run, progress) as checkpoint:
         return checkpoint
 
 
 @contextmanager
 def newest_held(run: Path, progress: Progress | None = None) -> Iterator[Path | None]:
-    """The run's newest whole checkpoint; None if it has no checkpoints but unfinished ones.
+    """Find the run's newest whole checkpoint; None if it has no checkpoints but unfinished ones.
 
     Training beside it does not prune the checkpoint in the body of the `with`. Damaged ones are passed over, with a
     note.
@@ -125,7 +125,7 @@ def prune(run: Path, keep: int) -> None:
 
 @contextmanager
 def _locked(checkpoint: Path, how: int) -> Iterator[bool]:
-    """A lock on the seal, which a kill lets go of as well; False if another process has one. Parts need none."""
+    """Lock the seal, which a kill lets go of as well; False if another process has it. Parts need none."""
     with ExitStack() as stack:
         try:
             mode = "r+b" if how & fcntl.LOCK_EX else "rb"

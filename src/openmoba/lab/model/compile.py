@@ -27,13 +27,13 @@ def uncompile_layers(model: Any) -> None:
 
 
 def decoder_layers(model: Any) -> list[torch.nn.Module]:
-    """The layers of a decoder: the modules that hold an attention module."""
+    """List the layers of a decoder: the modules that hold an attention module."""
     return [module for module in model.modules() if any(is_attention(child) for child in module.children())]
 
 
 @contextmanager
 def strict() -> Iterator[None]:
-    """Within, more graphs than the compiler keeps are an error; it would go on eagerly, and only log it."""
+    """Make more graphs than the compiler keeps an error; it would go on eagerly, and only log it."""
     before = torch._dynamo.config.fail_on_recompile_limit_hit
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     try:

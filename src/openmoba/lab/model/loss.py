@@ -74,7 +74,7 @@ def linear_loss(
     places: Tensor | slice | None = None,
     chunk_gradient: ChunkGradient | None = None,
 ) -> Tensor:
-    """Losses of `labels` `[batch, tokens]` under the logits `weight hidden + bias`, as `attach_loss` says.
+    """Compute the losses of `labels` `[batch, tokens]` under the logits `weight hidden + bias`, as `attach_loss` says.
 
     Positions with the label IGNORED are left out of the computation. `chunk_gradient` is `_chunk_gradient`, perhaps
     compiled.
@@ -96,7 +96,7 @@ def linear_loss(
 
 
 def has_linear_head(model: Any) -> bool:
-    """Whether the logits are the output embedding of the last hidden state, neither scaled nor capped."""
+    """Tell whether the logits are the output embedding of the last hidden state, neither scaled nor capped."""
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear):
         return False
@@ -148,7 +148,7 @@ class _MeanLoss(torch.autograd.Function):
 
 
 def _chunk_gradient(logit_NV: Tensor, label_N: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of a chunk's losses, and the gradient of sum / count with respect to its logits, in their dtype."""
+    """Sum a chunk's losses; return that and the gradient of sum / count by its logits, in their dtype."""
     losses, lse_N = _losses(logit_NV.float(), label_N)
     hit_NV = label_N[:, None] == torch.arange(logit_NV.shape[1], device=logit_NV.device)
     d_NV = (logit_NV.float() - lse_N[:, None]).exp_().sub_(hit_NV.float()).div_(count)  # softmax - one-hot
@@ -156,13 +156,13 @@ def _chunk_gradient(logit_NV: Tensor, label_N: Tensor, count: Tensor) -> tuple[T
 
 
 def _losses(logit_NV: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses and logsumexps of a chunk, fp32 `[N]`."""
+    """Compute losses and logsumexps of a chunk, fp32 `[N]`."""
     lse_N = logit_NV.logsumexp(-1)
     return lse_N - logit_NV.gather(-1, label_N[:, None])[:, 0], lse_N
 
 
 def _as_computed(x: Tensor, hidden: Tensor) -> Tensor:
-    """`x` in the precision of the products: autocast's where it is on, else that of the hidden states."""
+    """Cast `x` to the precision of the products: autocast's where it is on, else the hidden states'."""
     device = hidden.device.type
     return x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype)
 

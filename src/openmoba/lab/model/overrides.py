@@ -22,7 +22,7 @@ MOST_LAYERS = 10_000
 
 
 def transformers_config(family: str, entries: Entries, overrides: Entries) -> Any:
-    """The configuration of a fresh model of `family`: `entries`, with the overrides on top.
+    """Make the configuration of a fresh model of `family`: `entries`, with the overrides on top.
 
     Args:
         overrides: by name; a dot leads into a table, as in `rope_parameters.rope_theta`.
@@ -56,7 +56,7 @@ def replace_entries(config: Any, overrides: Entries, what: str) -> None:
 
 
 def check_rotation(model: Any, overrides: Entries) -> None:
-    """ValueError if a part of the head was to be rotated and the family rotates all of it regardless."""
+    """Raise ValueError if a part of the head is to be rotated and the family rotates all of it regardless."""
     share = overrides.get("rope_parameters.partial_rotary_factor", 1)
     frequencies = [module.inv_freq for module in model.modules() if hasattr(module, "inv_freq")]
     width = getattr(model.config, "head_dim", None)
@@ -68,7 +68,7 @@ def check_rotation(model: Any, overrides: Entries) -> None:
 
 
 def _replaced(config: Any, overrides: Entries) -> Entries:
-    """The entries of `config` that change, tables as a whole; KeyError for one that it does not have."""
+    """Return the entries of `config` that change, tables as a whole; KeyError for one that it does not have."""
     changed: Entries = {}
     layers = overrides.get("num_hidden_layers", 1)
     if not isinstance(layers, int) or not 1 <= layers <= MOST_LAYERS:  # before a configuration lists them
@@ -93,7 +93,7 @@ _COUNTS = ("hidden_size", "intermediate_size", "head_dim")
 
 
 def _check(config: Any, overrides: Entries) -> None:
-    """What transformers leaves to the first forward pass, or computes NaN from."""
+    """Check what transformers leaves to the first forward pass, or computes NaN from."""
     for name, value in overrides.items():
         theta = name.split(".")[-1] == "rope_theta"
         if theta and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf):

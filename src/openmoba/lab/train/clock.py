@@ -61,7 +61,7 @@ class Speedometer:
         self._last = (tokens, seconds, pflops_days)
 
     def read(self, tokens: int, seconds: float, pflops_days: float) -> dict[str, float | None]:
-        """The speed since the last reading.
+        """Read the speed since the last reading.
 
         Args:
             tokens, seconds: trained so far, over all devices, in so many seconds of training steps.
@@ -75,7 +75,7 @@ class Speedometer:
 
 
 def peak_operations(device: torch.device, bf16: bool, devices: int) -> float | None:
-    """Operations per second that the devices could do; None in fp32 or where that is not known."""
+    """Return the operations per second that the devices could do; None in fp32 or where it is not known."""
     if device.type != "cuda" or not bf16:
         return None
     peak = PEAKS.get(torch.cuda.get_device_name(device))
@@ -83,7 +83,7 @@ def peak_operations(device: torch.device, bf16: bool, devices: int) -> float | N
 
 
 def median_speed(rows: list[dict[str, Any]], peak: float | None) -> dict[str, float | None]:
-    """The median speed of a run's records of training, which a slow first stretch does not move."""
+    """Return the median speed of a run's records, which a slow first stretch does not move."""
     speeds = {name: [row[name] for row in rows if row.get(name) is not None] for name in ("tokens_per_second", "mfu")}
     return {name: median(found) if found else None for name, found in speeds.items()} | {"peak": peak}
 

@@ -31,7 +31,7 @@ class Train:
     and stop; no data are read and nothing is written."""
 
     def as_stored(self) -> Train:
-        """With the settings of the run in the folder, but no model.overrides: `run` adds those if none are given."""
+        """Return the command with the settings of the run in the folder, but no model.overrides: `run` adds those."""
         options = self._stored() or self.options
         # tyro would read a default that is not empty as options --model.overrides.KEY.
         return replace(self, options=replace(options, model=replace(options.model, overrides={})))
@@ -40,7 +40,7 @@ class Train:
         return stored_config(self.folder) if (self.folder / "config.json").exists() else None
 
     def _settings(self) -> RunConfig:
-        """The options, with the overrides of the run in the folder if none are given."""
+        """Return the options, with the overrides of the run in the folder if none are given."""
         stored = self._stored()
         if stored is None or self.options.model.overrides:
             return self.options

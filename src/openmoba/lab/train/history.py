@@ -22,7 +22,7 @@ FAILED_FILE = "failed.json"
 
 
 def history(folder: Path) -> list[Row]:
-    """All records of the run in `folder`, in order.
+    """Read all records of the run in `folder`, in order.
 
     Raises:
         ValueError: a line is no record of training or evaluation.
@@ -39,7 +39,7 @@ def history(folder: Path) -> list[Row]:
 
 
 def history_until(folder: Path, config: RunConfig, step: int) -> list[Row]:
-    """The records of the run in `folder` up to `step`, a step with a checkpoint.
+    """Read the records of the run in `folder` up to `step`, a step with a checkpoint.
 
     Raises:
         ValueError: one of them is missing or there twice.
@@ -56,7 +56,7 @@ def history_until(folder: Path, config: RunConfig, step: int) -> list[Row]:
 
 
 def read_result(folder: Path) -> tuple[RunConfig, Row]:
-    """Configuration and result of the finished run in `folder`.
+    """Read configuration and result of the finished run in `folder`.
 
     Raises:
         ValueError: no result, or not that of a run.
@@ -71,7 +71,7 @@ def read_result(folder: Path) -> tuple[RunConfig, Row]:
 
 
 def evaluations(folder: Path, config: RunConfig, result: Row) -> list[Row]:
-    """The evaluations of the finished run in `folder`, in order.
+    """Read the evaluations of the finished run in `folder`, in order.
 
     Raises:
         ValueError: one is missing or there twice, or the last is not that of the result.

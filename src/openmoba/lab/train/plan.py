@@ -36,7 +36,7 @@ class Plan:
 
 
 def plan_of(config: RunConfig) -> Plan:
-    """The plan of a run, with a tokenizer of `data.vocab_size` entries, trained on one device."""
+    """Plan a run, with a tokenizer of `data.vocab_size` entries, trained on one device."""
     shape, train = planned_shape(config), config.train
     compute = training_compute(shape, config.arm, train.steps, train.steps, train.batch_size, 0.0)
     compute.pop("accelerator_seconds")
@@ -48,7 +48,7 @@ def plan_of(config: RunConfig) -> Plan:
 
 
 def planned_shape(config: RunConfig) -> Shape:
-    """The shape of the model that the run will have with a tokenizer of `data.vocab_size` entries.
+    """Return the shape of the model that the run will have with a tokenizer of `data.vocab_size` entries.
 
     Of a model from elsewhere (`train.start_from`) this is a guess: that of `model.size`.
     """
@@ -56,7 +56,7 @@ def planned_shape(config: RunConfig) -> Shape:
 
 
 def planned_model(config: RunConfig) -> Any:
-    """That model, without memory for its weights."""
+    """Return that model, without memory for its weights."""
     overrides = () if config.train.start_from else tuple(config.model.overrides.items())
     attention = config.arm.attention(0, config.train.steps)
     return _model(
@@ -65,7 +65,7 @@ def planned_model(config: RunConfig) -> Any:
 
 
 def planned_work(config: RunConfig) -> float:
-    """Operations of a run, by which its time is estimated and the time left of a study is told.
+    """Count a run's operations, by which its time is estimated and the time left of a study is told.
 
     Counted are training and evaluation, causal-exact, and an allowance per layer and token for what does not shrink
     with the width (norms, kernel launches).
@@ -78,7 +78,7 @@ def planned_work(config: RunConfig) -> float:
 
 
 def activation_bytes(config: RunConfig) -> float:
-    """Bytes that eager layers keep from the forward to the backward pass of one micro-batch.
+    """Estimate the bytes that eager layers keep from the forward to the backward of one micro-batch.
 
     Per token and layer of width C, with p bytes in products (2 in bf16, 4 in fp32): the hidden state before and after
     each norm in fp32 and once more as the input of a product, queries, keys, values, the attention's output twice, and
@@ -102,12 +102,12 @@ def activation_bytes(config: RunConfig) -> float:
 
 
 def in_bf16(config: RunConfig) -> bool:
-    """Whether the run's products are in bf16 on this machine."""
+    """Tell whether the run's products are in bf16 on this machine."""
     return config.train.precision == "bf16" or (config.train.precision == "auto" and _cuda())
 
 
 def matrix_rate(bf16: bool) -> float:
-    """Operations per second of a large matrix product on this machine's device, measured in a moment."""
+    """Measure operations per second of a large matrix product on this machine's device, in a moment."""
     size, device = (8192, "cuda") if _cuda() else (1024, "cpu")
     a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     best = float("inf")

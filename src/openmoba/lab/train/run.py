@@ -79,7 +79,7 @@ def run_training(
 
 
 def check_run(config: RunConfig, folder: Path) -> bool:
-    """Whether a shorter run of this configuration has begun in the folder; reads no data.
+    """Tell whether a shorter run of this configuration has begun in the folder; reads no data.
 
     Raises:
         ValueError: there can be no such run, or the folder is not free for it.
@@ -91,7 +91,7 @@ def check_run(config: RunConfig, folder: Path) -> bool:
 
 
 def _is_first() -> bool:
-    """Whether this is the process that speaks and writes, of those that torchrun started."""
+    """Tell whether this is the process that speaks and writes, of those that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -125,7 +125,7 @@ def _prepare(
 
 @contextmanager
 def _origin(config: RunConfig, progress: Progress) -> Iterator[Path | str | None]:
-    """Where the model lies that the run starts from, None for fresh weights."""
+    """Return where the model lies that the run starts from, None for fresh weights."""
     if config.train.start_from is None:
         yield None
         return
@@ -135,7 +135,7 @@ def _origin(config: RunConfig, progress: Progress) -> Iterator[Path | str | None
 
 @contextmanager
 def _begun(config: RunConfig, data: Data, folder: Path) -> Iterator[None]:
-    """The run's settings and data on the disk for the body of the `with`, and after it unless nothing came of it.
+    """Keep settings and data on the disk for the body of the `with`, and after it unless nothing came of it.
 
     A start that fails before its first record leaves what was there: settings that failed are no defaults of the next.
     """
@@ -157,7 +157,7 @@ def _begun(config: RunConfig, data: Data, folder: Path) -> Iterator[None]:
 
 
 def _check_folder(config: RunConfig, folder: Path) -> bool:
-    """Whether a shorter run of this configuration has begun in the folder; ValueError if another one has."""
+    """Tell whether a shorter run of this configuration has begun in the folder; ValueError if another one has."""
     if not disk.has_begun(folder):
         return False
     if not (folder / "config.json").exists():
@@ -174,7 +174,7 @@ def _check_folder(config: RunConfig, folder: Path) -> bool:
 
 
 def _begun_with(folder: Path, checkpoint: Path | None, progress: Progress) -> list[Known]:
-    """The data that the run in the folder has begun with, if it has begun and says which."""
+    """Read the data that the run in the folder has begun with, if it has begun and says which."""
     if not disk.has_begun(folder):
         return []
     identity = dict(stored_identity(folder))
@@ -199,7 +199,7 @@ def _check_labels(config: RunConfig, data: Data) -> None:
 
 
 def _start(config: RunConfig, source: Path | str) -> Any:
-    """The model of `source`, which has the positions and the layers that are asked for."""
+    """Load the model of `source`, which has the positions and the layers that are asked for."""
     model = load_model(source, config.model.overrides)
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and config.data.length > longest:
@@ -240,7 +240,7 @@ def _check_model(config: RunConfig) -> None:
 
 
 def _history(folder: Path, config: RunConfig, checkpoint: Path | None) -> list[Row]:
-    """The records up to the checkpoint; those after it are dropped, since they will be made again."""
+    """Read the records up to the checkpoint; those after it are dropped, since they will be made again."""
     step = 0 if checkpoint is None else checkpoint_step(checkpoint)
     kept = history_until(folder, config, step)
     if _is_first() and len(kept) < len(history(folder)):

@@ -31,7 +31,7 @@ class Runs:
 
 
 def runs_table(folders: tuple[Path, ...]) -> str:
-    """A line per run.
+    """Write a line per run.
 
     "to first" is the trailing loss, or without one the LM loss, minus that of the first run in the table that was
     measured on the same windows; what is different by so much may still lie within the noise.
@@ -64,7 +64,7 @@ def runs_table(folders: tuple[Path, ...]) -> str:
 
 
 def _config(folder: Path) -> RunConfig:
-    """The configuration of an unfinished run, also of one that failed before it kept its own."""
+    """Read the configuration of an unfinished run, also of one that failed before it kept its own."""
     if (folder / "config.json").exists() or not (folder / FAILED_FILE).exists():
         return stored_config(folder)
     return from_dict(RunConfig, read_json(folder / FAILED_FILE).get("config", {}))
@@ -107,7 +107,7 @@ def _loss(evaluation: Row) -> float:
 
 
 def _windows(folder: Path, config: RunConfig) -> str:
-    """What must be the same in runs that were measured on the same windows and positions."""
+    """Return what must be the same in runs that were measured on the same windows and positions."""
     identity = stored_identity(folder)
     data: Any = {name: identity[name] for name in ("valid", "tokenizer") if name in identity}
     data = data or {name: value for name, value in to_dict(config.data).items() if name != "cache"}

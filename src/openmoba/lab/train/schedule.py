@@ -19,7 +19,7 @@ _MAY_CHANGE = (
 
 
 def learning_rate_factor(step: int, steps: int, train: TrainConfig) -> float:
-    """Learning rate of step `step` (from 0) of `steps`, as a share of the peak."""
+    """Return the learning rate of step `step` (from 0) of `steps`, as a share of the peak."""
     warmup = round(train.warmup * steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)

@@ -19,7 +19,7 @@ from openmoba.records.provenance import cpu_name
 
 
 def summary_of(config: RunConfig, folder: Path, trainer: Any, data: Data) -> str:
-    """The summary, several lines; `trainer` is the run's `RunTrainer`."""
+    """Write the summary, several lines; `trainer` is the run's `RunTrainer`."""
     shape, args = trainer.shape, trainer.args
     train, tokens = config.train, config.train.batch_size * config.data.length
     epochs = train.steps * train.batch_size / len(data.train)
@@ -40,7 +40,7 @@ def summary_of(config: RunConfig, folder: Path, trainer: Any, data: Data) -> str
 
 
 def plan_text(config: RunConfig) -> str:
-    """What a dry run says: parameters, tokens, compute by convention, and about how much memory and time."""
+    """Say what a dry run does: parameters, tokens, compute by convention, about how much memory and time."""
     plan, train, evaluations = plan_of(config), config.train, len(config.evaluation_steps)
     rate = matrix_rate(in_bf16(config))
     compute = ", ".join(f"{name} {value:.3g}" for name, value in plan.compute.items())
@@ -65,12 +65,12 @@ def _described(rows: dict[str, str]) -> str:
 
 
 def parameters(shape: Shape) -> str:
-    """A model's parameters in words."""
+    """Write a model's parameters in words."""
     return f"{short(shape.total)} parameters ({short(shape.non_embedding)} without embeddings)"
 
 
 def arm_name(arm: ArmConfig, steps: int, layers: int) -> str:
-    """The attention of an arm in words."""
+    """Write the attention of an arm in words."""
     convolved = "" if arm.key_conv is None else f", key convolution over {arm.key_conv} tokens"
     attention = arm.attention(0, steps)
     if attention is None or arm.name == "full":
@@ -86,7 +86,7 @@ def arm_name(arm: ArmConfig, steps: int, layers: int) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's with its threads."""
+    """Name the GPU, or the processor with its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -94,7 +94,7 @@ def device_name(device: torch.device) -> str:
 
 
 def attention_paths(config: RunConfig, shape: Shape, model: Any, args: Any) -> list[str]:
-    """What the run's layers attend with, and what of ours that runs."""
+    """Say what the run's layers attend with, and what of ours that runs."""
     arm, steps = config.arm, config.train.steps
     attention = arm.attention(0, steps)
     name = arm_name(arm, steps, shape.layers)
@@ -104,7 +104,7 @@ def attention_paths(config: RunConfig, shape: Shape, model: Any, args: Any) -> l
 
 
 def _path(attention: MobaConfig, shape: Shape, model: Any, args: Any) -> str:
-    """Which implementation of MoBA runs, as `openmoba.explain` says it."""
+    """Say which implementation of MoBA runs, as `openmoba.explain` does."""
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     shared = getattr(model.config, "num_key_value_heads", None) or shape.heads
     q, k, v = (

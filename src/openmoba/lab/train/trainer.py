@@ -128,7 +128,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.stopping = True
 
     def must_stop(self, agreeing: bool) -> bool:
-        """Whether to stop now. Several devices say so to each other where they are `agreeing`, in the same steps."""
+        """Tell whether to stop now. Several devices tell each other where they are `agreeing`, in the same steps."""
         if self.args.world_size == 1 or not agreeing:
             return self.stopping and self.args.world_size == 1
         self.stopping = bool(self.accelerator.gather(torch.tensor([self.stopping], device=self.args.device)).any())
@@ -153,7 +153,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             raise self.diverged("loss", step)
 
     def diverged(self, what: str, step: float) -> DivergenceError:
-        """The error that says which number was none, and what to lower."""
+        """Make the error that says which number was none, and what to lower."""
         train = self.config.train
         ways_out = [f"lower train.learning_rate={train.learning_rate}", f"lower train.clip={train.clip}"]
         if self.args.bf16:
@@ -181,7 +181,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return self.state.global_step * self.config.train.batch_size * self.config.data.length  # type: ignore[no-any-return]
 
     def compute(self, step: int | None = None) -> dict[str, float]:
-        """Compute of the first `step` steps, by all conventions; by default of those so far."""
+        """Count the compute of the first `step` steps, by all conventions; by default of those so far."""
         step, settings = self.state.global_step if step is None else step, self.config.train
         return training_compute(
             self.shape, self.config.arm, step, settings.steps, settings.batch_size, self.accelerator_seconds
@@ -195,7 +195,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     # What Trainer calls.
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
-        """The micro-batches of one step, and their number of labelled positions over all devices."""
+        """Return the micro-batches of one step, and their labelled positions over all devices."""
         batches = list(islice(epoch_iterator, num_batches))
         # Counted before they went to the device: neither the host nor the device waits for the other here.
         count = torch.full((1,), sum(batch.pop("labelled") for batch in batches), device=device)
@@ -206,7 +206,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def training_step(
         self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward of one micro-batch; returns its share of the step's mean loss.
+        """Run forward and backward of one micro-batch; return its share of the step's mean loss.
 
         Does without what Trainer does here for other devices and optimizers: it took 1 ms of the host.
         """
@@ -221,7 +221,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """This micro-batch's share of the step's mean loss, in nats per labelled position."""
+        """Return this micro-batch's share of the step's mean loss, in nats per labelled position."""
         loss: Tensor = model(**inputs, count=num_items_in_batch)
         self._unchecked.append((self.state.global_step + 1, loss.detach()))
         # Gradients are averaged over devices, and `count` is the sum over them.
@@ -229,11 +229,11 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return loss * devices if devices > 1 else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """0: `compute` counts them, and Trainer's own count looks through the whole model at every step."""
+        """Return 0: `compute` counts them, and Trainer's own count looks through the whole model each step."""
         return 0
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The schedule of `learning_rate_factor`."""
+        """Make the schedule of `learning_rate_factor`."""
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer or self.optimizer,
             lambda step: learning_rate_factor(step, num_training_steps, self.config.train),
@@ -349,7 +349,7 @@ class _RunCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def training_arguments(config: RunConfig, folder: Path) -> Any:
-    """Trainer's settings for a run.
+    """Make Trainer's settings for a run.
 
     Raises:
         ValueError: no GPU to shard over, or the batch cannot be shared evenly by the devices and micro-batches.
@@ -400,13 +400,13 @@ def training_arguments(config: RunConfig, folder: Path) -> Any:
 
 
 def _told(logs: dict[str, float], speed: dict[str, float | None]) -> str:
-    """What progress says of a step."""
+    """Say what progress tells of a step."""
     mfu = "" if speed["mfu"] is None else f"  MFU {speed['mfu']:.0%}"
     return f"loss {logs['loss']:.3f}  lr {logs['learning_rate']:.2g}  {speed['tokens_per_second']:,.0f} tokens/s{mfu}"
 
 
 def _stack(windows: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """A batch, with the places of its labels and how many there are, see `attach_loss`."""
+    """Stack a batch, with the places of its labels and how many there are, see `attach_loss`."""
     batch: dict[str, Any] = {key: torch.stack([window[key] for window in windows]) for key in windows[0]}
     labels = batch["labels"].flatten()
     batch["places"] = (labels != IGNORED).nonzero()[:, 0] if (labels.numpy() == IGNORED).any() else slice(None)
