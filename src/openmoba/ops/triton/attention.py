@@ -20,17 +20,17 @@ from openmoba.ops.triton.backward import dq_pieces, heads_gradients, key_partial
 from openmoba.ops.triton.device import memory_bytes
 from openmoba.ops.triton.forward import attend_heads
 from openmoba.ops.triton.geometry import Geometry, cdiv
+from openmoba.ops.triton.given import given_keys
 from openmoba.ops.triton.launch import REMEMBERED
 from openmoba.ops.triton.plan import Plan, make_plan, split_plan
 from openmoba.ops.triton.replay import replayed
-from openmoba.ops.triton.route import route, select
+from openmoba.ops.triton.route import INT16_KEYS, route, select
 from openmoba.ops.triton.statistics import row_statistics
 
 __all__ = ["backward", "choice_shape", "forward", "select"]
 
 F = TypeVar("F", bound=Callable[..., tuple[Tensor, ...]])
 
-_INT16_KEYS = 2**15
 _MOST_PAIRS = 2**30  # numbered in int32, and searched by halving sums of two places
 _FORWARD_SHARE, _BACKWARD_SHARE = 64, 48  # of the device's memory, by which it is divided
 _SHORT = 2**28  # elements of queries and partial results; temporaries are held at once when replayed
@@ -64,16 +64,20 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp, and the plan (`choice_shape`) that the backward reads."""
-    assert blocks is None
-    geometry = Geometry.shared(q, k, cu_q, block_size, top_k)
+    geometry = Geometry.shared(q, k, cu_q, block_size, _most_read(k, block_size, top_k))
     _check_pairs(geometry)
     q = _near(q, geometry.group)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    choice = torch.empty(_choice_numbers(geometry), dtype=torch.int32, device=q.device)
+    blocks = blocks if top_k > 1 else None  # lists of no blocks
+    choice = torch.empty(_choice_numbers(geometry, blocks is not None), dtype=torch.int32, device=q.device)
     heads = heads_at_once(geometry, q.dtype, q.device)
     tokens = tokens_at_once(geometry, heads, q.dtype, q.device)
-    keys = route(q, k, cu_q, cu_k, geometry, heads) if top_k > 1 else None
+    keys, counts = None, _counts(choice, geometry)
+    if blocks is not None and counts is not None:
+        keys = given_keys(blocks, cu_q, cu_k, geometry, heads, counts)
+    elif geometry.top_k > 1:
+        keys = route(q, k, cu_q, cu_k, geometry, heads)
     for first, plan in _plans(choice, geometry, heads):
         if keys is not None and plan is not None:
             make_plan(keys[first : first + plan.heads], plan.pairs, plan.offsets, geometry)
@@ -100,12 +104,12 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous."""
-    assert d_lse is None
-    geometry = Geometry.shared(q, k, cu_q, block_size, top_k)
+    geometry = Geometry.shared(q, k, cu_q, block_size, _most_read(k, block_size, top_k))
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     q, d_out = _near(q, geometry.group), _near(d_out, geometry.group)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    statistics = row_statistics(d_out, out, lse, geometry)
+    d_lse = d_lse if d_lse is None or d_lse.is_contiguous() else d_lse.contiguous()
+    statistics = row_statistics(d_out, d_lse, out, lse, geometry)
     heads = heads_at_once(geometry, q.dtype, q.device)
     for first, plan in _plans(choice, geometry, heads):
         count = min(heads, geometry.kv_heads - first)
@@ -121,14 +125,26 @@ def _near(x: Tensor, group: int) -> Tensor:
 def choice_shape(
     q: Tensor, k: Tensor, blocks: Tensor | None, cu_q: Tensor | None, block_size: int, top_k: int
 ) -> tuple[int]:
-    """Elements of the plan of all heads: `pairs`, then `offsets` (see `plan.Plan`), head by head."""
-    return (_choice_numbers(Geometry.of(q, k, cu_q, block_size, top_k)),)
+    """Elements of the plan of all heads: `pairs`, then `offsets`, then `counts` of given blocks (see `plan.Plan`)."""
+    geometry = Geometry.of(q, k, cu_q, block_size, _most_read(k, block_size, top_k))
+    return (_choice_numbers(geometry, blocks is not None and top_k > 1),)
 
 
-def _choice_numbers(geometry: Geometry) -> int:
-    if geometry.top_k == 1:
-        return 0
-    return geometry.kv_heads * (geometry.pairs + geometry.block_slots + 1)
+def _most_read(k: Tensor, block_size: int, top_k: int) -> int:
+    """The most different blocks that a query can read: of more, `blocks` repeats some or says none."""
+    most: int = torch.sym_min(top_k, cdiv(k.shape[-3], block_size))
+    return most
+
+
+def _choice_numbers(geometry: Geometry, given: bool) -> int:
+    lists = geometry.pairs + geometry.block_slots + 1 if geometry.top_k > 1 else 0
+    return geometry.kv_heads * (lists + given * geometry.rows * geometry.group)
+
+
+def _counts(choice: Tensor, geometry: Geometry) -> Tensor | None:
+    """How many of its given blocks every row reads; None where MoBA chose."""
+    lists = _choice_numbers(geometry, given=False)
+    return choice.narrow(0, lists, choice.shape[0] - lists) if choice.shape[0] > lists else None
 
 
 def heads_at_once(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> int:
@@ -142,7 +158,7 @@ def _fitting_heads(geometry: Geometry, dtype: torch.dtype, forward_bytes: int, b
     backward_head = _head_bytes(geometry, dtype, shares) + key_partial_bytes(geometry, dtype)
     forward_heads = forward_bytes // max(1, _head_bytes(geometry, dtype, shares=1))
     backward_heads = backward_bytes // max(1, backward_head)
-    sortable = (_INT16_KEYS - 1) // geometry.block_slots
+    sortable = (INT16_KEYS - 1) // geometry.block_slots
     chunks = cdiv(geometry.kv_heads, max(1, min(forward_heads, backward_heads, sortable)))
     return cdiv(geometry.kv_heads, chunks)
 
@@ -181,8 +197,9 @@ def _head_bytes(geometry: Geometry, dtype: torch.dtype, shares: int) -> int:
 
 def _plans(choice: Tensor, geometry: Geometry, heads: int) -> Iterator[tuple[int, Plan | None]]:
     """The chunks of key/value heads: the first head, and its plan as views of `choice` (none if top_k is 1)."""
-    pairs, lists = geometry.pairs, geometry.block_slots + 1
+    pairs, lists, rows = geometry.pairs, geometry.block_slots + 1, geometry.rows * geometry.group
     first_offset = geometry.kv_heads * pairs
+    counts = _counts(choice, geometry)
     for first in range(0, geometry.kv_heads, heads):
         count = min(heads, geometry.kv_heads - first)
         if not pairs:
@@ -190,4 +207,5 @@ def _plans(choice: Tensor, geometry: Geometry, heads: int) -> Iterator[tuple[int
             continue
         its_pairs = choice.narrow(0, first * pairs, count * pairs)
         offsets = choice.narrow(0, first_offset + first * lists, count * lists)
-        yield first, Plan(its_pairs, offsets, count, count * pairs)
+        its_counts = None if counts is None else counts.narrow(0, first * rows, count * rows)
+        yield first, Plan(its_pairs, offsets, count, count * pairs, counts=its_counts)

@@ -75,9 +75,9 @@ def heads_gradients(
     )  # fmt: skip
     partial_dq = torch.empty((launches.shares, geometry.width), dtype=q.dtype, device=q.device)
     partial_dk = partial_dv = statistics  # not read without a plan
-    offsets = None
+    offsets = counts = None
     if plan is not None:
-        offsets, items = plan.offsets, make_items(plan, geometry, launches.keys_segment)
+        offsets, counts, items = plan.offsets, plan.counts, make_items(plan, geometry, launches.keys_segment)
         shape = (2, len(items), geometry.block_size, geometry.width)
         partial_dk, partial_dv = torch.empty(shape, dtype=torch.float32, device=q.device)
         lists = (partial_dq, plan.pairs, offsets)
@@ -86,7 +86,7 @@ def heads_gradients(
             items = make_items(plan, geometry, launches.queries_segment)
             launches.queries(d_out, q, k, v, statistics, *lists, items, cu_q, cu_k)
     launches.own_keys(d_out, q, k, v, statistics, partial_dk, partial_dv, dk, dv, offsets, cu_q, cu_k)
-    launches.own_queries(d_out, q, k, v, statistics, partial_dq, dq, cu_q, cu_k)
+    launches.own_queries(d_out, q, k, v, statistics, partial_dq, counts, dq, cu_q, cu_k)
 
 
 class _Launches(NamedTuple):

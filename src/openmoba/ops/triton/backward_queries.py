@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from openmoba.ops.triton.forward import LOG2E, dot, load_rows, own_rows, pair_rows, store_rows
+from openmoba.ops.triton.forward import LOG2E, dot, load_rows, own_rows, pair_rows, reads, store_rows
 from openmoba.ops.triton.geometry import first_row, query_base
 from openmoba.ops.triton.plan import block_of_list, item_bounds
 from openmoba.ops.triton.statistics import load_queries
@@ -105,7 +105,7 @@ def query_gradients(
     store_rows(partial_dq_ptr, tl.where(valid, pair, nowhere), WIDTH, None, dq_MD, WIDTH, D)
 
 
-@triton.jit(do_not_specialize=["first_head"])
+@triton.jit(do_not_specialize=["first_head"], do_not_specialize_on_alignment=["counts_ptr"])
 def own_query_gradients(
     d_out_ptr,
     q_ptr,
@@ -113,6 +113,7 @@ def own_query_gradients(
     v_ptr,
     statistics_ptr,
     partial_dq_ptr,
+    counts_ptr,
     dq_ptr,
     cu_q_ptr,
     cu_k_ptr,
@@ -164,9 +165,13 @@ def own_query_gradients(
     valid = (m < count) & (m + shift >= 0)
     flat = first_row(sequence, cu_q_ptr, tokens_q, PACKED) + m + shift
     first_M = (head * rows + flat * GROUP + member).to(tl.int64) * (PAST * SHARES)
+    count_M = None
+    if counts_ptr is not None:
+        count_M = tl.load(counts_ptr + (head * rows + flat * GROUP + member), mask=valid, other=0) * SHARES
     dq_MD = tl.zeros([M, D], tl.float32)
     for share in tl.range(0, tl.minimum(block, PAST) * SHARES, num_stages=3):
-        dq_MD += load_rows(partial_dq_ptr, first_M + share, WIDTH, valid, WIDTH, D).to(tl.float32)
+        reads_M = reads(share, count_M, valid)
+        dq_MD += load_rows(partial_dq_ptr, first_M + share, WIDTH, reads_M, WIDTH, D).to(tl.float32)
     k_base = k_ptr + sequence.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
     v_base = v_ptr + sequence.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
     token = tl.where(valid, query_begin + m + shift, 0).to(tl.int64)

@@ -58,7 +58,8 @@ def attend_heads(
     if plan is not None:
         items = make_items(plan, geometry, launches.segment)
         launches.past(q, k, v, partial, partial_lse, plan.pairs, plan.offsets, plan.skips, items, cu_q, cu_k)
-    launches.own(q, k, v, partial, partial_lse, out, lse, cu_q, cu_k)
+    counts = None if plan is None else plan.counts
+    launches.own(q, k, v, partial, partial_lse, counts, out, lse, cu_q, cu_k)
 
 
 class _Launches(NamedTuple):
@@ -313,13 +314,26 @@ def own_rows(slot, cu_q_ptr, cu_k_ptr, sequences, tokens_q, tokens_k, block_size
     return sequence, block, key_begin + block * block_size, count, query_begin, block * block_size + queries - keys
 
 
-@triton.jit(do_not_specialize=["first_head", "first_slot", "first_token", "end_token"])
+@triton.jit
+def reads(rank, count_M, valid):
+    """Which rows read a past block of this rank: all valid ones, or by `count_M`, which is 0 for rows not valid."""
+    if count_M is None:
+        return valid
+    else:
+        return rank < count_M
+
+
+@triton.jit(
+    do_not_specialize=["first_head", "first_slot", "first_token", "end_token"],
+    do_not_specialize_on_alignment=["counts_ptr"],
+)
 def _attend_own(
     q_ptr,
     k_ptr,
     v_ptr,
     partial_ptr,
     partial_lse_ptr,
+    counts_ptr,
     out_ptr,
     lse_ptr,
     cu_q_ptr,
@@ -376,11 +390,15 @@ def _attend_own(
     flat = first_flat + m
     q_base = q_ptr + sequence.to(tl.int64) * q_batch + (kv_head * GROUP + member).to(tl.int64) * q_head
     q_MD = load_rows(q_base, query_begin + m + shift, q_token, valid, WIDTH, D)
+    count_M = None
+    if counts_ptr is not None:
+        count_M = tl.load(counts_ptr + (head * rows + flat * GROUP + member), mask=valid, other=0)
     o_MD, m_M, l_M = _merge_partials(
         partial_ptr,
         partial_lse_ptr,
         (head * rows + (flat - first_token) * GROUP + member).to(tl.int64) * PAST,
         tl.minimum(block, PAST),
+        count_M,
         valid,
         WIDTH,
         M,
@@ -409,17 +427,24 @@ def _attend_own(
 
 @triton.jit
 def _merge_partials(
-    partial_ptr, partial_lse_ptr, first_M, count, valid, WIDTH: tl.constexpr, M: tl.constexpr, D: tl.constexpr
+    partial_ptr, partial_lse_ptr, first_M, most, count_M, valid, WIDTH: tl.constexpr, M: tl.constexpr, D: tl.constexpr
 ):
-    """Sum of a row's partials weighted by exp(lse - maximum), that maximum, and the sum of weights."""
+    """Sum of a row's partials weighted by exp(lse - maximum), that maximum, and the sum of weights.
+
+    All rows have `most` partials, or `count_M` of them, perhaps none (maximum -inf). Absent ones may hold anything.
+    """
+    ABSENT: tl.constexpr = 0.0 if count_M is None else -float("inf")
     m_M = tl.full([M], -float("inf"), tl.float32)
-    for rank in range(count):
-        m_M = tl.maximum(m_M, tl.load(partial_lse_ptr + first_M + rank, mask=valid, other=0.0))
+    for rank in range(most):
+        m_M = tl.maximum(m_M, tl.load(partial_lse_ptr + first_M + rank, mask=reads(rank, count_M, valid), other=ABSENT))
     l_M = tl.zeros([M], tl.float32)
     o_MD = tl.zeros([M, D], tl.float32)
-    for rank in tl.range(0, count, num_stages=3):
-        weight_M = tl.exp2(tl.load(partial_lse_ptr + first_M + rank, mask=valid, other=0.0) - m_M)
-        part_MD = load_rows(partial_ptr, first_M + rank, WIDTH, valid, WIDTH, D)
+    for rank in tl.range(0, most, num_stages=3):
+        reads_M = reads(rank, count_M, valid)
+        weight_M = tl.exp2(tl.load(partial_lse_ptr + first_M + rank, mask=reads_M, other=0.0) - m_M)
+        if count_M is not None:
+            weight_M = tl.where(reads_M, weight_M, 0.0)
+        part_MD = load_rows(partial_ptr, first_M + rank, WIDTH, reads_M, WIDTH, D)
         o_MD += part_MD.to(tl.float32) * weight_M[:, None]
         l_M += weight_M
     return o_MD, m_M, l_M

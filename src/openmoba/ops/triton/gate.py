@@ -17,7 +17,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openmoba.ops.triton.geometry import Geometry, cdiv, first_row, first_slot, locate, power_of_two, span, strides
+from openmoba.ops.triton.geometry import (
+    Geometry,
+    cdiv,
+    first_row,
+    first_slot,
+    locate,
+    power_of_two,
+    sequence_of,
+    span,
+    strides,
+)
 from openmoba.ops.triton.launch import REMEMBERED, Launch
 from openmoba.ops.triton.pool import pool
 from openmoba.ops.triton.ranking import CENTER_BITS, largest_norms, load_rows, rank_once, rank_repeatedly
@@ -290,7 +300,7 @@ def _second_look(
         row_M = tl.load(list_ptr + tl.minimum(at_M, count - 1))
         flat_M = row_M // GROUP
         member_M = row_M % GROUP
-        sequence_M = _sequence_of(flat_M, cu_q_ptr, sequences, tokens_q, PACKED)
+        sequence_M = sequence_of(flat_M, cu_q_ptr, sequences, tokens_q, PACKED)
         out_M = out_ptr + head.to(tl.int64) * stride_oh + flat_M.to(tl.int64) * stride_ot + member_M * PICKS
         for sequence in range(tl.min(sequence_M, 0), tl.max(sequence_M, 0) + 1):
             live_M = listed_M & (sequence_M == sequence)
@@ -315,21 +325,3 @@ def _second_look(
                 q_MD, scale_M, past_M, live_M, fewest, most, centroid_ptr + tl.cast(first, tl.int64) * D,
                 out_M, offset, none, index_range, index_base, PICKS, PICKS, KEEP, LANES, False,
             )  # fmt: skip
-
-
-@triton.jit
-def _sequence_of(flat_M, cu_q_ptr, sequences, tokens_q, PACKED: tl.constexpr):
-    """The sequence of each flat query token."""
-    if PACKED:
-        low_M = tl.zeros_like(flat_M)
-        high_M = low_M + sequences - 1
-        remaining = sequences
-        while remaining > 0:
-            middle_M = (low_M + high_M + 1) // 2
-            reached_M = tl.load(cu_q_ptr + middle_M) <= flat_M
-            low_M = tl.where(reached_M, middle_M, low_M)
-            high_M = tl.where(reached_M, high_M, tl.maximum(middle_M - 1, 0))
-            remaining = remaining // 2
-        return low_M
-    else:
-        return flat_M // tokens_q

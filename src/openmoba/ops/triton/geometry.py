@@ -166,6 +166,24 @@ def span(sequence, cu_ptr, tokens, PACKED: tl.constexpr):
 
 
 @triton.jit
+def sequence_of(flat_M, cu_q_ptr, sequences, tokens_q, PACKED: tl.constexpr):
+    """The sequence of each flat query token."""
+    if PACKED:
+        low_M = tl.zeros_like(flat_M)
+        high_M = low_M + sequences - 1
+        remaining = sequences
+        while remaining > 0:
+            middle_M = (low_M + high_M + 1) // 2
+            reached_M = tl.load(cu_q_ptr + middle_M) <= flat_M
+            low_M = tl.where(reached_M, middle_M, low_M)
+            high_M = tl.where(reached_M, high_M, tl.maximum(middle_M - 1, 0))
+            remaining = remaining // 2
+        return low_M
+    else:
+        return flat_M // tokens_q
+
+
+@triton.jit
 def first_slot(sequence, cu_ptr, tokens, tile, PACKED: tl.constexpr):
     """The first tile slot of a sequence."""
     if PACKED:

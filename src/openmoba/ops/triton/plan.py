@@ -41,6 +41,7 @@ class Plan:
         heads: key/value heads in this plan.
         size: the most pairs that its lists can hold.
         skips: int32 `[block_slots]`, what to add to a place that `offsets` names; None: nothing (`split_plan`).
+        counts: int32 `[heads * rows * group]`, how many past blocks a row reads; None: as many as it has, up to `past`.
     """
 
     pairs: Tensor
@@ -48,6 +49,7 @@ class Plan:
     heads: int
     size: int
     skips: Tensor | None = None
+    counts: Tensor | None = None
 
 
 def make_plan(keys: Tensor, pairs: Tensor, offsets: Tensor, geometry: Geometry) -> Plan:

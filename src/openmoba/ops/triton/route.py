@@ -16,6 +16,8 @@ from torch import Tensor
 from openmoba.ops.triton.gate import choose
 from openmoba.ops.triton.geometry import Geometry
 
+INT16_KEYS = 2**15  # sort keys that int16 holds
+
 
 def route(
     q: Tensor,
@@ -31,12 +33,17 @@ def route(
     block_slots + block slot`, and `heads_per_sort * block_slots` for none, which sorts last: int16 where that
     fits, else int32.
     """
-    largest = heads_per_sort * geometry.block_slots
-    rows, picks = geometry.rows * geometry.group, geometry.top_k - 1
-    dtype = torch.int16 if largest < 2**15 else torch.int32
-    keys = torch.empty((geometry.kv_heads, rows, picks), dtype=dtype, device=q.device)
+    keys = new_keys(geometry, heads_per_sort, q.device)
+    _, rows, picks = keys.shape
     choose(q, k, cu_q, cu_k, geometry, keys, rows * picks, geometry.group * picks, heads_per_sort)
     return keys
+
+
+def new_keys(geometry: Geometry, heads_per_sort: int, device: torch.device) -> Tensor:
+    """Room for the sort keys that `route` describes."""
+    dtype = torch.int16 if heads_per_sort * geometry.block_slots < INT16_KEYS else torch.int32
+    shape = (geometry.kv_heads, geometry.rows * geometry.group, geometry.top_k - 1)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def select(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int, top_k: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Statistics of query rows for the backward: base-2 log-sum-exp and delta = <d_out, out>."""
+"""Statistics of query rows for the backward: base-2 log-sum-exp and delta = <d_out, out> - d_lse."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from openmoba.ops.triton.launch import REMEMBERED, Launch
 STATISTICS = tl.constexpr(4)
 
 
-def row_statistics(d_out: Tensor, out: Tensor, lse: Tensor, geometry: Geometry) -> Tensor:
-    """fp32 `[rows, H, 4]`: base-2 log-sum-exp, delta = <d_out, out>, and two unused."""
+def row_statistics(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, geometry: Geometry) -> Tensor:
+    """fp32 `[rows, H, 4]`: base-2 log-sum-exp, delta = <d_out, out> less the gradient of lse, and two unused."""
     statistics = torch.empty((*lse.shape, STATISTICS.value), dtype=torch.float32, device=out.device)
-    _launch(geometry, strides(d_out))(d_out, out, lse, statistics)
+    _launch(geometry, strides(d_out))(d_out, d_lse, out, lse, statistics)
     return statistics
 
 
@@ -35,6 +35,7 @@ def _launch(geometry: Geometry, d_out_strides: tuple[int, int, int]) -> Launch:
 @triton.jit
 def _row_statistics(
     d_out_ptr,
+    d_lse_ptr,
     out_ptr,
     lse_ptr,
     statistics_ptr,
@@ -55,6 +56,9 @@ def _row_statistics(
     d_out_MD = load_rows(d_out_ptr, at, 1, valid, WIDTH, D).to(tl.float32)
     out_MD = load_rows(out_ptr, row, WIDTH, valid, WIDTH, D).to(tl.float32)
     delta_M = tl.sum(d_out_MD * out_MD, 1)
+    if d_lse_ptr is not None:
+        # The log-sum-exp grows with a logit by P, so its gradient adds P * d_lse to dS = P * (dO v - delta).
+        delta_M -= tl.load(d_lse_ptr + row, mask=valid, other=0.0)
     lse_M = tl.load(lse_ptr + row, mask=valid, other=0.0) * LOG2E
     c = tl.arange(0, STATISTICS)
     both_MC = tl.where((c == 0)[None, :], lse_M[:, None], tl.where((c == 1)[None, :], delta_M[:, None], 0.0))

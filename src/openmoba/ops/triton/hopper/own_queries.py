@@ -44,13 +44,17 @@ def _exist(start, low, high, M: gl.constexpr, LAYOUT: gl.constexpr):
     return (m >= low) & (m < high)
 
 
-@gluon.jit(do_not_specialize=["first_head", "first_slot", "first_token", "end_token"])
+@gluon.jit(
+    do_not_specialize=["first_head", "first_slot", "first_token", "end_token"],
+    do_not_specialize_on_alignment=["counts_ptr"],
+)
 def attend_own(
     q_ptr,
     k_ptr,
     v_ptr,
     partial_ptr,
     partial_lse_ptr,
+    counts_ptr,
     out_ptr,
     lse_ptr,
     cu_q_ptr,
@@ -157,13 +161,16 @@ def attend_own(
     flat = (first_flat + readable).to(gl.int64)
     first_pair = (gl.cast(head, gl.int64) * rows + (flat - first_token) * GROUP + member) * PAST
     past = gl.minimum(block, PAST)
-    top_M, l_M = _weigh(partial_lse_ptr, first_pair, past, own_M, PAST, ROW)
+    count_M = _counts(counts_ptr, gl.cast(head, gl.int64) * rows + flat * GROUP + member)
+    top_M, l_M = _weigh(partial_lse_ptr, first_pair, past, count_M, own_M, PAST, ROW)
     d = gl.arange(0, D, gl.SliceLayout(0, ROW))
     o = o * gl.exp2(own_M - top_M)[:, None]
     for rank in range(0, past):
-        weight_M = gl.exp2(gl.load(partial_lse_ptr + first_pair + rank) - top_M)
+        reads_M = None if count_M is None else rank < count_M
+        weight_M = gl.exp2(_load(partial_lse_ptr + first_pair + rank, reads_M, -float("inf")) - top_M)
         at_MD = (first_pair + rank)[:, None] * WIDTH + d[None, :]
-        part = gl.load(partial_ptr + at_MD, eviction_policy="evict_first")
+        reads_MD = None if count_M is None else (rank < count_M)[:, None] & (d >= 0)[None, :]
+        part = _load(partial_ptr + at_MD, reads_MD, 0.0, "evict_first")
         o += part.to(gl.float32) * weight_M[:, None]
     exists = _exist(start, low, high, M, gl.SliceLayout(1, ROW))
     o = (o * (1.0 / l_M)[:, None]).to(DTYPE)
@@ -173,27 +180,46 @@ def attend_own(
 
 
 @gluon.jit
-def _weigh(partial_lse_ptr, pair_M, past, own_M, PAST: gl.constexpr, ROW: gl.constexpr):
+def _counts(counts_ptr, row_M):
+    """How many past blocks each row reads; None: all have as many as their block has before it, up to PAST."""
+    if counts_ptr is None:
+        return None
+    else:
+        return gl.load(counts_ptr + row_M)
+
+
+@gluon.jit
+def _load(pointers, mask, absent: gl.constexpr, eviction: gl.constexpr = ""):
+    """What is there, and `absent` where the mask, unless it is None, says that nothing is."""
+    if mask is None:
+        return gl.load(pointers, eviction_policy=eviction)
+    else:
+        return gl.load(pointers, mask=mask, other=absent, eviction_policy=eviction)
+
+
+@gluon.jit
+def _weigh(partial_lse_ptr, pair_M, past, count_M, own_M, PAST: gl.constexpr, ROW: gl.constexpr):
     """Largest log-sum-exp of the own block and a row's partials, and the sum of all in units of that."""
     RANKS: gl.constexpr = _rank_layout(PAST, gl.num_warps())
     WIDE: gl.constexpr = RANKS.threads_per_warp[1]
     rank = gl.arange(0, WIDE, gl.SliceLayout(0, RANKS))
     at_M = gl.convert_layout(pair_M, gl.SliceLayout(1, RANKS))
+    count = past if count_M is None else gl.convert_layout(count_M, gl.SliceLayout(1, RANKS))[:, None]
     top_M = own_M
     for begin in range(0, past, WIDE):
         rank_here = (begin + rank)[None, :]
-        lse_MR = gl.load(partial_lse_ptr + at_M[:, None] + rank_here, mask=rank_here < past, other=-float("inf"))
+        lse_MR = gl.load(partial_lse_ptr + at_M[:, None] + rank_here, mask=rank_here < count, other=-float("inf"))
         top_M = gl.maximum(top_M, gl.convert_layout(gl.max(lse_MR, 1), gl.SliceLayout(1, ROW)))
     l_M = gl.exp2(own_M - top_M)
     top_here_M = gl.convert_layout(top_M, gl.SliceLayout(1, RANKS))
     for begin in range(0, past, WIDE):
         rank_here = (begin + rank)[None, :]
-        lse_MR = gl.load(partial_lse_ptr + at_M[:, None] + rank_here, mask=rank_here < past, other=-float("inf"))
+        lse_MR = gl.load(partial_lse_ptr + at_M[:, None] + rank_here, mask=rank_here < count, other=-float("inf"))
         l_M += gl.convert_layout(gl.sum(gl.exp2(lse_MR - top_here_M[:, None]), 1), gl.SliceLayout(1, ROW))
     return top_M, l_M
 
 
-@gluon.jit(do_not_specialize=["first_head"])
+@gluon.jit(do_not_specialize=["first_head"], do_not_specialize_on_alignment=["counts_ptr"])
 def own_query_gradients(
     d_out_ptr,
     q_ptr,
@@ -201,6 +227,7 @@ def own_query_gradients(
     v_ptr,
     statistics_ptr,
     partial_dq_ptr,
+    counts_ptr,
     dq_ptr,
     cu_q_ptr,
     cu_k_ptr,
@@ -315,9 +342,11 @@ def own_query_gradients(
     first_pair = (gl.cast(head, gl.int64) * rows + flat * GROUP + member) * PAST
     d = gl.arange(0, D, gl.SliceLayout(0, ROW))
     share = partial_dq_ptr + (first_pair * SHARES * WIDTH)[:, None] + d[None, :]
-    for _ in range(0, gl.minimum(block, PAST)):
+    count_M = _counts(counts_ptr, gl.cast(head, gl.int64) * rows + flat * GROUP + member)
+    for rank in range(0, gl.minimum(block, PAST)):
+        reads_MD = None if count_M is None else (rank < count_M)[:, None] & (d >= 0)[None, :]
         for part in gl.static_range(SHARES):
-            dq += gl.load(share + part * WIDTH, eviction_policy="evict_first").to(gl.float32)
+            dq += _load(share + part * WIDTH, reads_MD, 0.0, "evict_first").to(gl.float32)
         share += SHARES * WIDTH
     exists = _exist(start, low, high, M, gl.SliceLayout(1, ROW))
     at_MD = ((flat * HEADS + head_index) * WIDTH)[:, None] + d[None, :]

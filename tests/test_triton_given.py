@@ -1,0 +1,135 @@
+"""Given blocks in Triton's interpreter, against the fp64 oracle. bf16 and Hopper's kernels run in tests/gpu only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy
+import pytest
+import torch
+from attending import batched, packed
+from attending import run as run_moba
+from given import Given, assert_as_accurate_as_plain_pytorch, at_random, of_moba, on_lists_per_head, run
+
+pytest.importorskip("triton")
+
+from openmoba.ops.triton import attention, route
+from openmoba.ops.triton.geometry import Geometry
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+
+FP16, FP32 = torch.float16, torch.float32
+
+
+def assert_same_bits(results, others):
+    for x, y in zip(results, others, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "block_size", "most", "lists"),
+    [
+        (FP32, (1, 37, 37, 4, 2, 16), 16, 1, 4),
+        (FP16, (2, 20, 50, 2, 1, 64), 16, 2, 1),
+        (FP32, (2, 21, 40, 3, 1, 24), 13, 9, 3),  # more than there are past blocks
+        (FP32, (1, 10, 150, 1, 1, 80), 65, 3, 1),  # a pair has several shares of dQ
+        (FP32, (1, 11, 11, 2, 1, 8), 1, 40, 2),
+        (FP32, (1, 9, 9, 2, 1, 8), 16, 3, 1),  # no past block at all
+        (FP16, (1, 1, 50, 3, 1, 16), 16, 2, 3),
+    ],
+)
+@pytest.mark.usefixtures("planning")
+def test_batched(dtype, shape, block_size, most, lists):
+    assert_as_accurate_as_plain_pytorch(at_random(batched(dtype, shape, block_size, 0), most, lists))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lengths_q", "lengths_k", "block_size", "most", "lists"),
+    [
+        (FP32, [20, 1, 0, 9, 5, 0], [20, 1, 0, 31, 5, 20], 8, 3, 3),
+        (FP16, [0, 19, 1, 13], [0, 35, 30, 13], 16, 6, 1),
+    ],
+)
+@pytest.mark.usefixtures("planning")
+def test_packed(dtype, lengths_q, lengths_k, block_size, most, lists):
+    case = packed(dtype, lengths_q, lengths_k, (3, 1, 16), block_size, 0)
+    assert_as_accurate_as_plain_pytorch(at_random(case, most, lists))
+
+
+@pytest.mark.parametrize("gradient", ["out", "lse"])
+def test_gradients_of_the_output_alone_and_of_the_log_sum_exp_alone(gradient):
+    given = at_random(batched(FP32, (1, 9, 25, 2, 1, 16), 8, 0), 3, 2)
+    if gradient == "out":
+        given = replace(given, d_lse=None)
+    else:
+        given = replace(given, case=replace(given.case, d_out=torch.zeros_like(given.case.d_out)))
+    assert_as_accurate_as_plain_pytorch(given)
+
+
+@pytest.mark.parametrize("block_size", [8, 65])
+def test_mobas_own_choice_gives_mobas_bits(block_size):
+    case = batched(FP32, (1, 5, 3 * block_size + 7, 2, 1, 16), block_size, 3)
+    out, _, *gradients = run(of_moba(case))
+    assert_same_bits((out, *gradients), run_moba(case))
+
+
+def test_repeats_order_none_and_lists_per_group():
+    """The same blocks said in other ways: the bits are the same where the order of first mention is."""
+    given = at_random(batched(FP32, (1, 9, 25, 4, 2, 16), 8, 0), 3, 2)
+    expected = run(given)
+    none = torch.full_like(given.blocks, -1)
+    repeats = torch.stack([none, given.blocks, given.blocks], -1).flatten(-2)
+    for blocks in (repeats, torch.cat([given.blocks, none, given.blocks.flip(-1)], -1)):
+        assert_same_bits(run(replace(given, blocks=blocks)), expected)
+    assert_same_bits(run(on_lists_per_head(given)), expected)
+    for x, y in zip(run(replace(given, blocks=given.blocks.flip(-1))), expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("most", [0, 3])
+def test_no_blocks_is_the_own_block_alone(most):
+    case = batched(FP32, (1, 9, 25, 4, 2, 16), 8, 1)
+    blocks = torch.full((1, 9, 2, most), -1, dtype=torch.int32)
+    out, _, *gradients = run(Given(case, blocks))
+    assert_same_bits((out, *gradients), run_moba(case))
+
+
+def test_strided_blocks_and_gradients():
+    given = at_random(batched(FP32, (2, 5, 20, 4, 2, 16), 8, 0), 3, 4)
+    blocks = given.blocks.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0)
+    assert not blocks.is_contiguous()
+    d_lse = torch.ones(()).expand(2, 5, 4)
+    strided = run(replace(given, blocks=blocks, d_lse=d_lse))
+    assert_same_bits(strided, run(replace(given, d_lse=d_lse.contiguous())))
+
+
+def test_more_blocks_than_int16_numbers(monkeypatch):
+    given = at_random(batched(FP32, (1, 9, 25, 2, 1, 16), 8, 0), 3, 2)
+    expected = run(given)
+    monkeypatch.setattr(route, "INT16_KEYS", 0)
+    assert_same_bits(run(given), expected)
+
+
+def test_heads_at_a_time_do_not_change_the_bits(monkeypatch):
+    given = at_random(batched(FP32, (1, 5, 20, 6, 3, 16), 8, 0), 2, 6)
+    whole = run(given)
+    monkeypatch.setattr(attention, "heads_at_once", lambda *_: 2)
+    assert_same_bits(run(given), whole)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        batched(FP16, (2, 13, 30, 2, 1, 16), 13, 0),
+        packed(FP32, [9, 1, 0, 5, 0], [9, 1, 0, 21, 20], (3, 1, 16), 8, 0),
+    ],
+)
+def test_ranges_of_queries_do_not_change_the_bits(monkeypatch, case):
+    # The interpreter's matrix product rounds by where a row stands in its tile; einsum does not.
+    monkeypatch.setattr(numpy, "matmul", lambda a, b, dtype=None: numpy.einsum("ij,jk->ik", a, b, dtype=dtype))
+    given = at_random(case, 2, case.q.shape[-2])
+    whole = run(given)
+    geometry = Geometry.of(case.q, case.k, case.cu_q, case.block_size, 3)
+    monkeypatch.setattr(attention, "workspaces", lambda _: (attention._head_bytes(geometry, case.q.dtype, 1) // 3,) * 2)
+    assert attention.tokens_at_once(geometry, 1, case.q.dtype, case.q.device) < geometry.rows // 2
+    assert_same_bits(run(given), whole)
