@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,9 +14,12 @@ import pytest
 
 pytest.importorskip("transformers")
 
+import picture
+import tables
 from synthetic_study import CANDIDATES, RECIPE, train
 
 import openmoba
+from openmoba.bench.cases import GRIDS
 from openmoba.bench.rows import append_row, read_rows
 from openmoba.bench.table import Row
 from openmoba.bench.training.cases import GRIDS as TRAINING_GRIDS
@@ -35,20 +38,9 @@ LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 SETTING = re.compile(r"\bOPENMOBA_\w+")
 
 
-@pytest.fixture
-def tables() -> ModuleType:
-    """docs/tables.py, which is a script."""
-    return script("tables")
-
-
-def script(name: str) -> ModuleType:
-    """Import a script of docs/."""
-    spec = spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def writer(root: Path) -> Callable[[str], str]:
+    """Return what writes a table by its name, from the results below `root`."""
+    return lambda name: tables.TABLES[name](root)
 
 
 def resolve(name: str) -> Any:
@@ -73,10 +65,9 @@ def test_names_and_links_exist(document: Path) -> None:
         resolve(f"openmoba.ops.triton.{module}.{kernel}")
     links = [link for link in LINK.findall(text) if "://" not in link]
     assert [link for link in links if not (document.parent / link).exists()] == []
-    anchor = script("tables").anchor
     for page, name in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text):
         headings = re.findall(r"^#+ (.+)$", (document.parent / page if page else document).read_text(), re.MULTILINE)
-        assert name in map(anchor, headings), f"{document.name} links to {page}#{name}"
+        assert name in map(tables.anchor, headings), f"{document.name} links to {page}#{name}"
     sources = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
     assert [name for name in SETTING.findall(text) if name not in sources] == []
 
@@ -90,20 +81,20 @@ def test_the_equations_name_many_functions() -> None:
         resolve("openmoba.ops.no_such_module")
 
 
-def test_tables_are_those_of_the_results(tables: ModuleType) -> None:
+def test_tables_are_those_of_the_results() -> None:
     """What `python docs/tables.py` would write is what stands there, so no number drifts from its file."""
     texts = [path.read_text() for path in tables.documents()]
     assert {name for text in texts for _, name, _ in tables.TABLE.findall(text)} == set(tables.TABLES)
     assert [tables.with_tables(text) for text in texts] == texts, "run python docs/tables.py"
     rows = (ROOT / "results" / "h200" / "training.csv").read_text()
     unmeasured = {name for name, kind in TRAINING.items() if f",{kind}," not in rows}
-    assert {name for name, write in tables.TABLES.items() if not write()} == unmeasured
+    assert {name for name in tables.TABLES if not writer(ROOT)(name)} == unmeasured
 
 
-def test_tables_follow_their_files(tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "ROOT", tmp_path)
-    assert [write() for write in tables.TABLES.values()] == [""] * len(tables.TABLES)
-    case = tables.GRIDS["headline"][0]
+def test_tables_follow_their_files(tmp_path: Path) -> None:
+    table = writer(tmp_path)
+    assert [table(name) for name in tables.TABLES] == [""] * len(tables.TABLES)
+    case = GRIDS["headline"][0]
     origin = {"device": "a GPU", "power_limit_w": 700.0, "torch": "2", "triton": "3"}
     path = tmp_path / "results" / "h200" / "attention.csv"
     append_row(path, Row.of("moba", case, p50_ms=9.0, commit="old", **origin))
@@ -116,34 +107,34 @@ def test_tables_follow_their_files(tables: ModuleType, tmp_path: Path, monkeypat
         append_row(path, Row.of("moba", shown, p50_ms=float(len(passes)), commit="new", **memory, **origin))
     first = "| 128 | 128 / 8 | 8K | - | 2.00 | 5.00 | 2.5x | 6.00 | - | - | - |"
     second = "| 128 | 128 / 8 | 32K | 7.00 | 16.0 | - | - | - | 40% | 60 | 90 |"
-    assert f"{first}\n{second}\n\n" in tables.attention("h200")
-    assert "| attention, forward and backward | 8K | 5.00 ms | 2.00 ms | 2.5x |\n\n" in tables.speed("h200")
-    assert tables.opening("h200") == "", "128K tokens were not measured"
-    assert "Dense attention is SDPA/cuDNN." in tables.attention("h200")
+    assert f"{first}\n{second}\n\n" in table("attention_h200")
+    assert "| attention, forward and backward | 8K | 5.00 ms | 2.00 ms | 2.5x |\n\n" in table("speed")
+    assert table("opening") == "", "128K tokens were not measured"
+    assert "Dense attention is SDPA/cuDNN." in table("attention_h200")
     (tmp_path / "results" / "h200" / "cited-peers.csv").write_text(
         "contender,version,head_dim,tokens,block_size,top_k,forward_ms,backward_ms,device,torch,date\n"
         "fa4,beta,128,8192,,,1,3,a GPU,2.11,2026-11-21\n"
         "fa4,beta,128,131072,,,10,30,a GPU,2.11,2026-11-21\n"
         "flash_moba,2.0,128,8192,128,8,2,4,a GPU,2.11,2026-11-21\n"
     )
-    assert "| 128 | 128 / 8 | 8K | 2.00 | 4.00 | 2.0x |" in tables.cited("h200")  # FlashMoBA was timed above
+    assert "| 128 | 128 / 8 | 8K | 2.00 | 4.00 | 2.0x |" in table("cited_h200")  # FlashMoBA was timed above
     append_row(path, Row.of("moba", replace(case, tokens=2**17), p50_ms=2.0, commit="new", **origin))
-    assert "| 128 | 128 / 8 | 128K | 2.00 | 40.0 | 20.0x |" in tables.cited("h200")
+    assert "| 128 | 128 / 8 | 128K | 2.00 | 40.0 | 20.0x |" in table("cited_h200")
     append_row(path, Row.of("sdpa_cudnn", replace(case, tokens=2**17), p50_ms=50.0, commit="new", **origin))
-    assert "tokens takes 2.00 ms forward and backward, where full attention takes 50.0 ms" in tables.opening("h200")
-    assert "a GPU: it reads 1.5% of the pairs" in tables.opening("h200")
+    assert "tokens takes 2.00 ms forward and backward, where full attention takes 50.0 ms" in table("opening")
+    assert "a GPU: it reads 1.5% of the pairs" in table("opening")
     path = tmp_path / "results" / "h200" / "short.csv"
-    for commit, short in zip(("older", "newer"), tables.GRIDS["short"], strict=False):
+    for commit, short in zip(("older", "newer"), GRIDS["short"], strict=False):
         append_row(path, Row.of("sdpa_cudnn", short, p50_ms=1.25, commit=commit, **origin))
         append_row(path, Row.of("moba", short, p50_ms=1.5, commit=commit, path="triton blocks", **origin))
-    assert "| 1.50 | 1.25 | +0.25 | 1.20 | blocks |" in tables.short("h200")
-    assert "Commit older and newer." in tables.short("h200")
+    assert "| 1.50 | 1.25 | +0.25 | 1.20 | blocks |" in table("short_h200")
+    assert "Commit older and newer." in table("short_h200")
     path = tmp_path / "results" / "h200" / "attention.csv"
-    peer = tables.GRIDS["peers"][0]
+    peer = GRIDS["peers"][0]
     for contender, ms, commit in (("moba", 2.0, "newer"), ("flex", 10.0, "older")):
         append_row(path, Row.of(contender, peer, p50_ms=ms, commit=commit, **origin))
-    assert "| 2.00 | 10.0 | 5.0x |" in tables.flex("h200")
-    assert "Commit newer and older." in tables.flex("h200")
+    assert "| 2.00 | 10.0 | 5.0x |" in table("flex_h200")
+    assert "Commit newer and older." in table("flex_h200")
     path = tmp_path / "results" / "h200" / "decode.csv"
     step = Row.of("moba", case, p50_ms=0.02, commit="c", **origin)
     shown = replace(step, passes="decode", tokens=2**17, batch=16)
@@ -151,14 +142,14 @@ def test_tables_follow_their_files(tables: ModuleType, tmp_path: Path, monkeypat
     append_row(path, replace(shown, contender="sdpa_flash_grouped", block_size=None, top_k=None, p50_ms=0.2))
     for tokens in (2**17, 2**16):
         append_row(path, replace(step, passes="prefill chunk", tokens=tokens, p50_ms=tokens / 2**14))
-    written = tables.decode("h200")
+    written = table("decode_h200")
     assert "| 16 | 128 / 8 | 128K | 0.020 | 0.200 | 10.0x |" in written
     assert "Dense attention is SDPA/flash with grouped queries." in written
     first_and_last = (
         "128K tokens in chunks of 64K, block / top-k 128 / 8, takes 4.00 ms for the first chunk and 8.00 ms"
     )
-    assert first_and_last in tables.prefill("h200")
-    assert "| a decoding step of one layer, batch 16 | 128K | 0.200 ms | 0.020 ms | 10.0x |" in tables.speed("h200")
+    assert first_and_last in table("prefill_h200")
+    assert "| a decoding step of one layer, batch 16 | 128K | 0.200 ms | 0.020 ms | 10.0x |" in table("speed")
     path = tmp_path / "results" / "h200" / "training.csv"
     rates = {"full": 1e5, "512/3": 4e5, "128/9": 3e5}
     times = {"p50_ms": 2000.0, "busy_ms": 1e3, "mfu": 0.5, "matrix_tflops": 700.0, "attention_share": 0.25}
@@ -169,15 +160,15 @@ def test_tables_follow_their_files(tables: ModuleType, tmp_path: Path, monkeypat
             limit = "time" if case.top_k else "memory"
             append_row(path, TrainingRow.of(case, "bfloat16", tokens_per_second=rate, limit=limit, **results))
     moba = "| 4.0x | 50%, 50% | 25%, 25% | 50%, 50% | 9.0, 9.0 | 200 K | 400 K |"
-    assert f"| llama 14m | 4 | 100 K | 400 K | 300 K {moba}\n" in tables.training("h200")
-    assert "700 TFLOP/s. Full attention ran cuDNN's kernels." in tables.training("h200")
-    assert "| a training step, 14M parameters | 32K | 100 K tokens/s | 400 K tokens/s | 4.0x |" in tables.speed("h200")
-    assert "top-8; in training 512, top-3. Commits" in tables.speed("h200")
-    assert "training.png" not in tables.training("h200")
+    assert f"| llama 14m | 4 | 100 K | 400 K | 300 K {moba}\n" in table("training_h200")
+    assert "700 TFLOP/s. Full attention ran cuDNN's kernels." in table("training_h200")
+    assert "| a training step, 14M parameters | 32K | 100 K tokens/s | 400 K tokens/s | 4.0x |" in table("speed")
+    assert "top-8; in training 512, top-3. Commits" in table("speed")
+    assert "training.png" not in table("training_h200")
     path.with_suffix(".png").touch()
-    assert "(../results/h200/training.png)" in tables.training("h200")
-    assert "| llama 14m | yes | 32K, 2.0 s | 32K+, 2.0 s |\n" in tables.longest("h200")
-    assert "was not tried" in tables.longest("h200")
+    assert "(../results/h200/training.png)" in table("training_h200")
+    assert "| llama 14m | yes | 32K, 2.0 s | 32K+, 2.0 s |\n" in table("longest_h200")
+    assert "was not tried" in table("longest_h200")
     path = tmp_path / "results" / "cpu" / "attention.csv"
     path.parent.mkdir()
     path.write_text(
@@ -186,11 +177,10 @@ def test_tables_follow_their_files(tables: ModuleType, tmp_path: Path, monkeypat
         "moba,float32,16384,8,64,128,8,forward,20,4,2,2,a CPU,c\n"
         "moba,float32,16384,8,64,128,8,forward+backward,75.2,4,2,2,a CPU,c\n"
     )
-    assert "| float32 | 128 / 8 | 16K | 75.2 | 300 | 4.0x |" in tables.attention_cpu()
+    assert "| float32 | 128 / 8 | 16K | 75.2 | 300 | 4.0x |" in table("attention_cpu")
 
 
 def test_the_picture_shows_what_the_operation_reads() -> None:
-    picture = script("picture")
     assert picture.PICTURE.read_text() == picture.picture(), "run python docs/picture.py"
     pairs = moba_pairs(picture.TOKENS, picture.BLOCK, picture.TOP_K)
     assert picture.keys_read(picture.TOP_K).sum() == pairs
@@ -220,10 +210,8 @@ def test_the_index_names_every_page() -> None:
     assert set(re.findall(r"\]\((\w+\.md)\)", index)) == pages
 
 
-def test_results_follow_the_records_of_studies(
-    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tables, "ROOT", tmp_path)
+def test_results_follow_the_records_of_studies(tmp_path: Path) -> None:
+    table = writer(tmp_path)
     for name, text in (("chart-b", RECIPE), ("short-list", CANDIDATES)):
         folder = tmp_path / "results" / "h200" / "study" / name
         folder.mkdir(parents=True)
@@ -234,7 +222,7 @@ def test_results_follow_the_records_of_studies(
         for figure in ("pretrain-scaling-law", "finetune-large-layerwise-hybrid", "candidates-large-candidates"):
             if figure.partition("-")[0] in text:
                 (folder / "figures" / f"{figure}.png").touch()
-    page = tables.experiments()
+    page = table("experiments")
     order = [line for line in page.splitlines() if line.startswith(("###", "**", "!["))]
     assert order == [
         "### Short list",
@@ -249,25 +237,24 @@ def test_results_follow_the_records_of_studies(
     assert "large: of 4 sparse candidates the lowest trailing loss has last-3: -0.0007 nats [" in page
     assert "| MoBA | 3 | +0.1360 [" in page
     assert "With 3 of 16 layers full (last-3) it is +0.0" in page
-    rows = [line.split(" | ") for line in tables.settings().splitlines()[2:]]
+    rows = [line.split(" | ") for line in table("settings").splitlines()[2:]]
     assert [row[0] for row in rows] == sorted((row[0] for row in rows), key=lambda cell: int(cell[2:].replace(",", "")))
     assert [row[2] for row in rows if row[0] == "| 1,024"] == [
         "last-1: blocks of 64, top-3, 1 of 16 layers full",
         "last-3: blocks of 64, top-3, 3 of 16 layers full",
     ]
-    assert "Models of 200,000 to 1,200,000 parameters" in tables.limits()
-    assert "documents of stdlib, 1 to 3 seeds of a run." in tables.limits()
-    assert "![Trailing loss over compute" in tables.study()
-    assert "(results/h200/study/chart-b/figures/finetune-large-layerwise-hybrid.png)" in tables.study()
-    assert (
-        "[Synthetic study](results/h200/study/chart-b/report.md): an imagined processor, 22 minutes" in tables.study()
+    assert "Models of 200,000 to 1,200,000 parameters" in table("limits")
+    assert "documents of stdlib, 1 to 3 seeds of a run." in table("limits")
+    assert "![Trailing loss over compute" in table("study")
+    assert tables.TINY not in table("study")
+    assert "(results/h200/study/chart-b/figures/finetune-large-layerwise-hybrid.png)" in table("study")
+    assert "[Synthetic study](results/h200/study/chart-b/report.md): an imagined processor, 22 minutes" in table(
+        "study"
     )
 
 
-def test_charts_that_no_large_study_has_are_the_demos(
-    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tables, "ROOT", tmp_path)
+def test_charts_that_no_large_study_has_are_the_demos(tmp_path: Path) -> None:
+    table = writer(tmp_path)
     head, stages = (
         RECIPE[: RECIPE.index("[[stages]]")],
         "[[stages]]\nname = 'context'\nsizes = ['small']\narms = ['full']\n",
@@ -280,10 +267,11 @@ def test_charts_that_no_large_study_has_are_the_demos(
             train(run.config(folder), folder / run.name)
     (tmp_path / "results/demo/figures").mkdir()
     (tmp_path / "results/demo/figures/pretrain-scaling-law.png").touch()
-    assert "(results/demo/figures/pretrain-scaling-law.png)" in tables.study()
-    assert "(../results/demo/report.md)" in tables.settings()
-    assert "Models of 200,000 to 200,000 parameters" in tables.limits()
-    assert tables.experiments().count("### Synthetic study") == 2
+    assert "(results/demo/figures/pretrain-scaling-law.png)" in table("study")
+    assert table("study").startswith(tables.TINY)
+    assert "(../results/demo/report.md)" in table("settings")
+    assert "Models of 200,000 to 200,000 parameters" in table("limits")
+    assert table("experiments").count("### Synthetic study") == 2
 
 
 def test_changelog_begins_with_this_version() -> None:
