@@ -11,7 +11,8 @@ import torch
 from synthetic_study import RECIPE, train
 
 from openmoba.hf.releases import recompute_activations
-from openmoba.lab.config import ArmConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from openmoba.lab.arms import ArmConfig
+from openmoba.lab.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
 from openmoba.lab.measure.compute import PFLOPS_DAY, Shape, attention_flops, training_compute
 from openmoba.lab.model.build import build_model, set_attention
 from openmoba.lab.model.loss import attach_loss

@@ -12,7 +12,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from openmoba.lab.config import ArmConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from openmoba.lab.arms import ArmConfig
+from openmoba.lab.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
 from openmoba.lab.model import compile as lab_compile
 from openmoba.lab.progress import Progress
 from openmoba.lab.train.run import run_training

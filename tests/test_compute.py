@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from openmoba import MobaConfig
-from openmoba.lab.config import ArmConfig, ModelConfig
+from openmoba.lab.arms import ArmConfig
+from openmoba.lab.config import ModelConfig
 from openmoba.lab.measure.compute import PFLOPS_DAY, Shape, attention_flops, training_compute
 from openmoba.lab.model.build import SIZES, build_model
 from openmoba.ops.cost import causal_pairs, moba_pairs, moba_scores

@@ -9,7 +9,8 @@ import pytest
 
 from openmoba import MobaConfig
 from openmoba.config import count_full_layers, parse_full_layers
-from openmoba.lab.config import ArmConfig, from_dict, to_dict
+from openmoba.lab.arms import ArmConfig
+from openmoba.lab.config import from_dict, to_dict
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from openmoba.lab.config import ArmConfig
+from openmoba.lab.arms import ArmConfig
 from openmoba.lab.model.build import SIZES
 from openmoba.lab.study.recipe import PlannedRun, read_recipe
 

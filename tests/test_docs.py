@@ -240,8 +240,8 @@ def test_results_follow_the_records_of_studies(tmp_path: Path) -> None:
     rows = [line.split(" | ") for line in table("settings").splitlines()[2:]]
     assert [row[0] for row in rows] == sorted((row[0] for row in rows), key=lambda cell: int(cell[2:].replace(",", "")))
     assert [row[2] for row in rows if row[0] == "| 1,024"] == [
-        "last-1: blocks of 64, top-3, 1 of 16 layers full",
-        "last-3: blocks of 64, top-3, 3 of 16 layers full",
+        "last-1: blocks of 64, top-3, 1 of 16 layers full (15)",
+        "last-3: blocks of 64, top-3, 3 of 16 layers full (13, 14, 15)",
     ]
     assert "Models of 200,000 to 1,200,000 parameters" in table("limits")
     assert "documents of stdlib, 1 to 3 seeds of a run." in table("limits")

@@ -11,12 +11,11 @@ from test_train import TRAIN, _interrupt, config, curve  # noqa: F401  the fixtu
 from transformers import Trainer
 
 from openmoba import cli
-from openmoba.lab.config import ArmConfig, ModelConfig, RunConfig
+from openmoba.lab.arms import ArmConfig
+from openmoba.lab.config import ModelConfig, RunConfig
 from openmoba.lab.measure.compute import Shape, training_compute
 from openmoba.lab.model.build import SIZES, build_model, load_model, set_attention
 from openmoba.lab.train.run import run_training
-from openmoba.lab.train.runs import _arm
-from openmoba.lab.train.summary import arm_name
 from openmoba.lab.train.trainer import RunTrainer
 from openmoba.records import disk
 
@@ -115,6 +114,6 @@ def test_bad_widths() -> None:
 def test_what_a_run_says_of_it() -> None:
     """In the summary of a run and in the table of runs."""
     full, timed = ArmConfig("full", key_conv=4), ArmConfig("time_hybrid", 8, 2, switch_at=0.5, key_conv=4)
-    assert arm_name(full, 10, 8) == "full attention, key convolution over 4 tokens"
-    assert arm_name(timed, 10, 8).endswith("full attention from step 6 on, key convolution over 4 tokens")
-    assert [_arm(RunConfig(arm=arm)) for arm in (full, timed)] == ["full key-conv 4", "time_hybrid 8/2 key-conv 4"]
+    assert full.describe(8, 10) == "full attention, key convolution over 4 tokens"
+    assert timed.describe(8, 10).endswith("full attention from step 6 on, key convolution over 4 tokens")
+    assert [arm.short for arm in (full, timed)] == ["full key-conv 4", "time_hybrid 8/2 key-conv 4"]

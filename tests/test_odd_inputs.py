@@ -23,7 +23,8 @@ from openmoba.bench.rows import columns
 from openmoba.bench.table import Row
 from openmoba.errors import explain
 from openmoba.hub import check_source
-from openmoba.lab.config import ArmConfig, DataConfig, EvalConfig, RunConfig, TrainConfig, from_dict, to_dict
+from openmoba.lab.arms import ArmConfig
+from openmoba.lab.config import DataConfig, EvalConfig, RunConfig, TrainConfig, from_dict, to_dict
 from openmoba.lab.errors import Terminated, on_sigterm
 from openmoba.lab.progress import Progress
 from openmoba.lab.train.run import run_training

@@ -13,16 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from openmoba.lab.config import (
-    ArmConfig,
-    DataConfig,
-    EvalConfig,
-    RunConfig,
-    TrainConfig,
-    from_dict,
-    spaced_steps,
-    to_dict,
-)
+from openmoba.lab.arms import ArmConfig
+from openmoba.lab.config import DataConfig, EvalConfig, RunConfig, TrainConfig, from_dict, spaced_steps, to_dict
 from openmoba.lab.progress import TerminalProgress, bar, duration
 from openmoba.records import disk
 

@@ -17,7 +17,7 @@ from openmoba.lab.measure import resample
 from openmoba.lab.progress import Progress
 from openmoba.lab.study import figures, panels
 from openmoba.lab.study import fit as fitting
-from openmoba.lab.study.candidates import key_share, standings
+from openmoba.lab.study.candidates import standings
 from openmoba.lab.study.charts import describe_sparsity
 from openmoba.lab.study.figures import Level
 from openmoba.lab.study.outcomes import behind, by, difference, fit, read_outcomes, seed_noise
@@ -261,7 +261,7 @@ def test_short_lists_say_distance_cost_and_the_smallest_difference_that_can_be_s
     assert shares["last-3"] == pytest.approx(shares["moba"] + 3 / 16 * (1 - shares["moba"]))
     pairs = sum(min(t % 64 + 1 + 128, t + 1) for t in range(1024)) / sum(t + 1 for t in range(1024))
     assert shares["moba"] == pytest.approx(pairs)
-    assert key_share(by("arm", outcomes)["full"][0]) == 1
+    assert by("arm", outcomes)["full"][0].key_share() == 1
     report = (tmp_path / "report.md").read_text()
     noise = seed_noise(outcomes, "trailing")
     assert noise is not None
@@ -293,7 +293,7 @@ def test_arms_with_key_convolution_are_also_compared_with_full_attention_that_ha
     assert against.trailing is not None
     row = next(line for line in report.splitlines() if line.startswith("| keys | 1 |"))
     assert f"| {against.trailing.mean:+.4f} [" in row
-    assert key_share(arms["full-keys"][0]) == 1
+    assert arms["full-keys"][0].key_share() == 1
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_config
 
 from openmoba import cli
-from openmoba.lab.config import ArmConfig, EvalConfig, RunConfig, TrainConfig
+from openmoba.lab.arms import ArmConfig
+from openmoba.lab.config import EvalConfig, RunConfig, TrainConfig
 from openmoba.lab.data import load as data_module
 from openmoba.lab.errors import DivergenceError
 from openmoba.lab.measure.evaluate import evaluate_source

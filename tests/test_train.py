@@ -20,7 +20,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from openmoba import cli
-from openmoba.lab.config import ArmConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig, to_dict
+from openmoba.lab.arms import ArmConfig
+from openmoba.lab.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig, to_dict
 from openmoba.lab.model.build import SIZES, build_model, load_model
 from openmoba.lab.model.checkpoint import damage, newest_checkpoint
 from openmoba.lab.progress import Progress

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from openmoba.lab.config import ArmConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from openmoba.lab.arms import ArmConfig
+from openmoba.lab.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
 
 
 def write_texts(folder: Path, count: int = 8) -> None:

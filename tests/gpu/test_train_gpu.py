@@ -9,7 +9,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from openmoba.lab.config import ArmConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from openmoba.lab.arms import ArmConfig
+from openmoba.lab.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
 from openmoba.lab.train.run import run_training
 from openmoba.lab.train.trainer import RunTrainer
 from openmoba.records import disk

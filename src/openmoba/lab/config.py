@@ -14,11 +14,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from openmoba.config import MobaConfig, parse_full_layers
+from openmoba.lab.arms import ArmConfig
 from openmoba.limits import check_count, check_number, check_share
 from openmoba.records.disk import read_json
-
-ARMS = ("full", "moba", "hybrid", "time_hybrid")
 
 T = TypeVar("T")
 
@@ -67,50 +65,6 @@ class ModelConfig:
     overrides: dict[str, bool | int | float | str | None] = field(default_factory=dict)
     """Entries of the transformers configuration that replace the preset's, e.g. num_key_value_heads 2, or
     sliding_window None, which mistral needs; a dot leads into a table: rope_parameters.rope_theta 1e6."""
-
-
-@dataclass(frozen=True)
-class ArmConfig:
-    """The attention of a run: the only thing in which the arms of a study differ."""
-
-    name: Literal["full", "moba", "hybrid", "time_hybrid"] = "moba"
-    """full, moba, hybrid (some layers full, see `full_layers`), time_hybrid (MoBA, then full attention)."""
-    block_size: int = 64
-    """Tokens per MoBA block."""
-    top_k: int = 3
-    """Blocks each query reads, its own included."""
-    full_layers: int | tuple[int, ...] | str = 1
-    """hybrid: the layers that keep full attention: a count of last layers, indices, or "first:3", "last:3", or
-    "spread:3" for layers evenly spread, the last among them."""
-    switch_at: float = 0.9
-    """time_hybrid: share of the steps after which MoBA turns into full attention."""
-    key_conv: int | None = None
-    """Width in tokens, such as 4, of a convolution over the keys of every layer, full ones too; starts as the
-    identity. Left out: none."""
-
-    def __post_init__(self) -> None:
-        if self.name not in ARMS:
-            raise ValueError(f"unknown arm {self.name!r}; the arms are {', '.join(ARMS)}")
-        check_share("arm.switch_at", self.switch_at, " of the steps")
-        MobaConfig(self.block_size, self.top_k, self.full_layers, self.key_conv)
-        if isinstance(self.full_layers, str):
-            object.__setattr__(self, "full_layers", parse_full_layers(self.full_layers))
-        if self.name == "hybrid" and self.full_layers == "all":
-            raise ValueError("arm.full_layers='all' is full attention; set arm.name to full")
-
-    def switch_step(self, steps: int) -> int:
-        """Return the first step (counted from 0) of `steps` that trains with full attention; `steps` if none does."""
-        if self.name == "full":
-            return 0
-        return round(self.switch_at * steps) if self.name == "time_hybrid" else steps
-
-    def attention(self, step: int, steps: int) -> MobaConfig | None:
-        """Return the attention of step `step` (from 0) of `steps`; None is full attention without key convolution."""
-        full = step >= self.switch_step(steps) and self.name in ("full", "time_hybrid")
-        if full and self.key_conv is None:
-            return None
-        layers = "all" if full else self.full_layers if self.name == "hybrid" else 0
-        return MobaConfig(self.block_size, self.top_k, layers, self.key_conv)
 
 
 @dataclass(frozen=True)

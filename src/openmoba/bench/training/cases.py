@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from openmoba.bench.rows import CsvRow, length_name
-from openmoba.lab.config import ArmConfig
+from openmoba.lab.arms import ArmConfig
 
 VOCABULARY = 8192
 LAYERS = ("compiled", "eager")

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from openmoba.config import MobaConfig
-from openmoba.lab.config import ArmConfig
-from openmoba.ops.cost import causal_pairs, moba_pairs, moba_scores
+from openmoba.lab.arms import ArmConfig, attention_cost
 
 PFLOPS_DAY = 8.64e19
 """Floating-point operations in a day at 10^15 per second."""
@@ -89,13 +88,6 @@ def training_compute(
 
 
 def attention_flops(shape: Shape, attention: MobaConfig | None) -> int:
-    """Count the operations of all layers' attention on one window, both passes, scoring included."""
-    sparse_layers = 0
-    if attention is not None:
-        sparse_layers = shape.layers - len(attention.full_layer_indices(shape.layers))
-    pairs = (shape.layers - sparse_layers) * causal_pairs(shape.length)
-    scores = 0
-    if attention is not None:
-        pairs += sparse_layers * moba_pairs(shape.length, attention.block_size, attention.top_k)
-        scores = sparse_layers * moba_scores(shape.length, attention.block_size, attention.top_k)
+    """Return the operations of all layers' attention on one window, forward and backward, scoring included."""
+    pairs, scores = attention_cost(attention, shape.layers, shape.length)
     return shape.heads * shape.head_dim * (12 * pairs + 2 * scores)

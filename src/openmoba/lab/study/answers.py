@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from openmoba.lab.arms import FULL, HYBRID, MOBA
 from openmoba.lab.measure.resample import Difference, Interval
 from openmoba.lab.study.candidates import Standing, percent, standings
 from openmoba.lab.study.outcomes import (
     Named,
     Outcome,
+    arms_of,
     behind,
     by,
     difference,
@@ -83,7 +85,7 @@ def sweep(stage: Stage, outcomes: Sequence[Outcome]) -> Iterator[str]:
 def comparisons(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """Compare every arm with full attention, and every other with MoBA, by size and loss."""
     for runs in by("size", outcomes).values():
-        full, moba = of_kind(runs, "full"), of_kind(runs, "moba")
+        full, moba = of_kind(runs, FULL), of_kind(runs, MOBA)
         for reference in (full, moba):
             for own in by("arm", runs).values():
                 if not reference or own in (full, reference):
@@ -108,7 +110,7 @@ def slopes(moba: Sequence[Outcome], full: Sequence[Outcome], axis: str) -> Itera
 def use_of_context(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """Say what full attention gains from a longer context, and how much of it MoBA does not."""
     runs = list(by("size", outcomes).values())[-1]
-    full, moba = of_kind(runs, "full"), of_kind(runs, "moba")
+    full, moba = of_kind(runs, FULL), of_kind(runs, MOBA)
     if len(by("arm", outcomes)) == 1 or not full or len(full[0].ranges) < 3:
         return
     last = len(full[0].ranges) - 1
@@ -147,7 +149,7 @@ def _counts(found: Difference) -> str:
 
 def _law_ratios(outcomes: Sequence[Outcome], axis: str) -> Iterator[str]:
     """How far every arm's law lies from that of full attention, at the most compute that both have spent."""
-    full = of_kind(outcomes, "full")
+    full = of_kind(outcomes, FULL)
     for own in by("arm", outcomes).values():
         pair = fit_pair(own, full, "trailing", axis) if full and own != full else None
         if pair is None:
@@ -169,7 +171,7 @@ def _law_ratios(outcomes: Sequence[Outcome], axis: str) -> Iterator[str]:
 
 def _closing(runs: Sequence[Outcome]) -> Iterator[str]:
     """How much of the gap between MoBA and full attention the hybrids close."""
-    full, moba = of_kind(runs, "full"), of_kind(runs, "moba")
+    full, moba = of_kind(runs, FULL), of_kind(runs, MOBA)
     noise = seed_noise(runs, "trailing")
     gap = difference(moba, full, "trailing", noise)
     if gap is None:
@@ -179,8 +181,7 @@ def _closing(runs: Sequence[Outcome]) -> Iterator[str]:
         f"{runs[0].run.size}: MoBA in every layer costs {_signed(gap)} ({gap.mean / base:+.2%}) in trailing loss "
         f"({behind(runs, 'trailing')})."
     )
-    hybrids = by("arm", (run for run in runs if run.config.arm.name == "hybrid")).values()
-    for own in sorted(hybrids, key=lambda own: len(own[0].full_layers)):
+    for own in arms_of(runs, HYBRID):
         found = difference(own, full, "trailing", noise)
         if found is not None:
             of = f" of {own[0].layers}" if own[0].layers else ""

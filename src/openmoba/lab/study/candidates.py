@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from openmoba.lab.config import ArmConfig
+from openmoba.lab.arms import FULL, ArmConfig
 from openmoba.lab.measure.resample import LEVEL, Difference, Interval
 from openmoba.lab.study.figures import Level
-from openmoba.lab.study.outcomes import Named, Outcome, by, difference, mean_loss, of_kind, seed_noise
+from openmoba.lab.study.outcomes import Named, Outcome, arms_of, by, difference, mean_loss, of_kind, seed_noise
 from openmoba.lab.study.panels import Candidate
-from openmoba.ops.cost import causal_pairs, moba_pairs
-
-# What full attention has no use for; all else an arm shares with the full attention that it is fairly compared with.
-CHOICE_OF_BLOCKS = ("name", "block_size", "top_k", "full_layers", "switch_at")
 
 
 @dataclass(frozen=True)
@@ -78,13 +73,15 @@ def standings(runs: Sequence[Outcome]) -> list[Standing]:
     Args:
         runs: finished runs of one stage and size, all with a trailing loss.
     """
-    full = of_kind(runs, "full")
+    full = of_kind(runs, FULL)
     found = []
     for own in by("arm", runs).values():
         if full and own != full and {run.run.seed for run in own} & {run.run.seed for run in full}:
             fair = _fair(own[0].config.arm, runs)
             against = Against.of(own, fair, runs) if fair and fair not in (full, own) else None
-            found.append(Standing(own, Against.of(own, full, runs), against, key_share(own[0]), tokens_per_second(own)))
+            found.append(
+                Standing(own, Against.of(own, full, runs), against, own[0].key_share(), tokens_per_second(own))
+            )
     return sorted(found, key=lambda standing: standing.plain.trailing.mean if standing.plain.trailing else 0.0)
 
 
@@ -108,23 +105,6 @@ def standing_table(runs: Sequence[Outcome], found: Sequence[Standing]) -> Iterat
     yield _noise_sentence(runs, found[0].plain.trailing_loss)
 
 
-def key_share(run: Outcome, length: int | None = None) -> float | None:
-    """Return the keys that the run's queries read in training, over all layers, of those that full attention reads.
-
-    None for a model from outside the study, whose layers are not known.
-
-    Args:
-        length: only the first so many positions of a window; None for all.
-    """
-    if run.layers is None:
-        return None
-    arm, steps = run.config.arm, run.config.train.steps
-    length = length or run.config.data.length
-    sparse_layers = (run.layers - len(run.full_layers)) / run.layers
-    sparse = sparse_layers * arm.switch_step(steps) / steps
-    return 1 - sparse * (1 - moba_pairs(length, arm.block_size, arm.top_k) / causal_pairs(length))
-
-
 def percent(found: Difference, loss: float) -> str:
     """Write a difference and its interval in percent of `loss`."""
     level = _level(found, loss)
@@ -135,12 +115,8 @@ def percent(found: Difference, loss: float) -> str:
 
 def _fair(arm: ArmConfig, runs: Sequence[Outcome]) -> list[Outcome]:
     """The runs with full attention that share all settings of `arm` but its choice of blocks."""
-
-    def rest(other: ArmConfig) -> list[object]:
-        return [getattr(other, f.name) for f in dataclasses.fields(other) if f.name not in CHOICE_OF_BLOCKS]
-
-    fulls = by("arm", (run for run in runs if run.config.arm.name == "full")).values()
-    return next((own for own in fulls if rest(own[0].config.arm) == rest(arm)), [])
+    fulls = arms_of(runs, FULL)
+    return next((own for own in fulls if own[0].config.arm.without_blocks() == arm.without_blocks()), [])
 
 
 def tokens_per_second(runs: Sequence[Outcome]) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from openmoba.lab.arms import FULL, HYBRID, MOBA
 from openmoba.lab.measure.resample import LEVEL, Difference
 from openmoba.lab.study import figures, panels
 from openmoba.lab.study.answers import is_sweep
@@ -13,6 +14,7 @@ from openmoba.lab.study.candidates import Standing, standings
 from openmoba.lab.study.figures import Curve, Level
 from openmoba.lab.study.outcomes import (
     Outcome,
+    arms_of,
     behind,
     by,
     difference,
@@ -62,7 +64,7 @@ def draw_charts(recipe: Recipe, outcomes: Sequence[Outcome], study: Path, axis: 
             if axis != EQUAL_COST:
                 charts.append(_scaling(stage, own, study, EQUAL_COST, f"{stage.name}-scaling-law-equal-cost"))
         for size, runs in sizes.items():
-            if stage.chart == "layers" and trailing and any(run.config.arm.name == "hybrid" for run in runs):
+            if stage.chart == "layers" and trailing and of_kind(runs, HYBRID):
                 charts.append(_layers(stage, size, runs, study))
             if stage.chart == "compare" and trailing and (found := standings(runs)):
                 charts.append(_candidates(stage, size, runs, found, study))
@@ -83,7 +85,7 @@ def describe_sparsity(outcomes: Sequence[Outcome]) -> str:
 
 
 def _layers(stage: Stage, size: str, runs: list[Outcome], study: Path) -> Chart:
-    full, moba = of_kind(runs, "full"), of_kind(runs, "moba")
+    full, moba = of_kind(runs, FULL), of_kind(runs, MOBA)
     reference, noise = full or moba, seed_noise(runs, "trailing")
 
     def level(own: list[Outcome]) -> Level:
@@ -93,11 +95,10 @@ def _layers(stage: Stage, size: str, runs: list[Outcome], study: Path) -> Chart:
         line = mean_loss(reference, "trailing")
         return Level(line + found.mean, found.interval and found.interval + line)
 
-    hybrids = by("arm", (run for run in runs if run.config.arm.name == "hybrid")).values()
-    ordered = sorted(hybrids, key=lambda own: len(own[0].full_layers))
-    names, layers_name = _hybrid_names([own[0] for own in ordered])
+    hybrids = arms_of(runs, HYBRID)
+    names, layers_name = _hybrid_names([own[0] for own in hybrids])
     figure = figures.layers_chart(
-        dict(zip(names, map(level, ordered), strict=True)),
+        dict(zip(names, map(level, hybrids), strict=True)),
         mean_loss(full, "trailing") if full else None,
         level(moba) if moba else None,
         title=f"Layer-wise hybrid, {_model(runs[0])}, {describe_sparsity(runs)}",
@@ -128,7 +129,7 @@ def _hybrid_names(hybrids: Sequence[Outcome]) -> tuple[list[str], str]:
 
 
 def _scaling(stage: Stage, runs: list[Outcome], study: Path, axis: str, name: str) -> Chart:
-    arms, full = by("arm", runs).values(), of_kind(runs, "full")
+    arms, full = by("arm", runs).values(), of_kind(runs, FULL)
     laws = {own[0].label: fit(own, "trailing", axis) for own in arms}
     pairs = {own[0].label: fit_pair(own, full, "trailing", axis) for own in arms if full and own[0] != full[0]}
     figure = figures.scaling_chart(
@@ -155,7 +156,7 @@ def _positions(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
     """Loss by position of the largest size's arms, and their differences from full attention."""
     size, runs = list(by("size", outcomes).items())[-1]
     arms = by("arm", runs)
-    reference = of_kind(runs, "full") or next(iter(arms.values()))
+    reference = of_kind(runs, FULL) or next(iter(arms.values()))
     shown = _most_telling(arms, reference)
     ranges = range(len(reference[0].ranges))
     differences = {
@@ -214,7 +215,7 @@ def _gains(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
 
 def _candidates(stage: Stage, size: str, runs: list[Outcome], found: Sequence[Standing], study: Path) -> Chart:
     noise = seed_noise(runs, "trailing")
-    base = mean_loss(of_kind(runs, "full"), "trailing")
+    base = mean_loss(of_kind(runs, FULL), "trailing")
     smallest = None if noise is None else 100 * noise.smallest_difference(1) / base
     figure = panels.candidates_chart(
         [standing.candidate for standing in found],

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from openmoba.lab.arms import FULL, Kind
 from openmoba.lab.config import RunConfig
 from openmoba.lab.data.identity import identity_in
 from openmoba.lab.measure.resample import Difference, Floats, Interval, Numbers, SeedNoise, paired_difference
@@ -25,8 +26,6 @@ Named = Literal["trailing", "lm"]
 """The losses that a record names."""
 Loss = Named | int | tuple[int, int]
 """One of these, that of a position range by its number from 0, or that of one range minus that of another."""
-
-ARM_NAMES = {"full": "Full attention", "moba": "MoBA"}
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,7 @@ class Outcome:
     @property
     def label(self) -> str:
         """The arm's name in figures and tables."""
-        convolved = self.run.arm in ARM_NAMES and self.config.arm.key_conv is not None
-        return ARM_NAMES.get(self.run.arm, self.run.arm) + (" + key convolution" if convolved else "")
+        return self.config.arm.label(self.run.arm)
 
     @property
     def layers(self) -> int | None:
@@ -63,6 +61,19 @@ class Outcome:
         layers = self.layers or 1000
         attention = self.config.arm.attention(0, self.config.train.steps)
         return frozenset(range(layers)) if attention is None else attention.full_layer_indices(layers)
+
+    def key_share(self, length: int | None = None) -> float | None:
+        """Return the keys that queries read in training, over all layers, as a share of those of full attention.
+
+        None for a model from outside the study, whose layers are not known.
+
+        Args:
+            length: only the first so many positions of a window; None for all.
+        """
+        if self.layers is None:
+            return None
+        config = self.config
+        return config.arm.key_share(self.layers, length or config.data.length, config.train.steps)
 
     @property
     def tokens_per_second(self) -> float:
@@ -163,10 +174,15 @@ def by(key: str, outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
     return groups
 
 
-def of_kind(outcomes: Iterable[Outcome], arm: str) -> list[Outcome]:
-    """Return the runs of the first arm of the kind "full", "moba", ...; empty without one."""
-    own = [outcome for outcome in outcomes if outcome.config.arm.name == arm]
-    return [outcome for outcome in own if outcome.run.arm == own[0].run.arm]
+def arms_of(outcomes: Iterable[Outcome], kind: Kind) -> list[list[Outcome]]:
+    """Return the runs of each arm of one kind, the arm with the fewest full layers first."""
+    arms = by("arm", (outcome for outcome in outcomes if outcome.config.arm.kind is kind)).values()
+    return sorted(arms, key=lambda own: len(own[0].full_layers))
+
+
+def of_kind(outcomes: Iterable[Outcome], kind: Kind) -> list[Outcome]:
+    """Return the runs of the first arm of one kind; empty without one."""
+    return next(iter(arms_of(outcomes, kind)), [])
 
 
 def behind(outcomes: Sequence[Outcome], kind: Loss, seeds: int | None = None) -> str:
@@ -186,9 +202,8 @@ def behind(outcomes: Sequence[Outcome], kind: Loss, seeds: int | None = None) ->
 
 def moba_settings(outcomes: Iterable[Outcome]) -> list[tuple[int, int, int]]:
     """Return block size, top-k, and blocks of a window of every MoBA setting among the runs, each once."""
-    runs = [(outcome.config.arm, outcome.config.data.length) for outcome in outcomes]
-    settings = [(arm.block_size, arm.top_k, -(-length // arm.block_size)) for arm, length in runs if arm.name != "full"]
-    return list(dict.fromkeys(settings))
+    runs = [(run.config.arm, run.config.data.length) for run in outcomes if run.config.arm.kind is not FULL]
+    return list(dict.fromkeys((arm.block_size, arm.top_k, -(-length // arm.block_size)) for arm, length in runs))
 
 
 def mean_loss(outcomes: Sequence[Outcome], kind: Named | int) -> float:

@@ -59,7 +59,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from openmoba.lab.config import ARMS, RunConfig, from_dict
+from openmoba.lab.arms import KINDS
+from openmoba.lab.config import RunConfig, from_dict
 from openmoba.lab.model.build import SIZES
 
 RECIPE_FILE = "recipe.toml"
@@ -201,7 +202,7 @@ def _check_shape(tables: Table) -> None:
                 raise ValueError(f"{key}.{name} must be a table of options, got {entry!r}")
     for name, arm in tables["arms"].items():
         if "name" not in arm:
-            raise ValueError(f"arms.{name} does not say its kind; set name to one of {', '.join(ARMS)}")
+            raise ValueError(f"arms.{name} does not say its kind; set name to one of {', '.join(KINDS)}")
     if not isinstance(tables["stages"], list):
         raise ValueError(f"stages must be tables in double brackets, [[stages]], got {tables['stages']!r}")
     for key in ("sizes", "arms"):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from openmoba.lab.arms import FULL
 from openmoba.lab.measure.resample import LEVEL, Interval
 from openmoba.lab.study.answers import LOSSES, answers, comparisons, slopes, sweep, use_of_context
 from openmoba.lab.study.candidates import standing_table, standings
@@ -215,7 +216,7 @@ def _laws(outcomes: Sequence[Outcome], axis: str) -> Iterator[str]:
         return
     yield f"\n### Fitted laws, L = a · C^b, C by the convention {axis} ({behind(outcomes, 'trailing')})\n"
     yield from rows
-    full = of_kind(outcomes, "full")
+    full = of_kind(outcomes, FULL)
     for own in by("arm", outcomes).values():
         if full and own != full:
             yield ""

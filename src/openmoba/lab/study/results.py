@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from openmoba.lab.arms import FULL
 from openmoba.lab.study.answers import answers, sweep, use_of_context
-from openmoba.lab.study.candidates import key_share, percent, standing_table, standings, tokens_per_second
+from openmoba.lab.study.candidates import percent, standing_table, standings, tokens_per_second
 from openmoba.lab.study.charts import FOLDER
 from openmoba.lab.study.outcomes import (
     Outcome,
@@ -173,18 +174,18 @@ def _most_arms(studies: Sequence[Study]) -> list[tuple[Study, list[Outcome]]]:
         for stage in study.recipe.stages:
             for runs in by("size", study.runs(stage)).values():
                 length = runs[0].config.data.length
-                if of_kind(runs, "full") and (length not in found or rank(runs) > rank(found[length][1])):
+                if of_kind(runs, FULL) and (length not in found or rank(runs) > rank(found[length][1])):
                     found[length] = study, runs
     return [found[length] for length in sorted(found)]
 
 
 def _rows(runs: Sequence[Outcome], number: int, study: Study, page: Path) -> Iterator[list[str]]:
     """Cells of the best arm within each budget at one position range, each arm once."""
-    full, noise, length = of_kind(runs, "full"), seed_noise(runs, number), runs[0].ranges[number][1]
+    full, noise, length = of_kind(runs, FULL), seed_noise(runs, number), runs[0].ranges[number][1]
     level = mean_loss(full, number)
     found = []
     for own in by("arm", runs).values():
-        against, share = difference(own, full, number, noise), key_share(own[0], length)
+        against, share = difference(own, full, number, noise), own[0].key_share(length)
         if own != full and against is not None and share is not None:
             found.append((against, share, own))
     last = None
@@ -203,13 +204,7 @@ def _rows(runs: Sequence[Outcome], number: int, study: Study, page: Path) -> Ite
 
 
 def _describe(run: Outcome) -> str:
-    arm = run.config.arm
-    convolved = "" if arm.key_conv is None else f", key convolution over {arm.key_conv} tokens"
-    if arm.name == "full":
-        return run.label + convolved
-    text = f"{run.label}: blocks of {arm.block_size}, top-{arm.top_k}"
-    full = f", {len(run.full_layers)} of {run.layers} layers full" if run.full_layers else ""
-    return text + full + convolved
+    return ": ".join(filter(None, (run.label, run.config.arm.settings(run.layers, run.config.train.steps))))
 
 
 def _by_arm_and_size(study: Study) -> Iterator[list[Outcome]]:

@@ -80,7 +80,7 @@ def _line(
     return [
         str(folder),
         "finished" if result else "failed" if failed else f"step {last['step']}/{config.train.steps}",
-        _arm(config),
+        config.arm.short,
         config.model.size,
         short(last["tokens"]),
         _number((evaluation or {}).get("lm_loss"), ".4f"),
@@ -90,15 +90,6 @@ def _line(
         _number(speed.get("mfu"), ".0%"),
         duration(trained[-1]["seconds"]) if trained else "-",
     ]
-
-
-def _arm(config: RunConfig) -> str:
-    arm = config.arm
-    convolved = "" if arm.key_conv is None else f" key-conv {arm.key_conv}"
-    if arm.name == "full":
-        return f"full{convolved}"
-    full = arm.full_layers if isinstance(arm.full_layers, int | str) else ",".join(map(str, arm.full_layers))
-    return f"{arm.name} {arm.block_size}/{arm.top_k}" + (f" full {full}" if arm.name == "hybrid" else "") + convolved
 
 
 def _loss(evaluation: Row) -> float:

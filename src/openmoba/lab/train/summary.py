@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from openmoba.config import MobaConfig
+from openmoba.lab.arms import FULL
 from openmoba.lab.columns import gigabytes, short
-from openmoba.lab.config import ArmConfig, RunConfig
+from openmoba.lab.config import RunConfig
 from openmoba.lab.data.load import Data
 from openmoba.lab.measure.compute import Shape
 from openmoba.lab.progress import duration
@@ -27,7 +28,7 @@ def summary_of(config: RunConfig, folder: Path, trainer: Any, data: Data) -> str
     evaluations = len(config.evaluation_steps)
     rows = {
         "model": f"{config.model.family} {config.model.size}, {parameters(shape)}",
-        "attention": "; ".join(attention_paths(config, shape, trainer.model, args)),
+        "attention": _attention_path(config, shape, trainer.model, args),
         "data": f"{config.data.source}: {len(data.train):,} windows of {config.data.length:,} tokens, "
         f"{len(trainer.valid):,} held out, vocabulary {len(data.tokenizer):,}",
         "training": f"{train.steps:,} steps of {tokens:,} tokens in {train.batch_size} windows: "
@@ -47,7 +48,7 @@ def plan_text(config: RunConfig) -> str:
     rows = {
         "model": f"{config.model.family} {config.model.size}, {parameters(plan.shape)}, "
         f"vocabulary {config.data.vocab_size:,}",
-        "attention": arm_name(config.arm, train.steps, plan.shape.layers),
+        "attention": config.arm.describe(plan.shape.layers, train.steps),
         "training": f"{train.steps:,} steps of {train.batch_size:,} windows of {config.data.length:,} tokens: "
         f"{config.tokens:,} tokens; {config.eval.windows:,} windows evaluated {evaluations:,} "
         f"time{'s' if evaluations > 1 else ''}",
@@ -69,22 +70,6 @@ def parameters(shape: Shape) -> str:
     return f"{short(shape.total)} parameters ({short(shape.non_embedding)} without embeddings)"
 
 
-def arm_name(arm: ArmConfig, steps: int, layers: int) -> str:
-    """Write the attention of an arm in words."""
-    convolved = "" if arm.key_conv is None else f", key convolution over {arm.key_conv} tokens"
-    attention = arm.attention(0, steps)
-    if attention is None or arm.name == "full":
-        return f"full attention{convolved}"
-    full = sorted(attention.full_layer_indices(layers))
-    text = f"MoBA, blocks of {attention.block_size:,}, top-{attention.top_k}"
-    if full:
-        text += f", {len(full)} of {layers} layers full ({', '.join(map(str, full))})"
-    switch = arm.switch_step(steps)
-    if switch < steps:
-        text += f", full attention from step {switch + 1:,} on"
-    return text + convolved
-
-
 def device_name(device: torch.device) -> str:
     """Name the GPU, or the processor with its threads."""
     if device.type == "cuda":
@@ -93,14 +78,11 @@ def device_name(device: torch.device) -> str:
     return f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def attention_paths(config: RunConfig, shape: Shape, model: Any, args: Any) -> list[str]:
+def _attention_path(config: RunConfig, shape: Shape, model: Any, args: Any) -> str:
     """Say what the run's layers attend with, and what of ours that runs."""
     arm, steps = config.arm, config.train.steps
-    attention = arm.attention(0, steps)
-    name = arm_name(arm, steps, shape.layers)
-    if attention is None or arm.name == "full":
-        return [name]
-    return [name, _path(attention, shape, model, args)]
+    attention, said = arm.attention(0, steps), arm.describe(shape.layers, steps)
+    return said if attention is None or arm.kind is FULL else f"{said}; {_path(attention, shape, model, args)}"
 
 
 def _path(attention: MobaConfig, shape: Shape, model: Any, args: Any) -> str:

@@ -1,0 +1,70 @@
+"""Arms: an arm knows its attention, its cost and its names, and a kind of arm is one entry."""
+
+from __future__ import annotations
+
+import pytest
+
+from openmoba.config import MobaConfig
+from openmoba.lab.arms import KINDS, ArmConfig, Kind, attention_cost
+from openmoba.lab.config import from_dict
+from openmoba.ops.cost import causal_pairs, moba_pairs, moba_scores
+
+ARMS = [
+    ArmConfig("full"),
+    ArmConfig("full", key_conv=4),
+    ArmConfig("moba", 8, 2),
+    ArmConfig("hybrid", 8, 2, full_layers=(0, 2)),
+    ArmConfig("time_hybrid", 8, 2, switch_at=0.6),
+    ArmConfig("time_hybrid", 8, 2, switch_at=1.0),
+]
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.short)
+def test_keys_are_counted_step_by_step(arm: ArmConfig) -> None:
+    layers, length, steps = 3, 61, 5
+    read = [attention_cost(arm.attention(step, steps), layers, length)[0] for step in range(steps)]
+    share = sum(read) / (steps * layers * causal_pairs(length))
+    assert arm.key_share(layers, length, steps) == pytest.approx(share, rel=1e-12)
+    assert (share == 1) == (arm.name == "full")
+
+
+def test_attention_costs_what_its_layers_read() -> None:
+    assert attention_cost(None, 3, 61) == (3 * causal_pairs(61), 0)
+    pairs, scores = moba_pairs(61, 8, 2), moba_scores(61, 8, 2)
+    assert attention_cost(MobaConfig(8, 2, (0, 2)), 3, 61) == (2 * causal_pairs(61) + pairs, scores)
+    assert attention_cost(MobaConfig(8, 2, "all"), 3, 61) == attention_cost(None, 3, 61)
+
+
+def test_names_of_arms() -> None:
+    assert [arm.label("an-arm") for arm in ARMS] == ["an-arm"] * len(ARMS)
+    names = ["Full attention", "Full attention + key convolution", "MoBA", "hybrid", "time_hybrid", "time_hybrid"]
+    assert [arm.label(arm.name) for arm in ARMS] == names
+    assert [arm.short for arm in ARMS] == [
+        "full", "full key-conv 4", "moba 8/2", "hybrid 8/2 full 0,2", "time_hybrid 8/2", "time_hybrid 8/2",
+    ]  # fmt: skip
+    assert [arm.describe(3, 5) for arm in ARMS[:5]] == [
+        "full attention",
+        "full attention, key convolution over 4 tokens",
+        "MoBA, blocks of 8, top-2",
+        "MoBA, blocks of 8, top-2, 2 of 3 layers full (0, 2)",
+        "MoBA, blocks of 8, top-2, full attention from step 4 on",
+    ]
+    assert ARMS[3].settings(None, 5) == "blocks of 8, top-2"
+
+
+def test_a_kind_of_arm_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other layer full at first, all of them at the end: no other place knows that there is such a kind."""
+    with pytest.raises(ValueError, match="unknown arm 'zebra'; the arms are full, moba, hybrid, time_hybrid"):
+        ArmConfig("zebra")
+    zebra = Kind("zebra", lambda arm: (0, 2), lambda arm, steps: steps - 1, "Zebra")
+    monkeypatch.setitem(KINDS, "zebra", zebra)
+    arm = ArmConfig("zebra", 8, 2)
+    assert [arm.attention(step, 5) for step in (3, 4)] == [MobaConfig(8, 2, (0, 2)), None]
+    assert (arm.label("zebra"), arm.short) == ("Zebra", "zebra 8/2")
+    assert arm.describe(4, 5) == "MoBA, blocks of 8, top-2, 2 of 4 layers full (0, 2), full attention from step 5 on"
+    assert 0 < arm.key_share(4, 64, 5) < 1
+
+
+def test_a_record_or_recipe_names_a_kind_that_there_is() -> None:
+    with pytest.raises(ValueError, match="name must be 'full' or 'moba' or 'hybrid' or 'time_hybrid', got 'zebra'"):
+        from_dict(ArmConfig, {"name": "zebra"})
