@@ -1,0 +1,106 @@
+"""The operations over a process group: each rank calls them with its shard, and gets its shard of the output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from openmoba.ops import api as ops
+from openmoba.ops.checks import check_scale
+from openmoba.ops.varlen import dense_sequences
+from openmoba.parallel.heads import Attend, attend_by_heads
+from openmoba.parallel.keys import attend_by_keys
+from openmoba.parallel.sharding import Sharding
+
+# B batch, S tokens of a shard, H heads, D head width
+
+
+def moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sharding: Sharding,
+    *,
+    block_size: int,
+    top_k: int,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Compute `openmoba.moba_attention` of a sequence that lies over several ranks, which all call this together.
+
+    Queries choose among the blocks of the whole sequence; output and gradients are those of one device, up to the
+    order of sums, by heads bit for bit where the ranks divide the key/value heads.
+
+    Args:
+        q: this rank's queries `[B, S, H, D]`, of packed sequences `[S, H, D]`; S is `sharding.local_tokens`.
+        k: this rank's keys, Hkv heads; v: values, the shape of k.
+        sharding: how the whole lies over the ranks, and where packed sequences begin in it.
+        block_size, top_k, scale, impl: as in `openmoba.moba_attention`.
+
+    Returns:
+        This rank's output, shape and dtype of q; what stands at padding has no meaning.
+
+    Raises:
+        ValueError: naming the argument, its value and the way out.
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> Tensor:
+        return ops.moba_attention(
+            q,
+            k,
+            v,
+            block_size=block_size,
+            top_k=top_k,
+            cu_seqlens_q=cu_q,
+            cu_seqlens_k=cu_k,
+            scale=scale,
+            impl=impl,
+        )
+
+    return _over_ranks(attend, q, k, v, sharding)
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor, sharding: Sharding, *, scale: float | None = None) -> Tensor:
+    """Compute full causal attention of a sequence that lies over several ranks; arguments as in `moba_attention`."""
+    factor = check_scale(q, scale)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> Tensor:
+        if cu_q is None or cu_k is None:
+            return ops.moba_attention(q, k, v, block_size=k.shape[1], top_k=1, scale=factor)  # one block holds all
+        return dense_sequences(q, k, v, cu_q, cu_k, k.shape[0], factor)
+
+    return _over_ranks(attend, q, k, v, sharding)
+
+
+def _over_ranks(attend: Attend, q: Tensor, k: Tensor, v: Tensor, sharding: Sharding) -> Tensor:
+    """Cross the ranks by the way that the sharding resolves to."""
+    packed = sharding.cu_seqlens is not None
+    _check(q, k, v, sharding)
+    device = q.device.type
+    if torch.is_autocast_enabled(device):  # half the bytes to send
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    if packed:
+        q, k, v = (x[None] for x in (q, k, v))
+    by_heads = sharding.resolved(q.shape[2], k.shape[2]) == "heads"
+    out = (attend_by_heads if by_heads else attend_by_keys)(attend, q, k, v, sharding)
+    return out[0] if packed else out
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, sharding: Sharding) -> None:
+    """Raise ValueError unless these are this rank's shard: a wrong one would leave the others waiting."""
+    packed = sharding.cu_seqlens is not None
+    dims, layout = (3, "[tokens, heads, dim]") if packed else (4, "[batch, tokens, heads, dim]")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != dims:
+            way_out = "the sharding has cu_seqlens" if packed else "packed sequences need a sharding with cu_seqlens"
+            raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}; {way_out}")
+        if x.shape[-3] != sharding.local_tokens:
+            raise ValueError(
+                f"{name} holds {x.shape[-3]} tokens, but a shard of {sharding.tokens} tokens over {sharding.ranks} "
+                f"ranks holds {sharding.local_tokens}; cut it with Sharding.shard"
+            )
+    if k.shape != v.shape or q.shape[-2] % max(1, k.shape[-2]):
+        raise ValueError(
+            f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}, and q's {q.shape[-2]} heads must be a "
+            f"multiple of k's {k.shape[-2]}"
+        )

@@ -1,0 +1,85 @@
+"""The collectives of attention, as functions of tensors.
+
+They are torch's functional collectives, which name their group by a text and start without waiting, so that transfers
+run beside computation. In torch 2.11 they have no gradients yet; what needs one is an operation of its own here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh
+
+Waiting = Callable[[], Tensor]
+"""Waits for a transfer that is under way, and returns what arrived."""
+
+
+def group_of(group: Any) -> tuple[str, int, int]:
+    """Return name, own rank and number of ranks of a process group.
+
+    Args:
+        group: a `ProcessGroup`, a `DeviceMesh` of one dimension, or None for all processes.
+
+    Raises:
+        ValueError: no process group is there, or this process is not in it.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise ValueError(
+            "context parallelism needs a process group: start the program with torchrun, and call "
+            "torch.distributed.init_process_group() first"
+        )
+    if isinstance(group, DeviceMesh):
+        group = group.get_group()
+    group = distributed.group.WORLD if group is None else group
+    rank = distributed.get_rank(group)
+    if rank < 0:
+        raise ValueError("this process is not in the process group that it is to share a sequence with")
+    return group.group_name, rank, distributed.get_world_size(group)
+
+
+def gather(x: Tensor, ranks: int, group_name: str) -> Waiting:
+    """Start to put the `x` of all ranks behind each other along dimension 0."""
+    started = torch.ops._c10d_functional.all_gather_into_tensor(x, ranks, group_name)
+    return lambda: torch.ops._c10d_functional.wait_tensor(started)
+
+
+def exchange(x: Tensor, ranks: int, group_name: str) -> Waiting:
+    """Start to send the n-th part of `x` along dimension 0 to rank n; what arrives lies in the order of its senders."""
+    sizes = [x.shape[0] // ranks] * ranks
+    started = torch.ops._c10d_functional.all_to_all_single(x, sizes, sizes, group_name)
+    return lambda: torch.ops._c10d_functional.wait_tensor(started)
+
+
+@torch.library.custom_op("openmoba::exchange", mutates_args=())
+def exchanged(x: Tensor, ranks: int, group_name: str) -> Tensor:
+    """Return what `exchange` brings, with a gradient; it is its own transpose."""
+    return exchange(x.contiguous(), ranks, group_name)()
+
+
+@exchanged.register_fake
+def _fake(x: Tensor, ranks: int, group_name: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, int, str], output: Tensor) -> None:
+    _, *ctx.group = inputs
+
+
+def _transpose(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    return exchanged(gradient, *ctx.group), None, None
+
+
+exchanged.register_autograd(_transpose, setup_context=_remember)
+
+
+def sum_parts(x: Tensor, ranks: int, group_name: str) -> Waiting:
+    """Start to sum over all ranks, of which rank n gets the n-th part along dimension 0.
+
+    The parts travel as they are and are summed in fp32: as many bytes as a reduce-scatter, which would round to the
+    dtype of `x` at every rank, and the same sum each time.
+    """
+    arriving = exchange(x, ranks, group_name)
+    return lambda: arriving().view(ranks, -1, *x.shape[1:]).sum(0, dtype=torch.promote_types(x.dtype, torch.float32))

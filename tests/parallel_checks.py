@@ -1,0 +1,248 @@
+"""Attention over two and three processes against one, in every process: see `test_parallel.py`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from ranks import PATIENCE, run_checks
+from torch import Tensor, distributed
+from torch.utils.checkpoint import checkpoint
+
+import openmoba
+from openmoba import parallel
+from openmoba.ops.dense import dense_attention
+from openmoba.parallel import Sharding, collectives, keys
+from openmoba.parallel.cost import values_sent
+
+# B batch, T tokens, H heads, D head width
+
+WAYS = [*product(("heads", "keys"), ("contiguous", "head-tail"))]
+Inputs = tuple[Tensor, Tensor, Tensor]
+GROUPS: dict[int, Any] = {}
+
+
+def inputs(*shape: int, heads: int = 12, kv_heads: int = 6, dtype: torch.dtype = torch.float64) -> Inputs:
+    """Queries, keys, values `[*shape, H, D]`, the same in every process."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    return tuple(torch.randn(*shape, n, 8, generator=generator, dtype=dtype) for n in (heads, kv_heads, kv_heads))
+
+
+def with_gradients(attend: Callable[..., Tensor], tensors: Inputs, weight: Tensor) -> list[Tensor]:
+    """Output, then the gradients of `(out * weight).sum()`."""
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    out = attend(*leaves)
+    (out * weight).sum().backward()
+    return [out.detach(), *(x.grad for x in leaves)]
+
+
+def compare(
+    one: Callable[..., Tensor],
+    many: Callable[..., Tensor],
+    tensors: Inputs,
+    sharding: Sharding,
+    tolerance: float | None = 1e-12,
+) -> None:
+    """Both passes of `many` on this rank's shard against its part of those of `one`; None asks for equal bits."""
+    dim = tensors[0].dim() - 3
+    weight = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1), dtype=tensors[0].dtype)
+    expected = with_gradients(one, tensors, weight)
+    local = tuple(sharding.shard(x, dim) for x in tensors)
+    found = with_gradients(lambda *x: many(*x, sharding), local, sharding.shard(weight, dim))
+    for name, x, y in zip(("out", "dq", "dk", "dv"), expected, found, strict=True):
+        real = sharding.unshard(y, dim)
+        if tolerance is None:
+            assert torch.equal(real, x), name
+        else:
+            torch.testing.assert_close(real, x, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def moba(block_size: int = 4, top_k: int = 3) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """MoBA on one device, and over the ranks of a sharding."""
+
+    def one(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return openmoba.moba_attention(q, k, v, block_size=block_size, top_k=top_k, **options)
+
+    def many(q: Tensor, k: Tensor, v: Tensor, sharding: Sharding) -> Tensor:
+        return parallel.moba_attention(q, k, v, sharding, block_size=block_size, top_k=top_k)
+
+    return one, many
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return dense_attention(q, k, v, q.shape[-1] ** -0.5)
+
+
+def rows(ranks: int, way: str, layout: str) -> None:
+    """Truly sparse, at lengths that the ranks do not divide, some shorter than the ranks are many."""
+    for tokens, batch in ((61, 2), (48, 1), (2, 1)):
+        sharding = Sharding.over(GROUPS[ranks], tokens, way=way, layout=layout)
+        compare(*moba(), inputs(batch, tokens), sharding)
+
+
+def full_rows(ranks: int, way: str, layout: str) -> None:
+    sharding = Sharding.over(GROUPS[ranks], 41, way=way, layout=layout)
+    compare(dense, parallel.full_attention, inputs(2, 41), sharding, 1e-12)
+    compare(dense, parallel.full_attention, inputs(2, 41, dtype=torch.float32), sharding, 2e-5)
+
+
+def packed(ranks: int, way: str, layout: str) -> None:
+    """Sequences that begin in one shard and end in another, within a shard, and empty ones."""
+    cu = torch.tensor([0, 17, 19, 19, 50, 61], dtype=torch.int32)
+    sharding = Sharding.over(GROUPS[ranks], 61, way=way, layout=layout, cu_seqlens=cu)
+    one, many = moba()
+    compare(lambda *x: one(*x, cu_seqlens_q=cu, cu_seqlens_k=cu), many, inputs(61), sharding)
+    whole, _ = moba(block_size=64, top_k=1)
+    compare(lambda *x: whole(*x, cu_seqlens_q=cu, cu_seqlens_k=cu), parallel.full_attention, inputs(61), sharding)
+
+
+def few_keys(ranks: int, way: str, layout: str) -> None:
+    """Grouped heads with more ranks than key/value heads, and numbers that do not divide each other."""
+    sharding = Sharding.over(GROUPS[ranks], 30, way=way, layout=layout)
+    for heads, kv_heads in ((6, 1), (12, 4), (12, 2)):
+        compare(*moba(), inputs(1, 30, heads=heads, kv_heads=kv_heads), sharding)
+
+
+def fast_paths(ranks: int, way: str, layout: str) -> None:
+    """The CPU's own implementation: by heads the bits of one process."""
+    sharding = Sharding.over(GROUPS[ranks], 61, way=way, layout=layout)
+    compare(*moba(), inputs(2, 61, dtype=torch.float32), sharding, None if way == "heads" else 2e-5)
+
+
+def turns(ranks: int, way: str, layout: str) -> None:
+    """One key/value head at a time, whose gathered keys are not saved; a whole is 2 x 61 x 6 x 8 numbers."""
+    sharding = Sharding.over(GROUPS[ranks], 61, way=way, layout=layout)
+    before, keys.BYTES_PER_TURN = keys.BYTES_PER_TURN, 0
+    try:
+        compare(*moba(), inputs(2, 61), sharding)
+        local = [sharding.shard(x).requires_grad_() for x in inputs(1, 61, dtype=torch.float32)]
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            moba()[1](*local, sharding)
+    finally:
+        keys.BYTES_PER_TURN = before
+    if way == "keys":
+        gathered = [x for x in saved if x.is_floating_point() and sharding.tokens in x.shape]
+        assert not gathered, [x.shape for x in gathered]
+
+
+def checkpointed(ranks: int, way: str, layout: str) -> None:
+    """Computed again in the backward pass, twice over the same graph."""
+    sharding = Sharding.over(GROUPS[ranks], 61, way=way, layout=layout)
+    one, many = moba()
+
+    def again(*x: Any) -> Tensor:
+        out: Tensor = checkpoint(many, *x, use_reentrant=False)
+        return out
+
+    compare(one, again, inputs(1, 61), sharding)
+    q, k, v = (sharding.shard(x).requires_grad_() for x in inputs(1, 61))
+    out = many(q, k, v, sharding).sum()
+    first, second = (torch.autograd.grad(out, (q, k, v), retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def compiled(ranks: int, way: str, layout: str) -> None:
+    """In a compiled function; by heads without a break in its graph."""
+    sharding = Sharding.over(GROUPS[ranks], 61, way=way, layout=layout)
+    one, many = moba()
+
+    @torch.compile(backend="aot_eager", fullgraph=way == "heads", dynamic=False)
+    def around(q: Tensor, k: Tensor, v: Tensor, sharding: Sharding) -> Tensor:
+        return many(q * 2, k, v, sharding) + 1
+
+    compare(lambda q, k, v: one(q * 2, k, v) + 1, around, inputs(1, 61, dtype=torch.float32), sharding, 2e-5)
+
+
+def autocast(ranks: int, way: str, layout: str) -> None:
+    """Computed, and sent, in autocast's dtype."""
+    sharding = Sharding.over(GROUPS[ranks], 61, way=way, layout=layout)
+    one, many = moba()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = many(*(sharding.shard(x) for x in inputs(1, 61, dtype=torch.float32)), sharding)
+        expected = one(*inputs(1, 61, dtype=torch.float32))
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(sharding.unshard(out), expected, rtol=2e-2, atol=2e-2)
+
+
+def volumes(ranks: int, way: str, layout: str) -> None:
+    """What is sent is what the cost model says."""
+    sharding = Sharding.over(GROUPS[ranks], 60, way=way, layout=layout)
+    sent = 0.0
+    exchange, gather = collectives.exchange, collectives.gather
+
+    def counted_exchange(x: Tensor, *rest: Any) -> Any:
+        nonlocal sent
+        sent += x.numel() * (ranks - 1) / ranks
+        return exchange(x, *rest)
+
+    def counted_gather(x: Tensor, *rest: Any) -> Any:
+        nonlocal sent
+        sent += x.numel() * (ranks - 1)
+        return gather(x, *rest)
+
+    with patch.object(collectives, "exchange", counted_exchange), patch.object(keys, "gather", counted_gather):
+        for heads, kv_heads in ((12, 6), (12, 4), (12, 1)):
+            sent = 0.0
+            local = [sharding.shard(x).requires_grad_() for x in inputs(1, 60, heads=heads, kv_heads=kv_heads)]
+            out = moba()[1](*local, sharding)
+            assert sent == pytest.approx(60 * 8 * values_sent(way, heads, kv_heads, ranks, backward=False))
+            out.sum().backward()
+            assert sent == pytest.approx(60 * 8 * values_sent(way, heads, kv_heads, ranks))
+
+
+def refusals(ranks: int, way: str, layout: str) -> None:
+    """One sentence with the way out, before anything is sent."""
+    group = GROUPS[ranks]
+    sharding = Sharding.over(group, 30, way=way, layout=layout)
+    q, k, v = (sharding.shard(x) for x in inputs(1, 30, heads=5, kv_heads=5))
+    many = moba()[1]
+    if way == "heads":
+        refuses(lambda: many(q, k, v, sharding), f"each of {ranks} ranks as many query heads, and there are 5")
+        assert Sharding.over(group, 30).resolved(5, 5) == "keys"
+    refuses(lambda: many(q[:, 1:], k, v, sharding), "cut it with Sharding.shard")
+    refuses(lambda: many(q[0], k[0], v[0], sharding), "need a sharding with cu_seqlens")
+    refuses(lambda: many(q, k, v[:, :, 1:], sharding), "v must have k's shape")
+    refuses(lambda: sharding.shard(q), "but the sharding is of 30")
+    refuses(lambda: Sharding.over(group, 0), "at least 1 token, got 0")
+    refuses(lambda: Sharding.over(group, 30, way="both"), "way must be one of auto, heads, keys, got 'both'")
+    refuses(lambda: Sharding.over(group, 30, layout="zigzag"), "layout must be one of")
+
+
+def refuses(call: Callable[[], Any], text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(text)):
+        call()
+
+
+def groups(*_: Any) -> None:
+    """Groups of the first two and three processes."""
+    ranks = distributed.get_world_size()
+    GROUPS.update({n: distributed.new_group(range(n), timeout=PATIENCE) for n in range(2, ranks + 1)})
+
+
+CASES = (rows, full_rows, packed, few_keys, fast_paths, turns, checkpointed, compiled, autocast, volumes, refusals)
+
+
+def all_checks() -> dict[str, Callable[[], Any]]:
+    """Every case over two and three processes, in every way and layout."""
+    checks: dict[str, Callable[[], Any]] = {"groups": groups}
+    for case, ranks, (way, layout) in product(CASES, (2, 3), WAYS):
+        # Making a graph takes longer than all else: over three processes by heads, over two by keys.
+        if case is not compiled or (ranks, way, layout) in ((3, "heads", "contiguous"), (2, "keys", "head-tail")):
+            checks[f"{case.__name__}-{ranks}-{way}-{layout}"] = partial(_in_group, case, ranks, way, layout)
+    return checks
+
+
+def _in_group(case: Callable[..., None], ranks: int, way: str, layout: str) -> None:
+    if distributed.get_rank() < ranks:
+        case(ranks, way, layout)
+
+
+if __name__ == "__main__":
+    run_checks(all_checks())

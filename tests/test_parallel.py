@@ -1,0 +1,58 @@
+"""Attention of one sequence over two and three processes is that of one: the checks are in `parallel_checks.py`."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from parallel_checks import all_checks
+from ranks import checked
+
+from openmoba.parallel import Sharding
+from openmoba.parallel.cost import choose_way, key_copies, values_sent
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    return checked("parallel_checks.py", 3, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("check", list(all_checks()))
+def test_over_processes(outcomes: dict[str, list[str]], check: str) -> None:
+    assert not outcomes[check], "\n".join(outcomes[check])
+
+
+@pytest.mark.parametrize(("layout", "chunks"), [("contiguous", (0, 1, 2)), ("head-tail", (0, 5, 1, 4, 2, 3))])
+def test_every_token_lies_on_one_rank(layout: str, chunks: tuple[int, ...]) -> None:
+    """The chunks of the picture in `sharding.py`, whatever the length; padding comes last and is marked."""
+    for tokens in (1, 5, 6, 31):
+        shardings = [Sharding(tokens, rank, 3, "", layout) for rank in range(3)]
+        assert shardings[0].chunks == chunks
+        parts = torch.cat([s.shard(torch.arange(tokens), 0, padding=-1) for s in shardings])
+        assert len(parts) == 3 * shardings[0].local_tokens
+        assert parts[parts >= 0].sort().values.tolist() == list(range(tokens))
+        whole = shardings[0].in_order(parts)
+        assert whole[:tokens].tolist() == list(range(tokens))
+        assert torch.equal(shardings[0].by_rank(whole), parts)
+
+
+def test_the_rule_takes_what_sends_less() -> None:
+    assert [choose_way(8 * g, 8, n) for g in (1, 4, 8) for n in (2, 4, 8)] == [
+        *("heads", "heads", "heads"),
+        *("keys", "heads", "heads"),
+        *("keys", "keys", "heads"),
+    ]
+    for kv_heads, group, ranks in product((1, 2, 6, 8), (1, 3, 4), (1, 2, 3, 4, 6, 8, 16)):
+        heads = kv_heads * group
+        if heads % ranks:
+            assert choose_way(heads, kv_heads, ranks) == "keys"
+            continue
+        by_rule = 2 * (group + key_copies(kv_heads, ranks)) <= 3 * ranks
+        assert choose_way(heads, kv_heads, ranks) == ("heads" if by_rule or ranks == 1 else "keys")
+        assert values_sent("heads", heads, kv_heads, 1) == values_sent("keys", heads, kv_heads, 1) == 0
+
+
+def test_a_program_without_process_group_is_told_of_torchrun() -> None:
+    with pytest.raises(ValueError, match="start the program with torchrun"):
+        Sharding.over(None, 8)
