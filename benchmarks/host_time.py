@@ -28,8 +28,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from openmoba.ops import library
-from openmoba.ops.triton import attention, hopper, replay
-from openmoba.ops.triton.launch import Launch
+from openmoba.ops.triton import attention, hopper
+from openmoba.ops.triton.host import replay
+from openmoba.ops.triton.host.launch import Launch
 from openmoba.records.provenance import provenance
 
 OUT = Path(__file__).parent.parent / "results" / "cpu" / "host_time.csv"

@@ -2,15 +2,15 @@
 
     python benchmarks/tune_kernels.py --tokens 32768 --head-dim 128 --block-size 128 --top-k 8
     python benchmarks/tune_kernels.py --passes forward --tokens 131072 --block-size 128 --top-k 8
-    python benchmarks/tune_kernels.py --tile forward_past_tile --try 64,128,4,3,1024 128,128,8,5,1024
-    python benchmarks/tune_kernels.py --tile key_gradients --try 64,128,8,2,4096
+    python benchmarks/tune_kernels.py --family portable --step attend_past --try 64,128,4,3,1024 128,128,8,5,1024
+    python benchmarks/tune_kernels.py --family hopper --step key_gradients --try 64,128,8,2,4096
 
 The first form prints what each kernel in the forward and the backward takes, from torch's profiler, and each module of
 `openmoba.ops.triton`: `gate` chooses, `plan` makes lists, `hopper.forward` reads past blocks, `hopper.own_queries`
 reads the own block and merges. The call is timed by CUDA events as well: what it has beyond its kernels is the host's.
-The second form does that of one pass; with `--triton`, of Triton's kernels also where Hopper's own would serve. The
-others replace one function of `openmoba.ops.triton.tuning`, or the tile of one kernel of `openmoba.ops.triton.hopper`,
-by each of the given tiles (M, N, warps, stages, segment) in turn.
+The second form does that of one pass. With `--family portable`, its kernels run also where Hopper's own would serve.
+With `--step`, one function of that family's tuning table, such as `openmoba.ops.triton.hopper.tuning`, is replaced by
+each of the given tiles (M, N, warps, stages, segment) in turn.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import argparse
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from dataclasses import replace
+from types import ModuleType
 from unittest.mock import patch
 
 import torch
@@ -28,10 +29,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from openmoba.bench.timing import Work, measure
 from openmoba.bench.training.profiles import own_kernels
-from openmoba.ops.triton import attention, backward, forward, hopper, replay
-from openmoba.ops.triton.tuning import Kernel, Tile
+from openmoba.ops.triton import attend, attention, gradients, hopper, portable
+from openmoba.ops.triton.family import Tile
+from openmoba.ops.triton.host import replay
 
 REPEATS = 5
+TUNING = {"hopper": hopper.tuning, "portable": portable.tuning}
 
 
 def main() -> None:
@@ -43,35 +46,29 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--passes", choices=("forward", "backward", "both"), default="both")
-    parser.add_argument("--triton", action="store_true", help="do without Hopper's own kernels")
-    parser.add_argument("--tile", help="function of openmoba.ops.triton.tuning or .hopper to replace")
+    parser.add_argument("--family", choices=tuple(TUNING), default="hopper", help="whose kernels run, if they can")
+    parser.add_argument("--step", help="function of the family's tuning table to replace")
     parser.add_argument("--try", dest="tiles", nargs="+", default=[], help="M,N,warps,stages,segment")
     options = parser.parse_args()
     call = prepare(options)
-    modules = (forward, backward) if (options.tile or "").endswith("_tile") else (hopper,)
-    users = [module for module in modules if hasattr(module, options.tile or "")]
-    if options.tile and not users:
-        raise SystemExit(f"error: --tile must be a function of tuning or hopper, got {options.tile!r}")
-    with patch.object(hopper, "is_available", lambda _: False) if options.triton else nullcontext():
+    tuning = TUNING[options.family]
+    if options.step and not hasattr(tuning, options.step):
+        raise SystemExit(f"error: --step must be a function of {tuning.__name__}, got {options.step!r}")
+    alone = options.family == "portable"
+    with patch.object(hopper, "is_available", lambda _: False) if alone else nullcontext():
         show("as tuned", call)
         for text in options.tiles:
             m, n, warps, stages, segment = map(int, text.split(","))
-            tile = Tile(m=m, n=n, d=options.head_dim, warps=warps, stages=stages, segment=segment)
-            with replaced(users[0], options.tile, tile):
+            sizes = {"m": m, "n": n, "warps": warps, "stages": stages, "segment": segment}
+            with replaced(tuning, options.step, sizes):
                 show(text, call)
 
 
 @contextmanager
-def replaced(module: Any, name: str, tile: Tile) -> Iterator[None]:
-    """Let one function choose `tile`."""
-    original = getattr(module, name)
-
-    def kernel(*arguments: Any) -> Kernel:
-        function, _, constants = original(*arguments)
-        sizes = {"M": tile.m, "N": tile.n, "num_warps": tile.warps, "STAGES": tile.stages}
-        return Kernel(function, tile, constants | {name: size for name, size in sizes.items() if name in constants})
-
-    with patch.object(module, name, kernel if module is hopper else lambda *_: tile):
+def replaced(tuning: ModuleType, step: str, sizes: dict[str, int]) -> Iterator[None]:
+    """Let one step have a tile of these sizes."""
+    original: Callable[..., Tile] = getattr(tuning, step)
+    with patch.object(tuning, step, lambda *arguments: replace(original(*arguments), **sizes)):
         forget()
         try:
             yield
@@ -81,7 +78,7 @@ def replaced(module: Any, name: str, tile: Tile) -> Iterator[None]:
 
 def forget() -> None:
     """Let tiles be chosen anew."""
-    for cached in (forward._launches, backward._launches, attention._fitting_heads):
+    for cached in (attend._launches, gradients._launches, attention._fitting_heads):
         cached.cache_clear()
     replay.forget()
 

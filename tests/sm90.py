@@ -197,7 +197,7 @@ def launcher_arguments() -> list[dict[str, Any]]:
     The driver is one that compiles for Hopper and runs nothing; hooks and what is prepared for them are left out.
     """
     from openmoba.ops.triton import attention, hopper
-    from openmoba.ops.triton.launch import Launch
+    from openmoba.ops.triton.host.launch import Launch
 
     given: list[list[Any]] = []
 

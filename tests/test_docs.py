@@ -32,7 +32,10 @@ TRAINING = {"training_h200": "loop", "longest_h200": "longest"}
 """Tables of results/h200/training.csv, and the kind of rows that they show: as long as it has none, they are empty."""
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("docs/*.md")]
 NAME = re.compile(r"`(openmoba(?:\.\w+)+)`")
-MODULES = "|".join(path.stem for path in (ROOT / "src/openmoba/ops/triton").glob("[!_]*.py"))
+KERNELS = ROOT / "src/openmoba/ops/triton"
+MODULES = "|".join(
+    re.escape(".".join(path.relative_to(KERNELS).with_suffix("").parts)) for path in KERNELS.rglob("[!_]*.py")
+)
 KERNEL = re.compile(rf"`({MODULES})\.(?!py)(\w+)`")
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 SETTING = re.compile(r"\bOPENMOBA_\w+")

@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 
 from openmoba import explain
 from openmoba.ops.triton import hopper
-from openmoba.ops.triton.device import nvidia_capability
 from openmoba.ops.triton.geometry import Geometry
+from openmoba.ops.triton.host.device import nvidia_capability
 
 FP16 = torch.float16
 

@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from openmoba.ops.triton import launch
-from openmoba.ops.triton.launch import Launch
+from openmoba.ops.triton.host import direct
+from openmoba.ops.triton.host.launch import Launch
 
 
 class Kernel:
@@ -38,7 +38,7 @@ class Kernel:
 def stream(monkeypatch):
     """Stands for the GPU's current stream."""
     active = SimpleNamespace(get_current_stream=lambda device: ("stream", device))
-    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(direct, "driver", SimpleNamespace(active=active))
 
 
 X, Y = torch.zeros(64), torch.zeros(64, dtype=torch.int32)
@@ -87,8 +87,8 @@ def test_profilers_hear_of_launches(name):
     kernel = Kernel()
     run = Launch(kernel, (5,), (3,), CONSTANTS)
     run(X, Y)
-    first = run._compiled.copy()
-    hooks = getattr(launch.knobs.runtime, name)
+    first = run._direct.copy()
+    hooks = getattr(direct.knobs.runtime, name)
 
     def hook(_):
         pass
@@ -98,14 +98,14 @@ def test_profilers_hear_of_launches(name):
         run(X, Y)
     finally:
         hooks.remove(hook)
-    watched = run._compiled.copy()
+    watched = run._direct.copy()
     run(X, Y)
     assert [entry[0] for entry in kernel.log] == ["triton", "triton", "direct"]
-    assert run._compiled == watched == first  # what was compiled for the profiler is not kept
+    assert run._direct == watched == first  # what was compiled for the profiler is not kept
 
 
 def test_untested_versions_of_triton_launch_by_themselves(monkeypatch):
-    monkeypatch.setattr(launch, "_FIXED", False)
+    monkeypatch.setattr(direct, "_ON", False)
     kernel = Kernel()
     run = Launch(kernel, (5,), (3,), CONSTANTS)
     run(X, Y)
@@ -124,9 +124,9 @@ def test_untested_versions_of_triton_launch_by_themselves(monkeypatch):
     ],
 )
 def test_which_launches_are_fixed(asked, version, fixed):
-    assert launch._are_fixed(asked, version) == fixed
+    assert direct._is_on(asked, version) == fixed
 
 
 def test_the_setting_is_checked():
     with pytest.raises(ValueError, match="OPENMOBA_FIXED_LAUNCHES must be 0 or 1, got 'off'"):
-        launch._are_fixed("off", "3.6.0")
+        direct._is_on("off", "3.6.0")

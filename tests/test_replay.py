@@ -13,9 +13,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from openmoba.ops.triton import attention, launch, replay
-from openmoba.ops.triton.launch import Launch
-from openmoba.ops.triton.replay import replayed
+from openmoba.ops.triton import attention
+from openmoba.ops.triton.host import direct, replay
+from openmoba.ops.triton.host.launch import Launch
+from openmoba.ops.triton.host.replay import replayed
 
 MB = 2**20
 SIZE = 40
@@ -28,7 +29,7 @@ class Adder:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def compile_and_run(*tensors: Any, SUMMAND: int) -> Any:
-            launch.knobs.runtime.launch_enter_hook(None)  # as Triton does
+            direct.knobs.runtime.launch_enter_hook(None)  # as Triton does
             self.run(*grid, *HEAD, *[None if x is None else x.data_ptr() for x in tensors], SUMMAND)
             return SimpleNamespace(run=self.run, function=7, packed_metadata="metadata")
 
@@ -71,8 +72,7 @@ class Call:
 def cpu(monkeypatch):
     """A stream for a machine without a GPU, and nothing written down."""
     active = SimpleNamespace(get_current_stream=lambda device: "stream")
-    for module in (launch, replay):
-        monkeypatch.setattr(module, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(direct, "driver", SimpleNamespace(active=active))
     replay.forget()
 
 
@@ -144,7 +144,7 @@ def test_launches_of_other_threads_do_not_count():
 
 
 def test_nothing_is_replayed_where_launches_are_not_fixed(monkeypatch):
-    monkeypatch.setattr(launch, "_FIXED", False)
+    monkeypatch.setattr(direct, "_ON", False)
     call = Call()
     for seed in range(2):
         inputs = tensors(seed)
@@ -211,11 +211,11 @@ def test_profilers_hear_of_every_launch():
     def hook(_):
         pass
 
-    launch.knobs.runtime.launch_enter_hook.add(hook)
+    direct.knobs.runtime.launch_enter_hook.add(hook)
     try:
         play(call, inputs)
     finally:
-        launch.knobs.runtime.launch_enter_hook.remove(hook)
+        direct.knobs.runtime.launch_enter_hook.remove(hook)
     assert call.runs == 2
 
 

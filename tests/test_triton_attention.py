@@ -18,11 +18,13 @@ import triton
 import triton.language as tl
 
 from openmoba import moba_attention
-from openmoba.ops.triton import attention, backward, forward
+from openmoba.ops.triton import attend, attention, gradients
 from openmoba.ops.triton import plan as plans
+from openmoba.ops.triton.family import pairs_per_item
 from openmoba.ops.triton.geometry import Geometry
-from openmoba.ops.triton.launch import Launch
+from openmoba.ops.triton.host.launch import Launch
 from openmoba.ops.triton.plan import item_bounds, make_items, make_plan
+from openmoba.ops.triton.portable import tuning
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 
@@ -32,8 +34,8 @@ FP16, FP32 = torch.float16, torch.float32
 @pytest.fixture(autouse=True)
 def _no_launches_of_other_tests() -> None:
     """A test that changes tiles must not find launches with others."""
-    forward._launches.cache_clear()
-    backward._launches.cache_clear()
+    attend._launches.cache_clear()
+    gradients._launches.cache_clear()
     plans._ordering.cache_clear()
 
 
@@ -213,8 +215,8 @@ def test_partials_of_key_gradients_take_less_than_shares_of_query_gradients(bloc
     """At a million tokens they do not decide what fits in memory."""
     geometry = Geometry(False, 1, 2**20, 2**20, 32, 8, 128, block_size, 8)
     pairs = geometry.rows * geometry.group * 7
-    items = pairs // backward.backward_keys_tile(geometry, FP16).segment + geometry.block_slots
-    shares = max(1, backward.dq_pieces(geometry, FP16))
+    items = pairs // pairs_per_item(geometry) + geometry.block_slots
+    shares = max(1, gradients.dq_pieces(geometry, FP16))
     assert 2 * items * block_size * 128 * 4 < pairs * shares * 128 * 2
 
 
@@ -260,7 +262,7 @@ def test_the_workspace_holds_the_partials_of_keys_and_values(monkeypatch):
     with Watch():
         attention.backward(case.d_out, None, case.q, case.k, case.v, *saved, case.cu_q, case.cu_k, 64, 2, 0.25)
     geometry = Geometry.of(case.q, case.k, case.cu_q, 64, 2)
-    of_a_head = backward.key_partial_bytes(geometry, FP32)
+    of_a_head = gradients.key_partial_bytes(geometry)
     assert 4 * of_a_head > 2**20 >= largest >= of_a_head
 
 
@@ -277,9 +279,9 @@ def test_workspace_setting(monkeypatch):
 @pytest.mark.parametrize("block_size", [8, 150])
 def test_long_lists_are_cut(monkeypatch, block_size):
     """Lists of several items: partial sums of dK and dV are added up, and no pair is lost between items."""
-    for module, name in ((forward, "forward_past_tile"), (backward, "backward_keys_tile")):
-        whole = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, whole=whole: replace(whole(*args), m=16, segment=16))
+    for step in ("attend_past", "key_gradients"):
+        whole = getattr(tuning, step)
+        monkeypatch.setattr(tuning, step, lambda *args, whole=whole: replace(whole(*args), m=16, segment=16))
     assert_as_accurate_as_plain_pytorch(batched(FP32, (1, 45, 2 * block_size + 30, 2, 1, 16), block_size, 2))
 
 

@@ -61,7 +61,7 @@ def reports() -> dict[str, list[dict[str, Any]]]:
 def test_kernels_fit_and_multiply_matrices(reports, configuration):
     kernels = reports[configuration]
     names = {kernel["kernel"] for kernel in kernels}
-    assert {"_gate", "_attend_past", "_attend_own", "key_gradients", "own_query_gradients"} <= names
+    assert {"_gate", "attend_past", "attend_own", "key_gradients", "own_query_gradients"} <= names
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_MEMORY, kernel
         assert kernel["matrix"] > 0, kernel

@@ -46,10 +46,10 @@ def test_what_is_imported_is_asked_for() -> None:
 
 
 def test_every_supported_triton_is_compiled_with() -> None:
-    launch = pytest.importorskip("openmoba.ops.triton.launch")
+    direct = pytest.importorskip("openmoba.ops.triton.host.direct")
     listed = re.search(r"^TRITONS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert listed is not None
     versions = listed[1].split()
-    first, last = launch._FIRST_TESTED, launch._LAST_TESTED
+    first, last = direct._FIRST_TESTED, direct._LAST_TESTED
     assert [minor(version) for version in versions] == [(3, n) for n in range(first[1], last[1] + 1)]
     assert PINS["triton"] in versions

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 import torch
 
-from openmoba.ops.triton import replay
+from openmoba.ops.triton.host import replay
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,8 @@ import sys
 import torch
 from attending import batched, packed, run
 
-from openmoba.ops.triton import plan, replay
+from openmoba.ops.triton import plan
+from openmoba.ops.triton.host import replay
 
 CASES = {
     "resident keys": batched(torch.bfloat16, (2, 150, 200, 4, 2, 64), 32, 3, "cuda"),

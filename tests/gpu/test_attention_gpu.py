@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from openmoba import explain, moba_attention
-from openmoba.ops.triton import attention, hopper, replay
+from openmoba.ops.triton import attention, hopper
 from openmoba.ops.triton.geometry import Geometry
+from openmoba.ops.triton.host import replay
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -108,7 +109,7 @@ def test_both_paths_on_hopper(dtype, shape, block_size, top_k, path, monkeypatch
     case = batched(dtype, shape, block_size, top_k, "cuda")
     if path == "triton":
         monkeypatch.setattr(hopper, "is_available", lambda _: False)
-    elif not hopper.serves(Geometry.of(case.q, case.k, None, block_size, top_k), case.q, case.k, case.v):
+    elif hopper.why_not(Geometry.of(case.q, case.k, None, block_size, top_k), case.q, case.k, case.v) is not None:
         pytest.skip("not a Hopper GPU, or a Triton without these kernels")
     assert_repeatable_and_as_accurate_as_plain_pytorch(case)
 

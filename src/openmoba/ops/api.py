@@ -202,11 +202,10 @@ def _lowered(x: Tensor, dtype: torch.dtype, cast: Callable[..., Tensor] = Tensor
 
 def _kernels(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> str:
     """Which kernels attend to past blocks."""
-    from openmoba.ops.triton import hopper  # importing openmoba needs torch alone
+    from openmoba.ops.triton import families  # importing openmoba needs torch alone
     from openmoba.ops.triton.geometry import Geometry
 
-    obstacle = hopper.why_not(Geometry.of(q, k, cu_q, block_size, top_k), q, k, v)
-    return "Hopper's own kernels" if obstacle is None else f"portable kernels, not Hopper's own: {obstacle}"
+    return families.explain(Geometry.of(q, k, cu_q, block_size, top_k), q, k, v)
 
 
 def _path(run: str, k: Tensor, cu_k: Tensor | None, block_size: int, top_k: int) -> str:

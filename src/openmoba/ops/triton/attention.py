@@ -16,14 +16,14 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from openmoba.ops.triton.backward import dq_pieces, heads_gradients, key_partial_bytes
-from openmoba.ops.triton.device import memory_bytes
-from openmoba.ops.triton.forward import attend_heads
+from openmoba.ops.triton.attend import attend_heads
 from openmoba.ops.triton.geometry import Geometry, cdiv
 from openmoba.ops.triton.given import given_keys
-from openmoba.ops.triton.launch import REMEMBERED
+from openmoba.ops.triton.gradients import dq_pieces, heads_gradients, key_partial_bytes
+from openmoba.ops.triton.host.device import memory_bytes
+from openmoba.ops.triton.host.launch import REMEMBERED
+from openmoba.ops.triton.host.replay import replayed
 from openmoba.ops.triton.plan import Plan, make_plan, split_plan
-from openmoba.ops.triton.replay import replayed
 from openmoba.ops.triton.route import INT16_KEYS, route, select
 from openmoba.ops.triton.statistics import row_statistics
 
@@ -155,7 +155,7 @@ def heads_at_once(geometry: Geometry, dtype: torch.dtype, device: torch.device) 
 @lru_cache(maxsize=REMEMBERED)
 def _fitting_heads(geometry: Geometry, dtype: torch.dtype, forward_bytes: int, backward_bytes: int) -> int:
     shares = max(1, dq_pieces(geometry, dtype))
-    backward_head = _head_bytes(geometry, dtype, shares) + key_partial_bytes(geometry, dtype)
+    backward_head = _head_bytes(geometry, dtype, shares) + key_partial_bytes(geometry)
     forward_heads = forward_bytes // max(1, _head_bytes(geometry, dtype, shares=1))
     backward_heads = backward_bytes // max(1, backward_head)
     sortable = (INT16_KEYS - 1) // geometry.block_slots

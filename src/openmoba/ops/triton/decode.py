@@ -28,11 +28,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from openmoba.ops.triton.device import multiprocessors, nvidia_capability
-from openmoba.ops.triton.forward import LOG2E, load_rows
 from openmoba.ops.triton.geometry import cdiv, kernel_width, power_of_two, strides
-from openmoba.ops.triton.launch import REMEMBERED, Launch
-from openmoba.ops.triton.pool import power_of_two as scale_of
+from openmoba.ops.triton.host.device import most_registers, multiprocessors, nvidia_capability
+from openmoba.ops.triton.host.launch import REMEMBERED, Launch
+from openmoba.ops.triton.pool import scale_to
+from openmoba.ops.triton.rows import LOG2E, load_rows
 
 _PAGES_PER_TILE = 64
 _MOST_ROWS = 64  # query rows per tile of the scores
@@ -144,8 +144,8 @@ def _plan(
             "N": n,
             "C": _MERGED_AT_ONCE,
             "STAGES": _TILES_IN_FLIGHT + 1,
-            "maxnreg": 128,
         }
+        | most_registers(128)
         | ({"launch_pdl": True} if overlap else {}),
     )
     return _Plan(
@@ -227,7 +227,7 @@ def _score(
     for d in tl.static_range(0, D, W):
         q_MW = load_rows(q_ptr + d, q_at_M, 1, row_M < ROWS, WIDTH - d, W).to(tl.float32)
         largest_M = tl.maximum(largest_M, tl.max(tl.abs(q_MW), 1))
-    scale_M = scale_of(largest_M, _ROW_EXPONENT)
+    scale_M = scale_to(largest_M, _ROW_EXPONENT)
     score_NM = tl.zeros([N, M], tl.float32)
     for d in tl.static_range(0, D, W):
         centroid_NW = load_rows(centroid_ptr + d, page_N, centroid_page, page_N < past, WIDTH - d, W)

@@ -28,9 +28,10 @@ from openmoba.ops.triton.geometry import (
     span,
     strides,
 )
-from openmoba.ops.triton.launch import REMEMBERED, Launch
+from openmoba.ops.triton.host.device import most_registers
+from openmoba.ops.triton.host.launch import REMEMBERED, Launch
 from openmoba.ops.triton.pool import pool
-from openmoba.ops.triton.ranking import CENTER_BITS, largest_norms, load_rows, rank_once, rank_repeatedly
+from openmoba.ops.triton.ranking import CENTER_BITS, largest_norms, load_scaled_rows, rank_once, rank_repeatedly
 
 _KEPT = 3
 _MOST_PICKS_OF_ONE_PASS = 16
@@ -47,15 +48,10 @@ class GateTile:
     stages: int
     registers: int | None = None
 
-    def launch(self) -> dict[str, int | None]:
+    def launch(self) -> dict[str, int]:
         """The kernels' keyword arguments."""
-        return {
-            "M": self.m,
-            "LANES": self.lanes,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-            "maxnreg": self.registers,
-        }
+        sizes = {"M": self.m, "LANES": self.lanes, "num_warps": self.warps, "num_stages": self.stages}
+        return sizes | most_registers(self.registers)
 
 
 def choose(
@@ -233,7 +229,7 @@ def _gate(
     offset = 0 if LOCAL else head % heads_per_sort * block_slots + start
     none = -1 if LOCAL else heads_per_sort * block_slots
     largest_M = largest_norms(norm_ptr + first, past_M, fewest, most)
-    q_MD, scale_M = load_rows(q_ptr, q_offset_M, live_M, largest_M, key_scale, DTYPE, WIDTH, D)
+    q_MD, scale_M = load_scaled_rows(q_ptr, q_offset_M, live_M, largest_M, key_scale, DTYPE, WIDTH, D)
     centroid_ptr += tl.cast(first, tl.int64) * D
     if REPEAT:
         rank_repeatedly(
@@ -320,7 +316,7 @@ def _second_look(
             offset = 0 if LOCAL else head % heads_per_sort * block_slots + start
             none = -1 if LOCAL else heads_per_sort * block_slots
             largest_M = largest_norms(norm_ptr + first, past_M, fewest, most)
-            q_MD, scale_M = load_rows(q_ptr, q_offset_M, live_M, largest_M, key_scale, DTYPE, WIDTH, D)
+            q_MD, scale_M = load_scaled_rows(q_ptr, q_offset_M, live_M, largest_M, key_scale, DTYPE, WIDTH, D)
             rank_repeatedly(
                 q_MD, scale_M, past_M, live_M, fewest, most, centroid_ptr + tl.cast(first, tl.int64) * D,
                 out_M, offset, none, index_range, index_base, PICKS, PICKS, KEEP, LANES, False,

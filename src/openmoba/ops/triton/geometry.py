@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openmoba.ops.triton.launch import REMEMBERED
+from openmoba.ops.triton.host.launch import REMEMBERED
 
 
 def cdiv(a: int, b: int) -> int:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from openmoba.ops.triton.geometry import Geometry, cdiv, first_row, first_slot, power_of_two, sequence_of, span
-from openmoba.ops.triton.launch import REMEMBERED, Launch
+from openmoba.ops.triton.host.launch import REMEMBERED, Launch
 from openmoba.ops.triton.route import new_keys
 
 _TOGETHER = 1024  # given blocks of a tile

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from openmoba.ops.triton.geometry import cdiv, strides
-from openmoba.ops.triton.launch import REMEMBERED, Launch
+from openmoba.ops.triton.host.launch import REMEMBERED, Launch
 from openmoba.ops.triton.pool import block_centroid, centroid_sizes
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from openmoba.ops.triton.geometry import Geometry, cdiv, locate, span
-from openmoba.ops.triton.launch import REMEMBERED, Launch
+from openmoba.ops.triton.host.launch import REMEMBERED, Launch
 
 _LANES = 128
 _SORTED = 256  # lists; those before keep their order, in which neighbours read the same rows

@@ -18,9 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from openmoba.ops.pages import ANCHOR_KEYS, LARGEST_FP16, ROOM, centroid_dtype
-from openmoba.ops.triton.geometry import Geometry, kernel_width, locate, span, strides
-from openmoba.ops.triton.geometry import power_of_two as next_power_of_two
-from openmoba.ops.triton.launch import REMEMBERED, Launch
+from openmoba.ops.triton.geometry import Geometry, kernel_width, locate, power_of_two, span, strides
+from openmoba.ops.triton.host.launch import REMEMBERED, Launch
 
 _LARGEST_FP16 = tl.constexpr(LARGEST_FP16)
 _ROOM = tl.constexpr(ROOM)
@@ -51,15 +50,15 @@ def centroid_sizes(block_size: int, width: int) -> dict[str, int]:
     anchor, d = min(ANCHOR_KEYS, block_size), kernel_width(width)
     return {
         "ANCHOR": anchor,
-        "ANCHOR_TILE": next_power_of_two(anchor),
-        "CHUNK": next_power_of_two(min(block_size, 16384 // d)),
+        "ANCHOR_TILE": power_of_two(anchor),
+        "CHUNK": power_of_two(min(block_size, 16384 // d)),
         "WIDTH": width,
         "D": d,
     }
 
 
 @triton.jit
-def power_of_two(x, TARGET: tl.constexpr):
+def scale_to(x, TARGET: tl.constexpr):
     """The power of two that takes x > 0 into [2^TARGET, 2^(TARGET + 1)); 1 for 0."""
     exponent = (x.to(tl.int32, bitcast=True) >> 23) & 255
     scale_bits = tl.minimum(tl.maximum(254 - exponent + TARGET, 1), 254) << 23
@@ -87,7 +86,7 @@ def block_centroid(
     first_AD = tl.load(k_ptr + key_A.to(tl.int64)[:, None] * stride_t + d_D, mask=anchor_mask, other=0.0).to(tl.float32)
     anchor_D = tl.sum(first_AD, 0) / ANCHOR
     spread = tl.max(tl.max(tl.where(anchor_mask, tl.abs(first_AD - anchor_D), 0.0), 1), 0)
-    scale = power_of_two(tl.maximum(spread, tl.max(tl.abs(anchor_D), 0) / 64), _ROOM)
+    scale = scale_to(tl.maximum(spread, tl.max(tl.abs(anchor_D), 0) / 64), _ROOM)
 
     key_C = tl.arange(0, CHUNK)
     sum_D = tl.zeros([D], tl.float32)

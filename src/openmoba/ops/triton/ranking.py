@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from openmoba.ops.triton.pool import power_of_two
+from openmoba.ops.triton.pool import scale_to
 
 # 1.5 * 2^23: adding it leaves a number below 2^22 in magnitude rounded to an integer in the low mantissa bits.
 _CENTER = tl.constexpr(12582912.0)
@@ -28,7 +28,9 @@ _ROW_EXPONENT = tl.constexpr(14)
 
 
 @triton.jit
-def load_rows(q_ptr, offset_M, live_M, largest_M, key_scale, DTYPE: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+def load_scaled_rows(
+    q_ptr, offset_M, live_M, largest_M, key_scale, DTYPE: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr
+):
     """Query rows in DTYPE, each scaled by a power of two (no ranking changes, bf16 fits fp16).
 
     Also what takes their scores into the range of the fixed point, `key_scale / (|q| * largest |c|)`.
@@ -36,7 +38,7 @@ def load_rows(q_ptr, offset_M, live_M, largest_M, key_scale, DTYPE: tl.constexpr
     d_D = tl.arange(0, D)
     mask = live_M[:, None] & (d_D < WIDTH)
     q_MD = tl.load(q_ptr + offset_M[:, None] + d_D, mask=mask, other=0.0).to(tl.float32)
-    q_MD = (q_MD * power_of_two(tl.max(tl.abs(q_MD), 1), _ROW_EXPONENT)[:, None]).to(DTYPE)
+    q_MD = (q_MD * scale_to(tl.max(tl.abs(q_MD), 1), _ROW_EXPONENT)[:, None]).to(DTYPE)
     wide_MD = q_MD.to(tl.float32)
     bound_M = tl.sqrt(tl.sum(wide_MD * wide_MD, 1)) * largest_M
     return q_MD, key_scale / tl.where(bound_M > 0, bound_M, 1.0)

@@ -9,13 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openmoba.ops.triton.forward import LOG2E, load_rows
 from openmoba.ops.triton.geometry import Geometry, cdiv, power_of_two, strides
-from openmoba.ops.triton.launch import REMEMBERED, Launch
-
-# A row's statistics take 16 bytes: with fewer elements than a warp group has threads, Triton 3.6 would load them once
-# per thread of the matrix layout instead of once per row, which more than doubles the inner loop's instructions.
-STATISTICS = tl.constexpr(4)
+from openmoba.ops.triton.host.launch import REMEMBERED, Launch
+from openmoba.ops.triton.rows import LOG2E, STATISTICS, load_rows
 
 
 def row_statistics(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, geometry: Geometry) -> Tensor:
@@ -63,29 +59,3 @@ def _row_statistics(
     c = tl.arange(0, STATISTICS)
     both_MC = tl.where((c == 0)[None, :], lse_M[:, None], tl.where((c == 1)[None, :], delta_M[:, None], 0.0))
     tl.store(statistics_ptr + row[:, None].to(tl.int64) * STATISTICS + c[None, :], both_MC, mask=valid[:, None])
-
-
-@triton.jit
-def load_queries(
-    d_out_base,
-    q_base,
-    statistics_ptr,
-    d_out_at,
-    q_at,
-    statistic_at,
-    valid,
-    WIDTH: tl.constexpr,
-    D: tl.constexpr,
-):
-    """Tiles of queries and output gradients with their base-2 LSE and delta; rows not `valid` get P = 0.
-
-    Their addresses must be readable all the same.
-    """
-    q_MD = load_rows(q_base, q_at, 1, None, WIDTH, D)
-    d_out_MD = load_rows(d_out_base, d_out_at, 1, None, WIDTH, D)
-    c = tl.arange(0, STATISTICS)
-    both_MC = tl.load(statistics_ptr + statistic_at[:, None] * STATISTICS + c[None, :])
-    both_MC = tl.where((c == 0)[None, :] & ~valid[:, None], float("inf"), both_MC)
-    lse_M = tl.sum(tl.where((c == 0)[None, :], both_MC, 0.0), 1)
-    delta_M = tl.sum(tl.where((c == 1)[None, :], both_MC, 0.0), 1)
-    return q_MD, d_out_MD, lse_M, delta_M

@@ -1,4 +1,4 @@
-"""Past blocks, forward, on Hopper: `forward._attend_past` with copies and matrix products in flight.
+"""Past blocks, forward, on Hopper: the portable `attend_past` with copies and matrix products in flight.
 
 M rows and N keys per tile, D head width. Two programs of four warps or more share a multiprocessor: while one
 exponentiates, the other multiplies.
@@ -15,7 +15,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma, warpgroup_mma_wait
 
-from openmoba.ops.triton.forward import LOG2E
 from openmoba.ops.triton.geometry import query_base
 from openmoba.ops.triton.hopper.tiles import (
     PIECE,
@@ -31,6 +30,7 @@ from openmoba.ops.triton.hopper.tiles import (
     stages_around,
 )
 from openmoba.ops.triton.plan import block_of_list, item_bounds, skipped
+from openmoba.ops.triton.rows import LOG2E
 
 
 @gluon.jit

@@ -1,4 +1,4 @@
-"""A tile of a block's own queries against their block, on Hopper: `forward._attend_own`, and its dQ.
+"""A tile of a block's own queries against their block, on Hopper: the portable `attend_own`, and its dQ.
 
 The M queries stay in shared memory and the block's keys stream by, N at a time. What the past contributed is added at
 the end, in the layout in which rows are written to memory: it is read once, straight into registers. The tiles are
@@ -11,10 +11,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma, warpgroup_mma_wait
 
-from openmoba.ops.triton.forward import LOG2E, own_rows
 from openmoba.ops.triton.geometry import first_row
 from openmoba.ops.triton.hopper.tiles import copy_rows, product_layout, row_layout
-from openmoba.ops.triton.statistics import STATISTICS
+from openmoba.ops.triton.rows import LOG2E, STATISTICS, own_rows
 
 
 @gluon.constexpr_function

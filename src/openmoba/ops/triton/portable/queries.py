@@ -1,4 +1,4 @@
-"""Gradients of queries: dQ = scale * sum_j dS k (`backward`), as shares of pairs and summed.
+"""Gradients of queries: dQ = scale * sum_j dS k (`gradients`), as shares of pairs and summed.
 
 M query rows, N keys per tile, D head width padded to a power of two (WIDTH is the real one).
 """
@@ -8,10 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from openmoba.ops.triton.forward import LOG2E, dot, load_rows, own_rows, pair_rows, reads, store_rows
 from openmoba.ops.triton.geometry import first_row, query_base
 from openmoba.ops.triton.plan import block_of_list, item_bounds
-from openmoba.ops.triton.statistics import load_queries
+from openmoba.ops.triton.rows import LOG2E, dot, load_queries, load_rows, own_rows, pair_rows, reads, store_rows
 
 
 @triton.jit

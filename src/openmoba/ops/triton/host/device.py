@@ -25,3 +25,8 @@ def nvidia_capability(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda" or torch.version.hip is not None:
         return 0, 0
     return torch.cuda.get_device_capability(device)
+
+
+def most_registers(most: int | None) -> dict[str, int]:
+    """Return the option that holds a kernel to so many registers per thread, an option of NVIDIA's compiler alone."""
+    return {} if most is None or torch.version.hip is not None else {"maxnreg": most}

@@ -1,4 +1,4 @@
-"""Gradients of keys and values: dV = sum_r P dO, dK = scale * sum_r dS q (`backward`), and the pairs' shares of dQ.
+"""Gradients of keys and values: dV = sum_r P dO, dK = scale * sum_r dS q (`gradients`), and the pairs' shares of dQ.
 
 M query rows, N keys per tile, D head width padded to a power of two (WIDTH is the real one).
 """
@@ -8,10 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from openmoba.ops.triton.forward import LOG2E, dot, load_rows, own_rows, pair_rows, store_rows
 from openmoba.ops.triton.geometry import first_row, query_base
 from openmoba.ops.triton.plan import block_of_list, item_bounds, list_bounds
-from openmoba.ops.triton.statistics import load_queries
+from openmoba.ops.triton.rows import LOG2E, dot, load_queries, load_rows, own_rows, pair_rows, store_rows
 
 
 @triton.jit

@@ -18,19 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from openmoba.ops.triton import hopper
-from openmoba.ops.triton.backward_keys import key_gradients, own_key_gradients
-from openmoba.ops.triton.backward_queries import own_query_gradients, query_gradients
+from openmoba.ops.triton.families import family_of
+from openmoba.ops.triton.family import Family, Kernel, keys_per_share, pairs_per_item
 from openmoba.ops.triton.geometry import Geometry, cdiv, strides
-from openmoba.ops.triton.launch import REMEMBERED, Launch
+from openmoba.ops.triton.host.launch import REMEMBERED, Launch
 from openmoba.ops.triton.plan import Plan, make_items, most_items
-from openmoba.ops.triton.tuning import (
-    Kernel,
-    backward_keys_tile,
-    backward_own_keys_tile,
-    backward_own_queries_tile,
-    backward_queries_tile,
-)
 
 # A share of dQ costs its way to memory and back; recomputing S and dP costs two matrix products more per key tile.
 _MOST_FUSED_TILES = 4
@@ -38,16 +30,15 @@ _MOST_FUSED_TILES = 4
 
 def dq_pieces(geometry: Geometry, dtype: torch.dtype) -> int:
     """Shares of dQ a pair gets from `key_gradients`, one per key tile of its block; 0: `query_gradients` runs."""
-    tiles = cdiv(geometry.block_size, backward_keys_tile(geometry, dtype).n)
+    tiles = cdiv(geometry.block_size, keys_per_share(geometry, dtype))
     return tiles if tiles <= _MOST_FUSED_TILES else 0
 
 
-def key_partial_bytes(geometry: Geometry, dtype: torch.dtype) -> int:
+def key_partial_bytes(geometry: Geometry) -> int:
     """The fp32 partials of dK and dV of one key/value head, a block for each item, at most."""
     if geometry.pairs == 0:
         return 0
-    segment = backward_keys_tile(geometry, dtype).segment
-    items = cdiv(geometry.pairs, segment) + geometry.block_slots
+    items = cdiv(geometry.pairs, pairs_per_item(geometry)) + geometry.block_slots
     return 2 * items * geometry.block_size * geometry.width * torch.float32.itemsize
 
 
@@ -70,7 +61,7 @@ def heads_gradients(
 ) -> None:
     """Gradients of some key/value heads and of their query heads, written into `dq`, `dk`, `dv` (contiguous)."""
     launches = _launches(
-        geometry, q.dtype, hopper.serves(geometry, d_out, q, k, v), scale, first_head, heads,
+        geometry, q.dtype, family_of(geometry, d_out, q, k, v), scale, first_head, heads,
         (*strides(q), *strides(k), *strides(v), *strides(d_out)),
     )  # fmt: skip
     partial_dq = torch.empty((launches.shares, geometry.width), dtype=q.dtype, device=q.device)
@@ -108,7 +99,7 @@ class _Launches(NamedTuple):
 def _launches(
     geometry: Geometry,
     dtype: torch.dtype,
-    hoppers_own: bool,
+    family: Family,
     scale: float,
     first_head: int,
     heads: int,
@@ -135,8 +126,8 @@ def _launches(
     def tiles(size: int) -> int:
         return cdiv(geometry.block_size, size)
 
-    keys, own_keys = _key_kernels(geometry, dtype, hoppers_own)
-    queries, own_queries = _query_kernels(geometry, dtype, hoppers_own)
+    keys, own_keys = family.key_gradients(geometry, dtype), family.own_key_gradients(geometry, dtype)
+    queries, own_queries = family.query_gradients(geometry, dtype), family.own_query_gradients(geometry, dtype)
     segment, queries_segment = keys.tile.segment, queries.tile.segment
     items, queries_items = (most_items(pairs, lists, most) for most in (segment, queries_segment))
     return _Launches(
@@ -148,21 +139,3 @@ def _launches(
         own_queries=launch(own_queries, slots * tiles(own_queries.tile.m), heads * geometry.group),
         shares=(pairs + 1) * shares,
     )
-
-
-def _key_kernels(geometry: Geometry, dtype: torch.dtype, hoppers_own: bool) -> tuple[Kernel, Kernel]:
-    """Of past blocks, and of the own block."""
-    if hoppers_own:
-        return hopper.key_gradients(geometry, dtype), hopper.own_key_gradients(geometry)
-    tile, own_tile = backward_keys_tile(geometry, dtype), backward_own_keys_tile(geometry, dtype)
-    past = Kernel(key_gradients, tile, tile.launch() | {"EVEN": geometry.block_size % tile.n == 0})
-    return past, Kernel(own_key_gradients, own_tile, own_tile.launch())
-
-
-def _query_kernels(geometry: Geometry, dtype: torch.dtype, hoppers_own: bool) -> tuple[Kernel, Kernel]:
-    """The same."""
-    tile, own_tile = backward_queries_tile(geometry, dtype), backward_own_queries_tile(geometry, dtype)
-    past = Kernel(query_gradients, tile, tile.launch() | {"EVEN": geometry.block_size % tile.n == 0})
-    if hoppers_own:
-        return past, hopper.own_query_gradients(geometry)
-    return past, Kernel(own_query_gradients, own_tile, own_tile.launch())

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime import driver
 
-from openmoba.ops.triton.launch import ALIGNED, REMEMBERED, Launched, may_be_fixed, noted_launches
+from openmoba.ops.triton.host.direct import current_stream, direct_launch, may_go_around
+from openmoba.ops.triton.host.launch import ALIGNED, REMEMBERED, Launched, noted_launches
 
 _recording = Lock()  # torch tells whether a dispatch mode is on by one flag for all threads
 _BETWEEN = 256  # bytes; temporaries begin at multiples of them
@@ -46,7 +46,7 @@ def replayed(
     together = 0
     for pointer in pointers:
         together |= pointer
-    if together % ALIGNED or not may_be_fixed():
+    if together % ALIGNED or not may_go_around():
         return function(*inputs, *settings)
     shapes = [x if x is None else (x.dtype, x.shape, x.stride()) for x in inputs]
     kind = _kind(function, first.get_device(), settings, caps, *shapes)
@@ -86,8 +86,7 @@ class _Tape:
         self._steps = []
         for compiled, grid, tensors, rest in launches:
             pick = itemgetter(*[places.number(x) for x in tensors])
-            before = (compiled.function, compiled.packed_metadata, None, None, None)
-            self._steps.append((compiled.run, grid, before, pick, rest))
+            self._steps.append((direct_launch(compiled, grid, rest), pick))
         self._places, self.scratch = places.places, places.scratch
 
     def play(self, first: Tensor, pointers: list[int]) -> tuple[Tensor, ...]:
@@ -96,9 +95,9 @@ class _Tape:
         scratch = first.new_empty(self.scratch, dtype=torch.uint8)
         begins = [*pointers, *[x.data_ptr() for x in outputs], scratch.data_ptr()]
         addresses = [None, *[begins[tensor] + offset for tensor, offset in self._places]]
-        stream = driver.active.get_current_stream(first.get_device())
-        for run, grid, before, pick, rest in self._steps:
-            run(*grid, stream, *before, *pick(addresses), *rest)
+        stream = current_stream(first.get_device())
+        for launch, pick in self._steps:
+            launch(stream, pick(addresses))
         return outputs
 
 

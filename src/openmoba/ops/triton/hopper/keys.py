@@ -1,4 +1,4 @@
-"""Gradients of keys and values on Hopper: namesakes of `backward`'s kernels, with matrix products in flight.
+"""Gradients of keys and values on Hopper: the portable kernels' namesakes, with matrix products in flight.
 
 While one product runs, the warps do the elementwise work of the one before:
 
@@ -23,7 +23,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from openmoba.ops.triton.forward import LOG2E, own_rows
 from openmoba.ops.triton.geometry import first_row, query_base
 from openmoba.ops.triton.hopper.tiles import (
     PIECE,
@@ -42,7 +41,7 @@ from openmoba.ops.triton.hopper.tiles import (
     thread_barrier,
 )
 from openmoba.ops.triton.plan import block_of_list, item_bounds, list_bounds
-from openmoba.ops.triton.statistics import STATISTICS
+from openmoba.ops.triton.rows import LOG2E, STATISTICS, own_rows
 
 _ROWS_TOGETHER = gl.constexpr(2**16)  # 34 MB of queries and output gradients, which the L2 cache holds
 
