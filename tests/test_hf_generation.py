@@ -2,48 +2,41 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from test_hf_models import LAYERS, SIZES, build, logits, tokens
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
 transformers = pytest.importorskip("transformers")
 
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache  # noqa: E402
+from caches import (  # noqa: E402
+    ROWS,
+    check_beams,
+    check_chunking,
+    check_compiled_decoding,
+    check_copies,
+    check_crop,
+    check_generation,
+    check_left_padding,
+    check_offloading,
+    check_rows,
+    generate,
+    in_pieces,
+    new_cache,
+)
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig  # noqa: E402
 
 from openmoba import MobaConfig  # noqa: E402
 from openmoba.hf import configure  # noqa: E402
 from openmoba.hf.cache import DynamicPagedLayer, StaticPagedLayer  # noqa: E402
+from openmoba.hf.layout import Layout  # noqa: E402
 from openmoba.ops.pages import complete_pages  # noqa: E402
 
 BLOCK = 4
 SPARSE = MobaConfig(BLOCK, 2)
 HYBRID = MobaConfig(BLOCK, 2, full_layers=1)
-
-
-def new_cache(kind: str, model: Any, length: int = 64) -> Any:
-    if kind == "static":
-        return StaticCache(config=model.config, max_cache_len=length)
-    return DynamicCache(config=model.config) if kind == "dynamic" else DynamicCache()
-
-
-def in_pieces(model: Any, ids: Tensor, cuts: list[int], cache: Any, mask: Tensor | None = None) -> Tensor:
-    """Logits of `ids` fed in pieces of the given lengths, then token by token."""
-    pieces = [*cuts, *[1] * (ids.shape[1] - sum(cuts))]
-    done, parts = 0, []
-    for piece in ids.split(pieces, dim=1):
-        end = done + piece.shape[1]
-        seen = None if mask is None else mask[:, :end]
-        positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)[:, done:end]
-        parts.append(
-            logits(model, piece, past_key_values=cache, use_cache=True, attention_mask=seen, position_ids=positions)
-        )
-        done = end
-    return torch.cat(parts, 1)
 
 
 @pytest.mark.parametrize("settings", [SPARSE, HYBRID, MobaConfig(BLOCK, 1), MobaConfig(1, 3)], ids=str)
@@ -54,26 +47,14 @@ def in_pieces(model: Any, ids: Tensor, cuts: list[int], cache: Any, mask: Tensor
     ids=lambda cuts: "-".join(map(str, cuts)) or "tokens",
 )
 def test_any_chunking_equals_one_pass(cuts: list[int], kind: str, settings: MobaConfig) -> None:
-    model, ids = configure(build(), settings), tokens(2, 47)
-    whole = logits(model, ids, use_cache=False)
-    cache = new_cache(kind, model)
-    torch.testing.assert_close(in_pieces(model, ids, cuts, cache), whole)
-    kinds = [isinstance(layer, DynamicPagedLayer | StaticPagedLayer) for layer in cache.layers]
-    assert kinds == [i not in settings.full_layer_indices(LAYERS) for i in range(LAYERS)]
+    check_chunking(configure(build(), settings), kind, cuts, settings.full_layer_indices(LAYERS))
 
 
 @pytest.mark.parametrize("settings", [SPARSE, HYBRID], ids=["moba", "hybrid"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("cuts", [[], [7], [19], [26, 3]], ids=str)
 def test_left_padding_in_a_cache(cuts: list[int], kind: str, settings: MobaConfig) -> None:
-    model = configure(build(), settings)
-    rows = [tokens(1, n, seed=n)[0] for n in (33, 21, 8)]
-    mask = torch.stack([torch.arange(33) >= 33 - len(row) for row in rows]).long()
-    ids = torch.zeros_like(mask)
-    ids[mask.bool()] = torch.cat(rows)
-    padded = in_pieces(model, ids, cuts, new_cache(kind, model), mask)
-    for row, alone in enumerate(rows):
-        torch.testing.assert_close(padded[row, -len(alone) :], logits(model, alone[None], use_cache=False)[0])
+    check_left_padding(configure(build(), settings), kind, cuts, (33, 21, 8))
 
 
 def test_padding_between_prompt_and_continuation() -> None:
@@ -95,16 +76,7 @@ def test_padding_between_prompt_and_continuation() -> None:
 
 
 def test_crop() -> None:
-    model, ids = configure(build(), SPARSE), tokens(1, 40)
-    whole = logits(model, ids, use_cache=False)
-    cache = new_cache("dynamic", model)
-    in_pieces(model, ids[:, :21], [19], cache)
-    for wrong, removed in ((tokens(1, 7, seed=9), 9), (tokens(1, 3, seed=8), 3), (tokens(1, 1, seed=7), 6)):
-        in_pieces(model, wrong, [wrong.shape[1]], cache)
-        cache.crop(-removed)
-    done = cache.get_seq_length()
-    assert done == 21 - 2 - 5
-    torch.testing.assert_close(in_pieces(model, ids[:, done:], [], cache), whole[:, done:])
+    check_crop(configure(build(), SPARSE))
 
 
 def last_token_only(centroids: Tensor, keys: Tensor, lengths: Tensor, starts: Any, new: int, size: int) -> None:
@@ -113,50 +85,20 @@ def last_token_only(centroids: Tensor, keys: Tensor, lengths: Tensor, starts: An
     complete_pages(centroids, keys, lengths, starts, new, size)
 
 
-@pytest.mark.parametrize("how", ["reorder", "static reorder", "repeat", "select"])
+@pytest.mark.parametrize("how", ROWS)
 @pytest.mark.parametrize("padded", [False, True])
 def test_rows_of_a_cache(padded: bool, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pages follow their rows; they are not made again."""
-    model, ids = configure(build(), HYBRID), tokens(3, 40)
-    mask = torch.ones_like(ids)
-    mask[1, :6] = mask[2, :13] = 0 if padded else 1
-    cache = new_cache("static" if "static" in how else "dynamic", model)
-    in_pieces(model, ids[:, :22], [20], cache, mask)
-    if "reorder" in how:
-        index = torch.tensor([2, 0, 0])
-        cache.reorder_cache(index)
-    elif how == "repeat":
-        index = torch.tensor([0, 0, 1, 1, 2, 2])
-        cache.batch_repeat_interleave(2)
-    else:
-        index = torch.tensor([2, 1])
-        cache.batch_select_indices(index)
-    monkeypatch.setattr("openmoba.hf.cache.complete_pages", last_token_only)
-    tail = tokens(len(index), 18, seed=5)
-    picked = torch.cat([ids[index, :22], tail], 1)
-    out = []
-    for t in range(22, 40):
-        seen = mask[index, : t + 1]
-        positions = (seen.cumsum(-1) - 1)[:, -1:]
-        kwargs = {"attention_mask": seen, "position_ids": positions, "past_key_values": cache, "use_cache": True}
-        out.append(logits(model, picked[:, t : t + 1], **kwargs))
-    for row in range(len(index)):
-        real = mask[index[row]].bool()
-        alone = logits(model, picked[row : row + 1, real], use_cache=False)[0, -18:]
-        torch.testing.assert_close(torch.cat(out, 1)[row], alone)
+
+    def picked() -> None:
+        monkeypatch.setattr("openmoba.hf.cache.complete_pages", last_token_only)
+
+    check_rows(configure(build(), HYBRID), how, padded, [], picked)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_copies_of_a_prompt(kind: str) -> None:
-    """A cached prompt, copied for each continuation, stays what it was."""
-    model, prompt = configure(build(), HYBRID), tokens(1, 21)
-    cache = new_cache(kind, model)
-    in_pieces(model, prompt, [19], cache)
-    for seed in (1, 2):
-        tail = tokens(1, 12, seed=seed)
-        out = in_pieces(model, tail, [], copy.deepcopy(cache))
-        whole = logits(model, torch.cat([prompt, tail], 1), use_cache=False)
-        torch.testing.assert_close(out, whole[:, 21:])
+def test_copies_and_reset(kind: str) -> None:
+    check_copies(configure(build(), HYBRID), kind)
 
 
 def test_a_changed_mask() -> None:
@@ -174,14 +116,7 @@ def test_a_changed_mask() -> None:
 
 
 def test_offload_and_prefetch() -> None:
-    model, ids = configure(build(), SPARSE), tokens(1, 30)
-    cache = new_cache("dynamic", model)
-    first = in_pieces(model, ids[:, :18], [15], cache)
-    for layer in cache.layers:
-        layer.offload()
-        layer.prefetch()
-    rest = in_pieces(model, ids[:, 18:], [], cache)
-    torch.testing.assert_close(torch.cat([first, rest], 1), logits(model, ids, use_cache=False))
+    check_offloading(configure(build(), SPARSE))
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -215,8 +150,7 @@ def test_memory_of_the_cache() -> None:
     layer = DynamicPagedLayer(block_size=128)
     states = torch.randn(1, heads, length, width, dtype=torch.bfloat16)
     layer.update(states, states)
-    alignment = layer.align(None, states.transpose(1, 2))
-    layer.pages(layer.keys.transpose(1, 2), alignment)
+    layer.pages(layer.keys.transpose(1, 2), Layout.read(None, None, None, (1, length)))
     held = sum(x.numel() * x.element_size() for x in (*layer._stores, layer._centroids))
     assert held <= 1.01 * 2 * states.numel() * states.element_size()
 
@@ -257,31 +191,10 @@ def test_settings_may_change_while_a_cache_is_filled(kind: str) -> None:
     torch.testing.assert_close(in_pieces(model, ids[:, 23:], [], cache), expected)
 
 
-def generate(model: Any, ids: Tensor, **kwargs: Any) -> Tensor:
-    options: dict[str, Any] = {"max_new_tokens": 14, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    options["attention_mask"] = (ids != 0).long()
-    return model.generate(ids, **(options | kwargs))
-
-
-def greedy_without_cache(model: Any, ids: Tensor, new: int) -> Tensor:
-    for _ in range(new):
-        ids = torch.cat([ids, logits(model, ids, use_cache=False)[:, -1:].argmax(-1)], 1)
-    return ids
-
-
 @pytest.mark.parametrize("settings", [SPARSE, HYBRID], ids=["moba", "hybrid"])
 def test_greedy_generation(settings: MobaConfig) -> None:
-    model, ids = configure(build(), settings), tokens(1, 21)
-    expected = greedy_without_cache(model, ids, 14)
-    assert generate(model, ids).equal(expected)
-    assert generate(model, ids, prefill_chunk_size=6).equal(expected)
-    assert generate(model, ids, cache_implementation="static").equal(expected)
-    left = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids], 1)
-    batch = torch.cat([left, tokens(1, 26, seed=4)])
-    for implementation in (None, "static"):
-        both = generate(model, batch, cache_implementation=implementation)
-        assert both[0, 5:].equal(expected[0])
-        assert both[1].equal(generate(model, batch[1:])[0])
+    assistant = configure(build(LlamaConfig(**(SIZES | {"num_hidden_layers": 1}))), SPARSE)
+    check_generation(configure(build(), settings), assistant)
 
 
 def test_generation_equals_sdpa_when_all_blocks_are_read() -> None:
@@ -301,17 +214,9 @@ def test_generation_equals_sdpa_when_all_blocks_are_read() -> None:
                 assert out.equal(full[i]), option
 
 
-def test_beams_and_assistance() -> None:
-    model, ids = configure(build(), HYBRID), tokens(1, 21)
-    scored = generate(model, ids, num_beams=3, num_return_sequences=3, return_dict_in_generate=True, output_scores=True)
-    for sequence, score in zip(scored.sequences, scored.sequences_scores, strict=True):
-        log_p = logits(model, sequence[None, :-1], use_cache=False)[0, 20:].log_softmax(-1)
-        total = log_p.gather(-1, sequence[21:, None]).sum()
-        torch.testing.assert_close(score, total / 14, rtol=1e-4, atol=1e-4)
-    assistant = configure(build(LlamaConfig(**(SIZES | {"num_hidden_layers": 1}))), SPARSE)
-    greedy = generate(model, ids)
-    assert generate(model, ids, assistant_model=assistant).equal(greedy)
-    assert generate(model, ids, prompt_lookup_num_tokens=3).equal(greedy)
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_beams(implementation: str | None) -> None:
+    check_beams(configure(build(), HYBRID), implementation)
 
 
 @pytest.mark.parametrize("cuts", [[10, 10, 10, 10], [24, 16], [23, 17]], ids=str)
@@ -344,21 +249,4 @@ def test_a_prompt_of_inference_mode_goes_on_outside_it() -> None:
 
 
 def test_compiled_decoding() -> None:
-    """A static cache keeps the decoding step one graph, whatever the position."""
-    torch._dynamo.reset()
-    model, ids = configure(build(), HYBRID), tokens(2, 40)
-    mask = torch.ones_like(ids)
-    mask[1, :5] = 0
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache = new_cache("static", model)
-    eager = logits(model, ids, attention_mask=mask, position_ids=positions, use_cache=False)
-    logits(model, ids[:, :19], attention_mask=mask[:, :19], position_ids=positions[:, :19], past_key_values=cache)
-    graphs = CompileCounterWithBackend("aot_eager")
-    step = torch.compile(model, backend=graphs, fullgraph=True)
-    for t in range(19, 40):
-        padding = torch.nn.functional.pad(mask[:, : t + 1], (0, 64 - t - 1))
-        out = logits(
-            step, ids[:, t : t + 1], attention_mask=padding, position_ids=positions[:, t : t + 1], past_key_values=cache
-        )
-        torch.testing.assert_close(out[:, 0], eager[:, t])
-    assert graphs.frame_count == 1
+    check_compiled_decoding(configure(build(), HYBRID), 5, 40, "aot_eager")

@@ -4,13 +4,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from openmoba.hf.attention import attention_forward
 from openmoba.hf.checkpoint import convert
+from openmoba.hf.find_layout import layout_mask
 from openmoba.hf.layers import prepare_new_models
-from openmoba.hf.masks import segment_map
 from openmoba.hf.model import configure
 from openmoba.hf.settings import NAME
 
 __all__ = ["configure", "convert"]
 
 AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, segment_map)
+AttentionMaskInterface.register(NAME, layout_mask)
 prepare_new_models()

@@ -9,13 +9,13 @@ since only then is it known where each row's first real token lies. A centroid i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from openmoba.hf.alignment import Alignment, aligned, alignment_of, static_alignment
+from openmoba.hf.layout import Layout
 from openmoba.ops.pages import complete_pages, new_centroids
 
 # B batch, H key/value heads, S cache slots, P pages, D head width
@@ -27,21 +27,31 @@ class PagedLayer(Protocol):
     block_size: int
 
     def get_seq_length(self) -> int | Tensor:
-        """Tokens in the cache."""
+        """Return the number of tokens in the cache."""
         ...
 
-    def align(self, segment_map: Tensor | None, keys_BSHD: Tensor) -> Alignment | None:
-        """Where the rows begin under this mask; None if padding lies elsewhere than before them."""
-        ...
-
-    def pages(self, keys_BSHD: Tensor, alignment: Alignment) -> Tensor:
-        """Centroids `[B, P, H, D]` of the cached keys, for `openmoba.ops.decode.moba_decode`.
+    def pages(self, keys_BSHD: Tensor, layout: Layout) -> Pages | None:
+        """Bring the pages up to date and return them; None where rows are not single sequences behind padding.
 
         Args:
             keys_BSHD: what `update` returned, heads and slots exchanged.
-            alignment: where the rows lie.
+            layout: where the rows lie.
         """
         ...
+
+
+class Pages(NamedTuple):
+    """What `openmoba.ops.decode.moba_decode` reads besides keys and values.
+
+    Attributes:
+        centroids: of the cached keys, `[B, P, H, D]`.
+        lengths: tokens of each row, int32 `[B]`.
+        starts: first slot of each row, int32 `[B]`; None for zeros.
+    """
+
+    centroids: Tensor
+    lengths: Tensor
+    starts: Tensor | None
 
 
 class DynamicPagedLayer(DynamicLayer):  # type: ignore[misc]
@@ -66,7 +76,7 @@ class DynamicPagedLayer(DynamicLayer):  # type: ignore[misc]
         self._offloaded: torch.cuda.Event | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append `[B, H, T, D]` keys and values; returns all of them."""
+        """Append `[B, H, T, D]` keys and values; return all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         before = self.get_seq_length()
@@ -88,23 +98,20 @@ class DynamicPagedLayer(DynamicLayer):  # type: ignore[misc]
         if old.get_seq_length() > 0:
             self.update(old.keys, old.values)
 
-    def align(self, segment_map: Tensor | None, keys_BSHD: Tensor) -> Alignment | None:
-        """See `PagedLayer.align`."""
-        if segment_map is None:
-            return aligned(keys_BSHD.shape[0], keys_BSHD.shape[1], keys_BSHD.device)
-        return alignment_of(segment_map)
-
-    def pages(self, keys_BSHD: Tensor, alignment: Alignment) -> Tensor:
-        """See `PagedLayer.pages`."""
-        assert alignment.first is not None
-        if self._first != alignment.first:
-            self._first, self._pooled = alignment.first, 0
+    def pages(self, keys_BSHD: Tensor, layout: Layout) -> Pages | None:
+        """See `PagedLayer`."""
+        rows = layout.alignment(keys_BSHD, look=True)
+        if rows is None:
+            return None
+        assert rows.first is not None
+        if self._first != rows.first:
+            self._first, self._pooled = rows.first, 0
         before, now, size = self._pooled, keys_BSHD.shape[1], self.block_size
         centroids = self._centroids = self._fitting_centroids(keys_BSHD)
         if any((now - first) // size > max(0, before - first) // size for first in set(self._first)):
-            complete_pages(centroids, keys_BSHD.detach(), alignment.lengths, alignment.starts, now - before, size)
+            complete_pages(centroids, keys_BSHD.detach(), rows.lengths, rows.starts, now - before, size)
         self._pooled = now
-        return centroids
+        return Pages(centroids, rows.lengths, rows.starts)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens; pages that held them are completed anew."""
@@ -113,15 +120,15 @@ class DynamicPagedLayer(DynamicLayer):  # type: ignore[misc]
             self._pooled = min(self._pooled, self.get_seq_length())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows by index, repeated or left out."""
+        """Pick rows by index, repeated or left out."""
         self._map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times."""
+        """Repeat every row so many times."""
         self._map_rows(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Only the rows at `indices`."""
+        """Keep only the rows at `indices`."""
         self._map_rows(lambda x: x[indices.to(x.device)])
 
     def offload(self) -> None:
@@ -161,7 +168,7 @@ class DynamicPagedLayer(DynamicLayer):  # type: ignore[misc]
         self._stores = stores
 
     def _fitting_centroids(self, keys_BSHD: Tensor) -> Tensor:
-        """Centroids for all slots of the stores, with what is known of them."""
+        """Return centroids for all slots of the stores, with what is known of them."""
         slots, known = self._stores[0].shape[2], self._centroids
         if known is not None and known.shape[1] >= slots // self.block_size and _writable(known):
             return known
@@ -202,7 +209,7 @@ class StaticPagedLayer(StaticLayer):  # type: ignore[misc]
         self._unpooled = 0  # at most so many tokens were written since
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write `[B, H, T, D]` keys and values into the next slots; returns all slots."""
+        """Write `[B, H, T, D]` keys and values into the next slots; return all slots."""
         if self._centroids is None:
             self._allocate(key_states)
         self._unpooled += key_states.shape[2]
@@ -215,25 +222,19 @@ class StaticPagedLayer(StaticLayer):  # type: ignore[misc]
         self.__dict__.update(old.__dict__ | {"block_size": size, "_unpooled": old.max_cache_len})
         self._allocate(old.keys)
 
-    def align(self, segment_map: Tensor | None, keys_BSHD: Tensor) -> Alignment | None:
-        """See `PagedLayer.align`; the mask of a static cache makes sure that padding is on the left.
-
-        There is none where the prompt fills the cache.
-        """
-        if segment_map is None:
-            return aligned(keys_BSHD.shape[0], keys_BSHD.shape[1], keys_BSHD.device)
-        return static_alignment(segment_map)
-
-    def pages(self, keys_BSHD: Tensor, alignment: Alignment) -> Tensor:
-        """See `PagedLayer.pages`."""
+    def pages(self, keys_BSHD: Tensor, layout: Layout) -> Pages | None:
+        """See `PagedLayer`; the mask of a static cache makes sure that padding is on the left."""
+        rows = layout.alignment(keys_BSHD, look=False)
+        if rows is None:
+            return None
         assert self._centroids is not None
         assert self._lengths is not None
-        goes_on_B = (alignment.lengths - self._unpooled).clamp_(min=0) == self._lengths
+        goes_on_B = (rows.lengths - self._unpooled).clamp_(min=0) == self._lengths
         torch._assert_async(goes_on_B.all(), "while a static cache is filled, the padding must stay as it is")
-        self._lengths.copy_(alignment.lengths)
+        self._lengths.copy_(rows.lengths)
         new, self._unpooled = self._unpooled, 0
-        complete_pages(self._centroids, keys_BSHD, alignment.lengths, alignment.starts, new, self.block_size)
-        return self._centroids
+        complete_pages(self._centroids, keys_BSHD, rows.lengths, rows.starts, new, self.block_size)
+        return Pages(self._centroids, rows.lengths, rows.starts)
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -243,7 +244,7 @@ class StaticPagedLayer(StaticLayer):  # type: ignore[misc]
             self._lengths.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows by index, repeated or left out."""
+        """Pick rows by index, repeated or left out."""
         super().reorder_cache(beam_idx)
         if self._centroids is not None and self._lengths is not None:
             rows = beam_idx.to(self.device)
@@ -259,17 +260,17 @@ class StaticPagedLayer(StaticLayer):  # type: ignore[misc]
 
 
 def _writable(x: Tensor) -> bool:
-    """False for a tensor of an inference mode that has ended."""
+    """Return False for a tensor of an inference mode that has ended."""
     return not x.is_inference() or torch.is_inference_mode_enabled()
 
 
 def _head_major(pick: Callable[[Tensor], Tensor], x_BPHD: Tensor) -> Tensor:
-    """`pick`'s rows, with a head's pages side by side in memory as they were."""
+    """Return `pick`'s rows, with a head's pages side by side in memory as they were."""
     return pick(x_BPHD.transpose(1, 2)).transpose(1, 2)
 
 
 def paged_layer(cache: Cache, layer_idx: int, block_size: int) -> PagedLayer | None:
-    """The paged layer at `layer_idx`, put there if an ordinary dynamic or static layer was.
+    """Return the paged layer at `layer_idx`, put there if an ordinary dynamic or static layer was.
 
     None for other kinds, such as quantized layers: their attention is computed from the keys alone.
     """

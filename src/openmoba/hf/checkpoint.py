@@ -95,7 +95,7 @@ def _config(folder: Path) -> Any:
 
 
 def _folder(source: str | Path) -> Path:
-    """The model's folder, downloaded from the hub if it is not one already."""
+    """Return the model's folder, downloaded from the hub if it is not one already."""
     path = Path(source).expanduser()
     if path.is_dir():
         return path

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, initialization
 
-from openmoba.hf.eager import F, per_tensor
-from openmoba.hf.masks import PADDING, UNWRITTEN, runs
+from openmoba.hf.layout import Layout
 from openmoba.hf.raw_keys import raw_keys_layer
 from openmoba.hf.settings import NAME
 from openmoba.hf.support import is_attention
@@ -42,7 +41,7 @@ class KeyConvolution(nn.Module):
         return key_convolution(keys_BTC, self.weight, goes_on_BT, before_BPC)
 
     def extra_repr(self) -> str:
-        """Shown by `print(model)`."""
+        """Return what `print(model)` shows."""
         return "channels={}, width={}".format(*self.weight.shape)
 
 
@@ -87,7 +86,7 @@ def _check(module: Any, width: int | None) -> None:
 
 @cache
 def _convolving(kind: Any) -> Any:
-    """The class of an attention module of `kind` with key convolution."""
+    """Return the class of an attention module of `kind` with key convolution."""
     names = list(inspect.signature(kind.forward).parameters)[1:]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -106,7 +105,7 @@ def _convolving(kind: Any) -> Any:
 
 
 def _bare(kind: Any) -> Any:
-    """An attention module to unpickle into."""
+    """Return an attention module to unpickle into."""
     convolving = _convolving(kind)
     return convolving.__new__(convolving)
 
@@ -129,88 +128,32 @@ class _WithKeys:
 
 
 def _convolved(module: Any, keys_BTC: Tensor, given: dict[str, Any]) -> Tensor:
-    """The keys of one layer, each with those before it in its sequence, some of them in the cache."""
+    """Convolve the keys of one layer, each with those before it in its sequence, some of them in the cache."""
     past = next((x for x in given.values() if isinstance(x, Cache)), None)
     layer = None if past is None else raw_keys_layer(past, module.layer_idx)
     reach = module.key_conv.weight.shape[1] - 1
     before_BPC = None if layer is None else layer.keys_before(reach)
-    segment_map, boundaries = _rows(given)
-    out: Tensor
-    if boundaries is not None:
-        if before_BPC is not None:
-            raise ValueError(
-                "key convolution takes packed sequences with an empty dynamic cache or none; set use_cache=False"
-            )
-        flat_1NC = keys_BTC.reshape(1, -1, keys_BTC.shape[2])  # a sequence may go on in the next row
-        out = module.key_conv(flat_1NC, _by_boundaries(boundaries, flat_1NC.shape[1]), None).view_as(keys_BTC)
-    else:
-        goes_on_BT = None
-        if segment_map is not None:
-            if layer is None or not layer.takes_left_padding_only:
-                _refuse_holes(segment_map)
-            if segment_map.shape[3] == keys_BTC.shape[1]:
-                goes_on_BT = _by_map(segment_map)
-            if layer is not None:
-                keys_BTC = keys_BTC.masked_fill(_padding(segment_map, keys_BTC.shape[1]), 0)
-        out = module.key_conv(keys_BTC, goes_on_BT, before_BPC)
+    mask, cu_q, cu_k = (given.get(name) for name in ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k"))
+    layout = Layout.read(mask, cu_q, cu_k, (keys_BTC.shape[0], keys_BTC.shape[1]))
+    if layout.cu_q is not None and before_BPC is not None:
+        raise ValueError(
+            "key convolution takes packed sequences with an empty dynamic cache or none; set use_cache=False"
+        )
+    if layer is None or not layer.takes_left_padding_only:
+        layout.refuse_holes(
+            "key convolution takes no padding between the tokens of a sequence",
+            "set the tokenizer's padding_side to 'left', or use one row at a time",
+        )
+    if layer is not None:
+        keys_BTC = layout.without_padding(keys_BTC)
+    goes_on_1N = layout.goes_on()
+    if goes_on_1N is None:
+        out_BTC = module.key_conv(keys_BTC, None, before_BPC)
+    else:  # flattened, as a packed sequence may go on in the next row
+        out_BTC = module.key_conv(keys_BTC.flatten(0, 1)[None], goes_on_1N, None).view_as(keys_BTC)
     if layer is not None:
         layer.append_raw_keys(keys_BTC, reach)
-    return out
-
-
-def _rows(given: dict[str, Any]) -> tuple[Any, Any]:
-    """A segment map, or boundaries of packed sequences, or neither for whole rows, see `openmoba.hf.masks`."""
-    mask, boundaries = given.get("attention_mask"), given.get("cu_seq_lens_q")
-    if mask is None or mask.dtype != torch.int32 or mask.shape[3] == 0:  # the attention refuses other masks
-        return None, boundaries
-    return (None, mask) if mask.shape[2] > 1 else (mask, boundaries)
-
-
-def _shared(function: F) -> F:
-    """Decorator: asked once per tensor, since layers share it; inside a graph the compiler sees to that."""
-    once = per_tensor(function)
-
-    @wraps(function)
-    def ask(tensor: Tensor, *args: Any) -> Any:
-        return function(tensor, *args) if torch.compiler.is_compiling() else once(tensor, *args)
-
-    return cast(F, ask)
-
-
-@_shared
-def _by_boundaries(boundaries: Tensor, tokens: int) -> Tensor:
-    """Which tokens of the flattened batch go on with a sequence, bool `[1, B T]`."""
-    starts = torch.zeros(tokens + 1, dtype=torch.bool, device=boundaries.device)
-    return ~starts.index_fill(0, boundaries.flatten().long(), True)[None, :tokens]
-
-
-@_shared
-def _by_map(segment_map: Tensor) -> Tensor:
-    """Which tokens go on with the sequence of the slot before, bool `[B, T]`."""
-    return ~runs(segment_map[:, 0, 0])
-
-
-@_shared
-def _padding(segment_map: Tensor, tokens: int) -> Tensor:
-    """Which of the last written slots are padding, bool `[B, T, 1]`."""
-    map_BS = segment_map[:, 0, 0]
-    if map_BS.shape[1] > tokens:
-        written = (map_BS[0] != UNWRITTEN).sum()
-        map_BS = map_BS.index_select(1, written - tokens + torch.arange(tokens, device=map_BS.device))
-    return (map_BS == PADDING)[..., None]
-
-
-@_shared
-def _refuse_holes(segment_map: Tensor) -> None:
-    """Error if padding lies between the tokens of a sequence: the keys before it would be missed."""
-    map_BS = segment_map[:, 0, 0]
-    earlier_BS = map_BS.cummax(1).values[:, :-1]
-    resumes = ((map_BS[:, :-1] == PADDING) & (map_BS[:, 1:] > PADDING) & (map_BS[:, 1:] == earlier_BS)).any()
-    message = "key convolution takes no padding between the tokens of a sequence"
-    if torch.compiler.is_compiling():
-        torch._assert_async(~resumes, message)
-    elif bool(resumes):
-        raise ValueError(f"{message}: set the tokenizer's padding_side to 'left', or use one row at a time")
+    return cast(Tensor, out_BTC)
 
 
 def initialize_as_identity() -> None:

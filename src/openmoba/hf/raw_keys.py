@@ -27,7 +27,7 @@ class RawKeysLayer(Protocol):
     takes_left_padding_only: bool
 
     def keys_before(self, reach: int) -> Tensor | None:
-        """The last `reach` raw keys `[B, P, C]`, zeros before the first token; None if there is no token yet."""
+        """Return the last `reach` raw keys `[B, P, C]`, zeros before the first token; None if there is no token yet."""
         ...
 
     def append_raw_keys(self, keys_BTC: Tensor, reach: int) -> None:
@@ -76,19 +76,19 @@ class _DynamicRawKeys(DynamicLayer):  # type: ignore[misc]
         super().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows by index, repeated or left out."""
+        """Pick rows by index, repeated or left out."""
         super().reorder_cache(beam_idx)
         if self.raw_keys is not None:
             self.raw_keys = self.raw_keys.index_select(0, beam_idx.to(self.raw_keys.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times."""
+        """Repeat every row so many times."""
         super().batch_repeat_interleave(repeats)
         if self.raw_keys is not None:
             self.raw_keys = self.raw_keys.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Only the rows at `indices`."""
+        """Keep only the rows at `indices`."""
         super().batch_select_indices(indices)
         if self.raw_keys is not None:
             self.raw_keys = self.raw_keys[indices.to(self.raw_keys.device)]
@@ -120,7 +120,7 @@ class _StaticRawKeys(StaticLayer):  # type: ignore[misc]
         self.raw_keys.copy_(torch.cat([self.raw_keys, keys_BTC[:, -reach:]], 1)[:, -reach:])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows by index, repeated or left out."""
+        """Pick rows by index, repeated or left out."""
         super().reorder_cache(beam_idx)
         if self.raw_keys is not None:
             self.raw_keys = self.raw_keys.index_select(0, beam_idx.to(self.raw_keys.device))
@@ -157,7 +157,7 @@ PAGED |= {
 
 
 def raw_keys_layer(cache: Cache, layer_idx: int) -> RawKeysLayer:
-    """The layer at `layer_idx` of a cache, one with raw keys put there if it has none.
+    """Return the layer at `layer_idx` of a cache, one with raw keys put there if it has none.
 
     Raises:
         ValueError: a layer of this kind cannot keep them, or it holds tokens already.

@@ -36,7 +36,7 @@ def _set(config: Any, values: Mapping[str, Any] | MobaConfig | None) -> None:
 
 
 def saved(values: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a `config.json` with those that loading needs, if these are MoBA's."""
+    """Return the entries of a `config.json` with those that loading needs, if these are MoBA's."""
     return values if values.get(NAME) is None else values | {"attn_implementation": SAVED_AS}
 
 

@@ -16,7 +16,7 @@ _VARIANTS = {
 
 
 def check_supported(model: Any) -> None:
-    """ValueError unless MoBA computes what each attention layer of the model does: causally, over the whole past."""
+    """Raise ValueError unless MoBA computes what each attention layer does: causally, over the whole past."""
     config, name = model.config, type(model).__name__
     if config.is_encoder_decoder or config.get_text_config(decoder=True) is not config:
         raise ValueError(f"MoBA replaces the attention of decoder-only text models; {name} is not one")
@@ -39,12 +39,12 @@ def check_supported(model: Any) -> None:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether a module is an attention layer of a decoder."""
+    """Return whether a module is an attention layer of a decoder."""
     return "Attention" in type(module).__name__ and hasattr(module, "layer_idx")
 
 
 def windows_are_idle(config: Any) -> bool:
-    """Whether a model's sliding window is that of a kind of layer that it has not, whatever the window's size."""
+    """Return whether a sliding window, of any size, is that of a kind of layer that the model has not."""
     return set(getattr(config, "layer_types", None) or []) == {"full_attention"}
 
 
