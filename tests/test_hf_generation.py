@@ -98,7 +98,7 @@ def test_rows_of_a_cache(padded: bool, how: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_copies_and_reset(kind: str) -> None:
-    check_copies(configure(build(), HYBRID), kind)
+    check_copies(configure(build(), SPARSE), kind)
 
 
 def test_a_changed_mask() -> None:
@@ -128,7 +128,7 @@ def test_a_token_reads_its_pages_alone(kind: str, monkeypatch: pytest.MonkeyPatc
     in_pieces(model, ids[:, :21], [21], cache)
     for layer in cache.layers:
         layer.keys[:, :, :20] = layer.values[:, :, :20] = float("nan")
-    monkeypatch.delattr("openmoba.hf.attention.moba_attention")
+    monkeypatch.delattr("openmoba.hf.kinds.moba_attention")
     out = in_pieces(model, ids[:, 21:], [], cache)
     torch.testing.assert_close(out, whole[:, 21:])
 
