@@ -19,7 +19,7 @@ from openmoba.config import MobaConfig
 from openmoba.hf.cache import paged_layer
 from openmoba.hf.find_layout import attach_finder
 from openmoba.hf.key_conv import initialize_as_identity, set_key_conv
-from openmoba.hf.kinds import Full, Moba
+from openmoba.hf.kinds import Full, Kind, Moba
 from openmoba.hf.raw_keys import raw_keys_layer
 from openmoba.hf.settings import NAME
 from openmoba.hf.support import check_supported, is_attention
@@ -69,13 +69,13 @@ def prepare_new_models() -> None:
     initialize_as_identity()
 
 
-def kind_of_layer(module: Any) -> Full | Moba:
+def kind_of_layer(module: Any) -> Kind:
     """Return the kind of attention that `module` is of.
 
     Raises:
         ValueError: nobody has said it, or the model's configuration was changed since.
     """
-    kind: Full | Moba | None = getattr(module, NAME, None)
+    kind: Kind | None = getattr(module, NAME, None)
     if kind is None or module.moba_source != module.config.__dict__.get(NAME):
         raise ValueError(
             'attn_implementation="moba" needs settings that the layers know: call openmoba.hf.configure(model, '
