@@ -13,10 +13,10 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.needle import Cell, write_needle
 from openmoba.lab.measure.resample import Interval
 from openmoba.lab.study.figures import (
-    AXES,
     BLUE,
     GREY,
     RED,
@@ -60,7 +60,7 @@ def chart_b(axis: str = "6nd", scale: float = 1.0) -> Figure:
     ]
     laws, differences = {"MoBA": moba, "Full attention": full}, {"MoBA": (moba, full)}
     name = "Trailing loss, length 32,768, last 2,048"
-    return scaling_chart(curves, laws, differences, title="t", loss_name=name, axis=axis)
+    return scaling_chart(curves, laws, differences, title="t", loss_name=name, axis=AXES[axis])
 
 
 def drawn(figure: Figure) -> list[Axes]:
@@ -113,7 +113,7 @@ def test_chart_a_has_a_bar_for_every_difference_and_no_band() -> None:
 def test_chart_b_is_log_log_with_solid_curves_and_dashed_laws(axis: str) -> None:
     axes = chart_b(axis).axes[0]
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-    assert axes.get_xlabel() == AXES[axis]
+    assert axes.get_xlabel() == f"{AXES[axis].caption} ({AXES[axis].unit})"
     assert "last 2,048" in axes.get_ylabel()
     for colour, a, b in ((BLUE, 1.546, -0.108), (RED, 1.464, -0.097)):
         own = [line for line in axes.get_lines() if to_hex(line.get_color()) == colour.lower()]

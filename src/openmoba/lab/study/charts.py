@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openmoba.lab.arms import FULL, HYBRID, MOBA
+from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.resample import LEVEL, Difference
 from openmoba.lab.study import figures, panels
 from openmoba.lab.study.answers import is_sweep
@@ -48,13 +49,13 @@ def draw_charts(recipe: Recipe, outcomes: Sequence[Outcome], study: Path, axis: 
     """Draw what each stage asks for, if its runs have a trailing loss, and its loss by position.
 
     Args:
-        axis: compute convention of the scaling chart, a key of `figures.AXES`.
+        axis: compute convention of the scaling chart, a name in `AXES`.
 
     Raises:
         ValueError: unknown axis.
     """
-    if axis not in figures.AXES:
-        raise ValueError(f"unknown axis {axis!r}; the compute conventions are {', '.join(figures.AXES)}")
+    if axis not in AXES:
+        raise ValueError(f"unknown axis {axis!r}; the compute conventions are {', '.join(AXES)}")
     charts = []
     for stage in recipe.stages:
         own = of_stage(stage, outcomes)
@@ -138,7 +139,7 @@ def _scaling(stage: Stage, runs: list[Outcome], study: Path, axis: str, name: st
         {arm: pair for arm, pair in pairs.items() if pair},
         title=f"Scaling law, {describe_sparsity(runs)}",
         loss_name=f"Trailing LM loss (nats)\n{describe_trailing(runs[0])}",
-        axis=axis,
+        axis=AXES[axis],
     )
     caption = (
         f"Trailing loss over compute by the convention {axis}: along every run (solid), and the fitted laws through "
@@ -250,8 +251,8 @@ def _level(found: Difference | None) -> Level:
 
 
 def _curve(run: Outcome, axis: str) -> Curve:
-    rows = [row for row in run.evals if row["compute"][axis] > 0]
-    return Curve(run.label, _model(run), [row["compute"][axis] for row in rows], [row["trailing_loss"] for row in rows])
+    points = [(compute, row["trailing_loss"]) for row in run.evals if (compute := AXES[axis].value(row)) > 0]
+    return Curve(run.label, _model(run), [compute for compute, _ in points], [loss for _, loss in points])
 
 
 def _model(run: Outcome) -> str:

@@ -20,18 +20,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from openmoba.lab.measure.compute import Axis
 from openmoba.lab.measure.resample import Interval
 from openmoba.lab.study.fit import Fit
 
 TITLE_WIDTH = 68  # characters that fit on one line
 BLUE, RED, GREY = "#0077BB", "#CC3311", "#666666"
-
-AXES = {
-    "6nd": "Training compute, 6·N·tokens (PFLOP/s-days)",
-    "chinchilla": "Training compute with embeddings and softmax (PFLOP/s-days)",
-    "causal_exact": "Training compute, attention at its real reads (PFLOP/s-days)",
-    "accelerator_seconds": "Measured accelerator time (s)",
-}
 
 STYLE: Any = {  # matplotlib types the keys of its settings one by one
     "font.size": 11,
@@ -113,7 +107,7 @@ def scaling_chart(
     *,
     title: str,
     loss_name: str,
-    axis: str,
+    axis: Axis,
 ) -> Figure:
     """Draw chart B: every run's loss over its compute, and each arm's fitted law through the end points.
 
@@ -122,12 +116,18 @@ def scaling_chart(
         laws: arm -> law through the ends of its curves; an arm without a law shows its curves only.
         differences: arm -> its law and that of the arm it is compared with, of `fit_arms`. The band around the arm's
             law is the interval of their ratio, laid on the other's law.
-        axis: a compute convention, a key of `AXES`.
+        axis: what their compute is.
     """
     with chart_style():
         figure = new_figure(height=5.6)
         axes = figure.add_subplot()
-        axes.set(xscale="log", yscale="log", title=fill(title, TITLE_WIDTH), xlabel=AXES[axis], ylabel=loss_name)
+        axes.set(
+            xscale="log",
+            yscale="log",
+            title=fill(title, TITLE_WIDTH),
+            xlabel=f"{axis.caption} ({axis.unit})",
+            ylabel=loss_name,
+        )
         grid_P = _beyond([curve.compute[-1] for curve in curves])
         for arm, (colour, _, marker) in arm_styles(curve.arm for curve in curves).items():
             for curve in (curve for curve in curves if curve.arm == arm):
