@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,19 +17,10 @@ from matplotlib.text import Text
 from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.needle import Cell, write_needle
 from openmoba.lab.measure.resample import Interval
-from openmoba.lab.study.figures import (
-    BLUE,
-    GREY,
-    RED,
-    Curve,
-    Level,
-    arm_styles,
-    layers_chart,
-    save,
-    scaling_chart,
-)
+from openmoba.lab.study.figures import Curve, Level, arm_styles, layers_chart, scaling_chart
 from openmoba.lab.study.fit import fit_arms
 from openmoba.lab.study.panels import Candidate, candidates_chart, position_chart
+from openmoba.records.figures import BLUE, GREY, RED, save
 
 HYBRID = {
     "1 layer": Level(1.170, Interval(1.165, 1.176)),
@@ -219,6 +211,19 @@ def test_charts_are_saved_as_png_and_svg_with_the_same_bytes_each_time(tmp_path:
     second = save(chart_a(), tmp_path / "two" / "chart")
     assert [path.suffix for path in first] == [".png", ".svg"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_a_chart_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    files = save(chart_a(), tmp_path / "chart")
+    before = [path.read_bytes() for path in files]
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(ValueError, match=r"cannot write .*chart\.png: No space left"):
+        save(chart_b(), tmp_path / "chart")
+    assert [path.read_bytes() for path in files] == before
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_dots_in_a_name_are_kept(tmp_path: Path) -> None:

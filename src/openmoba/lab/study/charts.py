@@ -29,6 +29,7 @@ from openmoba.lab.study.outcomes import (
     seed_noise,
 )
 from openmoba.lab.study.recipe import Recipe, Stage
+from openmoba.records.figures import save
 
 FOLDER = "figures"
 EQUAL_COST = "causal_exact"
@@ -112,7 +113,7 @@ def _layers(stage: Stage, size: str, runs: list[Outcome], study: Path) -> Chart:
             f" Bars: {LEVEL:.0%} interval of the difference from {reference[0].label}, on the same windows: a bar "
             "that does not reach its line is resolved from it."
         )
-    return Chart(stage, figures.save(figure, study / FOLDER / f"{stage.name}-{size}-layerwise-hybrid"), caption)
+    return Chart(stage, save(figure, study / FOLDER / f"{stage.name}-{size}-layerwise-hybrid"), caption)
 
 
 def _hybrid_names(hybrids: Sequence[Outcome]) -> tuple[list[str], str]:
@@ -150,7 +151,7 @@ def _scaling(stage: Stage, runs: list[Outcome], study: Path, axis: str, name: st
             f" Bands: pointwise {LEVEL:.0%} interval of a law's difference from that of full attention, over runs, "
             "documents and windows: a band that does not touch the red line is resolved from it."
         )
-    return Chart(stage, figures.save(figure, study / FOLDER / name), caption)
+    return Chart(stage, save(figure, study / FOLDER / name), caption)
 
 
 def _positions(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
@@ -179,7 +180,7 @@ def _positions(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
         caption = f"{caption} Bars: {LEVEL:.0%} interval, on the same windows."
     if len(shown) < len(arms):
         caption += f" Of {len(arms)} arms those with the lowest trailing loss are shown."
-    return Chart(stage, figures.save(figure, study / FOLDER / f"{stage.name}-positions"), caption)
+    return Chart(stage, save(figure, study / FOLDER / f"{stage.name}-positions"), caption)
 
 
 def _most_telling(arms: Mapping[str, list[Outcome]], reference: list[Outcome]) -> list[list[Outcome]]:
@@ -211,7 +212,7 @@ def _gains(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
         f"Loss by position of {_inside(outcomes[0].label)}, and its difference from that at the positions {span} of "
         f"the same windows, with {LEVEL:.0%} intervals ({counts}). Below zero: what a longer context is good for."
     )
-    return Chart(stage, figures.save(figure, study / FOLDER / f"{stage.name}-positions"), caption)
+    return Chart(stage, save(figure, study / FOLDER / f"{stage.name}-positions"), caption)
 
 
 def _candidates(stage: Stage, size: str, runs: list[Outcome], found: Sequence[Standing], study: Path) -> Chart:
@@ -233,7 +234,7 @@ def _candidates(stage: Stage, size: str, runs: list[Outcome], found: Sequence[St
         caption += " Diamonds: against full attention with the same key convolution."
     if noise is not None:
         caption += f" Grey: below {smallest:.2f} %, where two single seeds cannot be told apart."
-    return Chart(stage, figures.save(figure, study / FOLDER / f"{stage.name}-{size}-candidates"), caption)
+    return Chart(stage, save(figure, study / FOLDER / f"{stage.name}-{size}-candidates"), caption)
 
 
 def _inside(label: str) -> str:

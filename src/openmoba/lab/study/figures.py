@@ -1,20 +1,16 @@
 """The charts: layer-wise hybrid (chart A) and scaling law (chart B); `openmoba.lab.study.panels` has the others.
 
-Arms differ in colour, line style and marker, so that the charts survive grey printing and colour-blind eyes
-(colours of Paul Tol's "vibrant" scheme). Every function returns a figure; `save` writes it as PNG and SVG.
+Arms differ in colour, line style and marker, so that the charts survive grey printing and colour-blind eyes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,23 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from openmoba.lab.measure.compute import Axis
 from openmoba.lab.measure.resample import Interval
 from openmoba.lab.study.fit import Fit
-
-TITLE_WIDTH = 68  # characters that fit on one line
-BLUE, RED, GREY = "#0077BB", "#CC3311", "#666666"
-
-STYLE: Any = {  # matplotlib types the keys of its settings one by one
-    "font.size": 11,
-    "font.family": "DejaVu Sans",
-    "axes.titlesize": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#E3E3E3",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "svg.hashsalt": "openmoba",
-}
+from openmoba.records.figures import BLUE, GREY, RED, TITLE_WIDTH, chart_style, new_figure
 
 
 @dataclass(frozen=True)
@@ -162,35 +142,6 @@ def arm_styles(arms: Iterable[str]) -> dict[str, tuple[str, Any, str]]:
     others = zip(cycle(colours), cycle(dashes), cycle("^DvPX<>p*h"), strict=False)
     fixed = {"Full attention": (RED, "-", "s"), "MoBA": (BLUE, "-", "o")}
     return {arm: fixed.get(arm) or next(others) for arm in dict.fromkeys(arms)}
-
-
-def save(figure: Figure, path: Path) -> list[Path]:
-    """Write `path`.png and `path`.svg, dots in its name kept; the same figure gives the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files = [path.with_name(f"{path.name}{suffix}") for suffix in (".png", ".svg")]
-    with chart_style():
-        figure.savefig(files[0], dpi=160)
-        figure.savefig(files[1], metadata={"Date": None})
-    return files
-
-
-@contextmanager
-def chart_style() -> Iterator[None]:
-    """Use the settings that all charts are drawn with."""
-    with mpl.rc_context(STYLE):
-        yield
-
-
-def new_figure(height: float = 4.8) -> Figure:
-    """Return an empty figure as wide as a page, `height` inches high."""
-    return Figure(figsize=(7.2, height), layout="constrained")
-
-
-def legend_below(figure: Figure, axes: Axes) -> None:
-    """Put the legend of `axes` under the figure, in as many columns as its names leave room for."""
-    handles, names = axes.get_legend_handles_labels()
-    columns = min(4, max(1, 84 // (8 + max(map(len, names)))))
-    figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3)
 
 
 def error_bars(levels: Sequence[Level]) -> Any:

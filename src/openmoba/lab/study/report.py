@@ -27,8 +27,8 @@ from openmoba.lab.study.outcomes import (
     slope_difference,
 )
 from openmoba.lab.study.recipe import Recipe, Stage
-from openmoba.records.claims import claim
 from openmoba.records.disk import write_text
+from openmoba.records.locks import claim
 
 REPORT_FILE = "report.md"
 
