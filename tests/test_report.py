@@ -18,7 +18,7 @@ from openmoba.lab.arms import ArmConfig
 from openmoba.lab.measure import resample
 from openmoba.lab.measure.compute import AXES, Axis, Shape, training_compute
 from openmoba.lab.progress import Progress
-from openmoba.lab.study import figures, panels
+from openmoba.lab.study import charts, figures, panels
 from openmoba.lab.study import fit as fitting
 from openmoba.lab.study.candidates import standings
 from openmoba.lab.study.charts import describe_sparsity
@@ -51,7 +51,7 @@ def few_replicates() -> Iterator[None]:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports whose figures are made but not written, which takes most of the time."""
-    monkeypatch.setattr(figures, "save", lambda figure, path: [path.with_name(f"{path.name}.png")])
+    monkeypatch.setattr(charts, "save", lambda figure, path: [path.with_name(f"{path.name}.png")])
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,7 @@ def test_an_import_in_a_function_is_seen(tmp_path: Path) -> None:
     file.write_text("def f():\n    from openmoba.lab.train import run\n    from openmoba import moba_attention\n")
     assert list(imports(file)) == ["lab.train.run", "__init__"]
     assert room_of("lab.train.run") > room_of("lab.data.load") > room_of("lab.config") > room_of("ops.api")
-    with pytest.raises(AssertionError, match="attic.old is in no room"):
+    with pytest.raises(AssertionError, match=r"attic\.old is in no room"):
         room_of("attic.old")
 
 
