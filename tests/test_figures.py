@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,22 +14,13 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.needle import Cell, write_needle
 from openmoba.lab.measure.resample import Interval
-from openmoba.lab.study.figures import (
-    AXES,
-    BLUE,
-    GREY,
-    RED,
-    Curve,
-    Level,
-    arm_styles,
-    layers_chart,
-    save,
-    scaling_chart,
-)
+from openmoba.lab.study.figures import Curve, Level, arm_styles, layers_chart, scaling_chart
 from openmoba.lab.study.fit import fit_arms
 from openmoba.lab.study.panels import Candidate, candidates_chart, position_chart
+from openmoba.records.figures import BLUE, GREY, RED, save
 
 HYBRID = {
     "1 layer": Level(1.170, Interval(1.165, 1.176)),
@@ -60,7 +52,7 @@ def chart_b(axis: str = "6nd", scale: float = 1.0) -> Figure:
     ]
     laws, differences = {"MoBA": moba, "Full attention": full}, {"MoBA": (moba, full)}
     name = "Trailing loss, length 32,768, last 2,048"
-    return scaling_chart(curves, laws, differences, title="t", loss_name=name, axis=axis)
+    return scaling_chart(curves, laws, differences, title="t", loss_name=name, axis=AXES[axis])
 
 
 def drawn(figure: Figure) -> list[Axes]:
@@ -113,7 +105,7 @@ def test_chart_a_has_a_bar_for_every_difference_and_no_band() -> None:
 def test_chart_b_is_log_log_with_solid_curves_and_dashed_laws(axis: str) -> None:
     axes = chart_b(axis).axes[0]
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-    assert axes.get_xlabel() == AXES[axis]
+    assert axes.get_xlabel() == f"{AXES[axis].caption} ({AXES[axis].unit})"
     assert "last 2,048" in axes.get_ylabel()
     for colour, a, b in ((BLUE, 1.546, -0.108), (RED, 1.464, -0.097)):
         own = [line for line in axes.get_lines() if to_hex(line.get_color()) == colour.lower()]
@@ -219,6 +211,19 @@ def test_charts_are_saved_as_png_and_svg_with_the_same_bytes_each_time(tmp_path:
     second = save(chart_a(), tmp_path / "two" / "chart")
     assert [path.suffix for path in first] == [".png", ".svg"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_a_chart_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    files = save(chart_a(), tmp_path / "chart")
+    before = [path.read_bytes() for path in files]
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(ValueError, match=r"cannot write .*chart\.png: No space left"):
+        save(chart_b(), tmp_path / "chart")
+    assert [path.read_bytes() for path in files] == before
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_dots_in_a_name_are_kept(tmp_path: Path) -> None:

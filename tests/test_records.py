@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from openmoba.lab.arms import ArmConfig
 from openmoba.lab.config import DataConfig, EvalConfig, RunConfig, TrainConfig, from_dict, spaced_steps, to_dict
 from openmoba.lab.progress import TerminalProgress, bar, duration
 from openmoba.records import disk
+from openmoba.records.locks import lock
 
 
 def test_appended_rows_are_read_back(tmp_path: Path) -> None:
@@ -48,11 +50,34 @@ def test_a_torn_line_longer_than_the_read_buffer_is_cut_off_whole(tmp_path: Path
     assert disk.read(path) == [{"step": 1}, {"step": 2}]
 
 
+def test_a_full_disk_leaves_whole_lines_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a torn line too: where the file is cut back to is where its whole lines end."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "metrics.jsonl"
+    disk.append(path, {"step": 1})
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"step": 2, "pad": "xxxxxxxx')
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(ValueError, match="No space left on device; make room"):
+        disk.append(path, {"step": 2})
+    assert path.read_bytes() == whole
+
+
 def test_a_broken_line_in_the_middle_names_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step":1}\nbroken\n{"step":3}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
         disk.read(path)
+
+
+def test_a_lock_is_held_by_one_and_dropped_with_its_body(tmp_path: Path) -> None:
+    for _ in range(2):
+        with lock(tmp_path / "cache.lock") as mine, lock(tmp_path / "cache.lock", wait=False) as other:
+            assert mine is not None
+            assert other is None
 
 
 def test_a_writer_killed_at_any_moment_leaves_every_earlier_line_readable(tmp_path: Path) -> None:

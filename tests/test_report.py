@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,17 @@ from matplotlib.figure import Figure
 from synthetic_study import CANDIDATES, DOCUMENTS, RANGES, RECIPE, WINDOWS, train
 
 from openmoba import cli
+from openmoba.lab.arms import ArmConfig
 from openmoba.lab.measure import resample
+from openmoba.lab.measure.compute import AXES, Axis, Shape, training_compute
 from openmoba.lab.progress import Progress
-from openmoba.lab.study import figures, panels
+from openmoba.lab.study import charts, figures, panels
 from openmoba.lab.study import fit as fitting
 from openmoba.lab.study.candidates import standings
 from openmoba.lab.study.charts import describe_sparsity
 from openmoba.lab.study.figures import Level
 from openmoba.lab.study.outcomes import behind, by, difference, fit, read_outcomes, seed_noise
-from openmoba.lab.study.recipe import Recipe, parse_recipe
+from openmoba.lab.study.recipe import RECIPE_FILE, Recipe, parse_recipe, read_recipe
 from openmoba.lab.study.report import write_report
 from openmoba.lab.study.work import run_study
 
@@ -48,7 +51,7 @@ def few_replicates() -> Iterator[None]:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports whose figures are made but not written, which takes most of the time."""
-    monkeypatch.setattr(figures, "save", lambda figure, path: [path.with_name(f"{path.name}.png")])
+    monkeypatch.setattr(charts, "save", lambda figure, path: [path.with_name(f"{path.name}.png")])
 
 
 @pytest.fixture(scope="module")
@@ -400,6 +403,29 @@ def test_fit_and_plot_work_on_the_folder_alone(study: Path, capsys: pytest.Captu
     assert cli.main(["plot", str(study), "--axis", "chinchilla"]) == 0
     assert (study / "figures" / "pretrain-scaling-law.svg").read_text() != before
     assert cli.main(["plot", str(study)]) == 0
+
+
+def test_an_axis_of_compute_is_one_entry(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn, fitted and tabled for runs that were recorded before anybody thought of it."""
+    read = Axis("tokens", "tokens (M)", "Tokens", "million tokens", ".1f", read=lambda row: row["tokens"] / 1e6)
+    counted = Axis("squared", "squared", "Tokens squared", count=lambda spent: spent.tokens**2)
+    for axis in (read, counted):
+        monkeypatch.setitem(AXES, axis.name, axis)
+    copy = Path(shutil.copytree(study, tmp_path / "study"))
+    recipe, tokens = (
+        read_recipe(copy / RECIPE_FILE),
+        read_outcomes(read_recipe(copy / RECIPE_FILE), copy)[0].final["tokens"],
+    )
+    report = write_report(recipe, copy, "tokens")[0].read_text()
+    assert "million tokens (tokens) the trailing loss of MoBA lies" in report
+    assert "Fitted laws, L = a · C^b, C by the convention tokens" in report
+    assert "accelerator s | tokens (M) | squared | tokens/s" in report
+    assert f"| {tokens / 1e6:.1f} | - |" in report
+    assert "Tokens (million tokens)" in (copy / "figures" / "pretrain-scaling-law.svg").read_text()
+    with pytest.raises(ValueError, match="does not hold the compute by squared; train its run again, or choose one"):
+        write_report(recipe, copy, "squared")
+    shape = Shape(1100, 1000, hidden=8, layers=3, heads=2, head_dim=4, vocab=10, length=32)
+    assert training_compute(shape, ArmConfig(), 2, 4, 5, 0.0)["squared"] == 320**2
 
 
 def test_nothing_finished_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

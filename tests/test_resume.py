@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config
 
@@ -31,6 +30,7 @@ from openmoba.lab.train.run import run_training
 from openmoba.lab.train.schedule import check_lengthening
 from openmoba.lab.train.trainer import RunTrainer
 from openmoba.records import disk
+from openmoba.records.locks import lock
 
 
 @pytest.fixture(scope="module")
@@ -330,8 +330,8 @@ def test_a_warm_cache_may_be_read_only(config: RunConfig, root: Path, tmp_path: 
     cache = shutil.copytree(root / "cache", tmp_path / "cache")
     for path in (cache, *cache.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
-    for lock in cache.glob("*.lock"):
-        assert not os.access(lock, os.W_OK) or os.geteuid() == 0
+    for file in cache.glob("*.lock"):
+        assert not os.access(file, os.W_OK) or os.geteuid() == 0
     before = sorted(path.stat().st_mtime_ns for path in (cache, *cache.rglob("*")))
     data_module.load_data(replace(config.data, cache=str(cache)))
     assert sorted(path.stat().st_mtime_ns for path in (cache, *cache.rglob("*"))) == before, "nothing was written"
@@ -377,7 +377,7 @@ def test_a_checkpoint_written_again_is_whole(config: RunConfig, cut: Path) -> No
 def test_a_cache_keeps_nothing_of_a_writer_that_was_killed(config: RunConfig, tmp_path: Path) -> None:
     for name in ("dead", "alive"):
         (tmp_path / "cache" / f".partial-{name}").mkdir(parents=True)
-    with FileLock(tmp_path / "cache" / "alive.lock"):
+    with lock(tmp_path / "cache" / "alive.lock"):
         data_module.load_data(replace(config.data, cache=str(tmp_path / "cache")))
     assert [path.name for path in (tmp_path / "cache").glob(".partial-*")] == [".partial-alive"]
 

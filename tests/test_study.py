@@ -22,7 +22,7 @@ from openmoba.lab.study.overview import overview
 from openmoba.lab.study.recipe import parse_recipe, read_recipe
 from openmoba.lab.study.work import run_study
 from openmoba.records import disk
-from openmoba.records.claims import claim, holder
+from openmoba.records.locks import claim, holder
 
 SMALL = """
 title = "A study in seconds"
@@ -340,7 +340,7 @@ def test_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_claim_of_a_dead_process_is_free(tmp_path: Path) -> None:
-    code = "import sys, time; from pathlib import Path; from openmoba.records.claims import claim\n"
+    code = "import sys, time; from pathlib import Path; from openmoba.records.locks import claim\n"
     code += "with claim(Path(sys.argv[1])) as mine: print(mine, flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
     assert process.stdout is not None

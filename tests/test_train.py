@@ -30,7 +30,7 @@ from openmoba.lab.train.run import run_training
 from openmoba.lab.train.schedule import learning_rate_factor
 from openmoba.lab.train.trainer import RunTrainer
 from openmoba.records import disk
-from openmoba.records.claims import claim
+from openmoba.records.locks import claim
 
 TRAIN = TrainConfig(steps=12, batch_size=4, log_every=2, checkpoint_every=4, learning_rate=5e-3)
 

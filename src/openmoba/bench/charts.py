@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -19,7 +18,7 @@ from openmoba.bench.cases import PASSES
 from openmoba.bench.contenders import contender_label
 from openmoba.bench.rows import length_name, newest
 from openmoba.bench.table import Row, compared, dense_names
-from openmoba.lab.study.figures import BLUE, GREY, RED, STYLE
+from openmoba.records.figures import BLUE, GREY, RED, chart_style
 
 # Of Paul Tol's schemes; in grey, they and the markers still differ.
 _SETTINGS = ((BLUE, "o"), ("#33BBEE", "s"), ("#009988", "^"), ("#882255", "D"), ("#EE7733", "v"), ("#332288", "P"))
@@ -55,7 +54,7 @@ def time_chart(rows: Sequence[Row]) -> Figure:
     passes = [kind for kind in PASSES if kind in {row.passes for row in times}]
     widths = sorted({row.head_dim for row in times})
     looks = _looks(times)
-    with mpl.rc_context(STYLE):
+    with chart_style():
         figure = Figure(figsize=(1.2 + 5.4 * len(widths), 0.9 + 3.9 * len(passes)), layout="constrained")
         panels = figure.subplots(len(passes), len(widths), sharex=True, squeeze=False)
         for row_of_panels, kind in zip(panels, passes, strict=True):
@@ -84,7 +83,7 @@ def speedup_chart(rows: Sequence[Row]) -> Figure:
     shown = max((PASSES.index(row.passes), row.head_dim) for row in speedups)
     speedups = {row: y for row, y in speedups.items() if (PASSES.index(row.passes), row.head_dim) == shown}
     dense = dict.fromkeys(contender_label(name) for name in dense_names(speedups, main))
-    with mpl.rc_context(STYLE):
+    with chart_style():
         figure = Figure(figsize=(7.6, 4.8), layout="constrained")
         axes = figure.add_subplot()
         _curves(axes, speedups, _looks(speedups))

@@ -29,7 +29,7 @@ class Plot:
 
     def run(self) -> None:
         """Draw, and print."""
-        from openmoba.lab.study.figures import save
+        from openmoba.records.figures import save
 
         of_training = read_columns(self.csv) == columns(TrainingRow)
         rows: Sequence[Any] = read_rows(self.csv, TrainingRow if of_training else Row)

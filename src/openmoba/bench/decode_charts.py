@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -14,7 +13,7 @@ from openmoba.bench.contenders import contender_label
 from openmoba.bench.decode import CHUNK, EAGER, GRAPH
 from openmoba.bench.rows import length_name, newest
 from openmoba.bench.table import Row, dense_names
-from openmoba.lab.study.figures import BLUE, RED, STYLE
+from openmoba.records.figures import BLUE, RED, chart_style
 
 _MOBA: dict[str, Any] = {"color": BLUE, "marker": "o", "markersize": 5, "linewidth": 1.6}
 _DENSE: dict[str, Any] = {"color": RED, "marker": "s", "markersize": 5, "linewidth": 1.6}
@@ -25,7 +24,7 @@ def step_chart(rows: Sequence[Row]) -> Figure:
     """Draw the median time of a decoding step over cached tokens, a panel per batch; graphs, else eager."""
     rows = _measured(rows, GRAPH) or _measured(rows, EAGER)
     batches = sorted({row.batch for row in rows})
-    with mpl.rc_context(STYLE):
+    with chart_style():
         figure = Figure(figsize=(1.0 + 4.8 * len(batches), 4.4), layout="constrained")
         for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
             panel = [row for row in rows if row.batch == batch]
@@ -49,7 +48,7 @@ def step_chart(rows: Sequence[Row]) -> Figure:
 def prefill_chart(rows: Sequence[Row]) -> Figure:
     """Draw the median time of a chunk of the prompt over the tokens at its end."""
     rows = _measured(rows, CHUNK)
-    with mpl.rc_context(STYLE):
+    with chart_style():
         figure = Figure(figsize=(6.4, 4.4), layout="constrained")
         axes = figure.add_subplot()
         _settings(axes, rows)

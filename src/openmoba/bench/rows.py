@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from openmoba.records.disk import write_text
+from openmoba.records.disk import append_lines, whole_lines
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ def columns(kind: type[CsvRow]) -> list[str]:
 
 def read_columns(path: Path) -> list[str]:
     """Read the names of a file's columns; none without it."""
-    return next(csv.reader(io.StringIO(_whole_lines(path))), []) if path.exists() else []
+    return next(csv.reader(_open(path)), [])
 
 
 def read_rows(path: Path, kind: type[R]) -> list[R]:
@@ -48,12 +47,10 @@ def read_rows(path: Path, kind: type[R]) -> list[R]:
     Raises:
         ValueError: the columns are not those of `kind`.
     """
-    if not path.exists():
-        return []
     if read_columns(path) not in ([], columns(kind)):
         raise ValueError(f"{path} has other columns than this version writes; give another file")
     types = {field.name: str(field.type) for field in fields(kind)}
-    reader = csv.DictReader(io.StringIO(_whole_lines(path)))
+    reader = csv.DictReader(_open(path))
     try:
         return [kind(**{name: _parse(text, types[name]) for name, text in row.items()}) for row in reader]
     except (ValueError, TypeError, KeyError) as error:
@@ -76,15 +73,7 @@ def newest(rows: Sequence[R]) -> list[R]:
 def append_row(path: Path, row: CsvRow) -> None:
     """Add one row, with the header before the first; on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and _whole_lines(path) != path.read_text():
-        write_text(path, _whole_lines(path))
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if file.tell() == 0:
-            writer.writerow(columns(type(row)))
-        writer.writerow("" if value is None else value for value in vars(row).values())
-        file.flush()
-        os.fsync(file.fileno())
+    append_lines(path, _line("" if value is None else value for value in vars(row).values()), _line(columns(type(row))))
 
 
 def length_name(tokens: int) -> str:
@@ -118,9 +107,14 @@ def _device(row: Any) -> str | None:
     return device
 
 
-def _whole_lines(path: Path) -> str:
-    text = path.read_text()
-    return text[: text.rfind("\n") + 1]
+def _open(path: Path) -> io.StringIO:
+    return io.StringIO(whole_lines(path).decode())
+
+
+def _line(cells: Iterable[object]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue().encode()
 
 
 def _parse(text: str, kind: str) -> Any:

@@ -21,17 +21,33 @@ def append(path: Path, row: Row) -> None:
     Raises:
         ValueError: the row holds NaN or infinity, or the disk does not take it.
     """
-    line = _encode(row, path) + b"\n"
+    append_lines(path, _encode(row, path) + b"\n")
+
+
+def append_lines(path: Path, lines: bytes, head: bytes = b"") -> None:
+    """Add whole lines to `path`, on the disk when this returns; a torn last line of a killed writer is cut off.
+
+    Args:
+        head: lines that a file begins with.
+
+    Raises:
+        ValueError: the disk does not take it.
+    """
     with _writing(path), path.open("ab+") as file:
-        _cut_torn_line(file.fileno())
-        start = file.tell()
+        whole = _cut_torn_line(file.fileno())
         try:
-            file.write(line)
+            file.write(lines if whole else head + lines)
             file.flush()
             os.fsync(file.fileno())
         except OSError:
-            os.ftruncate(file.fileno(), start)
+            os.ftruncate(file.fileno(), whole)
             raise
+
+
+def whole_lines(path: Path) -> bytes:
+    """Read `path` up to its last newline, what follows being torn; a missing file has none."""
+    content = path.read_bytes() if path.exists() else b""
+    return content[: content.rfind(b"\n") + 1]
 
 
 def read(path: Path) -> list[Row]:
@@ -40,12 +56,12 @@ def read(path: Path) -> list[Row]:
     Raises:
         ValueError: a line before the last is not a JSON object.
     """
-    return list(_rows(path)) if path.exists() else []
+    return list(_rows(path))
 
 
 def keep(path: Path, rows: Iterable[Row]) -> None:
     """Replace `path` by `rows` in one step, as when a resumed run drops what came after its checkpoint."""
-    _replace(path, b"".join(_encode(row, path) + b"\n" for row in rows))
+    write_bytes(path, b"".join(_encode(row, path) + b"\n" for row in rows))
 
 
 def write_json(path: Path, value: Row) -> None:
@@ -55,7 +71,7 @@ def write_json(path: Path, value: Row) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write `path` in one step, UTF-8."""
-    _replace(path, text.encode())
+    write_bytes(path, text.encode())
 
 
 def read_json(path: Path) -> Row:
@@ -77,7 +93,7 @@ def restore(files: Mapping[Path, bytes | None]) -> None:
         if content is None:
             path.unlink(missing_ok=True)
         else:
-            _replace(path, content)
+            write_bytes(path, content)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -122,8 +138,7 @@ def _say(kind: Any) -> str:
 
 
 def _rows(path: Path) -> Iterator[Row]:
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or torn
+    for number, line in enumerate(whole_lines(path).split(b"\n")[:-1], start=1):
         try:
             row = json.loads(line)
         except ValueError:
@@ -147,8 +162,8 @@ def _finite(value: Any, path: Path, name: str = "") -> Any:
     return value
 
 
-def _cut_torn_line(file: int) -> None:
-    """Drop what follows the last newline of the open file `file`."""
+def _cut_torn_line(file: int) -> int:
+    """Drop what follows the last newline of the open file `file`, and return the bytes that are left."""
     size = os.fstat(file).st_size
     end = size
     while end > 0:
@@ -160,9 +175,11 @@ def _cut_torn_line(file: int) -> None:
         end = start
     if end < size:
         os.ftruncate(file, end)
+    return end
 
 
-def _replace(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `path` in one step."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with _writing(path):
         try:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from openmoba.bench.charts import name_lines
 from openmoba.bench.rows import length_name, newest
 from openmoba.bench.training.cases import TrainingRow
-from openmoba.lab.study.figures import BLUE, RED, STYLE
+from openmoba.records.figures import BLUE, RED, chart_style
 
 _OTHERS = ("#009988", "#EE7733", "#EE3377", "#33BBEE")
 _MARKERS = "os^DvP"
@@ -28,7 +27,7 @@ def rate_chart(rows: Sequence[TrainingRow]) -> Figure:
         raise ValueError("no row to draw: tokens per second over size need rows of kind 'loop' without an error")
     arms = sorted({row.arm for row in shown}, key=lambda arm: (arm == "full", arm))
     colours = dict(zip([arm for arm in arms if arm != "full"], (BLUE, *_OTHERS), strict=False)) | {"full": RED}
-    with mpl.rc_context(STYLE):
+    with chart_style():
         figure = Figure(figsize=(7.2, 4.8), layout="constrained")
         axes = figure.add_subplot()
         axes.set(xscale="log", yscale="log", xlabel="Parameters", ylabel="Tokens per second, optimizer included")

@@ -14,18 +14,18 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from openmoba.lab.data.chat import content_of, encode_chat
 from openmoba.lab.data.corpus import Corpus, Document
 from openmoba.lab.data.tokenizer import encode_texts, fingerprint
 from openmoba.lab.progress import Percent, Progress
+from openmoba.records.locks import lock
 
 _CHARACTERS_PER_BATCH = 4_000_000
 
@@ -121,7 +121,7 @@ def cached(cache: Path, name: str, write: Callable[[Path], None]) -> Path:
         return target
     with _writing_to(cache):
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"{name}.lock"):
+        with lock(cache / f"{name}.lock"):
             if not target.exists():
                 _remove_leftovers(cache)
                 partial = cache / f".partial-{name}"
@@ -135,8 +135,9 @@ def cached(cache: Path, name: str, write: Callable[[Path], None]) -> Path:
 def _remove_leftovers(cache: Path) -> None:
     """Remove what writers that were killed left, which may be as large as a corpus: nobody holds its lock."""
     for partial in cache.glob(".partial-*"):
-        with suppress(Timeout), FileLock(cache / f"{partial.name.removeprefix('.partial-')}.lock", timeout=0):
-            shutil.rmtree(partial)
+        with lock(cache / f"{partial.name.removeprefix('.partial-')}.lock", wait=False) as mine:
+            if mine:
+                shutil.rmtree(partial)
 
 
 def _load(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:

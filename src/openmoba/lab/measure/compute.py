@@ -15,14 +15,17 @@ vocabulary, C model width. A multiply-add is two operations; the backward pass c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from openmoba.config import MobaConfig
 from openmoba.lab.arms import ArmConfig, attention_cost
+from openmoba.records.disk import Row
 
 PFLOPS_DAY = 8.64e19
 """Floating-point operations in a day at 10^15 per second."""
+PFLOPS_DAYS = "PFLOP/s-days"
 
 
 @dataclass(frozen=True)
@@ -62,29 +65,125 @@ class Shape:
         return {"total": self.total, "non_embedding": self.non_embedding}
 
 
+@dataclass(frozen=True)
+class Spent:
+    """The training that compute is counted of: the first `step` of `steps` steps of `batch_size` windows each.
+
+    Attributes:
+        seconds: accelerator seconds measured.
+    """
+
+    shape: Shape
+    arm: ArmConfig
+    step: int
+    steps: int
+    batch_size: int
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained."""
+        return self.step * self.batch_size * self.shape.length
+
+    @property
+    def attention(self) -> int:
+        """Operations of the attention as it is, at each step."""
+        sparse_steps = min(self.step, self.arm.switch_step(self.steps))
+        full = (self.step - sparse_steps) * attention_flops(self.shape, None)
+        sparse = sparse_steps * attention_flops(self.shape, self.arm.attention(0, self.steps))
+        return self.batch_size * (full + sparse)
+
+
+def _six_nd(spent: Spent) -> float:
+    return 6 * spent.shape.non_embedding * spent.tokens / PFLOPS_DAY
+
+
+def _chinchilla(spent: Spent) -> float:
+    shape = spent.shape
+    tables = 4 * shape.vocab * shape.hidden
+    scores = shape.layers * (4 * shape.heads * shape.head_dim + 3 * shape.heads) * shape.length
+    return 3 * spent.tokens * (2 * shape.non_embedding + tables + scores) / PFLOPS_DAY
+
+
+def _causal_exact(spent: Spent) -> float:
+    shape = spent.shape
+    products = 3 * spent.tokens * (2 * shape.non_embedding + 2 * shape.vocab * shape.hidden)
+    return (products + spent.attention) / PFLOPS_DAY
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One measure of what training costs, which losses are drawn over and laws are fitted in.
+
+    Attributes:
+        name: in records and on the command line.
+        head: of its column in reports.
+        caption: of a chart's axis, without the unit.
+        unit: of its values, in words.
+        form: how its values are written.
+        count: the value for a training so far; records hold it under `name`.
+        read: where `count` is None, the value from what an evaluation record holds.
+    """
+
+    name: str
+    head: str
+    caption: str
+    unit: str = PFLOPS_DAYS
+    form: str = ".3g"
+    count: Callable[[Spent], float] | None = None
+    read: Callable[[Row], float] | None = None
+
+    def known(self, row: Row) -> bool:
+        """Whether an evaluation record has the value; one from before it was counted does not."""
+        return self.read is not None or self.name in row["compute"]
+
+    def value(self, row: Row) -> float:
+        """Return the value of an evaluation record; ValueError if it does not have it."""
+        if self.read is not None:
+            return self.read(row)
+        if not self.known(row):
+            raise ValueError(
+                f"a record of step {row['step']} does not hold the compute by {self.name}; train its run again, or "
+                f"choose one that it holds: {', '.join(row['compute'])}"
+            )
+        return float(row["compute"][self.name])
+
+    def amount(self, value: float) -> str:
+        """Write a value with its unit."""
+        return f"{value:{self.form}} {self.unit}"
+
+
+AXES = {
+    axis.name: axis
+    for axis in (
+        Axis("6nd", "6ND", "Training compute, 6·N·tokens", count=_six_nd),
+        Axis("chinchilla", "Chinchilla", "Training compute with embeddings and softmax", count=_chinchilla),
+        Axis("causal_exact", "causal-exact", "Training compute, attention at its real reads", count=_causal_exact),
+        Axis(
+            "accelerator_seconds", "accelerator s", "Measured accelerator time", "seconds", ",.0f",
+            lambda spent: spent.seconds,
+        ),
+    )
+}  # fmt: skip
+"""Name -> axis of compute. A new one is an entry here."""
+
+if TYPE_CHECKING:
+    AxisName = str
+else:
+    AxisName = Literal[tuple(AXES)]
+
+
 def training_compute(
     shape: Shape, arm: ArmConfig, step: int, steps: int, batch_size: int, seconds: float
 ) -> dict[str, float]:
-    """Count the compute of the first `step` of `steps` steps, by all conventions.
+    """Count the compute of the first `step` of `steps` steps, by all conventions that records hold.
 
     Args:
         batch_size: windows per step.
         seconds: accelerator seconds measured.
     """
-    sparse_steps = min(step, arm.switch_step(steps))
-    sparse_windows, full_windows = sparse_steps * batch_size, (step - sparse_steps) * batch_size
-    tokens = step * batch_size * shape.length
-    attention = full_windows * attention_flops(shape, None)
-    if sparse_windows:
-        attention += sparse_windows * attention_flops(shape, arm.attention(0, steps))
-    head = 2 * shape.vocab * shape.hidden
-    all_scores = shape.layers * (4 * shape.heads * shape.head_dim + 3 * shape.heads) * shape.length
-    return {
-        "6nd": 6 * shape.non_embedding * tokens / PFLOPS_DAY,
-        "chinchilla": 3 * tokens * (2 * shape.non_embedding + 2 * head + all_scores) / PFLOPS_DAY,
-        "causal_exact": (3 * tokens * (2 * shape.non_embedding + head) + attention) / PFLOPS_DAY,
-        "accelerator_seconds": seconds,
-    }
+    spent = Spent(shape, arm, step, steps, batch_size, seconds)
+    return {axis.name: axis.count(spent) for axis in AXES.values() if axis.count is not None}
 
 
 def attention_flops(shape: Shape, attention: MobaConfig | None) -> int:

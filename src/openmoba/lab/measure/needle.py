@@ -28,8 +28,8 @@ from openmoba.lab.data.tokenizer import load_tokenizer
 from openmoba.lab.measure.evaluate import autocast
 from openmoba.lab.model.build import load_model, model_folder
 from openmoba.lab.progress import Progress
-from openmoba.lab.study.figures import save
 from openmoba.records.disk import write_text
+from openmoba.records.figures import save
 
 _NAMES = ("Arden", "Basel", "Corfu", "Delos", "Evora", "Fargo", "Genoa", "Hilo", "Izmir", "Jena", "Kyoto", "Lyon")
 

@@ -29,6 +29,12 @@ REPLICATES = 2000
 LEVEL = 0.95
 
 
+def ends(samples_R: ArrayLike) -> Floats:
+    """Return the two ends of the interval of replicates, along their first axis; those without a value are left out."""
+    tail = (1 - LEVEL) / 2
+    return np.asarray(np.nanquantile(np.asarray(samples_R, dtype=np.float64), [tail, 1 - tail], axis=0))
+
+
 @dataclass(frozen=True)
 class Interval:
     """A percentile interval of confidence `LEVEL`."""
@@ -39,8 +45,7 @@ class Interval:
     @classmethod
     def of(cls, samples_R: ArrayLike) -> Interval:
         """Return the interval of replicates; those without a value, NaN, are left out."""
-        tail = (1 - LEVEL) / 2
-        low, high = np.nanquantile(np.asarray(samples_R, dtype=np.float64), [tail, 1 - tail])
+        low, high = ends(samples_R)
         return cls(float(low), float(high))
 
     def __contains__(self, value: float) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from openmoba.lab.arms import FULL, HYBRID, MOBA
+from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.resample import Difference, Interval
 from openmoba.lab.study.candidates import Standing, percent, standings
 from openmoba.lab.study.outcomes import (
@@ -159,12 +160,9 @@ def _law_ratios(outcomes: Sequence[Outcome], axis: str) -> Iterator[str]:
         low, high = (float(end[0]) - 1 for end in pair[0].ratio(pair[1], [compute]))
         several = len(pair[0].loss) >= 2 * len({run.run.size for run in own})
         word = _word(not low <= 0 <= high, several)
-        amount = (
-            f"{compute:,.0f} accelerator seconds" if axis == "accelerator_seconds" else f"{compute:.3g} PFLOP/s-days"
-        )
         yield (
-            f"At an equal {amount} ({axis}) the trailing loss of {own[0].label} lies {ratio:+.2%} [{low:+.2%}, "
-            f"{high:+.2%}] from that of full attention, by the laws of {len(pair[0].loss)} runs each "
+            f"At an equal {AXES[axis].amount(compute)} ({axis}) the trailing loss of {own[0].label} lies {ratio:+.2%} "
+            f"[{low:+.2%}, {high:+.2%}] from that of full attention, by the laws of {len(pair[0].loss)} runs each "
             f"({behind(own, 'trailing')}): {word}."
         )
 

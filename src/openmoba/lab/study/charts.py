@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openmoba.lab.arms import FULL, HYBRID, MOBA
+from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.resample import LEVEL, Difference
 from openmoba.lab.study import figures, panels
 from openmoba.lab.study.answers import is_sweep
@@ -28,6 +29,7 @@ from openmoba.lab.study.outcomes import (
     seed_noise,
 )
 from openmoba.lab.study.recipe import Recipe, Stage
+from openmoba.records.figures import save
 
 FOLDER = "figures"
 EQUAL_COST = "causal_exact"
@@ -48,13 +50,13 @@ def draw_charts(recipe: Recipe, outcomes: Sequence[Outcome], study: Path, axis: 
     """Draw what each stage asks for, if its runs have a trailing loss, and its loss by position.
 
     Args:
-        axis: compute convention of the scaling chart, a key of `figures.AXES`.
+        axis: compute convention of the scaling chart, a name in `AXES`.
 
     Raises:
         ValueError: unknown axis.
     """
-    if axis not in figures.AXES:
-        raise ValueError(f"unknown axis {axis!r}; the compute conventions are {', '.join(figures.AXES)}")
+    if axis not in AXES:
+        raise ValueError(f"unknown axis {axis!r}; the compute conventions are {', '.join(AXES)}")
     charts = []
     for stage in recipe.stages:
         own = of_stage(stage, outcomes)
@@ -111,7 +113,7 @@ def _layers(stage: Stage, size: str, runs: list[Outcome], study: Path) -> Chart:
             f" Bars: {LEVEL:.0%} interval of the difference from {reference[0].label}, on the same windows: a bar "
             "that does not reach its line is resolved from it."
         )
-    return Chart(stage, figures.save(figure, study / FOLDER / f"{stage.name}-{size}-layerwise-hybrid"), caption)
+    return Chart(stage, save(figure, study / FOLDER / f"{stage.name}-{size}-layerwise-hybrid"), caption)
 
 
 def _hybrid_names(hybrids: Sequence[Outcome]) -> tuple[list[str], str]:
@@ -138,7 +140,7 @@ def _scaling(stage: Stage, runs: list[Outcome], study: Path, axis: str, name: st
         {arm: pair for arm, pair in pairs.items() if pair},
         title=f"Scaling law, {describe_sparsity(runs)}",
         loss_name=f"Trailing LM loss (nats)\n{describe_trailing(runs[0])}",
-        axis=axis,
+        axis=AXES[axis],
     )
     caption = (
         f"Trailing loss over compute by the convention {axis}: along every run (solid), and the fitted laws through "
@@ -149,7 +151,7 @@ def _scaling(stage: Stage, runs: list[Outcome], study: Path, axis: str, name: st
             f" Bands: pointwise {LEVEL:.0%} interval of a law's difference from that of full attention, over runs, "
             "documents and windows: a band that does not touch the red line is resolved from it."
         )
-    return Chart(stage, figures.save(figure, study / FOLDER / name), caption)
+    return Chart(stage, save(figure, study / FOLDER / name), caption)
 
 
 def _positions(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
@@ -178,7 +180,7 @@ def _positions(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
         caption = f"{caption} Bars: {LEVEL:.0%} interval, on the same windows."
     if len(shown) < len(arms):
         caption += f" Of {len(arms)} arms those with the lowest trailing loss are shown."
-    return Chart(stage, figures.save(figure, study / FOLDER / f"{stage.name}-positions"), caption)
+    return Chart(stage, save(figure, study / FOLDER / f"{stage.name}-positions"), caption)
 
 
 def _most_telling(arms: Mapping[str, list[Outcome]], reference: list[Outcome]) -> list[list[Outcome]]:
@@ -210,7 +212,7 @@ def _gains(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
         f"Loss by position of {_inside(outcomes[0].label)}, and its difference from that at the positions {span} of "
         f"the same windows, with {LEVEL:.0%} intervals ({counts}). Below zero: what a longer context is good for."
     )
-    return Chart(stage, figures.save(figure, study / FOLDER / f"{stage.name}-positions"), caption)
+    return Chart(stage, save(figure, study / FOLDER / f"{stage.name}-positions"), caption)
 
 
 def _candidates(stage: Stage, size: str, runs: list[Outcome], found: Sequence[Standing], study: Path) -> Chart:
@@ -232,7 +234,7 @@ def _candidates(stage: Stage, size: str, runs: list[Outcome], found: Sequence[St
         caption += " Diamonds: against full attention with the same key convolution."
     if noise is not None:
         caption += f" Grey: below {smallest:.2f} %, where two single seeds cannot be told apart."
-    return Chart(stage, figures.save(figure, study / FOLDER / f"{stage.name}-{size}-candidates"), caption)
+    return Chart(stage, save(figure, study / FOLDER / f"{stage.name}-{size}-candidates"), caption)
 
 
 def _inside(label: str) -> str:
@@ -250,8 +252,8 @@ def _level(found: Difference | None) -> Level:
 
 
 def _curve(run: Outcome, axis: str) -> Curve:
-    rows = [row for row in run.evals if row["compute"][axis] > 0]
-    return Curve(run.label, _model(run), [row["compute"][axis] for row in rows], [row["trailing_loss"] for row in rows])
+    points = [(compute, row["trailing_loss"]) for row in run.evals if (compute := AXES[axis].value(row)) > 0]
+    return Curve(run.label, _model(run), [compute for compute, _ in points], [loss for _, loss in points])
 
 
 def _model(run: Outcome) -> str:

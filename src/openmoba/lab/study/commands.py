@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import tyro
 
+from openmoba.lab.measure.compute import AxisName
 from openmoba.lab.progress import TerminalProgress, duration
 
 if TYPE_CHECKING:
     from openmoba.lab.study.recipe import Recipe
-
-Axis = Literal["6nd", "chinchilla", "causal_exact", "accelerator_seconds"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Study:
     """Folder of the study; left out: runs/ and the recipe's name."""
     source: str | None = None
     """Documents to use instead of the recipe's run.data.source."""
-    axis: Axis = "6nd"
+    axis: AxisName = "6nd"
     """Convention of compute on the scaling chart's x axis."""
     dry_run: bool = False
     """Check the recipe and the folder, list the runs, their state, parameters, tokens, compute, and about how much
@@ -69,7 +68,7 @@ class Fit:
 
     study: tyro.conf.Positional[Path]
     """Folder of the study."""
-    axis: Axis = "6nd"
+    axis: AxisName = "6nd"
     """Convention of compute."""
 
     def run(self) -> None:
@@ -88,7 +87,7 @@ class Plot:
 
     study: tyro.conf.Positional[Path]
     """Folder of the study."""
-    axis: Axis = "6nd"
+    axis: AxisName = "6nd"
     """Convention of compute on the scaling chart's x axis."""
 
     def run(self) -> None:

@@ -1,51 +1,25 @@
 """The charts: layer-wise hybrid (chart A) and scaling law (chart B); `openmoba.lab.study.panels` has the others.
 
-Arms differ in colour, line style and marker, so that the charts survive grey printing and colour-blind eyes
-(colours of Paul Tol's "vibrant" scheme). Every function returns a figure; `save` writes it as PNG and SVG.
+Arms differ in colour, line style and marker, so that the charts survive grey printing and colour-blind eyes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from openmoba.lab.measure.compute import Axis
 from openmoba.lab.measure.resample import Interval
 from openmoba.lab.study.fit import Fit
-
-TITLE_WIDTH = 68  # characters that fit on one line
-BLUE, RED, GREY = "#0077BB", "#CC3311", "#666666"
-
-AXES = {
-    "6nd": "Training compute, 6·N·tokens (PFLOP/s-days)",
-    "chinchilla": "Training compute with embeddings and softmax (PFLOP/s-days)",
-    "causal_exact": "Training compute, attention at its real reads (PFLOP/s-days)",
-    "accelerator_seconds": "Measured accelerator time (s)",
-}
-
-STYLE: Any = {  # matplotlib types the keys of its settings one by one
-    "font.size": 11,
-    "font.family": "DejaVu Sans",
-    "axes.titlesize": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#E3E3E3",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "svg.hashsalt": "openmoba",
-}
+from openmoba.records.figures import BLUE, GREY, RED, TITLE_WIDTH, chart_style, new_figure
 
 
 @dataclass(frozen=True)
@@ -113,7 +87,7 @@ def scaling_chart(
     *,
     title: str,
     loss_name: str,
-    axis: str,
+    axis: Axis,
 ) -> Figure:
     """Draw chart B: every run's loss over its compute, and each arm's fitted law through the end points.
 
@@ -122,12 +96,18 @@ def scaling_chart(
         laws: arm -> law through the ends of its curves; an arm without a law shows its curves only.
         differences: arm -> its law and that of the arm it is compared with, of `fit_arms`. The band around the arm's
             law is the interval of their ratio, laid on the other's law.
-        axis: a compute convention, a key of `AXES`.
+        axis: what their compute is.
     """
     with chart_style():
         figure = new_figure(height=5.6)
         axes = figure.add_subplot()
-        axes.set(xscale="log", yscale="log", title=fill(title, TITLE_WIDTH), xlabel=AXES[axis], ylabel=loss_name)
+        axes.set(
+            xscale="log",
+            yscale="log",
+            title=fill(title, TITLE_WIDTH),
+            xlabel=f"{axis.caption} ({axis.unit})",
+            ylabel=loss_name,
+        )
         grid_P = _beyond([curve.compute[-1] for curve in curves])
         for arm, (colour, _, marker) in arm_styles(curve.arm for curve in curves).items():
             for curve in (curve for curve in curves if curve.arm == arm):
@@ -162,35 +142,6 @@ def arm_styles(arms: Iterable[str]) -> dict[str, tuple[str, Any, str]]:
     others = zip(cycle(colours), cycle(dashes), cycle("^DvPX<>p*h"), strict=False)
     fixed = {"Full attention": (RED, "-", "s"), "MoBA": (BLUE, "-", "o")}
     return {arm: fixed.get(arm) or next(others) for arm in dict.fromkeys(arms)}
-
-
-def save(figure: Figure, path: Path) -> list[Path]:
-    """Write `path`.png and `path`.svg, dots in its name kept; the same figure gives the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files = [path.with_name(f"{path.name}{suffix}") for suffix in (".png", ".svg")]
-    with chart_style():
-        figure.savefig(files[0], dpi=160)
-        figure.savefig(files[1], metadata={"Date": None})
-    return files
-
-
-@contextmanager
-def chart_style() -> Iterator[None]:
-    """Use the settings that all charts are drawn with."""
-    with mpl.rc_context(STYLE):
-        yield
-
-
-def new_figure(height: float = 4.8) -> Figure:
-    """Return an empty figure as wide as a page, `height` inches high."""
-    return Figure(figsize=(7.2, height), layout="constrained")
-
-
-def legend_below(figure: Figure, axes: Axes) -> None:
-    """Put the legend of `axes` under the figure, in as many columns as its names leave room for."""
-    handles, names = axes.get_legend_handles_labels()
-    columns = min(4, max(1, 84 // (8 + max(map(len, names)))))
-    figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3)
 
 
 def error_bars(levels: Sequence[Level]) -> Any:

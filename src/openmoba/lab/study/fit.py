@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from openmoba.lab.measure.resample import LEVEL, REPLICATES, Floats, Interval, window_shares
+from openmoba.lab.measure.resample import REPLICATES, Floats, Interval, ends, window_shares
 
 HUBER_DELTA = 1e-3  # in log loss, as in Hoffmann et al. 2022 (arXiv 2203.15556, appendix D.3)
 REWEIGHTINGS, SETTLED = 200, 1e-9  # steps of the Huber fit, and the change of a coefficient that ends them
@@ -55,10 +55,9 @@ class Fit:
 
     def ratio(self, other: Fit, compute_P: ArrayLike) -> tuple[Floats, Floats]:
         """Return the ends, each [P], of the interval of this law over `other`, which `fit_arms` fitted with it."""
-        tail = (1 - LEVEL) / 2
         line_R2 = self.replicates - other.replicates
         log_ratio_RP = line_R2[:, :1] + line_R2[:, 1:] * np.log(compute_P)[None]
-        low_P, high_P = np.exp(np.quantile(log_ratio_RP, [tail, 1 - tail], axis=0))
+        low_P, high_P = np.exp(ends(log_ratio_RP))
         return low_P, high_P
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from openmoba.lab.arms import FULL, Kind
 from openmoba.lab.config import RunConfig
 from openmoba.lab.data.identity import identity_in
+from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.resample import Difference, Floats, Interval, Numbers, SeedNoise, paired_difference
 from openmoba.lab.model.build import SIZES
 from openmoba.lab.study.fit import Fit, fit_arms, fit_runs
@@ -286,7 +287,7 @@ def _fittable(outcomes: Sequence[Outcome], kind: Loss, axis: str) -> bool:
 
 
 def _compute(outcomes: Sequence[Outcome], axis: str) -> list[float]:
-    return [outcome.final["compute"][axis] for outcome in outcomes]
+    return [AXES[axis].value(outcome.final) for outcome in outcomes]
 
 
 def _whole(windows_NW: Floats, document_W: Numbers) -> tuple[Floats, Numbers]:

@@ -11,17 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from openmoba.lab.study.figures import (
-    BLUE,
-    GREY,
-    RED,
-    Level,
-    arm_styles,
-    chart_style,
-    error_bars,
-    legend_below,
-    new_figure,
-)
+from openmoba.lab.study.figures import Level, arm_styles, error_bars
+from openmoba.records.figures import BLUE, GREY, RED, chart_style, legend_below, new_figure
 
 MOST_TICKS = 9
 PERCENT_TICKS = (-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50)

@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 
 from openmoba.lab.arms import FULL
+from openmoba.lab.measure.compute import AXES, Axis
 from openmoba.lab.measure.resample import LEVEL, Interval
 from openmoba.lab.study.answers import LOSSES, answers, comparisons, slopes, sweep, use_of_context
 from openmoba.lab.study.candidates import standing_table, standings
@@ -26,8 +27,8 @@ from openmoba.lab.study.outcomes import (
     slope_difference,
 )
 from openmoba.lab.study.recipe import Recipe, Stage
-from openmoba.records.claims import claim
 from openmoba.records.disk import write_text
+from openmoba.records.locks import claim
 
 REPORT_FILE = "report.md"
 
@@ -259,15 +260,20 @@ def _bounds(interval: Interval) -> str:
 def _runs(outcomes: Sequence[Outcome]) -> Iterator[str]:
     rows = []
     for run in outcomes:
-        compute, losses = run.final["compute"], [_loss_cell(run, kind) for kind in LOSSES]
-        conventions = [f"{compute[name]:.3g}" for name in ("6nd", "chinchilla", "causal_exact")]
+        compute = [_compute_cell(run, axis) for axis in AXES.values()]
+        losses = [_loss_cell(run, kind) for kind in LOSSES]
         rows.append(
             [run.run.size, run.label, str(run.run.seed), f"{run.result['params']['non_embedding']:,}",
-             f"{run.result['tokens']:,}", *losses, *conventions, f"{compute['accelerator_seconds']:.0f}",
+             f"{run.result['tokens']:,}", *losses, *compute,
              f"{run.tokens_per_second:,.0f}", "-" if run.mfu is None else f"{run.mfu:.0%}"]
         )  # fmt: skip
     heads = ["size", "arm", "seed", "parameters without embeddings", "tokens", *LOSSES.values()]
-    yield from _table([*heads, "6ND", "Chinchilla", "causal-exact", "accelerator s", "tokens/s", "MFU"], rows)
+    yield from _table([*heads, *(axis.head for axis in AXES.values()), "tokens/s", "MFU"], rows)
+
+
+def _compute_cell(run: Outcome, axis: Axis) -> str:
+    """The run's compute; of records from before it was counted, a dash."""
+    return f"{axis.value(run.final):{axis.form}}" if axis.known(run.final) else "-"
 
 
 def _loss_cell(run: Outcome, kind: Named) -> str:

@@ -27,7 +27,7 @@ from openmoba.lab.study.report import REPORT_FILE
 
 ORDER = ("positions", "compare", "scaling", "layers")
 """Charts in the order in which their questions build on each other."""
-AXES = ("6nd", "causal_exact", "accelerator_seconds")
+LAWS = ("6nd", "causal_exact", "accelerator_seconds")
 """The conventions of compute by which laws are compared."""
 HEADLINES = {
     "scaling": "Trailing loss over compute, with the fitted laws of MoBA and full attention",
@@ -86,7 +86,7 @@ def headlines(studies: Sequence[Study], page: Path) -> str:
         stages = [(study, stage) for study in studies for stage in study.recipe.stages if stage.chart == chart]
         for study, stage in stages[:1]:
             lines += [f"![{caption}]({_link(figure, page)})\n" for figure in study.figures(stage)[:1]]
-            lines += [*(f"- {sentence}" for sentence in answers(stage, study.runs(stage), AXES[0])), ""]
+            lines += [*(f"- {sentence}" for sentence in answers(stage, study.runs(stage), LAWS[0])), ""]
             report = _link(study.folder / REPORT_FILE, page)
             lines.append(f"[{study.recipe.title}]({report}): {provenance(study.outcomes)}.\n")
     return "\n".join(lines)
@@ -144,7 +144,7 @@ def _experiment(study: Study, page: Path) -> Iterator[str]:
             continue
         for figure in study.figures(stage):
             yield f"![{study.recipe.title}, stage {stage.name}]({_link(figure, page)})\n"
-        axes = AXES if stage.chart == "scaling" else AXES[:1]
+        axes = LAWS if stage.chart == "scaling" else LAWS[:1]
         yield from (f"- {sentence}" for axis in axes for sentence in answers(stage, runs, axis))
         yield from (f"- {sentence}" for sentence in sweep(stage, study.outcomes))
         if stage.chart in ("positions", "compare"):

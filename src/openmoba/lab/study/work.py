@@ -22,8 +22,8 @@ from openmoba.lab.study.recipe import RECIPE_FILE, PlannedRun, Recipe
 from openmoba.lab.study.same_data import begun, check_same_data, known_data
 from openmoba.lab.train.history import FAILED_FILE, RESULT_FILE
 from openmoba.lab.train.plan import planned_work
-from openmoba.records.claims import CLAIM_FILE, claim, holder
 from openmoba.records.disk import Row, expect, has_begun, read_json, remove_leftovers, write_json, write_text
+from openmoba.records.locks import CLAIM_FILE, claim, holder
 
 POLL_SECONDS = 1.0
 

@@ -13,7 +13,7 @@ import tyro
 from openmoba.lab.config import RunConfig, stored_config
 from openmoba.lab.measure.commands import losses_table
 from openmoba.lab.progress import TerminalProgress
-from openmoba.records.claims import claim, holder
+from openmoba.records.locks import claim, holder
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 
 from openmoba.config import MobaConfig
 from openmoba.lab.config import ModelConfig, RunConfig
-from openmoba.lab.measure.compute import PFLOPS_DAY, Shape, training_compute
+from openmoba.lab.measure.compute import AXES, PFLOPS_DAY, PFLOPS_DAYS, Shape, training_compute
 from openmoba.lab.model.build import build_model, set_attention
 from openmoba.lab.model.loss import LOGITS_PER_CHUNK
 
@@ -39,7 +39,7 @@ def plan_of(config: RunConfig) -> Plan:
     """Plan a run, with a tokenizer of `data.vocab_size` entries, trained on one device."""
     shape, train = planned_shape(config), config.train
     compute = training_compute(shape, config.arm, train.steps, train.steps, train.batch_size, 0.0)
-    compute.pop("accelerator_seconds")
+    compute = {name: value for name, value in compute.items() if AXES[name].unit == PFLOPS_DAYS}
     activations = activation_bytes(config)
     # Weights, gradients and two moments in fp32; a chunk of logits, its softmax and that in the weights' precision.
     chunk = min(shape.vocab * config.data.length, LOGITS_PER_CHUNK["cuda" if _cuda() else "cpu"])

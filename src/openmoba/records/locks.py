@@ -1,0 +1,55 @@
+"""Locks between processes: one writes a cache, one works on a run.
+
+A lock is an advisory one (flock) on a file. The kernel drops it when the holder ends, however it ends, so a killed
+process leaves no stale lock behind and nobody has to guess from its age. The file stays: removing it would race with a
+process that has just opened it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+CLAIM_FILE = "claim.lock"
+
+
+@contextmanager
+def lock(path: Path, *, wait: bool = True) -> Iterator[IO[str] | None]:
+    """Hold the lock `path` for the body of the `with`, which gets the open file.
+
+    Args:
+        wait: until whoever has it is done; without it the body gets None then.
+    """
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield None
+            return
+        yield file
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[bool]:
+    """Hold the claim on `folder` for the body of the `with`; False when another process has it.
+
+    Its file names the last holder, for people.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / CLAIM_FILE, wait=False) as file:
+        if file is not None:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        yield file is not None
+
+
+def holder(folder: Path) -> str:
+    """Read who claimed `folder` last, as written by `claim`; empty when nobody did."""
+    file = folder / CLAIM_FILE
+    return file.read_text(encoding="utf-8").strip() if file.exists() else ""
