@@ -32,7 +32,7 @@ _TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl", "debug", "sanitize_overflow")
 
 
 @dataclass(frozen=True)
@@ -128,19 +128,26 @@ def _registers(cubin: bytes) -> int:
 
 
 def report(
-    width: int, block_size: int, top_k: int, dtype: torch.dtype = torch.bfloat16, hoppers_own: bool = False
+    width: int,
+    block_size: int,
+    top_k: int,
+    dtype: torch.dtype = torch.bfloat16,
+    hoppers_own: bool = False,
+    given: bool = False,
 ) -> list[dict[str, Any]]:
     """What the kernels of one forward and backward with matrix products compile to, 32 / 8 heads.
 
     Args:
         hoppers_own: the kernels in `ops.triton.hopper` where they serve, as on a Hopper GPU.
+        given: the caller chooses the blocks.
     """
     from openmoba.ops.triton import attention, hopper
 
     q, k = (torch.empty(1, 4096, heads, width, dtype=dtype) for heads in (32, 8))
+    blocks = torch.empty(1, 4096, 32, top_k - 1, dtype=torch.int32) if given else None
 
     def call() -> None:
-        out, lse, choice = attention.forward(q, k, k, None, None, None, block_size, top_k, 1.0)
+        out, lse, choice = attention.forward(q, k, k, blocks, None, None, block_size, top_k, 1.0)
         attention.backward(out, None, q, k, k, out, lse, choice, None, None, block_size, top_k, 1.0)
 
     with patch.object(hopper, "is_available", lambda _: hoppers_own):
@@ -150,14 +157,19 @@ def report(
 
 
 def plan_report() -> list[dict[str, Any]]:
-    """What the kernels around the products compile to: pooling, statistics, and lists made in both ways and cut."""
+    """What the kernels around the products compile to: pooling, statistics, and lists made in both ways and cut.
+
+    Lists of given blocks too, and statistics with the gradient of the log-sum-exp.
+    """
     from openmoba.ops.triton import attention, plan
 
     q, k = (torch.empty(1, 4096, heads, 64, dtype=torch.float16) for heads in (8, 2))
+    given = torch.empty(1, 4096, 2, 3, dtype=torch.int32)
 
-    def call() -> None:
-        out, lse, choice = attention.forward(q, k, k, None, None, None, 128, 4, 1.0)
-        attention.backward(out, None, q, k, k, out, lse, choice, None, None, 128, 4, 1.0)
+    def call(blocks: torch.Tensor | None) -> None:
+        out, lse, choice = attention.forward(q, k, k, blocks, None, None, 128, 4, 1.0)
+        d_lse = None if blocks is None else lse
+        attention.backward(out, d_lse, q, k, k, out, lse, choice, None, None, 128, 4, 1.0)
 
     launches = []
     for most_looks in (2**40, 0):
@@ -165,10 +177,12 @@ def plan_report() -> list[dict[str, Any]]:
             patch.object(plan, "_MOST_LOOKS", most_looks),
             patch.object(attention, "workspaces", lambda _: (2**22,) * 2),
         ):
-            launches += launches_of(call)
+            launches += launches_of(lambda: call(None))
+    with_given = launches_of(lambda: call(given))
     names = ("_pool", "_count_pairs", "_place_pairs", "_write_plan", "_find_borders", "_order_items", "_row_statistics")
     first = {launch.kernel.__name__: launch for launch in reversed(launches)}
-    return _codes([first[name] for name in names])
+    added = [launch for launch in with_given if launch.kernel.__name__ in ("_sort_given", "_row_statistics")]
+    return _codes([first[name] for name in names] + added)
 
 
 def decode_report(
@@ -227,8 +241,10 @@ def launcher_arguments() -> list[dict[str, Any]]:
 
     q, k = (torch.empty(1, 300, heads, 64, dtype=torch.bfloat16) for heads in (4, 2))
     with patch.object(hopper, "is_available", lambda _: True), patch.object(Launch, "__call__", launch_twice):
-        out, lse, choice = attention.forward(q, k, k, None, None, None, 128, 2, 1.0)
-        attention.backward(out, None, q, k, k, out, lse, choice, None, None, 128, 2, 1.0)
+        for blocks in (None, torch.empty(1, 300, 2, 1, dtype=torch.int32)):
+            out, lse, choice = attention.forward(q, k, k, blocks, None, None, 128, 2, 1.0)
+            d_lse = None if blocks is None else lse
+            attention.backward(out, d_lse, q, k, k, out, lse, choice, None, None, 128, 2, 1.0)
     return seen
 
 
@@ -246,6 +262,7 @@ def _codes(launches: list[Launch]) -> list[dict[str, Any]]:
             "hgmma": code.count("HGMMA"),
             "waits": code.count("WARPGROUP.DEPBAR"),
             "three_way": code.count("VIMNMX3"),
+            "calls": code.count("CALL"),
             "matrix": code.count("HGMMA") + code.count("HMMA"),
             "spills": code.spills,
             "shared": code.shared,
@@ -257,7 +274,8 @@ def _codes(launches: list[Launch]) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     # Each argument is "plan", "launches", or "width,block_size,top_k", or with ",queries" a decoding step, then
-    # ":dtype" unless bf16, or ":hopper" for Hopper's own kernels; one line of JSON each. A process of its own, since
+    # ":dtype" unless bf16, or ":hopper" for Hopper's own kernels, or ":given" for those where they serve and given
+    # blocks; one line of JSON each. A process of its own, since
     # Triton decides at import whether kernels are interpreted.
     for argument in sys.argv[1:]:
         if argument in ("plan", "launches"):
@@ -265,8 +283,8 @@ if __name__ == "__main__":
             continue
         numbers, _, variant = argument.partition(":")
         sizes = [int(size) for size in numbers.split(",")]
-        if variant == "hopper":
-            lines = report(*sizes, hoppers_own=True)
+        if variant in ("hopper", "given"):
+            lines = report(*sizes, hoppers_own=True, given=variant == "given")
         else:
             make_report = report if len(sizes) == 3 else decode_report
             lines = make_report(*sizes, dtype=getattr(torch, variant or "bfloat16"))

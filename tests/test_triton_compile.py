@@ -16,6 +16,8 @@ triton = pytest.importorskip("triton")
 TUNED = ["64,128,8", "64,512,3", "128,128,8", "128,512,3", "256,128,8"]  # head width, block size, top_k
 CONFIGURATIONS = [*TUNED, "96,16,8"]
 HOPPER_CONFIGURATIONS = ["64,128,8:hopper", "64,512,3:hopper", "128,128,8:hopper", "128,512,3:hopper"]
+# With blocks that the caller gives; the last one is not for Hopper's own kernels.
+GIVEN_CONFIGURATIONS = ["64,128,8:given", "128,128,8:given", "128,512,3:given", "96,16,8:given"]
 WIDEST_FLOAT32 = "256,80,8:float32"  # launches every kernel
 DECODE_CONFIGURATIONS = ["64,128,8,1", "128,128,8,1", "128,512,3,16", "256,128,8,16", "80,16,1,2"]
 SHARED_MEMORY = 227 * 1024  # of one thread block
@@ -43,7 +45,15 @@ HOPPER_KERNELS = {
 @pytest.fixture(scope="module")
 def reports() -> dict[str, list[dict[str, Any]]]:
     """`sm90.report` of every configuration."""
-    arguments = [*CONFIGURATIONS, *HOPPER_CONFIGURATIONS, WIDEST_FLOAT32, *DECODE_CONFIGURATIONS, "plan", "launches"]
+    arguments = [
+        *CONFIGURATIONS,
+        *HOPPER_CONFIGURATIONS,
+        *GIVEN_CONFIGURATIONS,
+        WIDEST_FLOAT32,
+        *DECODE_CONFIGURATIONS,
+        "plan",
+        "launches",
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     runner = Path(__file__).parent / "sm90.py"
     done = subprocess.run(
@@ -67,11 +77,20 @@ def test_kernels_fit_and_multiply_matrices(reports, configuration):
         assert kernel["matrix"] > 0, kernel
 
 
-@pytest.mark.parametrize("configuration", [*CONFIGURATIONS, *HOPPER_CONFIGURATIONS])
+@pytest.mark.parametrize("configuration", [*CONFIGURATIONS, *HOPPER_CONFIGURATIONS, *GIVEN_CONFIGURATIONS])
 def test_no_maximum_of_three_integers(reports, configuration):
     """The assembler of CUDA 12.8 loses the sign of a negated one; ranking compares sort keys, none of them negated."""
     kernels = [kernel for kernel in reports[configuration] if kernel["kernel"] not in ("_gate", "_second_look")]
     assert [kernel for kernel in kernels if kernel["three_way"]] == []
+
+
+def test_portable_kernels_of_given_blocks(reports):
+    kernels = {kernel["kernel"]: kernel for kernel in reports[GIVEN_CONFIGURATIONS[-1]]}
+    assert "_gate" not in kernels
+    for name in ("attend_own", "own_query_gradients"):
+        assert kernels[name]["matrix"] > 0
+        assert kernels[name]["spills"] == 0
+        assert kernels[name]["shared"] <= SHARED_MEMORY
 
 
 def test_float32_fits_at_the_largest_width(reports):
@@ -83,15 +102,20 @@ def test_float32_fits_at_the_largest_width(reports):
 
 def test_kernels_around_the_products_compile(reports):
     """The interpreter takes what the compiler refuses, such as a variable that changes its type in a loop."""
-    assert len(reports["plan"]) == 7
+    assert len(reports["plan"]) == 9
     assert not any(kernel["matrix"] for kernel in reports["plan"])
+
+
+def test_only_given_blocks_are_asserted_about(reports):
+    """The compiler keeps assertions where it is asked to; the others would slow down what they are in."""
+    assert [kernel["kernel"] for kernel in reports["plan"] if kernel["calls"]] == ["_sort_given"]
 
 
 def test_fixed_launches_say_what_triton_says(reports):
     """To the launcher, which is Triton's own affair, with every supported version (`make test-triton`)."""
     launches = reports["launches"]
     kernels = {launch["kernel"] for launch in launches}
-    assert {"_gate", "attend_past_resident", "key_gradients", "own_query_gradients"} <= kernels
+    assert {"_gate", "_sort_given", "attend_past_resident", "key_gradients", "own_query_gradients"} <= kernels
     for launch in launches:
         assert launch["fixed"] == launch["triton"], launch["kernel"]
 
@@ -104,7 +128,7 @@ def test_warp_group_instructions_and_no_spills(reports, configuration):
         assert kernel["spills"] <= (GATE_SPILLS if kernel["kernel"] == "_gate" else most), kernel
 
 
-@pytest.mark.parametrize("configuration", HOPPER_CONFIGURATIONS)
+@pytest.mark.parametrize("configuration", [*HOPPER_CONFIGURATIONS, *GIVEN_CONFIGURATIONS[:-1]])
 def test_hoppers_own_kernels(reports, configuration):
     """Their products stay in flight: a kernel that the assembler serialises waits after every instruction."""
     kernels = {kernel["kernel"]: kernel for kernel in reports[configuration]}

@@ -15,6 +15,8 @@ pytest.importorskip("triton")
 
 from openmoba.ops.triton import attention, route
 from openmoba.ops.triton.geometry import Geometry
+from openmoba.ops.triton.host import replay
+from openmoba.ops.triton.host.launch import Launch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 
@@ -38,7 +40,6 @@ def assert_same_bits(results, others):
         (FP16, (1, 1, 50, 3, 1, 16), 16, 2, 3),
     ],
 )
-@pytest.mark.usefixtures("planning")
 def test_batched(dtype, shape, block_size, most, lists):
     assert_as_accurate_as_plain_pytorch(at_random(batched(dtype, shape, block_size, 0), most, lists))
 
@@ -133,3 +134,11 @@ def test_ranges_of_queries_do_not_change_the_bits(monkeypatch, case):
     monkeypatch.setattr(attention, "workspaces", lambda _: (attention._head_bytes(geometry, case.q.dtype, 1) // 3,) * 2)
     assert attention.tokens_at_once(geometry, 1, case.q.dtype, case.q.device) < geometry.rows // 2
     assert_same_bits(run(given), whole)
+
+
+def test_calls_do_nothing_but_launch_so_that_they_can_be_replayed(monkeypatch):
+    given = at_random(batched(FP32, (1, 9, 25, 2, 1, 16), 8, 0), 3, 2)
+    monkeypatch.setattr(Launch, "__call__", lambda *_: None)  # the interpreter would do its own operations
+    with replay._Watch() as watch:
+        run(given)
+    assert watch.launches_alone

@@ -12,7 +12,9 @@ from __future__ import annotations
 import sys
 
 import torch
-from attending import batched, packed, run
+from attending import Case, batched, packed, run
+from given import at_random
+from given import run as run_given
 
 from openmoba.ops.triton import plan
 from openmoba.ops.triton.host import replay
@@ -28,6 +30,9 @@ CASES = {
     "own block": batched(torch.bfloat16, (1, 70, 90, 2, 1, 64), 50, 1, "cuda"),
     "many picks": batched(torch.bfloat16, (1, 40, 600, 2, 1, 64), 4, 30, "cuda"),
     "second look": batched(torch.bfloat16, (1, 300, 3000, 2, 1, 64), 8, 9, "cuda"),
+    "given": at_random(packed(torch.float16, [90, 1, 0, 60], [90, 1, 20, 77], (3, 1, 80), 16, 0, "cuda"), 5, 3),
+    "Hopper, given": at_random(batched(torch.bfloat16, (1, 300, 510, 4, 2, 64), 128, 0, "cuda"), 5, 2),
+    "Hopper, given, wide": at_random(batched(torch.float16, (1, 530, 900, 2, 1, 128), 256, 0, "cuda"), 3, 1),
 }
 
 
@@ -39,7 +44,7 @@ def main(words: list[str]) -> None:
         for name, case in CASES.items():
             if words and not any(word in name for word in words):
                 continue
-            results = run(case)
+            results = run(case) if isinstance(case, Case) else run_given(case)
             torch.cuda.synchronize()
             assert all(torch.isfinite(x).all() for x in results), name
             print(f"{name}, {way}: done", flush=True)
