@@ -12,8 +12,10 @@ from openmoba.hf.cache import PagedLayer
 from openmoba.hf.kinds import Kind, Moba
 from openmoba.hf.layers import kind_of_layer
 from openmoba.hf.layout import Layout, take
+from openmoba.hf.shards import attend_sharded
 from openmoba.ops.checks import needs_gradient
 from openmoba.ops.decode import MAX_QUERIES
+from openmoba.parallel.current import current_sharding
 
 # What models pass along for attention variants that MoBA does not have; None or False means "not used".
 _UNSUPPORTED = {
@@ -64,6 +66,9 @@ def attention_forward(
     layout = Layout.read(attention_mask, cu_seq_lens_q, cu_seq_lens_k, (batch, queries), slots)
     query, key, value = _in_autocast_dtype(query, key, value)
     q_BTHD, k_BSHD, v_BSHD = (x.transpose(1, 2) for x in (query, key, value))
+    sharding = current_sharding()
+    if sharding is not None:
+        return attend_sharded(kind, q_BTHD, k_BSHD, v_BSHD, sharding, scale, layout), None
     reads_all = kind.reads_all(slots)
     if reads_all and layout.is_step:
         mask = layout.visible_keys()

@@ -30,11 +30,12 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import causal_mask_function
 
-from openmoba.hf.layout import PADDING, UNWRITTEN, mapped_rows, packed_rows, padding_follows, whole_rows
+from openmoba.hf.layout import PADDING, UNWRITTEN, Layout, mapped_rows, packed_rows, padding_follows, whole_rows
 from openmoba.hf.settings import NAME
 from openmoba.hf.support import windows_are_idle
 from openmoba.hf.values import refuse
 from openmoba.ops.decode import MAX_QUERIES
+from openmoba.parallel.current import current_sharding
 
 # B batch, T new tokens of a row, S key slots
 
@@ -71,6 +72,8 @@ class _Finder:
         tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         if tokens is None:  # the model says itself what it misses
             return None
+        if current_sharding() is not None:
+            return (), self._of_shard(inputs, tokens, mask, cache)
         given = inputs.get("cu_seq_lens_q") is not None or inputs.get("cu_seq_lens_k") is not None
         rows: Tensor | None = None
         if positions is None or given:
@@ -80,10 +83,52 @@ class _Finder:
             rows = _rows(positions.expand(tokens.shape[0], -1), mask, cache, jumps, self.rotary)
         return ((), inputs | {"attention_mask": rows}) if self.rotary and rows is not None else None
 
+    def _of_shard(self, inputs: dict[str, Any], tokens: Tensor, mask: Tensor | None, cache: Cache | None) -> Any:
+        """Return the arguments for a part of every row: the sharding says where sequences begin."""
+        if not self.rotary:
+            raise ValueError("only models with rotary embeddings run on sequences that are split over processes")
+        if mask is not None or cache is not None or inputs.get("position_ids") is None:
+            raise ValueError(
+                "a model on split sequences takes position_ids of the whole, and neither mask nor cache; cut the batch "
+                "with openmoba.hf.shards.shard_inputs"
+            )
+        return inputs | {"attention_mask": whole_rows(tokens), "use_cache": False}
+
     @staticmethod
     def _caches(module: Any, inputs: dict[str, Any]) -> bool:
         use_cache = inputs.get("use_cache")
         return bool(module.config.use_cache if use_cache is None else use_cache)
+
+
+def boundaries_of_whole(tokens_BT: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
+    """Return where sequences, and padding between them, begin in the flattened batch, and where the last one ends.
+
+    For rows that are to be split over processes, before they are: int32, None if every row is one sequence.
+
+    Args:
+        mask: padding `[B, T]`, False or 0 for padding.
+        positions: `position_ids`, `[B or 1, T]`.
+
+    Raises:
+        ValueError: another mask, or padding between the tokens of a sequence.
+    """
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != tokens_BT.shape):
+        raise ValueError(
+            f"attention_mask of shape {tuple(getattr(mask, 'shape', ()))} cannot be split over processes; give a "
+            f"padding mask of shape {tuple(tokens_BT.shape)}, or position_ids that restart at each sequence"
+        )
+    if positions is None:
+        positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+    rows = _rows(positions.expand(tokens_BT.shape), mask, None, mask is None, rotary=True)
+    layout = Layout.read(rows, None, None, (tokens_BT.shape[0], tokens_BT.shape[1]))
+    if layout.map is not None:
+        layout.refuse_holes(
+            "padding between the tokens of a sequence cannot be split over processes", "pad at its ends"
+        )
+        map_BS = layout.map[:, 0, 0]
+        starts_BS = pad(map_BS[:, 1:] != map_BS[:, :-1], (1, 0), value=True)
+        layout = Layout.read(packed_rows(starts_BS), None, None, (layout.batch, layout.queries))
+    return None if layout.cu_q is None else layout.cu_q.flatten()
 
 
 def _rows(positions_BT: Tensor, mask: Tensor | None, cache: Cache | None, jumps: bool, rotary: bool) -> Tensor | None:

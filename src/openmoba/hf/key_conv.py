@@ -21,6 +21,7 @@ from openmoba.hf.raw_keys import raw_keys_layer
 from openmoba.hf.settings import NAME
 from openmoba.hf.support import is_attention
 from openmoba.ops.key_conv import key_convolution
+from openmoba.parallel.current import current_sharding
 
 # B batch, T new tokens, S key slots, C channels of all key/value heads
 
@@ -129,6 +130,8 @@ class _WithKeys:
 
 def _convolved(module: Any, keys_BTC: Tensor, given: dict[str, Any]) -> Tensor:
     """Convolve the keys of one layer, each with those before it in its sequence, some of them in the cache."""
+    if current_sharding() is not None:
+        raise ValueError("key convolution does not run on sequences that are split over processes; leave key_conv out")
     past = next((x for x in given.values() if isinstance(x, Cache)), None)
     layer = None if past is None else raw_keys_layer(past, module.layer_idx)
     reach = module.key_conv.weight.shape[1] - 1

@@ -57,7 +57,7 @@ def moba_attention(
             impl=impl,
         )
 
-    return _over_ranks(attend, q, k, v, sharding)
+    return over_ranks(attend, q, k, v, sharding)
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, sharding: Sharding, *, scale: float | None = None) -> Tensor:
@@ -69,11 +69,17 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, sharding: Sharding, *, scale
             return ops.moba_attention(q, k, v, block_size=k.shape[1], top_k=1, scale=factor)  # one block holds all
         return dense_sequences(q, k, v, cu_q, cu_k, k.shape[0], factor)
 
-    return _over_ranks(attend, q, k, v, sharding)
+    return over_ranks(attend, q, k, v, sharding)
 
 
-def _over_ranks(attend: Attend, q: Tensor, k: Tensor, v: Tensor, sharding: Sharding) -> Tensor:
-    """Cross the ranks by the way that the sharding resolves to."""
+def over_ranks(attend: Attend, q: Tensor, k: Tensor, v: Tensor, sharding: Sharding) -> Tensor:
+    """Compute any attention, causal over whole sequences, of one that lies over several ranks.
+
+    Args:
+        attend: the attention of one device, `(q, k, v, cu_seqlens_q, cu_seqlens_k) -> out`, of rows where the
+            boundaries are None. It is given some of the heads, or queries that are the last of their keys.
+        q, k, v, sharding: as in `moba_attention`.
+    """
     packed = sharding.cu_seqlens is not None
     _check(q, k, v, sharding)
     device = q.device.type

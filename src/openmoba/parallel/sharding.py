@@ -12,7 +12,7 @@ from the end, so all ranks have the same to do.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -76,6 +76,19 @@ class Sharding:
         name, rank, ranks = group_of(group)
         return cls(tokens, rank, ranks, name, layout, way, cu_seqlens)
 
+    @classmethod
+    def balanced(
+        cls, group: Any, tokens: int, heads: int, kv_heads: int, *, way: str = "auto", cu_seqlens: Tensor | None = None
+    ) -> Sharding:
+        """Lay a whole out for attention of these heads: head-tail by keys, contiguous by heads. Arguments as in `over`.
+
+        Raises:
+            ValueError: as `over` and `resolved`.
+        """
+        sharding = cls.over(group, tokens, way=way, cu_seqlens=cu_seqlens)
+        found = sharding.resolved(heads, kv_heads)
+        return replace(sharding, way=found, layout="contiguous" if found == "heads" else "head-tail")
+
     @property
     def per_rank(self) -> int:
         """Chunks that a rank holds."""
@@ -103,6 +116,12 @@ class Sharding:
         mine = self.chunks[self.rank * self.per_rank : (self.rank + 1) * self.per_rank]
         bounds = ((c * self.chunk, (c + 1) * self.chunk) for c in mine)
         return tuple((min(start, self.tokens), min(end, self.tokens)) for start, end in bounds)
+
+    @property
+    def positions(self) -> Tensor:
+        """Where each token of this rank's shard lies in the whole, int64; from `tokens` on it is padding."""
+        mine = self.chunks[self.rank * self.per_rank : (self.rank + 1) * self.per_rank]
+        return torch.cat([torch.arange(c * self.chunk, (c + 1) * self.chunk) for c in mine])
 
     def resolved(self, heads: int, kv_heads: int) -> str:
         """Return the way that attention of these heads takes: "heads" or "keys".

@@ -1,0 +1,163 @@
+"""`transformers.Trainer` on sequences that lie over several processes.
+
+    class MyTrainer(ContextParallel, Trainer): ...
+
+accelerate's `ParallelismConfig(cp_size=N)` says over how many on CUDA, together with FSDP2: it makes the mesh, gives
+the N processes of a sequence the same batch, and shards the model over all. It refuses CPU processes, so there
+`context_parallel=N` says it, and gradients are averaged by DDP. Processes beyond N see other sequences.
+
+The loss is the sum over this process's labels, divided by all labels of the step and multiplied by the processes;
+its mean over the processes, which DDP and FSDP2 take, is that of one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from inspect import signature
+from typing import Any
+
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import Trainer
+
+from openmoba.hf.settings import NAME
+from openmoba.hf.shards import shard_inputs
+from openmoba.parallel import sharded
+
+_HOOK = "_prepare_context_parallel_inputs"
+
+
+class ContextParallel:
+    """A mixin, to be named before `Trainer` or a class of it.
+
+    Args:
+        context_parallel: processes that share a sequence, where accelerate's `ParallelismConfig` does not say it.
+
+    Raises:
+        ValueError: no process group, a number that does not divide the processes, CUDA without FSDP2, an attention
+            that is not MoBA's, or what needs logits of whole sequences.
+    """
+
+    def __init__(self, *args: Any, context_parallel: int = 1, **kwargs: Any) -> None:
+        _check_hook()
+        super().__init__(*args, **kwargs)
+        trainer: Any = self
+        config = getattr(trainer.accelerator, "parallelism_config", None)
+        self._meshed_by_accelerate = config is not None and config.cp_size > 1
+        self._context_group: Any = None
+        if self._meshed_by_accelerate or context_parallel > 1:
+            _check_trainer(trainer)
+            self._context_group = self._mesh(config, context_parallel)["cp"].get_group()
+
+    def _mesh(self, config: Any, context_parallel: int) -> Any:
+        """Return accelerate's mesh, or make one on CPU and have accelerate's loaders read it."""
+        accelerator = self.accelerator  # type: ignore[attr-defined]
+        if not self._meshed_by_accelerate and (config is not None or accelerator.device.type != "cpu"):
+            raise ValueError(
+                f"context_parallel={context_parallel} is for CPU processes; on {accelerator.device.type} give "
+                f"TrainingArguments fsdp=True and parallelism_config=ParallelismConfig(cp_size={context_parallel})"
+            )
+        if self._meshed_by_accelerate and not accelerator.is_fsdp2:
+            raise ValueError(
+                f"ParallelismConfig(cp_size={config.cp_size}) needs FSDP2 on CUDA; give TrainingArguments fsdp=True too"
+            )
+        if not self._meshed_by_accelerate:
+            accelerator.state.device_mesh = sequence_mesh(context_parallel, "cpu")
+        return accelerator.torch_device_mesh
+
+    def get_cp_size(self) -> int:
+        """Return how many processes share a sequence."""
+        if self._context_group is None or self._meshed_by_accelerate:
+            return int(super().get_cp_size())  # type: ignore[misc]
+        return distributed.get_world_size(self._context_group)
+
+    def _prepare_context_parallel_inputs(
+        self, model: Any, inputs: dict[str, Any]
+    ) -> tuple[Callable[[], Any], dict[str, Any]]:
+        """Cut the batch, and put its sharding in force for both passes."""
+        if self._context_group is None:
+            prepared: tuple[Callable[[], Any], dict[str, Any]] = super()._prepare_context_parallel_inputs(model, inputs)  # type: ignore[misc]
+            return prepared
+        trainer: Any = self
+        config = trainer.accelerator.unwrap_model(model).config
+        inputs = trainer._prepare_inputs(inputs)  # boundaries are found on the device that needs them
+        sharding, inputs = shard_inputs(
+            inputs, self._context_group, config.num_attention_heads, config.num_key_value_heads
+        )
+        return partial(sharded, sharding), inputs
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Compute the loss as Trainer does, by the number of labels that it counted once for every process."""
+        if self._context_group is not None and not self._meshed_by_accelerate and num_items_in_batch is not None:
+            num_items_in_batch = num_items_in_batch // self.get_cp_size()
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, Any, Any]:
+        """Evaluate as Trainer does, with the loss of whole sequences in every process that shares them."""
+        loss, logits, labels = super().prediction_step(*args, **kwargs)  # type: ignore[misc]
+        if self._context_group is not None and loss is not None:
+            distributed.all_reduce(loss, group=self._context_group)
+            loss /= distributed.get_world_size(self._context_group)
+        return loss, logits, labels
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict as Trainer does; refused where sequences are split, of which no process has all logits."""
+        if self._context_group is not None:
+            raise ValueError("no process has the logits of whole sequences; predict without context parallelism")
+        return super().predict(*args, **kwargs)  # type: ignore[misc]
+
+
+def sequence_mesh(ranks: int, device: str) -> Any:
+    """Make the mesh of all processes of which `ranks` neighbours share a sequence, dimensions "dp_shard" and "cp".
+
+    Raises:
+        ValueError: no process group, or `ranks` does not divide the processes.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise ValueError(
+            f"sharing a sequence among {ranks} processes needs a process group; start the program with "
+            f"torchrun --nproc-per-node {ranks}"
+        )
+    processes = distributed.get_world_size()
+    if processes % ranks:
+        raise ValueError(
+            f"{ranks} processes are to share a sequence, and of {processes} processes that leaves "
+            f"{processes % ranks}; start a multiple of {ranks}"
+        )
+    return init_device_mesh(device, (processes // ranks, ranks), mesh_dim_names=("dp_shard", "cp"))
+
+
+def _check_hook() -> None:
+    """Raise ValueError unless transformers calls the hook as this module answers it; its name is private."""
+    hook = getattr(Trainer, _HOOK, None)
+    if hook is None or list(signature(hook).parameters) != ["self", "model", "inputs"]:
+        import transformers
+
+        raise ValueError(
+            f"transformers {transformers.__version__} has no Trainer.{_HOOK}(model, inputs), where sequences are "
+            "split; use a release that was tested, such as 5.17"
+        )
+
+
+def _check_trainer(trainer: Any) -> None:
+    config = trainer.model.config
+    if config._attn_implementation != NAME:
+        raise ValueError(
+            f"attn_implementation={config._attn_implementation!r} does not know of split sequences; call "
+            "openmoba.hf.configure(model, MobaConfig(...)) first, with full_layers='all' for full attention"
+        )
+    if trainer.compute_metrics is not None:
+        raise ValueError("compute_metrics needs logits of whole sequences, which no process has; leave it out")
+    if trainer.compute_loss_func is not None or trainer.label_smoother is not None:
+        raise ValueError(
+            "a loss of one's own and label smoothing shift labels, which here are shifted before sequences are split; "
+            "leave compute_loss_func and label_smoothing_factor out"
+        )
+    if not (trainer.model_accepts_loss_kwargs and trainer.args.average_tokens_across_devices):
+        raise ValueError(
+            "the loss of a split sequence is divided by the labels of all processes: leave "
+            "average_tokens_across_devices=True, and use a model whose loss takes num_items_in_batch"
+        )

@@ -1,0 +1,122 @@
+"""Batches and attention layers of models whose sequences lie over several processes (`openmoba.parallel`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from openmoba.hf.find_layout import boundaries_of_whole
+from openmoba.hf.kinds import Kind
+from openmoba.hf.layout import Layout, Sequences
+from openmoba.parallel import Sharding, over_ranks
+
+IGNORED = -100
+"""Label of a position without loss, as transformers has it."""
+
+_SPLIT = {"input_ids": 0, "position_ids": 0, "labels": IGNORED, "shift_labels": IGNORED}
+"""Inputs `[batch, tokens]` that every rank gets its part of, and what pads them."""
+_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+# B batch, T tokens of the whole, S of a shard, H heads, D head width
+
+Inputs = dict[str, Any]
+
+
+def shard_inputs(inputs: Inputs, group: Any, heads: int, kv_heads: int) -> tuple[Sharding, Inputs]:
+    """Cut a batch of whole sequences for this rank; every rank of the group is given the same batch.
+
+    Labels are shifted first, positions are those of the whole, and where packed or padded sequences begin is found in
+    the whole. Such rows lie behind each other in one row from then on; padding is a sequence of its own there.
+
+    Args:
+        inputs: what a model of transformers takes: `input_ids`, and if there are `labels` or `shift_labels`,
+            `position_ids`, a 2-D `attention_mask`, `cu_seq_lens_q` and `cu_seq_lens_k`.
+        group: as in `openmoba.parallel.Sharding.over`.
+        heads, kv_heads: of the model.
+
+    Returns:
+        The sharding, and this rank's inputs; both for `model(**inputs)` within `openmoba.parallel.sharded(sharding)`.
+
+    Raises:
+        ValueError: an input that cannot be split, or padding between the tokens of a sequence.
+    """
+    inputs = dict(inputs)
+    tokens_BT = inputs["input_ids"]
+    mask = inputs.pop("attention_mask", None)
+    _check(inputs)
+    if "shift_labels" not in inputs and inputs.get("labels") is not None:
+        inputs["shift_labels"] = pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]
+    if inputs.get("shift_labels") is not None:
+        inputs["labels"] = inputs["shift_labels"]  # transformers asks for both, and reads the shifted ones
+    begins = _boundaries(inputs, mask)
+    for name in _BOUNDARIES:
+        inputs.pop(name, None)
+    if inputs.get("position_ids") is None:
+        inputs["position_ids"] = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+    inputs["position_ids"] = inputs["position_ids"].expand(tokens_BT.shape)
+    split = {name: inputs[name] for name in _SPLIT if inputs.get(name) is not None}
+    if begins is not None:
+        split = {name: x.reshape(1, -1) for name, x in split.items()}
+    sharding = Sharding.balanced(group, split["input_ids"].shape[1], heads, kv_heads, cu_seqlens=begins)
+    return sharding, inputs | {name: sharding.shard(x, 1, _SPLIT[name]) for name, x in split.items()}
+
+
+def _check(inputs: Inputs) -> None:
+    if inputs.get("past_key_values") is not None:
+        raise ValueError("a cache cannot be split over processes; leave past_key_values out")
+    for name, x in inputs.items():
+        if isinstance(x, Tensor) and x.dim() > 0 and name not in (*_SPLIT, *_BOUNDARIES):
+            raise ValueError(f"the input {name} cannot be split over processes; leave it out of the batch")
+
+
+def _boundaries(inputs: Inputs, mask: Tensor | None) -> Tensor | None:
+    """Return where sequences begin in the flattened batch, int32; None if every row is one."""
+    given = inputs.get("cu_seq_lens_q")
+    if given is None:
+        return boundaries_of_whole(inputs["input_ids"], mask, inputs.get("position_ids"))
+    if mask is not None and not bool(mask.all()):
+        raise ValueError("a batch is either padded or packed: drop attention_mask or cu_seq_lens_q")
+    boundaries: Tensor = given.int().flatten()
+    return boundaries
+
+
+def attend_sharded(
+    kind: Kind,
+    q_BSHD: Tensor,
+    k_BSHD: Tensor,
+    v_BSHD: Tensor,
+    sharding: Sharding,
+    scale: float,
+    layout: Layout,
+) -> Tensor:
+    """Return one layer's attention `[B, S, H, D]` under a sharding.
+
+    Args:
+        kind: of the layer.
+        layout: what the layer is told of its rows; only one that says nothing can be split.
+
+    Raises:
+        ValueError: a mask, or keys of a cache.
+    """
+    if layout.map is not None or layout.cu_q is not None:
+        raise ValueError(
+            "a mask, and boundaries of packed sequences, cannot be split over processes; cut the batch with "
+            "openmoba.hf.shards.shard_inputs, which finds the boundaries in the whole"
+        )
+    if q_BSHD.shape[1] != k_BSHD.shape[1]:
+        raise ValueError("a cache cannot be split over processes; run the model with use_cache=False")
+    packed = sharding.cu_seqlens is not None
+    if packed and q_BSHD.shape[0] != 1:
+        raise ValueError(f"packed sequences over processes lie in one row, got {q_BSHD.shape[0]}; put them in one")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> Tensor:
+        if cu_q is None or cu_k is None:
+            return kind.rows(q, k, v, scale)
+        return kind.sequences(q, k, v, Sequences(cu_q, cu_k), scale)
+
+    q, k, v = (x[0] if packed else x for x in (q_BSHD, k_BSHD, v_BSHD))
+    out = over_ranks(attend, q, k, v, sharding)
+    return out[None] if packed else out

@@ -1,0 +1,108 @@
+"""Run by `test_parallel_gpu.py` on every GPU; started alone, what one GPU makes of the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import openmoba
+from openmoba import MobaConfig, parallel
+from openmoba.hf import configure
+from openmoba.hf.context_parallel import ContextParallel
+from openmoba.parallel import Sharding
+
+RANKS = int(os.environ.get("WORLD_SIZE", "1"))
+LENGTH = 4000  # which 16 does not divide, so neither do the chunks of any layout
+
+
+class Split(ContextParallel, Trainer):
+    pass
+
+
+def attention() -> dict[str, float]:
+    """Largest error of both passes by way and layout, over that of bf16 itself against fp32's sums."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    whole = [
+        torch.randn(1, LENGTH, heads, 64, generator=generator, device="cuda", dtype=torch.bfloat16)
+        for heads in (8, 2, 2)
+    ]
+
+    def passes(tensors: list[Tensor], sharding: Sharding | None) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        settings: dict[str, Any] = {"block_size": 64, "top_k": 4}
+        if sharding is None:
+            out = openmoba.moba_attention(*leaves, **settings)
+        else:
+            out = parallel.moba_attention(*leaves, sharding, **settings)
+        out.backward(torch.ones_like(out))
+        results = [out, *(x.grad for x in leaves)]
+        return results if sharding is None else [sharding.unshard(x) for x in results]
+
+    expected = passes(whole, None)
+    found = {}
+    for way in ("heads", "keys"):
+        for layout in ("contiguous", "head-tail"):
+            sharding = Sharding.over(None, LENGTH, way=way, layout=layout)
+            results = passes([sharding.shard(x) for x in whole], sharding)
+            errors = [
+                float((x.float() - y.float()).abs().max() / y.float().abs().max())
+                for x, y in zip(results, expected, strict=True)
+            ]
+            found[f"{way} {layout}"] = max(errors)
+    return found
+
+
+def losses(folder: str) -> list[float]:
+    """Losses of a hybrid in training, through accelerate's own mesh where there are several GPUs."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=LENGTH,
+        attn_implementation="sdpa",
+    )
+    model = configure(LlamaForCausalLM(config), MobaConfig(block_size=64, top_k=4, full_layers=1))
+    ids = torch.randint(256, (8, LENGTH), generator=torch.Generator().manual_seed(1))
+    settings: dict[str, Any] = {}
+    if RANKS > 1:
+        from accelerate import ParallelismConfig
+
+        settings = {"fsdp": True, "parallelism_config": ParallelismConfig(cp_size=RANKS)}
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=4,
+        per_device_train_batch_size=1,
+        logging_steps=1,
+        bf16=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        **settings,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    trainer = Split(model, arguments, train_dataset=[{"input_ids": x, "labels": x} for x in ids])
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    found: dict[str, Any] = {"losses": losses(str(out.parent / "trainer"))}
+    if RANKS > 1:
+        found["errors"] = attention()
+    if int(os.environ.get("RANK", "0")) == 0:
+        out.write_text(json.dumps(found))
+    if RANKS > 1:
+        distributed.destroy_process_group()

@@ -1,0 +1,179 @@
+"""Trainer on sequences split over two processes, others beside them, against one: see `test_context_parallel.py`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+import torch
+from ranks import made_alone, run_checks
+from torch import Tensor, distributed
+from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from openmoba import MobaConfig
+from openmoba.hf import configure
+from openmoba.hf.context_parallel import ContextParallel
+from openmoba.hf.releases import CHECKPOINTING
+from openmoba.parallel import Sharding, sharded
+
+HYBRID = MobaConfig(block_size=4, top_k=2, full_layers=1)
+OPTIONS = ("context_parallel", "made", "compute_metrics")  # of a trainer, not of its arguments
+LENGTH = 39  # which the processes do not divide
+
+
+class Split(ContextParallel, Trainer):
+    """What a user writes."""
+
+
+def model(settings: MobaConfig = HYBRID, heads: int = 4, kv_heads: int = 2) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=8,
+        attn_implementation="sdpa",
+    )
+    return configure(LlamaForCausalLM(config), settings)
+
+
+def rows(count: int = 8, length: int = LENGTH) -> list[dict[str, Any]]:
+    """Token ids, some without label."""
+    ids = torch.randint(64, (count, length), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": x.tolist(), "labels": [-100] * 5 + x[5:].tolist()} for x in ids]
+
+
+def stacked(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return {name: torch.tensor([row[name] for row in batch]) for name in batch[0]}
+
+
+def steps(kind: Any, batch_size: int, collate: Any = stacked, data: Any = None, **settings: Any) -> list[Any]:
+    """Loss and gradient norm of two steps, the loss of an evaluation, and the weights."""
+    options = {name: settings.pop(name) for name in OPTIONS if name in settings}
+    arguments = TrainingArguments(
+        output_dir=mkdtemp(),
+        max_steps=2,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        learning_rate=1e-2,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
+        **settings,
+    )
+    data = rows() if data is None else data
+    made = options.pop("made", None) or model()
+    trainer = kind(made, arguments, data_collator=collate, train_dataset=data, eval_dataset=data[:4], **options)
+    trainer.train()
+    logged = [row[name] for row in trainer.state.log_history for name in ("loss", "grad_norm") if name in row]
+    return [*logged, trainer.evaluate()["eval_loss"], made.model.layers[0].self_attn.k_proj.weight.detach()]
+
+
+def same(one: list[Any], many: list[Any]) -> None:
+    assert len(one) == len(many) == 6
+    for x, y in zip(one, many, strict=True):
+        torch.testing.assert_close(torch.as_tensor(y), torch.as_tensor(x), rtol=2e-4, atol=2e-6)
+
+
+def packed(length: int = 60) -> dict[str, Any]:
+    """Rows of several sequences, by positions alone and by transformers' own collator."""
+    ids = torch.randint(64, (8, length), generator=torch.Generator().manual_seed(2))
+    positions = torch.cat([torch.arange(n) for n in (23, 5, 32)])
+    data = [{"input_ids": x.tolist(), "labels": x.tolist(), "position_ids": positions.tolist()} for x in ids]
+    return {"data": data}
+
+
+def flattened() -> dict[str, Any]:
+    ids = torch.randint(64, (8, 30), generator=torch.Generator().manual_seed(3))
+    data = [{"input_ids": x[: 11 + 2 * i].tolist()} for i, x in enumerate(ids)]
+    return {"data": data, "collate": DataCollatorWithFlattening(return_flash_attn_kwargs=True)}
+
+
+def padded(left: bool) -> dict[str, Any]:
+    """Rows of other lengths, padded on one side."""
+    data = []
+    for i, row in enumerate(rows()):
+        real = LENGTH - 3 * i
+        ends = (
+            (lambda x, fill, n=real: [fill] * (LENGTH - n) + x[:n])
+            if left
+            else (lambda x, fill, n=real: x[:n] + [fill] * (LENGTH - n))
+        )
+        data.append(
+            {
+                "input_ids": ends(row["input_ids"], 0),
+                "labels": ends(row["labels"], -100),
+                "attention_mask": ends([1] * LENGTH, 0),
+            }
+        )
+    return {"data": data}
+
+
+CASES: dict[str, Callable[[], dict[str, Any]]] = {
+    "hybrid": dict,
+    "by keys": lambda: {"made": model(heads=4, kv_heads=1)},
+    "full": lambda: {"made": model(MobaConfig(4, 2, full_layers="all"))},
+    "checkpointed": lambda: {CHECKPOINTING: True},
+    "packed": packed,
+    "flattened": flattened,
+    "padded on the left": lambda: padded(True),
+    "padded on the right": lambda: padded(False),
+}
+
+
+def alone(name: str) -> list[Any]:
+    return steps(Trainer, 2, **CASES[name]())
+
+
+def split(name: str) -> None:
+    """Share every sequence between two processes; of four, two share one and two another."""
+    others = distributed.get_world_size() // 2
+    same(made_alone(name), steps(Split, 2 // others, context_parallel=2, **CASES[name]()))
+
+
+def refusals() -> None:
+    """One sentence with the way out, before anything is trained."""
+    refuses("of 2 processes that leaves 2; start a multiple of 3", context_parallel=3)
+    refuses("attn_implementation='sdpa' does not know", made=configure(model(), None))
+    refuses("compute_metrics needs logits", compute_metrics=print)
+    refuses("leave compute_loss_func and label", label_smoothing_factor=0.1)
+    refuses("leave average_tokens_across_devices=True", average_tokens_across_devices=False)
+    refuses("key convolution does not run", made=model(replace(HYBRID, key_conv=3)))
+    for add, said in (
+        ({"attention_mask": [1] * 20 + [0] * 3 + [1] * 16}, "padding between the tokens of a sequence cannot be split"),
+        ({"attention_mask": [[1] * LENGTH] * LENGTH}, "cannot be split over processes; give a padding mask of shape"),
+        ({"token_type_ids": [0] * LENGTH}, "the input token_type_ids cannot be split"),
+    ):
+        refuses(said, data=[row | add for row in rows()], remove_unused_columns=False)
+    # Models under a sharding that somebody else has put in force.
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+    with sharded(Sharding.over(None, 8)):
+        for inputs in ({}, {"position_ids": tokens, "attention_mask": tokens}):
+            with pytest.raises(ValueError, match="takes position_ids of the whole, and neither mask nor cache"):
+                model()(tokens, **inputs)
+
+
+def refuses(text: str, **settings: Any) -> None:
+    with pytest.raises(ValueError, match=text):
+        steps(Split, 2, **{"context_parallel": 2} | settings)
+
+
+if __name__ == "__main__":
+    names = list(CASES) if sys.argv[2] == "2" else ["hybrid", "packed"]
+    run_checks(
+        {name: partial(split, name) for name in names} | ({"refusals": refusals} if sys.argv[2] == "2" else {}),
+        {name: partial(alone, name) for name in names},
+    )
