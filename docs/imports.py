@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -30,16 +30,70 @@ def main(source: str = str(ROOT / "src")) -> None:
 def report(source: Path) -> str:
     """Return the map as Markdown: a line per folder, then circles and imports by strings."""
     found = modules(source)
-    graph, hidden = imports(found)
+    graph, hidden = imports(found), named(found)
     folders = by_folder(graph, found)
     lines = ["| folder | files | lines | imports |", "| --- | --- | --- | --- |"]
     for name in sorted(folders):
         paths = [path for module, path in found.items() if folder(module, found) == name]
         length = sum(len(path.read_text().splitlines()) for path in paths)
         lines.append(f"| {name} | {len(paths)} | {length} | {', '.join(sorted(folders[name])) or '-'} |")
-    named = [f"{what}: {circle}" for what, of in (("modules", graph), ("folders", folders)) for circle in circles(of)]
-    lines += ["", *(f"Circle of {circle}" for circle in named or ["nothing"])]
+    circular = [
+        f"{what}: {circle}" for what, of in (("modules", graph), ("folders", folders)) for circle in circles(of)
+    ]
+    lines += ["", *(f"Circle of {circle}" for circle in circular or ["nothing"])]
     return "\n".join([*lines, "", *(f"Import by a string: {where} of {what}" for where, what in sorted(hidden))])
+
+
+def drawing(source: Path, inside: str = "") -> str:
+    """Draw as Mermaid what lies right below the folder `inside`, and which imports which.
+
+    Arrows that others imply are left out, and so are single files, but for those at the top that import something.
+    Dotted: by a string.
+    """
+    found = modules(source)
+    graph, hidden = imports(found), named(found)
+    edges = {(_below(inside, name, found), _below(inside, other, found)) for name in graph for other in graph[name]}
+    dotted = {(_below(inside, name, found), _below(inside, other, found)) for name, other in hidden} - edges
+    nodes: dict[str, set[str]] = {one: set() for edge in edges for one in edge if one}
+    for one, other in edges:
+        if one and other and one != other:
+            nodes[one].add(other)
+    shown = {one for one in nodes if _is_folder(source, inside, one) or (nodes[one] and not inside)}
+    arrows = [f"{one} --> {other}" for one in sorted(shown) for other in sorted(_direct(one, nodes) & shown)]
+    arrows += [f"{one} -.-> {other}" for one, other in sorted(dotted, key=str) if one and other and one != other]
+    return "\n".join(["```mermaid", "flowchart TD", *(f"    {arrow}" for arrow in arrows), "```", ""])
+
+
+def folders_table(source: Path) -> str:
+    """Write a line per folder: what it holds, by the first sentence of its docstring, and which others it imports."""
+    found = modules(source)
+    graph = by_folder(imports(found), found)
+    lines = ["| folder | what is in it | imports |", "| --- | --- | --- |"]
+    for name in sorted(graph):
+        path = source / PACKAGE / name / "__init__.py"
+        if path.exists():
+            what = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0]
+            imported = sorted(other for other in graph[name] if _is_folder(source, "", other))
+            lines.append(f"| `{name}` | {' '.join(what.split())} | {', '.join(imported) or '-'} |")
+    return "\n".join([*lines, ""])
+
+
+def _is_folder(source: Path, inside: str, name: str) -> bool:
+    return (source / PACKAGE / inside / name).is_dir()
+
+
+def _below(inside: str, module: str, found: Mapping[str, Path]) -> str | None:
+    """Return the folder right below `inside` in which a module lies, or itself; None for what lies elsewhere."""
+    parts = module.split(".")[1:]
+    depth = len(inside.split("/")) if inside else 0
+    return parts[depth] if "/".join(parts[:depth]) == inside and len(parts) > depth else None
+
+
+def _direct(name: str, graph: Graph) -> set[str]:
+    """Return what `name` imports that nothing else which it imports reaches, circles aside."""
+    reached = {other: _reached(other, graph) for other in graph[name]}
+    implied = {one for one in reached for third in reached if one in reached[third] and third not in reached[one]}
+    return graph[name] - implied
 
 
 def modules(source: Path) -> dict[str, Path]:
@@ -48,15 +102,44 @@ def modules(source: Path) -> dict[str, Path]:
     return {".".join(path.relative_to(source).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
 
 
-def imports(found: Mapping[str, Path]) -> tuple[dict[str, set[str]], set[tuple[str, str]]]:
-    """Return which of the modules each imports, and which it names in a string that is imported or looks like it."""
-    graph: dict[str, set[str]] = {}
-    hidden = set()
+def imports(found: Mapping[str, Path], everywhere: bool = True) -> dict[str, set[str]]:
+    """Return which of the modules each imports; in functions and for type checkers too if `everywhere`."""
+    return {module: imported(path.read_text(), found, everywhere) - {module} for module, path in found.items()}
+
+
+def imported(text: str, found: Collection[str], everywhere: bool = True) -> set[str]:
+    """Return the modules that the import statements of a file name; what is in a module counts as that module."""
+    names: set[str] = set()
+    for node in _nodes(ast.parse(text), everywhere):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.level, f"imports are absolute: {ast.unparse(node)}"
+            below = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= below & set(found) | ({node.module} if below - set(found) else set())
+    return names & set(found)
+
+
+def named(found: Mapping[str, Path]) -> set[tuple[str, str]]:
+    """Return which module names which other in a string, alone or before a colon and a name in it."""
+    pairs = set()
     for module, path in found.items():
-        tree = ast.parse(path.read_text())
-        graph[module] = {name for name in _imported(tree, found) if name != module}
-        hidden |= {(module, name) for name in _named(tree, found) if name != module}
-    return graph, hidden
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                pairs.add((module, node.value.partition(":")[0]))
+    return {(module, name) for module, name in pairs if name in found and name not in (module, PACKAGE)}
+
+
+def _nodes(tree: ast.AST, everywhere: bool) -> Iterator[ast.AST]:
+    """Yield the nodes of a file, those that run when it is imported if not `everywhere`."""
+    for node in ast.iter_child_nodes(tree):
+        if not everywhere and (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+        ):
+            continue
+        yield node
+        yield from _nodes(node, everywhere)
 
 
 def folder(module: str, found: Mapping[str, Path]) -> str:
@@ -91,25 +174,6 @@ def _reached(start: str, graph: Graph) -> set[str]:
         reached |= new
         left += new
     return reached
-
-
-def _imported(tree: ast.Module, found: Mapping[str, Path]) -> Iterator[str]:
-    """Yield the modules that import statements name; a name out of a module counts as that module."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name in found)
-        elif isinstance(node, ast.ImportFrom) and node.module in found:
-            inner = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from (name if name in found else str(node.module) for name in inner)
-
-
-def _named(tree: ast.Module, found: Mapping[str, Path]) -> Iterator[str]:
-    """Yield the modules that strings name, alone or before a colon and a name in them; docstrings aside."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            name = node.value.partition(":")[0]
-            if name in found and name != PACKAGE:
-                yield name
 
 
 if __name__ == "__main__":

@@ -2,87 +2,30 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
+import imports
 import pytest
 
-SOURCES = Path(__file__).parent.parent / "src"
-
-
-@cache
-def modules() -> dict[str, Path]:
-    """Every module of the package by its name."""
-    found = {}
-    for path in (SOURCES / "openmoba").rglob("*.py"):
-        parts = path.relative_to(SOURCES).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
-
-
-def imported(text: str, names: set[str], everywhere: bool) -> set[str]:
-    """The modules among `names` that a module imports when it is imported; in its functions as well if `everywhere`."""
-    found: set[str] = set()
-    for node in nodes(ast.parse(text), everywhere):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            below = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= below & names or {node.module}
-    return found & names
-
-
-def nodes(tree: ast.AST, everywhere: bool) -> Iterator[ast.AST]:
-    for node in ast.iter_child_nodes(tree):
-        if not everywhere:
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-                continue
-            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-                continue
-        yield node
-        yield from nodes(node, everywhere)
-
-
-def circle(graph: dict[str, set[str]]) -> list[str]:
-    """Some circle of the graph, its first name again at its end; empty if there is none."""
-    done: set[str] = set()
-
-    def walk(name: str, path: list[str]) -> list[str]:
-        if name in path:
-            return [*path[path.index(name) :], name]
-        if name in done:
-            return []
-        for other in sorted(graph[name]):
-            if found := walk(other, [*path, name]):
-                return found
-        done.add(name)
-        return []
-
-    return next((found for name in sorted(graph) if (found := walk(name, []))), [])
-
-
-def imports(everywhere: bool) -> dict[str, set[str]]:
-    names = set(modules())
-    return {name: imported(path.read_text(), names, everywhere) - {name} for name, path in modules().items()}
+MODULES = imports.modules(Path(__file__).parent.parent / "src")
 
 
 def test_no_circle_of_imports() -> None:
-    graph = imports(everywhere=False)
+    graph = imports.imports(MODULES, everywhere=False)
     assert "openmoba.ops.triton.family" in graph["openmoba.ops.triton.families"]
-    assert circle(graph) == []
+    assert imports.circles(graph) == []
 
 
 def test_families_of_kernels_do_not_import_each_other() -> None:
     """Nor does what they share import them: `families` alone knows both."""
-    graph = imports(everywhere=True)
+    graph = imports.imports(MODULES)
     families = {"portable", "hopper"}
     knowing = {
         name: its
         for name, its in graph.items()
         if name.startswith("openmoba.ops.triton.") and name != "openmoba.ops.triton.families"
     }
+    assert len(knowing) > 20
     for name, its in knowing.items():
         own = name.split(".")[3]
         others = {other.split(".")[3] for other in its if other.count(".") >= 3} & families
@@ -93,7 +36,8 @@ def test_families_of_kernels_do_not_import_each_other() -> None:
     ("text", "everywhere", "found"),
     [
         ("import a\nimport torch", False, {"a"}),
-        ("from a import b, c", False, {"a.b"}),
+        ("from a import b, c", False, {"a", "a.b"}),
+        ("from a import b", False, {"a.b"}),
         ("from a import c", False, {"a"}),
         ("def f():\n    import a", False, set()),
         ("def f():\n    import a", True, {"a"}),
@@ -101,9 +45,30 @@ def test_families_of_kernels_do_not_import_each_other() -> None:
     ],
 )
 def test_imports_are_seen(text: str, everywhere: bool, found: set[str]) -> None:
-    assert imported(text, {"a", "a.b"}, everywhere) == found
+    assert imports.imported(text, {"a", "a.b"}, everywhere) == found
 
 
 def test_circles_are_found() -> None:
-    assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
-    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert imports.circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert imports.circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b - c"]
+
+
+def test_the_drawing_leaves_out_what_others_imply(tmp_path: Path) -> None:
+    texts = {
+        "low/__init__": "",
+        "low/one": "",
+        "mid/__init__": "",
+        "mid/two": "from openmoba.low import one",
+        "top": "from openmoba.low import one\nfrom openmoba.mid import two\nLATER = 'openmoba.late.three:run'",
+        "late/__init__": "",
+        "late/three": "",
+        "alone": "",
+    }
+    for name, text in texts.items():
+        path = tmp_path / "openmoba" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    arrows = imports.drawing(tmp_path).splitlines()[2:-1]
+    assert [arrow.strip() for arrow in arrows] == ["mid --> low", "top --> mid", "top -.-> late"]
+    assert "| top | 1 | 3 | low, mid |" in imports.report(tmp_path)
+    assert imports.report(tmp_path).endswith("Import by a string: openmoba.top of openmoba.late.three")

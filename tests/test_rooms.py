@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
+import imports
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ROOT / "src" / "openmoba"
 ROOMS = (
     ("limits", "errors", "hub", "config"),
     ("ops",),
@@ -33,11 +31,6 @@ ROOMS = (
 and the laboratory's own files, which are single modules."""
 
 
-def module_of(path: Path) -> str:
-    """The dotted name below the package: `lab.data.load`, `ops.__init__`."""
-    return ".".join(path.relative_to(SOURCES).with_suffix("").parts)
-
-
 def room_of(module: str) -> tuple[int, str]:
     """The place in the order and the room of a module below the package."""
     for place, rooms in enumerate(ROOMS):
@@ -47,47 +40,27 @@ def room_of(module: str) -> tuple[int, str]:
     raise AssertionError(f"{module} is in no room; give it a place in ROOMS")
 
 
-def imports(path: Path) -> Iterator[str]:
-    """What a file imports of the package, in functions too: dotted names below it; `__init__` is the package itself."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            if re.match(r"openmoba(\.|$)", name):
-                yield below(name)
-
-
-def below(name: str) -> str:
-    """The module below the package that a dotted name lies in."""
-    parts = name.split(".")[1:]
-    while parts:
-        place = SOURCES.joinpath(*parts)
-        if place.is_dir() or place.with_suffix(".py").exists():
-            return ".".join(parts) + (".__init__" if place.is_dir() else "")
-        parts.pop()
-    return "__init__"
-
-
 def test_imports_go_one_way() -> None:
+    found = imports.modules(ROOT / "src")
+    names = {module: below(module, path) for module, path in found.items()}
     wrong = []
-    for path in SOURCES.rglob("*.py"):
-        own, room = room_of(module_of(path))
-        for name in imports(path):
-            place, other = room_of(name)
-            apart = place == own and room != other and place not in (0, 5)
+    for module, imported in imports.imports(found).items():
+        own, room = room_of(names[module])
+        for other in imported:
+            place, its_room = room_of(names[other])
+            apart = place == own and room != its_room and place not in (0, 5)
             if place > own or apart:
-                wrong.append(f"{module_of(path)} imports {name}")
+                wrong.append(f"{module} imports {other}")
     assert wrong == []
 
 
-def test_an_import_in_a_function_is_seen(tmp_path: Path) -> None:
-    file = tmp_path / "file.py"
-    file.write_text("def f():\n    from openmoba.lab.train import run\n    from openmoba import moba_attention\n")
-    assert list(imports(file)) == ["lab.train.run", "__init__"]
+def below(module: str, path: Path) -> str:
+    """The name below the package: `lab.data.load`, `ops.__init__`."""
+    inner = module.partition(".")[2]
+    return ".".join(filter(None, (inner, "__init__"))) if path.stem == "__init__" else inner
+
+
+def test_rooms_are_told_apart() -> None:
     assert room_of("lab.train.run") > room_of("lab.data.load") > room_of("lab.config") > room_of("ops.api")
     with pytest.raises(AssertionError, match=r"attic\.old is in no room"):
         room_of("attic.old")
