@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig  # noqa
 
 from openmoba import MobaConfig  # noqa: E402
 from openmoba.hf import configure  # noqa: E402
-from openmoba.hf.cache import DynamicPagedLayer, StaticPagedLayer  # noqa: E402
+from openmoba.hf.growing_layer import GrowingLayer  # noqa: E402
 from openmoba.hf.layout import Layout  # noqa: E402
 from openmoba.ops.pages import complete_pages  # noqa: E402
 
@@ -91,7 +91,8 @@ def test_rows_of_a_cache(padded: bool, how: str, monkeypatch: pytest.MonkeyPatch
     """The pages follow their rows; they are not made again."""
 
     def picked() -> None:
-        monkeypatch.setattr("openmoba.hf.cache.complete_pages", last_token_only)
+        monkeypatch.setattr("openmoba.hf.growing_layer.complete_pages", last_token_only)
+        monkeypatch.setattr("openmoba.hf.fixed_layer.complete_pages", last_token_only)
 
     check_rows(configure(build(), HYBRID), how, padded, [], picked)
 
@@ -141,13 +142,14 @@ def test_a_loaded_model_gets_pages_by_itself(tmp_path: Any) -> None:
         cache = new_cache(kind, model)
         out = in_pieces(model, ids, [18], cache)
         torch.testing.assert_close(out, logits(model, ids, use_cache=False))
-        assert isinstance(cache.layers[0], DynamicPagedLayer | StaticPagedLayer)
+        assert cache.layers[0].block_size == BLOCK
 
 
 def test_memory_of_the_cache() -> None:
     """At most one percent over keys and values in 16 bits, at block size 128."""
     heads, width, length = 2, 16, 131_072
-    layer = DynamicPagedLayer(block_size=128)
+    layer = GrowingLayer()
+    layer.keep_pages(128)
     states = torch.randn(1, heads, length, width, dtype=torch.bfloat16)
     layer.update(states, states)
     layer.pages(layer.keys.transpose(1, 2), Layout.read(None, None, None, (1, length)))

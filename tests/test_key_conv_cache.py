@@ -30,7 +30,7 @@ from transformers import DynamicCache, LlamaConfig  # noqa: E402
 
 from openmoba import MobaConfig  # noqa: E402
 from openmoba.hf import configure  # noqa: E402
-from openmoba.hf.raw_keys import KEPT  # noqa: E402
+from openmoba.hf.growing_layer import KEPT  # noqa: E402
 
 KINDS = pytest.mark.parametrize("kind", ["dynamic", "unnamed", "static"])
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from openmoba.hf.cache import PagedLayer
+from openmoba.hf.cache import KeptLayer
 from openmoba.hf.kinds import Kind, Moba
 from openmoba.hf.layers import kind_of_layer
 from openmoba.hf.layout import Layout, take
@@ -41,7 +41,7 @@ def attention_forward(
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
-    moba_layer: PagedLayer | None = None,
+    moba_layer: KeptLayer | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute one attention layer, of the kind that the settings say.
@@ -91,7 +91,7 @@ def _at_once(kind: Kind, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, layout:
 
 
 def _after_pages(
-    kind: Kind, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, layout: Layout, layer: PagedLayer, scale: float
+    kind: Kind, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, layout: Layout, layer: KeptLayer, scale: float
 ) -> Tensor:
     """Attend after a cache with pages, which it brings up to date: a few tokens read the pages they choose."""
     pages = layer.pages(k_BSHD, layout)

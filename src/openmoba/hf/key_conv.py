@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, initialization
 
+from openmoba.hf.cache import KeptLayer, kept_layer
 from openmoba.hf.layout import Layout
-from openmoba.hf.raw_keys import raw_keys_layer
 from openmoba.hf.settings import NAME
 from openmoba.hf.support import is_attention
 from openmoba.ops.key_conv import key_convolution
@@ -133,7 +133,7 @@ def _convolved(module: Any, keys_BTC: Tensor, given: dict[str, Any]) -> Tensor:
     if current_sharding() is not None:
         raise ValueError("key convolution does not run on sequences that are split over processes; leave key_conv out")
     past = next((x for x in given.values() if isinstance(x, Cache)), None)
-    layer = None if past is None else raw_keys_layer(past, module.layer_idx)
+    layer = None if past is None else _cached(past, module.layer_idx)
     reach = module.key_conv.weight.shape[1] - 1
     before_BPC = None if layer is None else layer.keys_before(reach)
     mask, cu_q, cu_k = (given.get(name) for name in ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k"))
@@ -157,6 +157,16 @@ def _convolved(module: Any, keys_BTC: Tensor, given: dict[str, Any]) -> Tensor:
     if layer is not None:
         layer.append_raw_keys(keys_BTC, reach)
     return cast(Tensor, out_BTC)
+
+
+def _cached(cache: Cache, layer_idx: int) -> KeptLayer:
+    layer = kept_layer(cache, layer_idx)
+    if layer is None:
+        raise ValueError(
+            f"key convolution needs a dynamic or static cache, got a {type(cache.layers[layer_idx]).__name__}; "
+            "leave cache_implementation out, or set it to 'static'"
+        )
+    return layer
 
 
 def initialize_as_identity() -> None:

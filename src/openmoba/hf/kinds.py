@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from openmoba.hf.cache import Pages
 from openmoba.hf.layout import Sequences
+from openmoba.hf.pages import Pages
 from openmoba.ops.api import moba_attention
 from openmoba.ops.decode import moba_decode
 from openmoba.ops.dense import dense_attention

@@ -16,11 +16,10 @@ from typing import Any
 from transformers import Cache, PreTrainedModel
 
 from openmoba.config import MobaConfig
-from openmoba.hf.cache import paged_layer
+from openmoba.hf.cache import kept_layer
 from openmoba.hf.find_layout import attach_finder
 from openmoba.hf.key_conv import initialize_as_identity, set_key_conv
 from openmoba.hf.kinds import Full, Kind, Moba
-from openmoba.hf.raw_keys import raw_keys_layer
 from openmoba.hf.settings import NAME
 from openmoba.hf.support import check_supported, is_attention
 
@@ -92,7 +91,4 @@ def hand_over_cache(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any
     cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
     if cache is None:
         return None
-    layer: Any = paged_layer(cache, module.layer_idx, module.moba.block_size)
-    if hasattr(module, "key_conv"):
-        layer = raw_keys_layer(cache, module.layer_idx)
-    return args, {**kwargs, "moba_layer": layer}
+    return args, {**kwargs, "moba_layer": kept_layer(cache, module.layer_idx, module.moba.block_size)}
