@@ -36,7 +36,8 @@ def at_random(case: Case, most: int, heads: int, with_lse: bool = True) -> Given
     generator = torch.Generator(device).manual_seed(1)
     own = _own_blocks(case)
     random = torch.rand(*case.q.shape[:-2], heads, most, generator=generator, device=device)
-    blocks = (random * (own[:, None, None] + 1)).floor().int() - 1
+    own = own.int()[:, None, None]
+    blocks = torch.minimum((random * (own + 1)).floor().int(), own) - 1  # a product may round up
     d_lse = torch.randn(case.q.shape[:-1], generator=generator, device=device)
     return Given(case, blocks, d_lse if with_lse else None)
 

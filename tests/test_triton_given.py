@@ -95,6 +95,14 @@ def test_no_blocks_is_the_own_block_alone(most):
     assert_same_bits((out, *gradients), run_moba(case))
 
 
+def test_what_is_no_past_block_is_read_by_no_row():
+    """What is asserted against on a GPU: until the assertion is heard, nothing is read where it should not be."""
+    given = at_random(batched(FP32, (1, 9, 25, 4, 2, 16), 8, 0), 3, 2)
+    wrong = torch.tensor([3, 2**30, -2, -(2**31)], dtype=torch.int32)  # the last block is the own one of the last rows
+    blocks = torch.cat([wrong.expand(1, 9, 2, 4), given.blocks], -1)
+    assert_same_bits(run(replace(given, blocks=blocks)), run(given))
+
+
 def test_strided_blocks_and_gradients():
     given = at_random(batched(FP32, (2, 5, 20, 4, 2, 16), 8, 0), 3, 4)
     blocks = given.blocks.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0)
