@@ -264,10 +264,9 @@ def reference_complete_pages(
     centroid_BNHD = (key_BNKHD.to(wide).mean(2) - anchor_B1HD) * scale_BH[:, None, :, None]
     if centroid_BPHD.dtype == torch.float16:
         centroid_BNHD = centroid_BNHD.clamp(-LARGEST_FP16, LARGEST_FP16)
-    index = page_BN.long()[..., None, None].expand(-1, -1, heads, width)
-    known_BNHD = centroid_BPHD.gather(1, index)
-    chosen_BNHD = torch.where(done_BN[..., None, None], centroid_BNHD.to(centroid_BPHD.dtype), known_BNHD)
-    centroid_BPHD.scatter_(1, index, chosen_BNHD)
+    place = _range(key_BSHD, batch)[:, None], page_BN.long()
+    centroid_BNHD = centroid_BNHD.to(centroid_BPHD.dtype)
+    centroid_BPHD[place] = torch.where(done_BN[..., None, None], centroid_BNHD, centroid_BPHD[place])
 
 
 def _at(key_BSHD: Tensor, start_B: Tensor, position_BN: Tensor) -> Tensor:
