@@ -88,8 +88,7 @@ def test_one_fake_tensor_is_enough(verb, impl):
             like(call(*(mode.from_tensor(x) if i == j else x for j, x in enumerate(inputs))), expected)
 
 
-@each_verb
-def test_traced(verb, impl, mode="real"):
+def check_traced(verb: Callable[[str], Verb], impl: str, mode: str) -> None:
     call, inputs = verb(impl)
     graph = make_fx(call, tracing_mode=mode)(*inputs)
     assert ("openmoba." in graph.code) == (impl != "reference"), "torch operations are traced one by one"
@@ -97,9 +96,14 @@ def test_traced(verb, impl, mode="real"):
     assert torch.equal(graph(*others), call(*others))
 
 
+@each_verb
+def test_traced(verb, impl):
+    check_traced(verb, impl, "real")
+
+
 @pytest.mark.parametrize(("verb", "impl"), [(attention, "cpu"), (selection, "cpu"), (decoding, "triton")])
 def test_traced_with_symbols_for_lengths(verb, impl):
-    test_traced(verb, impl, "symbolic")
+    check_traced(verb, impl, "symbolic")
 
 
 @each_verb
