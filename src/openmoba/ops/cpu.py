@@ -58,7 +58,7 @@ def forward(
     top_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp and selection, as `openmoba.ops.library` defines them."""
+    """Output, log-sum-exp and selection, as `openmoba.ops.backends.Backend` defines them."""
     assert blocks is None
     selected = select(q, k, cu_q, cu_k, block_size, top_k)
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
