@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from openmoba.ops import library
+from openmoba.ops import attend as operations
 from openmoba.ops.triton import attention, hopper
 from openmoba.ops.triton.host import replay
 from openmoba.ops.triton.host.launch import Launch
@@ -55,11 +55,11 @@ def measured() -> Iterator[tuple[str, float, float]]:
     """Time each path: its name, microseconds of forward and of both passes."""
     q, k, v = (torch.randn(1, 64, heads, 16, requires_grad=True) for heads in (4, 2, 2))
     paths: dict[str, Callable[[], Tensor]] = {
-        "registered operation": lambda: torch.ops.openmoba.cpu_forward(q, k, v, *SETTINGS)[0],
-        "around the dispatcher": lambda: library.attention("cpu", q, k, v, *SETTINGS),
+        "registered operation": lambda: torch.ops.openmoba.attend("cpu", q, k, v, *SETTINGS)[0],
+        "around the dispatcher": lambda: operations.attend("cpu", q, k, v, *SETTINGS)[0],
     }
     d_out = torch.ones_like(q)
-    with patch.object(library, "_module", lambda _: SimpleNamespace(forward=forward, backward=backward)):
+    with patch.object(operations, "backend", lambda _: SimpleNamespace(forward=forward, backward=backward)):
         for name, attend in paths.items():
 
             def both(attend: Callable[[], Tensor] = attend) -> Any:

@@ -189,12 +189,12 @@ def decode_report(
     width: int, block_size: int, top_k: int, queries: int, dtype: torch.dtype = torch.bfloat16
 ) -> list[dict[str, Any]]:
     """What the kernels of one decoding step over 4096 left-padded tokens compile to, 32 / 8 heads."""
-    from openmoba.ops import pages as cache_pages
+    from openmoba.ops import centroids as stored
     from openmoba.ops.triton import decode, pages
 
     q = torch.empty(1, queries, 32, width, dtype=dtype)
     k = torch.empty(1, 8, 4096, width, dtype=dtype).transpose(1, 2)
-    centroids = cache_pages.new_centroids(k, 4096, block_size)
+    centroids = stored.new_centroids(k, 4096, block_size)
     lengths = torch.empty(1, dtype=torch.int32)
 
     def call() -> None:

@@ -12,7 +12,8 @@ from torch.nn.attention import sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from openmoba import explain, moba_attention, moba_select
-from openmoba.ops import cpu, dense, library
+from openmoba.ops import cpu, dense
+from openmoba.ops.attend import attend
 
 SETTINGS = {"block_size": 4, "top_k": 2}
 CU = torch.tensor([0, 5, 17], dtype=torch.int32)
@@ -204,33 +205,33 @@ def test_compiled_packed_batch():
 def test_registration(boundaries):
     batch = (1,) if boundaries is None else ()
     q, k, v = (x.requires_grad_() for x in tensors(batch=batch))
-    forward = torch.ops.openmoba.cpu_forward.default
-    torch.library.opcheck(forward, (q, k, v, None, boundaries, boundaries, 4, 2, 0.3))
-    out, lse, selected = (x.detach() for x in forward(q, k, v, None, boundaries, boundaries, 4, 2, 0.3))
+    forward = torch.ops.openmoba.attend.default
+    torch.library.opcheck(forward, ("cpu", q, k, v, None, boundaries, boundaries, 4, 2, 0.3))
+    out, lse, selected = (x.detach() for x in forward("cpu", q, k, v, None, boundaries, boundaries, 4, 2, 0.3))
     q, k, v = q.detach(), k.detach(), v.detach()
     torch.library.opcheck(
-        torch.ops.openmoba.cpu_backward.default,
-        (out, None, q, k, v, out, lse, selected, boundaries, boundaries, 4, 2, 0.3),
+        torch.ops.openmoba.attend_backward.default,
+        ("cpu", out, None, q, k, v, out, lse, selected, boundaries, boundaries, 4, 2, 0.3),
     )
-    torch.library.opcheck(torch.ops.openmoba.cpu_select.default, (q, k, boundaries, boundaries, 4, 2))
+    torch.library.opcheck(torch.ops.openmoba.select.default, ("cpu", q, k, boundaries, boundaries, 4, 2))
 
 
 def test_plain_tensors_go_around_the_dispatcher():
     """With the bits of the registered operation, which tracers see."""
     inputs = [x.requires_grad_() for x in tensors()]
     results = []
-    for attend in (
+    for call in (
         lambda *x: moba_attention(*x, **SETTINGS),
-        lambda *x: torch.ops.openmoba.cpu_forward(*x, None, None, None, 4, 2, 8**-0.5)[0],
+        lambda *x: torch.ops.openmoba.attend("cpu", *x, None, None, None, 4, 2, 8**-0.5)[0],
     ):
         with profile(activities=[ProfilerActivity.CPU]) as recorded:
-            out = attend(*inputs)
+            out = call(*inputs)
             results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
         dispatched = {event.name for event in recorded.events() if event.name.startswith("openmoba::")}
-        assert dispatched == (set() if len(results) == 1 else {"openmoba::cpu_forward", "openmoba::cpu_backward"})
+        assert dispatched == (set() if len(results) == 1 else {"openmoba::attend"})
     assert all(map(torch.equal, *results))
     graph = make_fx(lambda *x: moba_attention(*x, **SETTINGS), tracing_mode="fake")(*tensors())
-    assert "openmoba.cpu_forward" in graph.code
+    assert "openmoba.attend" in graph.code
 
 
 @pytest.mark.parametrize("make", [changed, packed])
@@ -283,9 +284,8 @@ class _Cut(torch.autograd.Function):
 def forward_on_cpu(registered, q, k, v):
     """The output of the registered operation, or of the way around the dispatcher."""
     settings = (None, None, None, *SETTINGS.values(), 0.25)
-    if registered:
-        return torch.ops.openmoba.cpu_forward(q, k, v, *settings)[0]
-    return library.attention("cpu", q, k, v, *settings)
+    operation = torch.ops.openmoba.attend if registered else attend
+    return operation("cpu", q, k, v, *settings)[0]
 
 
 @pytest.mark.parametrize("registered", [False, True])

@@ -63,7 +63,7 @@ def test_enough_blocks_is_dense(normal):
     out = moba_attention(*inputs, block_size=10, top_k=7, **CPU)
     q, k, v = (x.transpose(1, 2) for x in inputs)
     dense = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-    blocks = torch.ops.openmoba.cpu_forward(*inputs, None, None, None, 10, 7, 0.25)[0]
+    blocks = torch.ops.openmoba.attend("cpu", *inputs, None, None, None, 10, 7, 0.25)[0]
     torch.testing.assert_close(out, dense, atol=0, rtol=0)
     torch.testing.assert_close(blocks, dense, atol=1e-6, rtol=1e-5)
     for a, b in zip(torch.autograd.grad(blocks, inputs, d_out), torch.autograd.grad(dense, inputs, d_out), strict=True):

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from openmoba.ops.api import moba_attention
-from openmoba.ops.decode import moba_decode
-from openmoba.ops.pages import ANCHOR_KEYS, complete_pages, new_centroids
+from openmoba import complete_pages, moba_attention, moba_decode, new_centroids
+from openmoba.ops.centroids import ANCHOR_KEYS
 
 SLOTS, HEADS, KV_HEADS, WIDTH = 53, 6, 3, 8
 

@@ -28,11 +28,10 @@ from caches import (  # noqa: E402
 )
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig  # noqa: E402
 
-from openmoba import MobaConfig  # noqa: E402
+from openmoba import MobaConfig, complete_pages  # noqa: E402
 from openmoba.hf import configure  # noqa: E402
 from openmoba.hf.growing_layer import GrowingLayer  # noqa: E402
 from openmoba.hf.layout import Layout  # noqa: E402
-from openmoba.ops.pages import complete_pages  # noqa: E402
 
 BLOCK = 4
 SPARSE = MobaConfig(BLOCK, 2)

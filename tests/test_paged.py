@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from openmoba.ops.api import moba_attention
-from openmoba.ops.decode import MAX_QUERIES, moba_decode
+from openmoba import complete_pages, moba_attention, moba_decode, new_centroids
+from openmoba.ops.decode import MAX_QUERIES
 from openmoba.ops.paged import complete_paged, moba_paged, new_paged_centroids
-from openmoba.ops.pages import complete_pages, new_centroids
 
 HEADS, KV_HEADS, WIDTH = 6, 3, 8
 SIZES = pytest.mark.parametrize(

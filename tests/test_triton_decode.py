@@ -11,9 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from openmoba import moba_select
-from openmoba.ops.decode import moba_decode
-from openmoba.ops.pages import complete_pages, new_centroids
+from openmoba import complete_pages, moba_decode, moba_select, new_centroids
 from openmoba.ops.reference import attention_given_selection
 from openmoba.ops.triton import decode as kernels
 from openmoba.ops.triton import pages as page_kernels
@@ -251,7 +249,7 @@ def test_in_a_compiled_graph(randn, starts):
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, cache.lengths), step(q, cache.lengths))
-    torch.library.opcheck(torch.ops.openmoba.triton_decode, (q, *caches, cache.lengths, starts, 8, 3, 0.25))
+    torch.library.opcheck(torch.ops.openmoba.decode, ("triton", q, *caches, cache.lengths, starts, 8, 3, 0.25))
 
 
 @pytest.mark.parametrize("starts", [None, torch.tensor([0, 3], dtype=torch.int32)])
@@ -260,9 +258,9 @@ def test_the_registered_operation_completes_pages(randn, starts):
     lengths, centroids = torch.tensor([40, 30], dtype=torch.int32), new_centroids(k, 43, 8).zero_()
     expected = centroids.clone()
     page_kernels.complete_pages(expected, k, lengths, starts, 17, 8)
-    torch.ops.openmoba.triton_complete_pages(centroids, k, lengths, starts, 17, 8)
+    torch.ops.openmoba.write_pages("triton", centroids, k, lengths, starts, 17, 8)
     assert torch.equal(centroids, expected)
-    torch.library.opcheck(torch.ops.openmoba.triton_complete_pages, (centroids, k, lengths, starts, 17, 8))
+    torch.library.opcheck(torch.ops.openmoba.write_pages, ("triton", centroids, k, lengths, starts, 17, 8))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 32, 512, 4096])

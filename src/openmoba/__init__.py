@@ -2,7 +2,20 @@
 
 from openmoba.config import MobaConfig
 from openmoba.ops.api import Explanation, explain, moba_attention, moba_select
+from openmoba.ops.centroids import new_centroids
+from openmoba.ops.decode import moba_decode
+from openmoba.ops.pages import complete_pages
 
 __version__ = "0.1.0"
 
-__all__ = ["Explanation", "MobaConfig", "__version__", "explain", "moba_attention", "moba_select"]
+__all__ = [
+    "Explanation",
+    "MobaConfig",
+    "__version__",
+    "complete_pages",
+    "explain",
+    "moba_attention",
+    "moba_decode",
+    "moba_select",
+    "new_centroids",
+]

@@ -12,9 +12,7 @@ import torch
 from attending import poisoned_memory
 from torch import Tensor
 
-from openmoba import moba_select
-from openmoba.ops.decode import moba_decode
-from openmoba.ops.pages import complete_pages, new_centroids
+from openmoba import complete_pages, moba_decode, moba_select, new_centroids
 from openmoba.ops.reference import attention_given_selection
 from openmoba.ops.triton.geometry import Geometry
 from openmoba.ops.triton.pool import pool

@@ -26,8 +26,9 @@ from openmoba.bench.table import Row, compared, markdown
 from openmoba.bench.timing import Work, measure
 from openmoba.limits import check_count
 from openmoba.ops.api import moba_attention
+from openmoba.ops.centroids import new_centroids
 from openmoba.ops.decode import moba_decode
-from openmoba.ops.pages import complete_pages, new_centroids
+from openmoba.ops.pages import complete_pages
 
 # B batch, T query tokens, S cache slots, H query heads, K key/value heads, D head width, P pages
 

@@ -11,7 +11,8 @@ from transformers.cache_utils import StaticLayer
 from openmoba.hf.layout import Layout
 from openmoba.hf.pages import UNKNOWN, Pages, head_major
 from openmoba.hf.values import refuse
-from openmoba.ops.pages import complete_pages, new_centroids
+from openmoba.ops.centroids import new_centroids
+from openmoba.ops.pages import complete_pages
 
 # B batch, H key/value heads, T new tokens, S cache slots, P pages, D head width, C channels of all key/value heads
 

@@ -12,7 +12,8 @@ from transformers.cache_utils import DynamicLayer
 
 from openmoba.hf.layout import Layout
 from openmoba.hf.pages import UNKNOWN, Pages, head_major
-from openmoba.ops.pages import complete_pages, new_centroids
+from openmoba.ops.centroids import new_centroids
+from openmoba.ops.pages import complete_pages
 
 KEPT = 256
 """Raw keys that are kept, so that `crop` can take back as many tokens, less the key convolution's reach."""

@@ -1,12 +1,4 @@
-"""The public operation: contract, checks, and the choice of an implementation.
-
-`impl` picks speed, never meaning:
-
-    "reference"  the specification: dense mask, any device, fp64, differentiable any number of times
-    "cpu"        torch operations on CPU tensors, memory linear in tokens
-    "triton"     CUDA kernels; on CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)
-    "auto"       "cpu" or "triton" by device; "reference" for fp64 and for other devices
-"""
+"""The public operation: contract and checks. `openmoba.ops.backends` says what runs it."""
 
 from __future__ import annotations
 
@@ -16,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openmoba.ops import library
-from openmoba.ops.checks import check_call, check_scale, check_triton, refuse_forward_mode
+from openmoba.ops.attend import attend, select
+from openmoba.ops.backends import implementation
+from openmoba.ops.checks import check_call, check_scale, refuse_forward_mode
 from openmoba.ops.dense import dense_attention
 from openmoba.ops.reference import reference_attention, reference_select
-
-IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton")
 
 
 @dataclass(frozen=True)
@@ -100,11 +91,11 @@ def moba_attention(
                 impl=impl,
             )
     check_call(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
-    run, _ = _implementation(q, impl)
+    run, _ = implementation(q, impl)
     path = _path(run, k, cu_seqlens_k, block_size, top_k)
     scale = check_scale(q, scale)
     if path == "mask":
-        return reference_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, scale)
+        return reference_attention(q, k, v, None, cu_seqlens_q, cu_seqlens_k, block_size, top_k, scale)[0]
     refuse_forward_mode(q, k, v)
     if q.numel() == 0:
         return q * (k.sum() + v.sum())  # empty, and every gradient exists
@@ -113,7 +104,7 @@ def moba_attention(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if cu_seqlens_k is not None and top_k * block_size > k.shape[0]:
         top_k = -(-k.shape[0] // block_size)  # no sequence has more blocks to choose from
-    return library.attention(run, q, k, v, None, cu_seqlens_q, cu_seqlens_k, block_size, top_k, scale)
+    return attend(run, q, k, v, None, cu_seqlens_q, cu_seqlens_k, block_size, top_k, scale)[0]
 
 
 def moba_select(
@@ -146,13 +137,13 @@ def moba_select(
                 impl=impl,
             )
     check_call(q, k, None, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
-    run, _ = _implementation(q, impl)
+    run, _ = implementation(q, impl)
     q, k = (x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in (q, k))
     if run == "reference":
         return reference_select(q, k, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
     if q.numel() == 0 or top_k == 1:
         return q.new_empty((*q.shape[:-1], top_k - 1), dtype=torch.int32)
-    return library.select(run, q, k, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
+    return select(run, q, k, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
 
 
 def explain(
@@ -175,7 +166,7 @@ def explain(
     if low is not None:
         q, k, v = (_lowered(x, low, torch.empty_like) for x in (q, k, v))
     check_call(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
-    run, reason = _implementation(q, impl)
+    run, reason = implementation(q, impl)
     path = _path(run, k, cu_seqlens_k, block_size, top_k)
     if path == "dense":
         blocks = -(-k.shape[1] // block_size)
@@ -213,30 +204,3 @@ def _path(run: str, k: Tensor, cu_k: Tensor | None, block_size: int, top_k: int)
     if run == "reference":
         return "mask"
     return "dense" if cu_k is None and k.shape[1] <= top_k * block_size else "blocks"
-
-
-def _implementation(q: Tensor, impl: str) -> tuple[str, str]:
-    """Resolve `impl` for this tensor, with the reason; ValueError if an explicit choice cannot run."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    if impl == "auto":
-        return _automatic(q)
-    if impl == "cpu" and q.device.type not in ("cpu", "meta"):
-        raise ValueError(f"impl='cpu' needs CPU tensors, got {q.device}; use impl='auto'")
-    if impl == "triton":
-        check_triton(q)
-    if impl in ("cpu", "triton") and q.dtype == torch.float64:
-        raise ValueError(f"impl={impl!r} does not compute in float64; use impl='reference'")
-    return impl, "asked for"
-
-
-def _automatic(q: Tensor) -> tuple[str, str]:
-    device = q.device.type
-    if q.dtype == torch.float64:
-        return "reference", "only the reference computes in float64"
-    if device == "cuda":
-        check_triton(q)
-        return "triton", "CUDA tensors"
-    if device in ("cpu", "meta"):
-        return "cpu", f"{device} tensors"
-    return "reference", f"no kernels for {device} tensors"

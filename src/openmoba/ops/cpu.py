@@ -23,7 +23,7 @@ from openmoba.ops.checks import check_boundary_values
 from openmoba.ops.selection import select
 from openmoba.ops.tiles import Part, Plan, Tiles, parts, plan, sequences_of
 
-__all__ = ["backward", "forward", "select"]
+__all__ = ["backward", "choice_shape", "forward", "select"]
 
 # What scaled_dot_product_attention runs on CPU. Called directly, it returns the log-sum-exp, and its backward takes
 # that of a larger softmax, which the tile is a part of.
@@ -58,7 +58,7 @@ def forward(
     top_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp and selection, as `openmoba.ops.library` defines them."""
+    """Output, log-sum-exp and selection, as `openmoba.ops.backends.Backend` defines them."""
     assert blocks is None
     selected = select(q, k, cu_q, cu_k, block_size, top_k)
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)

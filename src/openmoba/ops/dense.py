@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from openmoba.ops import library
+from openmoba.ops.attend import attend
+from openmoba.ops.operation import refuse_second_derivatives
 
 # On Hopper, cuDNN's kernel takes 0.6 of the time of the flash kernel that SDPA prefers by default.
 _CUDA_BACKENDS = [
@@ -37,7 +38,7 @@ def dense_attention(q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, scale: float
         impl = _one_block(q_BTHD)
         if impl is not None:
             q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BTHD, k_BSHD, v_BSHD))
-            return library.attention(impl, q, k, v, None, None, None, keys, 1, scale)
+            return attend(impl, q, k, v, None, None, None, keys, 1, scale)[0]
         options["attn_mask"] = _lower_right(queries, keys)
     if q_BTHD.shape[2] != k_BSHD.shape[2]:
         options["enable_gqa"] = True
@@ -65,7 +66,7 @@ class _Final(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> None:
-        library.refuse_double_backward(ctx)
+        refuse_second_derivatives(ctx)
 
 
 def _refuse_second(gradients: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...] | None:

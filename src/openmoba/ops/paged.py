@@ -23,10 +23,11 @@ from torch import Tensor
 
 from openmoba.config import check_blocks
 from openmoba.ops.api import moba_attention
+from openmoba.ops.centroids import centroid_dtype
 from openmoba.ops.checks import check_scale, needs_gradient
 from openmoba.ops.decode import MAX_QUERIES
-from openmoba.ops.pages import accumulation_dtype, centroid_dtype, complete_pages
-from openmoba.ops.reference import choose_blocks
+from openmoba.ops.pages import complete_pages
+from openmoba.ops.reference import accumulation_dtype, choose_blocks
 
 # Z pages of the cache, P tokens of a page, B sequences, M pages of a sequence in the table, N new tokens of all
 # sequences, T those of one, C complete blocks, K blocks read, H query heads, Hkv key/value heads, D head width

@@ -1,12 +1,18 @@
-"""MoBA as a specification: one dense mask, one softmax, plain torch, exact autograd, any precision.
+"""MoBA as a specification: what is chosen, what is read, how results merge, and the same over a paged cache.
 
-Symbols (B batch, T queries, S keys, H query heads, Hkv key/value heads, D head width, N complete blocks):
+One dense mask, one softmax, plain torch, exact autograd, any precision. Nothing else defines these; every other
+implementation is tested against this file.
+
+Symbols (B batch, T queries, S keys, H query heads, Hkv key/value heads, D head width, N complete blocks, K blocks of
+a list):
 
     c_n   = mean of the keys of block n                       `block_centroids`
     s_tn  = <q_t, c_n> for past blocks n < own(t)             `block_scores`
     sel_t = the top_k - 1 best s_tn, ties to the later block  `choose_blocks`
     I_t   = {j <= t : block(j) = own(t) or block(j) in sel_t} `attention_mask`
-    o_t   = softmax(scale * q_t K[I_t]^T) V[I_t]              `reference_attention`
+    o_t   = softmax(scale * q_t K[I_t]^T) V[I_t]              `attention_over`
+    l_t   = log sum_(j in I_t) exp(scale * q_t k_j)           `attention_over`
+    o     = sum_i exp(l_i - l) o_i,  l = log sum_i exp(l_i)   `reference_merge`, over sources that share no key
 
 Source: MoBA technical report, arXiv 2502.13189, section 2.2. Memory is O(T * S) per head.
 """
@@ -14,10 +20,18 @@ Source: MoBA technical report, arXiv 2502.13189, section 2.2. Memory is O(T * S)
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from openmoba.ops.centroids import ANCHOR_KEYS, LARGEST_FP16, ROOM
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what sums over numbers of `dtype` are in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def block_centroids(k_BSHD: Tensor, block_size: int) -> Tensor:
@@ -28,12 +42,12 @@ def block_centroids(k_BSHD: Tensor, block_size: int) -> Tensor:
     batch, keys, heads, width = k_BSHD.shape
     complete = keys // block_size
     blocks = k_BSHD[:, : complete * block_size].reshape(batch, complete, block_size, heads, width)
-    return blocks.to(_accumulation(k_BSHD.dtype)).mean(2)
+    return blocks.to(accumulation_dtype(k_BSHD.dtype)).mean(2)
 
 
 def block_scores(q_BTHD: Tensor, k_BSHD: Tensor, block_size: int) -> Tensor:
     """`<q_t, c_n>` for every query and complete block, `[B, T, H, N]`; `-inf` where n is not a past block."""
-    centroid_BNHD = _per_query_head(block_centroids(k_BSHD, block_size), q_BTHD.shape[2])
+    centroid_BNHD = per_query_head(block_centroids(k_BSHD, block_size), q_BTHD.shape[2])
     score_BTHN = torch.einsum("bthd,bnhd->bthn", q_BTHD.to(centroid_BNHD.dtype), centroid_BNHD)
     own_T = query_positions(q_BTHD, k_BSHD) // block_size
     block_N = torch.arange(score_BTHN.shape[-1], device=own_T.device)
@@ -88,37 +102,183 @@ def reference_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    blocks: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     block_size: int,
     top_k: int,
     scale: float,
-) -> Tensor:
-    """`openmoba.moba_attention` by definition; differentiable in q, k and v, with the choice held fixed."""
+) -> tuple[Tensor, Tensor]:
+    """`openmoba.block_attention` by definition, and `openmoba.moba_attention` if it has to choose the blocks.
+
+    Output and log-sum-exp are differentiable in q, k and v, with the choice held fixed.
+    """
+    if blocks is None:
+        blocks = reference_select(q, k, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        selected = reference_select(q, k, None, None, block_size, top_k)
-        return attention_given_selection(q, k, v, selected, block_size, scale)
+        return attention_over(
+            q, k, v, attention_mask(per_query_head(blocks, q.shape[2]), k.shape[1], block_size), scale
+        )
     sequences = zip(
         split_sequences(q, cu_seqlens_q),
         split_sequences(k, cu_seqlens_k),
         split_sequences(v, cu_seqlens_k),
+        split_sequences(blocks, cu_seqlens_q),
         strict=True,
     )
-    parts = [reference_attention(*qkv, None, None, block_size, top_k, scale)[0] for qkv in sequences]
-    return torch.cat(parts) if parts else torch.empty_like(q)
+    parts = [reference_attention(*sequence, None, None, block_size, top_k, scale) for sequence in sequences]
+    out, lse = (torch.cat(x, 1)[0] for x in zip(*parts, strict=True))
+    return out, lse
 
 
 def attention_given_selection(
     q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, selected_BTHK: Tensor, block_size: int, scale: float
 ) -> Tensor:
     """Softmax attention over the own block and the given past blocks, `[B, T, H, D]` in q's dtype."""
+    return reference_attention(q_BTHD, k_BSHD, v_BSHD, selected_BTHK, None, None, block_size, 0, scale)[0]
+
+
+def attention_over(
+    q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BHTS: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the keys that a mask allows, `[B, T, H, D]`, and its log-sum-exp, `[B, T, H]`.
+
+    A query that reads no key gets zeros and a log-sum-exp of `-inf`.
+    """
     heads = q_BTHD.shape[2]
-    wide = _accumulation(q_BTHD.dtype)
-    k_BSHD, v_BSHD = (_per_query_head(x, heads).to(wide) for x in (k_BSHD, v_BSHD))
+    wide = accumulation_dtype(q_BTHD.dtype)
+    k_BSHD, v_BSHD = (per_query_head(x, heads).to(wide) for x in (k_BSHD, v_BSHD))
     logit_BHTS = scale * torch.einsum("bthd,bshd->bhts", q_BTHD.to(wide), k_BSHD)
-    mask_BHTS = attention_mask(selected_BTHK, k_BSHD.shape[1], block_size)
-    weight_BHTS = logit_BHTS.masked_fill(~mask_BHTS, -math.inf).softmax(-1)
-    return torch.einsum("bhts,bshd->bthd", weight_BHTS, v_BSHD).to(q_BTHD.dtype)
+    logit_BHTS = logit_BHTS.masked_fill(~mask_BHTS, -math.inf)
+    lse_BHT = logit_BHTS.logsumexp(-1)
+    weight_BHTS = logit_BHTS.masked_fill(~mask_BHTS.any(-1, keepdim=True), 0).softmax(-1).masked_fill(~mask_BHTS, 0)
+    out_BTHD = torch.einsum("bhts,bshd->bthd", weight_BHTS, v_BSHD)
+    return out_BTHD.to(q_BTHD.dtype), lse_BHT.transpose(1, 2)
+
+
+def reference_merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """`openmoba.merge_attention` by definition."""
+    lse_NBTH = torch.stack(tuple(lses))
+    lse_BTH = lse_NBTH.logsumexp(0)
+    # Of a query that no source has a key for, exp(-inf - -inf) would be NaN.
+    weight_NBTH = (lse_NBTH - lse_BTH.masked_fill(lse_BTH == -math.inf, 0)).exp()
+    out_BTHD = sum(
+        (w_BTH[..., None] * o_BTHD.to(w_BTH.dtype) for w_BTH, o_BTHD in zip(weight_NBTH, outs, strict=True)),
+        start=torch.zeros_like(outs[0], dtype=lse_BTH.dtype),
+    )
+    return out_BTHD.to(outs[0].dtype), lse_BTH
+
+
+def reference_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    centroids: Tensor,
+    lengths: Tensor,
+    starts: Tensor | None,
+    block_size: int,
+    top_k: int,
+    scale: float,
+) -> Tensor:
+    """`openmoba.moba_decode` by definition, one query token after the other."""
+    starts = torch.zeros_like(lengths) if starts is None else starts
+    queries = q.shape[1]
+    position_BT = lengths[:, None] - queries + _range(q, queries)
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        rows = [
+            _decode_one(q[:, t], k_cache, v_cache, centroids, position_B, starts, block_size, top_k, scale)
+            for t, position_B in enumerate(position_BT.unbind(1))
+        ]
+    return torch.stack(rows, 1)
+
+
+def _decode_one(
+    q_BHD: Tensor,
+    k_BSHD: Tensor,
+    v_BSHD: Tensor,
+    centroid_BPHD: Tensor,
+    position_B: Tensor,
+    starts_B: Tensor,
+    block_size: int,
+    top_k: int,
+    scale: float,
+) -> Tensor:
+    """One query per row, at `position_B` within the row: `[B, H, D]`."""
+    own_B = position_B // block_size
+    page_BHK = _choose_pages(q_BHD, centroid_BPHD, own_B, top_k)
+    position_BHN = (page_BHK[..., None] * block_size + _range(q_BHD, block_size)).flatten(2)
+    read_BHN = (position_BHN >= 0) & (position_BHN <= position_B[:, None, None])
+    k_BHND, v_BHND = (_gather(x, starts_B, position_BHN, q_BHD.shape[1]) for x in (k_BSHD, v_BSHD))
+    wide = accumulation_dtype(q_BHD.dtype)
+    logit_BHN = scale * (k_BHND.to(wide) @ q_BHD.to(wide)[..., None])[..., 0]
+    weight_BHN = logit_BHN.masked_fill(~read_BHN, -math.inf).softmax(-1)
+    weight_BHN = weight_BHN.masked_fill((position_B < 0)[:, None, None], 0)
+    return (weight_BHN[..., None, :] @ v_BHND.to(wide))[..., 0, :].to(q_BHD.dtype)
+
+
+def _choose_pages(q_BHD: Tensor, centroid_BPHD: Tensor, own_B: Tensor, top_k: int) -> Tensor:
+    """The own page and the `top_k - 1` best before it, int64 `[B, H, K]`; -1 for none."""
+    heads, pages = q_BHD.shape[1], centroid_BPHD.shape[1]
+    wide = accumulation_dtype(q_BHD.dtype)
+    score_BHP = torch.einsum("bhd,bphd->bhp", q_BHD.to(wide), per_query_head(centroid_BPHD, heads).to(wide))
+    past_BP = _range(q_BHD, pages) < own_B[:, None]
+    score_BHP = score_BHP.masked_fill(~past_BP[:, None], -math.inf)
+    past_BHK = choose_blocks(score_BHP, min(top_k, pages + 1)).long()
+    return torch.cat([past_BHK, own_B.long()[:, None, None].expand(-1, heads, 1)], -1)
+
+
+def _gather(x_BSHD: Tensor, starts_B: Tensor, position_BHN: Tensor, heads: int) -> Tensor:
+    """Each query head's cache entries at `position_BHN` within the rows, `[B, H, N, D]`."""
+    batch, slots, kv_heads, _ = x_BSHD.shape
+    slot_BHN = (starts_B[:, None, None] + position_BHN).clamp(0, slots - 1)
+    row_B11 = _range(x_BSHD, batch)[:, None, None]
+    kv_head_H1 = (_range(x_BSHD, heads) // (heads // kv_heads))[:, None]
+    return x_BSHD[row_B11, slot_BHN, kv_head_H1]
+
+
+@torch.no_grad()
+def reference_complete_pages(
+    centroid_BPHD: Tensor, key_BSHD: Tensor, length_B: Tensor, start_B: Tensor | None, new: int, block_size: int
+) -> None:
+    """`openmoba.complete_pages` by definition, see `openmoba.ops.centroids`."""
+    batch, pages, heads, width = centroid_BPHD.shape
+    possible = min(pages, -(-new // block_size))
+    if possible == 0:
+        return
+    start_B = torch.zeros_like(length_B) if start_B is None else start_B
+    before_B1 = (length_B - new).clamp(min=0)[:, None]
+    first_B1 = (before_B1 // block_size).clamp(max=pages - possible)
+    page_BN = first_B1 + _range(key_BSHD, possible)
+    end_BN = (page_BN + 1) * block_size
+    done_BN = (end_BN > before_B1) & (end_BN <= length_B[:, None])
+
+    wide = accumulation_dtype(key_BSHD.dtype)
+    anchor_keys = _range(key_BSHD, min(ANCHOR_KEYS, block_size))
+    first_BAHD = _at(key_BSHD, start_B, anchor_keys.expand(batch, -1)).to(wide)
+    anchor_B1HD = first_BAHD.mean(1, keepdim=True)
+    spread_BH = (first_BAHD - anchor_B1HD).abs().amax((1, 3))
+    scale_BH = _power_of_two(torch.maximum(spread_BH, anchor_B1HD.abs().amax((1, 3)) / 64))
+
+    position_BNK = page_BN[..., None] * block_size + _range(key_BSHD, block_size)
+    key_BNKHD = _at(key_BSHD, start_B, position_BNK.flatten(1)).view(batch, possible, block_size, heads, width)
+    centroid_BNHD = (key_BNKHD.to(wide).mean(2) - anchor_B1HD) * scale_BH[:, None, :, None]
+    if centroid_BPHD.dtype == torch.float16:
+        centroid_BNHD = centroid_BNHD.clamp(-LARGEST_FP16, LARGEST_FP16)
+    place = _range(key_BSHD, batch)[:, None], page_BN.long()
+    centroid_BNHD = centroid_BNHD.to(centroid_BPHD.dtype)
+    centroid_BPHD[place] = torch.where(done_BN[..., None, None], centroid_BNHD, centroid_BPHD[place])
+
+
+def _at(key_BSHD: Tensor, start_B: Tensor, position_BN: Tensor) -> Tensor:
+    """Keys `[B, N, H, D]` at positions within the rows; anything beyond the cache."""
+    slot_BN = (start_B[:, None] + position_BN).clamp(max=key_BSHD.shape[1] - 1).long()
+    return key_BSHD[_range(key_BSHD, start_B.shape[0])[:, None], slot_BN]
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    """The powers of two that take x > 0 into [2^4, 2^5); 1 for 0."""
+    exponent = (ROOM + 1 - torch.frexp(x).exponent).clamp(-126, 127).to(x.dtype)  # else powers are of the default dtype
+    return torch.where(x > 0, torch.ldexp(torch.ones_like(x), exponent), 1.0)
 
 
 def query_positions(q_BTHD: Tensor, k_BSHD: Tensor) -> Tensor:
@@ -132,10 +292,10 @@ def split_sequences(x_THD: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
     return [x_THD[None, start:end] for start, end in pairwise(cu_seqlens.tolist())]
 
 
-def _per_query_head(x_BSHD: Tensor, heads: int) -> Tensor:
-    """Repeat each key/value head for the query heads of its group."""
+def per_query_head(x_BSHD: Tensor, heads: int) -> Tensor:
+    """Repeat what each key/value head has for the query heads of its group; as it is if each query head has its own."""
     return x_BSHD.repeat_interleave(heads // x_BSHD.shape[2], dim=2)
 
 
-def _accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _range(like: Tensor, end: int) -> Tensor:
+    return torch.arange(end, device=like.device)

@@ -1,4 +1,4 @@
-"""The three functions that `ops.library` wraps: route, plan, attend, some key/value heads at a time.
+"""The Triton backend (`openmoba.ops.backends.Backend`): route, plan, attend, some key/value heads at a time.
 
 The partial results of all pairs would not fit in memory at long context (64 GB at 1M tokens), so key/value heads are
 worked on in chunks under a cap: OPENMOBA_WORKSPACE_MB, or by default a part of the device's memory and not more than

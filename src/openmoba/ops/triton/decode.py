@@ -31,8 +31,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from openmoba.ops.triton.geometry import cdiv, kernel_width, power_of_two, strides
 from openmoba.ops.triton.host.device import most_registers, multiprocessors, nvidia_capability
 from openmoba.ops.triton.host.launch import REMEMBERED, Launch
+from openmoba.ops.triton.pages import complete_pages
 from openmoba.ops.triton.pool import scale_to
 from openmoba.ops.triton.rows import LOG2E, load_rows
+
+__all__ = ["complete_pages", "decode"]
 
 _PAGES_PER_TILE = 64
 _MOST_ROWS = 64  # query rows per tile of the scores

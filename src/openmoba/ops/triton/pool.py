@@ -1,12 +1,4 @@
-"""Pool: one centroid per complete block, shifted and scaled so that 16 bits keep the ranking.
-
-    c_n = 2^e * (mean of block n - anchor),   anchor = mean of the sequence's first min(block_size, 64) keys
-
-Neither the shift (one vector for all blocks) nor the scale changes which blocks a query ranks highest. The shift
-removes what all keys have in common, which would otherwise eat the precision of the differences between blocks; the
-scale keeps fp16 far from overflow. Both come from the first block alone, which is in the past of every query that has
-a past: later keys never change an earlier choice, not even in the last bit.
-"""
+"""Pool: one centroid per complete block, as `openmoba.ops.centroids` defines what is stored."""
 
 from __future__ import annotations
 
@@ -17,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openmoba.ops.pages import ANCHOR_KEYS, LARGEST_FP16, ROOM, centroid_dtype
+from openmoba.ops.centroids import ANCHOR_KEYS, LARGEST_FP16, ROOM, centroid_dtype
 from openmoba.ops.triton.geometry import Geometry, kernel_width, locate, power_of_two, span, strides
 from openmoba.ops.triton.host.launch import REMEMBERED, Launch
 

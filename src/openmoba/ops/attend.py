@@ -1,0 +1,63 @@
+"""Choosing and attending as operations: what torch knows of them, whichever backend computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openmoba.ops.backends import Backend, backend
+from openmoba.ops.operation import operation, refuse_second_derivatives
+
+
+def _undefined_gradients(_name: str, _d_out: Tensor, _d_lse: Any, *qkv: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (x.new_empty(x.shape) for x in qkv[:3])
+    return dq, dk, dv
+
+
+@operation(Backend.backward, fake=_undefined_gradients, gradient=refuse_second_derivatives)
+def attend_backward(name: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attend`, which differentiate no more."""
+    return backend(name).backward(*arguments)
+
+
+def _undefined_results(
+    name: str, q: Tensor, k: Tensor, _v: Tensor, blocks: Tensor | None, cu_q: Tensor | None, _: Any, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    block_size, top_k, _scale = settings
+    choice = backend(name).choice_shape(q, k, blocks, cu_q, block_size, top_k)
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    return q.new_empty(q.shape), lse, q.new_empty(choice, dtype=torch.int32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    name, q, k, v, _blocks, cu_q, cu_k, *settings = inputs
+    out, lse, choice = output
+    ctx.mark_non_differentiable(lse, choice)
+    ctx.set_materialize_grads(False)  # else every backward would fill gradients of lse and choice with zeros
+    ctx.save_for_backward(q, k, v, out, lse, choice, cu_q, cu_k)
+    ctx.name, ctx.settings = name, settings
+
+
+def _gradient(ctx: Any, d_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if d_out is None:
+        return (None,) * 10
+    gradients = attend_backward(ctx.name, d_out, None, *ctx.saved_tensors, *ctx.settings)
+    return None, *gradients, *(None,) * 6
+
+
+@operation(Backend.forward, fake=_undefined_results, save=_save, gradient=_gradient)
+def attend(name: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp and choice; differentiable once in q, k and v, backward only."""
+    return backend(name).forward(*arguments)
+
+
+def _undefined_blocks(_name: str, q: Tensor, _k: Any, _cu_q: Any, _cu_k: Any, _block_size: int, top_k: int) -> Tensor:
+    return q.new_empty((*q.shape[:-1], top_k - 1), dtype=torch.int32)
+
+
+@operation(Backend.select, fake=_undefined_blocks)
+def select(name: str, *arguments: Any) -> Tensor:
+    """The chosen blocks."""
+    return backend(name).select(*arguments)

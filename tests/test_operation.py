@@ -1,0 +1,187 @@
+"""The door between operations and torch: each one among fake tensors, traced, in batches, and as torch checks them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functionalize, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from openmoba import complete_pages, moba_attention, moba_decode, moba_select, new_centroids
+from openmoba.ops.operation import is_plain
+
+SETTINGS = {"block_size": 4, "top_k": 2}
+LENGTHS = torch.tensor([9, 8], dtype=torch.int32)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def qkv(queries: int = 9) -> tuple[Tensor, ...]:
+    return normal(2, queries, 2, 8), normal(2, 9, 1, 8), normal(2, 9, 1, 8) + 1
+
+
+def pages(keys: Tensor, lengths: Tensor = LENGTHS) -> Tensor:
+    """Centroids of a cache's complete pages, zeros in the others."""
+    centroids = new_centroids(keys, 9, 4).zero_()
+    complete_pages(centroids, keys, lengths, None, 9, 4)
+    return centroids
+
+
+Verb = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
+
+
+def attention(impl: str) -> Verb:
+    return lambda q, k, v: moba_attention(q, k, v, **SETTINGS, impl=impl), qkv()
+
+
+def selection(impl: str) -> Verb:
+    return lambda q, k: moba_select(q, k, **SETTINGS, impl=impl), qkv()[:2]
+
+
+def decoding(impl: str) -> Verb:
+    q, k, v = qkv(1)
+    return lambda *x: moba_decode(*x, **SETTINGS, impl=impl), (q, k, v, pages(k), LENGTHS)
+
+
+def completion(impl: str) -> Verb:
+    return lambda k, lengths: pages(k, lengths), (qkv()[1], LENGTHS)
+
+
+VERBS = [
+    (attention, "cpu"),
+    (attention, "reference"),
+    (selection, "cpu"),
+    (selection, "reference"),
+    (decoding, "triton"),
+    (decoding, "reference"),
+    (completion, "reference"),
+]
+each_verb = pytest.mark.parametrize(("verb", "impl"), VERBS, ids=lambda x: getattr(x, "__name__", x))
+
+
+def like(actual: Tensor, expected: Tensor) -> None:
+    assert (actual.shape, actual.dtype, actual.device) == (expected.shape, expected.dtype, expected.device)
+
+
+@each_verb
+def test_among_fake_tensors(verb, impl):
+    call, inputs = verb(impl)
+    expected = call(*inputs)
+    with FakeTensorMode() as mode:
+        like(call(*(mode.from_tensor(x) for x in inputs)), expected)
+
+
+@each_verb
+def test_one_fake_tensor_is_enough(verb, impl):
+    """Whichever it is: no kernel may look for numbers in it."""
+    call, inputs = verb(impl)
+    expected = call(*inputs)
+    for i in range(len(inputs)):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            like(call(*(mode.from_tensor(x) if i == j else x for j, x in enumerate(inputs))), expected)
+
+
+def check_traced(verb: Callable[[str], Verb], impl: str, mode: str) -> None:
+    call, inputs = verb(impl)
+    graph = make_fx(call, tracing_mode=mode)(*inputs)
+    assert ("openmoba." in graph.code) == (impl != "reference"), "torch operations are traced one by one"
+    others = [x.flip(0) for x in inputs]
+    assert torch.equal(graph(*others), call(*others))
+
+
+@each_verb
+def test_traced(verb, impl):
+    check_traced(verb, impl, "real")
+
+
+@pytest.mark.parametrize(("verb", "impl"), [(attention, "cpu"), (selection, "cpu"), (decoding, "triton")])
+def test_traced_with_symbols_for_lengths(verb, impl):
+    check_traced(verb, impl, "symbolic")
+
+
+@each_verb
+def test_in_batches(verb, impl):
+    """All inputs in batches, or one of them, and not in their first dimension."""
+    call, inputs = verb(impl)
+    others = [x.flip(0) for x in inputs]
+    expected = torch.stack([call(*inputs), call(*others)])
+    together = [torch.stack(pair, 1) for pair in zip(inputs, others, strict=True)]
+    torch.testing.assert_close(vmap(call, in_dims=1)(*together), expected)
+    for i in range(1 if verb is completion else len(inputs)):  # new centroids are in batches if their keys are
+        given = [together[i] if i == j else x for j, x in enumerate(inputs)]
+        one = vmap(call, in_dims=tuple(1 if i == j else None for j in range(len(inputs))))(*given)
+        torch.testing.assert_close(one[0], expected[0])
+        torch.testing.assert_close(one[1], call(*(others[j] if i == j else x for j, x in enumerate(inputs))))
+
+
+@each_verb
+def test_functionalized(verb, impl):
+    call, inputs = verb(impl)
+    assert torch.equal(functionalize(call)(*inputs), call(*inputs))
+
+
+@each_verb
+def test_compiled_in_one_graph(verb, impl):
+    torch.compiler.reset()
+    call, inputs = verb(impl)
+    assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs), call(*inputs))
+
+
+def settings_of(name: str) -> tuple[Any, ...]:
+    q, k, v = qkv()
+    saved = torch.ops.openmoba.attend("cpu", q, k, v, None, None, None, 4, 2, 0.3)
+    inputs = (x.requires_grad_() for x in qkv())
+    return {
+        "attend": ("cpu", *inputs, None, None, None, 4, 2, 0.3),
+        "attend_backward": ("cpu", q, None, q, k, v, *saved, None, None, 4, 2, 0.3),
+        "select": ("cpu", q, k, None, None, 4, 2),
+        "decode": ("triton", q[:, -2:], k, v, pages(k), LENGTHS, None, 4, 2, 0.3),
+        "write_pages": ("triton", pages(k), k, LENGTHS, None, 9, 4),
+    }[name]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch 2.14 to itself
+@pytest.mark.parametrize("name", ["attend", "attend_backward", "select", "decode", "write_pages"])
+def test_registration(name):
+    torch.library.opcheck(getattr(torch.ops.openmoba, name).default, settings_of(name))
+
+
+def test_the_registered_pages_write_in_batches():
+    """Also where a batch's elements are not contiguous."""
+    _, keys, _ = qkv()
+    both = torch.stack([keys, keys.flip(0)], -1)
+    centroids = torch.zeros(*pages(keys).shape, 2)
+
+    def write(c: Tensor, k: Tensor) -> Tensor:
+        torch.ops.openmoba.write_pages("triton", c, k, LENGTHS, None, 9, 4)
+        return c
+
+    vmap(write, -1)(centroids, both)
+    expected = torch.zeros_like(centroids)
+    for i in range(2):
+        torch.ops.openmoba.write_pages(
+            "triton", alone := expected[..., i].clone(), both[..., i].contiguous(), LENGTHS, None, 9, 4
+        )
+        expected[..., i] = alone
+    assert expected.abs().sum() > 0
+    assert torch.equal(centroids, expected)
+
+
+def test_what_is_plain():
+    x = torch.ones(2)
+    assert is_plain(("cpu", x, None, torch.nn.Parameter(x), 1, 0.5))
+    assert not is_plain(("cpu", x.to("meta")))
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+        assert not is_plain(("cpu", x))
+    assert not is_plain(("cpu", x, fake))
+    seen = []
+    vmap(lambda y: seen.append(is_plain(("cpu", x))) or y)(x)
+    assert seen == [False]
