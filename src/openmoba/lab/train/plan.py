@@ -74,6 +74,7 @@ def planned_work(config: RunConfig) -> float:
     compute = training_compute(shape, config.arm, train.steps, train.steps, train.batch_size, 0.0)
     operations = compute["causal_exact"] * PFLOPS_DAY + config.tokens * shape.layers * 6 * 60_000
     evaluated = len(config.evaluation_steps) * config.eval.windows * config.data.length
+    evaluated += config.eval.windows * sum(config.eval.contexts)
     return operations * (1 + evaluated / config.tokens / 3)  # a forward pass is a third of a step
 
 
