@@ -14,6 +14,7 @@ from openmoba.lab.study.answers import is_sweep
 from openmoba.lab.study.candidates import Standing, standings
 from openmoba.lab.study.figures import Curve, Level
 from openmoba.lab.study.outcomes import (
+    Cut,
     Outcome,
     arms_of,
     behind,
@@ -72,6 +73,8 @@ def draw_charts(recipe: Recipe, outcomes: Sequence[Outcome], study: Path, axis: 
                 charts.append(_candidates(stage, size, runs, found, study))
         if sizes and not is_sweep(own):
             charts.append(_gains(stage, own, study) if len(by("arm", own)) == 1 else _positions(stage, own, study))
+        if trailing and (cut := [run for run in own if run.contexts]):
+            charts.append(_contexts(stage, cut, study))
     return charts
 
 
@@ -213,6 +216,32 @@ def _gains(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
         f"the same windows, with {LEVEL:.0%} intervals ({counts}). Below zero: what a longer context is good for."
     )
     return Chart(stage, save(figure, study / FOLDER / f"{stage.name}-positions"), caption)
+
+
+def _contexts(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
+    """Trailing loss over the tokens in sight, of the largest size's arms, or of every size of a single arm."""
+    key = "size" if len(by("arm", outcomes)) == 1 else "arm"
+    runs = outcomes if key == "size" else list(by("size", outcomes).values())[-1]
+    first = runs[0]
+    groups = by(key, (run for run in runs if run.contexts == first.contexts))
+    if key == "arm":
+        shown = _most_telling(groups, of_kind(runs, "full") or next(iter(groups.values())))
+        groups = {own[0].label: own for own in shown}
+    cuts = [Cut(context) for context in first.contexts]
+    figure = panels.context_chart(
+        [*first.contexts, first.config.data.length],
+        {name: [*(mean_loss(own, cut) for cut in cuts), mean_loss(own, "trailing")] for name, own in groups.items()},
+        {name: [_level(gain(own, cut, "trailing")) for cut in cuts] for name, own in groups.items()},
+        title=f"Use of context, {_inside(first.label) if key == 'size' else _model(first)}",
+        loss_name=f"Loss of the last\n{first.config.trailing:,} tokens (nats)",
+        difference_name="Lost for want of\nmore context (nats)",
+    )
+    caption = (
+        f"Loss of the last {first.config.trailing:,} tokens of the same windows over the tokens in sight, and what is "
+        f"lost against all {first.config.data.length:,}, with {LEVEL:.0%} intervals ({behind(runs, 'trailing')}). "
+        "Where a bar does not reach zero, what lies farther back counts."
+    )
+    return Chart(stage, figures.save(figure, study / FOLDER / f"{stage.name}-contexts"), caption)
 
 
 def _candidates(stage: Stage, size: str, runs: list[Outcome], found: Sequence[Standing], study: Path) -> Chart:
