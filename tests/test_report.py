@@ -23,7 +23,7 @@ from openmoba.lab.study import fit as fitting
 from openmoba.lab.study.candidates import standings
 from openmoba.lab.study.charts import describe_sparsity
 from openmoba.lab.study.figures import Level
-from openmoba.lab.study.outcomes import behind, by, difference, fit, read_outcomes, seed_noise
+from openmoba.lab.study.outcomes import behind, by, difference, fit, of_stage, read_outcomes, seed_noise
 from openmoba.lab.study.recipe import RECIPE_FILE, Recipe, parse_recipe, read_recipe
 from openmoba.lab.study.report import write_report
 from openmoba.lab.study.results import experiments, read_studies
@@ -419,6 +419,9 @@ def test_a_stage_beside_another_is_compared_with_its_runs(tmp_path: Path) -> Non
     assert "large: MoBA in every layer costs +0." in hybrids
     assert "With 2 of 16 layers full (last-2) it is +0." in hybrids
     assert len([line for line in hybrids.splitlines() if line.startswith("| large |")]) == 4
+    fewer = parse_recipe(f'{text}{stage}beside = "pretrain"\nbeside_arms = ["moba"]\n', title="t")
+    compared = of_stage(fewer.stages[-1], read_outcomes(fewer, tmp_path))
+    assert list(by("arm", compared)) == ["moba", "last-1", "last-2"]
 
 
 def test_fit_and_plot_work_on_the_folder_alone(study: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -174,6 +174,11 @@ def test_run_of_another_configuration_is_refused_before_anything_runs(tmp_path: 
         ('chart = "scaling"', "more_seeds = { large = [2], moba = [2] }", r"give moba of size large a seed twice"),
         ('chart = "layers"', "more_seeds = { last-1 = [2] }", r"last-1 .* from moba of stage .*lacks the seeds \[2\]"),
         ('after = "pretrain"', 'beside = "warmup"', r"beside: unknown 'warmup'; allowed are pretrain"),
+        (
+            'after = "pretrain"',
+            'beside = "pretrain"\nbeside_arms = ["last-9"]',
+            r"beside_arms: unknown 'last-9'; allowed are full, moba",
+        ),
         ('after = "pretrain"', 'beside = "pretrain"', r"cannot be compared .* differ in train\.loss_tokens"),
         ('name = "finetune"', 'name = "pretrain"', r"two stages are called 'pretrain'"),
         ('chart = "scaling"', 'chart = "pie"', r"stages\.chart must be 'scaling' or 'layers' or 'compare' or"),

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from openmoba.lab.arms import FULL, HYBRID, MOBA
 from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.resample import LEVEL, Difference
@@ -138,7 +140,7 @@ def _scaling(stage: Stage, runs: list[Outcome], study: Path, axis: str, name: st
     laws = {own[0].label: fit(own, "trailing", axis) for own in arms}
     pairs = {own[0].label: fit_pair(own, full, "trailing", axis) for own in arms if full and own[0] != full[0]}
     figure = figures.scaling_chart(
-        [_curve(run, axis) for run in runs],
+        [_curve(seeds, axis) for own in arms for seeds in by("size", own).values()],
         {arm: law for arm, law in laws.items() if law},
         {arm: pair for arm, pair in pairs.items() if pair},
         title=f"Scaling law, {describe_sparsity(runs)}",
@@ -146,8 +148,8 @@ def _scaling(stage: Stage, runs: list[Outcome], study: Path, axis: str, name: st
         axis=AXES[axis],
     )
     caption = (
-        f"Trailing loss over compute by the convention {axis}: along every run (solid), and the fitted laws through "
-        f"their ends (dashed; {behind(runs, 'trailing')})."
+        f"Trailing loss over compute by the convention {axis}: along the runs of each size (solid, mean of seeds), and "
+        f"the fitted laws through their ends (dashed; {behind(runs, 'trailing')})."
     )
     if any(pairs.values()):
         caption += (
@@ -225,7 +227,7 @@ def _contexts(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
     first = runs[0]
     groups = by(key, (run for run in runs if run.contexts == first.contexts))
     if key == "arm":
-        shown = _most_telling(groups, of_kind(runs, "full") or next(iter(groups.values())))
+        shown = _most_telling(groups, of_kind(runs, FULL) or next(iter(groups.values())))
         groups = {own[0].label: own for own in shown}
     cuts = [Cut(context) for context in first.contexts]
     figure = panels.context_chart(
@@ -280,9 +282,12 @@ def _level(found: Difference | None) -> Level:
     return Level(found.mean, found.interval)
 
 
-def _curve(run: Outcome, axis: str) -> Curve:
-    points = [(compute, row["trailing_loss"]) for row in run.evals if (compute := AXES[axis].value(row)) > 0]
-    return Curve(run.label, _model(run), [compute for compute, _ in points], [loss for _, loss in points])
+def _curve(seeds: Sequence[Outcome], axis: str) -> Curve:
+    """The course of the runs of one arm and size, their mean over seeds."""
+    compute = np.mean([[AXES[axis].value(row) for row in run.evals] for run in seeds], axis=0)
+    loss = np.mean([[row["trailing_loss"] for row in run.evals] for run in seeds], axis=0)
+    begun = compute > 0
+    return Curve(seeds[0].label, _model(seeds[0]), compute[begun].tolist(), loss[begun].tolist())
 
 
 def _model(run: Outcome) -> str:

@@ -182,9 +182,14 @@ def of_stage(stage: Stage, outcomes: Iterable[Outcome]) -> list[Outcome]:
         run = outcome.run
         if run.stage == stage:
             own.append(outcome)
-        elif run.stage.name == stage.beside and run.size in stage.sizes and run.arm not in stage.arms:
+        elif run.stage.name == stage.beside and run.size in stage.sizes and _compares(stage, run.arm):
             beside.append(outcome)
     return beside + own if own else []
+
+
+def _compares(stage: Stage, arm: str) -> bool:
+    """Whether a stage is compared with this arm of the stage beside it."""
+    return arm not in stage.arms and (arm in stage.beside_arms or not stage.beside_arms)
 
 
 def by(key: str, outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:

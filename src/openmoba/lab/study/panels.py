@@ -103,7 +103,8 @@ def context_chart(
             upper.plot(contexts, loss, label=name, **looks[name])
         lower.axhline(0, color=GREY, linewidth=1)
         for place, (name, levels) in enumerate(lost.items()):
-            beside = np.array(contexts) * 2.0 ** (0.1 * (place - (len(lost) - 1) / 2))
+            apart = 0.08 * (place - (len(lost) - 1) / 2)
+            beside = np.array([*(context * 2.0**apart for context in contexts[:-1]), contexts[-1]])
             every = [*levels, Level(0.0)]
             loss = [level.loss for level in every]
             lower.errorbar(beside, loss, yerr=error_bars(every), capsize=2.5, elinewidth=1.2, **looks[name])

@@ -44,7 +44,8 @@ sizes = ["small"]
 arms = ["last-3"]
 seeds = [0, 1]
 chart = "layers"
-beside = "pretrain"                       # compared with that stage's runs, which differ in nothing but the arm
+beside = "pretrain"                       # compared with that stage's runs, which differ in nothing but the arm,
+beside_arms = ["full", "moba"]            # with these of its arms; left out: all
 ```
 
 A stage trains sizes x arms x seeds. What is more special wins: [run], then the size, the stage, the arm.
@@ -82,6 +83,7 @@ class Stage:
     after: str | None = None
     branch: str | None = None
     beside: str | None = None
+    beside_arms: tuple[str, ...] = ()
 
     def seeds_of(self, size: str, arm: str) -> tuple[int, ...]:
         """Return the seeds of one arm at one size."""
@@ -232,6 +234,7 @@ def _check_stage(stage: Stage, earlier: dict[str, Stage], tables: Table) -> None
     if stage.beside is not None:
         _check_names(f"{where}: beside", [stage.beside], earlier)
         _check_names(f"{where}: sizes, those of stage {stage.beside!r}", stage.sizes, earlier[stage.beside].sizes)
+        _check_names(f"{where}: beside_arms", stage.beside_arms, earlier[stage.beside].arms)
     if stage.after is not None:
         _check_names(f"{where}: after", [stage.after], earlier)
         _check_origins(stage, earlier[stage.after], where)
