@@ -53,8 +53,10 @@ A stage trains sizes x arms x seeds. What is more special wins: [run], then the 
 
 from __future__ import annotations
 
+import fnmatch
 import re
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -122,6 +124,22 @@ class Recipe:
     text: str
     stages: tuple[Stage, ...]
     runs: tuple[PlannedRun, ...]
+
+    def chosen(self, patterns: Sequence[str]) -> Recipe:
+        """Return this recipe with the runs whose names match one of the patterns, and those that they start from.
+
+        Raises:
+            ValueError: a pattern that matches no run.
+        """
+        names = [run.name for run in self.runs]
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(f"no run matches {pattern!r}; the runs are {', '.join(names)}")
+        wanted = {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+        for run in reversed(self.runs):  # dependencies come first
+            if run.name in wanted and run.after is not None:
+                wanted.add(run.after)
+        return replace(self, runs=tuple(run for run in self.runs if run.name in wanted))
 
 
 def read_recipe(path: Path, source: str | None = None) -> Recipe:
