@@ -243,7 +243,7 @@ def _contexts(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
         f"lost against all {first.config.data.length:,}, with {LEVEL:.0%} intervals ({behind(runs, 'trailing')}). "
         "Where a bar does not reach zero, what lies farther back counts."
     )
-    return Chart(stage, figures.save(figure, study / FOLDER / f"{stage.name}-contexts"), caption)
+    return Chart(stage, save(figure, study / FOLDER / f"{stage.name}-contexts"), caption)
 
 
 def _candidates(stage: Stage, size: str, runs: list[Outcome], found: Sequence[Standing], study: Path) -> Chart:

@@ -70,7 +70,7 @@ class Outcome:
     def full_layers(self) -> frozenset[int]:
         """Layers whose attention is full; of a model from outside the study, as if it had 1,000 layers."""
         layers = self.layers or 1000
-        attention = self.config.arm.attention(0, self.config.train.steps)
+        attention = self.config.arm.sparsest(self.config.train.steps)
         return frozenset(range(layers)) if attention is None else attention.full_layer_indices(layers)
 
     def key_share(self, length: int | None = None) -> float | None:

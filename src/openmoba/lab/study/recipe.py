@@ -298,7 +298,7 @@ def _check_config(run: PlannedRun, runs: dict[str, PlannedRun]) -> None:
         config.check()
         if config.model.size not in SIZES:
             raise ValueError(f"unknown model.size {config.model.size!r}; the sizes are {', '.join(SIZES)}")
-        attention, layers = config.arm.attention(0, config.train.steps), _layers(run, runs)
+        attention, layers = config.arm.sparsest(config.train.steps), _layers(run, runs)
         if attention is not None and layers is not None:
             attention.full_layer_indices(layers)
     except ValueError as error:

@@ -130,7 +130,7 @@ def check_models(recipe: Recipe) -> None:
     checked = []
     for run in recipe.runs:
         config = run.config(Path())
-        attention = config.arm.attention(0, config.train.steps)
+        attention = config.arm.sparsest(config.train.steps)
         if config.train.start_from is None and (config.model, config.data.length, attention) not in checked:
             checked.append((config.model, config.data.length, attention))
             try:

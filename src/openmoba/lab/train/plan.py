@@ -66,7 +66,7 @@ def planned_shape(config: RunConfig) -> Shape:
 def planned_model(config: RunConfig) -> Any:
     """Return that model, without memory for its weights."""
     overrides = () if config.train.start_from else tuple(config.model.overrides.items())
-    attention = config.arm.attention(0, config.train.steps)
+    attention = config.arm.sparsest(config.train.steps)
     return _model(
         config.model.family, config.model.size, overrides, config.data.vocab_size, config.data.length, attention
     )

@@ -81,7 +81,7 @@ def device_name(device: torch.device) -> str:
 def _attention_path(config: RunConfig, shape: Shape, model: Any, args: Any) -> str:
     """Say what the run's layers attend with, and what of ours that runs."""
     arm, steps = config.arm, config.train.steps
-    attention, said = arm.attention(0, steps), arm.describe(shape.layers, steps)
+    attention, said = arm.sparsest(steps), arm.describe(shape.layers, steps)
     return said if attention is None or arm.kind is FULL else f"{said}; {_path(attention, shape, model, args)}"
 
 
