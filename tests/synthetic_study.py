@@ -13,6 +13,7 @@ from openmoba.lab.progress import Progress
 LAWS = {"moba": (1.546, -0.108), "full": (1.464, -0.097), "hybrid": (1.50, -0.103)}
 PARAMETERS = {"small": 200_000, "medium": 500_000, "large": 1_200_000}
 WINDOWS, DOCUMENTS, RANGES = 24, 8, 8
+CUT = 0.05
 LUCK = 0.002  # of a seed, as a share of the loss
 
 RECIPE = """
@@ -130,19 +131,26 @@ def _evaluation(config, step, luck, rng):
             "causal_exact": 1.1 * compute,
             "accelerator_seconds": 60.0 * share,
         },
-        **(_windows(windows) if share == 1 else {}),
+        **(_windows(windows, config.eval.contexts, config.data.length) if share == 1 else {}),
     }
 
 
-def _windows(windows):
+def _windows(windows, contexts, length):
+    """Half of the tokens in sight cost `CUT` nats, a quarter twice that."""
     lm, trailing = windows.mean(axis=1), windows[:, -1]
+    cut = np.stack([trailing + CUT * np.log2(length / context) for context in contexts or [length]], axis=1)
+    parts = zip(contexts, cut.T, strict=bool(contexts))
     return {
+        "context_loss": [
+            {"context": c, "loss": part.mean(), "interval": [part.min(), part.max()]} for c, part in parts
+        ],
         "intervals": {"lm": [lm.min(), lm.max()], "trailing": [trailing.min(), trailing.max()]},
         "windows": {
             "document": (np.arange(WINDOWS) * DOCUMENTS // WINDOWS).tolist(),
             "lm": lm.round(6).tolist(),
             "trailing": trailing.round(6).tolist(),
             "positions": windows.round(6).tolist(),
+            "contexts": cut.round(6).tolist(),
         },
     }
 

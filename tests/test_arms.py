@@ -16,6 +16,8 @@ ARMS = [
     ArmConfig("hybrid", 8, 2, full_layers=(0, 2)),
     ArmConfig("time_hybrid", 8, 2, switch_at=0.6),
     ArmConfig("time_hybrid", 8, 2, switch_at=1.0),
+    ArmConfig("hybrid", 8, 2, warm_start=0.4),
+    ArmConfig("time_hybrid", 8, 2, switch_at=0.8, warm_start=0.2, key_conv=4),
 ]
 
 
@@ -38,9 +40,10 @@ def test_attention_costs_what_its_layers_read() -> None:
 def test_names_of_arms() -> None:
     assert [arm.label("an-arm") for arm in ARMS] == ["an-arm"] * len(ARMS)
     names = ["Full attention", "Full attention + key convolution", "MoBA", "hybrid", "time_hybrid", "time_hybrid"]
-    assert [arm.label(arm.name) for arm in ARMS] == names
+    assert [arm.label(arm.name) for arm in ARMS[:6]] == names
     assert [arm.short for arm in ARMS] == [
         "full", "full key-conv 4", "moba 8/2", "hybrid 8/2 full 0,2", "time_hybrid 8/2", "time_hybrid 8/2",
+        "hybrid 8/2 full 1 warm 0.4", "time_hybrid 8/2 warm 0.2 key-conv 4",
     ]  # fmt: skip
     assert [arm.describe(3, 5) for arm in ARMS[:5]] == [
         "full attention",
@@ -49,7 +52,25 @@ def test_names_of_arms() -> None:
         "MoBA, blocks of 8, top-2, 2 of 3 layers full (0, 2)",
         "MoBA, blocks of 8, top-2, full attention from step 4 on",
     ]
+    assert ARMS[6].describe(3, 5) == "MoBA, blocks of 8, top-2, 1 of 3 layers full (2), full attention up to step 2"
     assert ARMS[3].settings(None, 5) == "blocks of 8, top-2"
+
+
+def test_a_warm_start_is_full_attention_first() -> None:
+    moba, full = MobaConfig(8, 2, 0, 4), MobaConfig(8, 2, "all", 4)
+    assert [ARMS[7].attention(step, 5) for step in range(5)] == [full, moba, moba, moba, full]
+    assert [ARMS[6].attention(step, 5) for step in (0, 1, 2, 4)] == [
+        None,
+        None,
+        MobaConfig(8, 2, 1),
+        MobaConfig(8, 2, 1),
+    ]
+    assert ARMS[7].sparsest(5) == moba
+    assert ARMS[1].sparsest(5) == MobaConfig(64, 3, "all", 4)
+    late = ArmConfig("time_hybrid", 8, 2, switch_at=0.2, warm_start=0.6)
+    assert [late.attention(step, 5) for step in range(5)] == [None] * 5
+    with pytest.raises(ValueError, match=r"arm\.warm_start is a share of the steps in \[0, 1\), got 1"):
+        ArmConfig("moba", warm_start=1)
 
 
 def test_a_kind_of_arm_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:

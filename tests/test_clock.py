@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 import torch
 from synthetic_study import RECIPE, train
 
+from openmoba.bench.rows import read_rows
+from openmoba.bench.training.cases import TrainingRow
 from openmoba.hf.releases import recompute_activations
 from openmoba.lab.arms import ArmConfig
-from openmoba.lab.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from openmoba.lab.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig, from_dict
 from openmoba.lab.measure.compute import PFLOPS_DAY, Shape, attention_flops, training_compute
 from openmoba.lab.model.build import build_model, set_attention
 from openmoba.lab.model.loss import attach_loss
@@ -21,8 +24,10 @@ from openmoba.lab.study.overview import overview
 from openmoba.lab.study.recipe import parse_recipe
 from openmoba.lab.study.work import StudyClock, run_study
 from openmoba.lab.train.clock import PEAKS, Speedometer, median_speed, peak_operations
-from openmoba.lab.train.plan import activation_bytes, matrix_rate, plan_of, planned_shape, planned_work
+from openmoba.lab.train.plan import SHARE, activation_bytes, matrix_rate, plan_of, planned_shape, planned_work
+from openmoba.records.disk import read_json
 
+RESULTS = Path(__file__).parents[1] / "results" / "h200"
 RUN = RunConfig(
     data=DataConfig(length=4096, vocab_size=300),
     model=ModelConfig(size="nano"),
@@ -122,6 +127,27 @@ def test_planned_activations_are_those_that_a_forward_pass_keeps(family: str, sh
     assert _kept(checkpointed) < activation_bytes(checkpointed) < _kept(checkpointed) + 1.5 * layer
 
 
+def test_plans_foretell_the_measured_steps_of_a_gpu() -> None:
+    """Rows of `bench training` below 100 M parameters, of both attentions, and the runs of the study: within 25 %."""
+    rows = [row for row in read_rows(RESULTS / "training.csv", TrainingRow) if row.kind == "loop" and row.mfu]
+    matrices = 1e12 * statistics.median(row.matrix_tflops for row in rows)
+    found = {}
+    for row in rows:
+        arm = ArmConfig("full") if row.block_size is None else ArmConfig("moba", row.block_size, row.top_k)
+        train = TrainConfig(steps=1000, batch_size=row.batch)
+        data, model = DataConfig(length=row.tokens, vocab_size=row.vocabulary), ModelConfig(row.family, row.size)
+        seconds = planned_work(RunConfig(data, model, arm, train, EvalConfig(1)), "cuda") / SHARE["cuda"] / matrices
+        found[f"{row.family} {row.size} {row.batch} {arm}"] = seconds / row.p50_ms, row.non_embedding  # of 1,000 steps
+    for file in (RESULTS / "study").rglob("result.json"):
+        result = read_json(file)
+        config = from_dict(RunConfig, result["config"])
+        seconds = planned_work(replace(config, eval=EvalConfig(1)), "cuda") / SHARE["cuda"] / matrices
+        found[str(file)] = seconds * result["speed"]["tokens_per_second"] / config.tokens, 0
+    assert len(found) > 15
+    for name, (ratio, parameters) in found.items():
+        assert 0.8 < ratio < (1.25 if parameters < 1e8 else 1.6), (name, ratio)
+
+
 def test_plans_name_parameters_compute_and_memory() -> None:
     plan = plan_of(RUN)
     assert plan.shape.non_embedding == 100_672
@@ -144,6 +170,10 @@ def test_a_dry_run_of_a_study_tells_what_is_left(tmp_path: Path) -> None:
         assert "compute in PFLOP/s-days: 6nd " in total
     assert "at 30% of the" in overview(recipe, tmp_path / "none")
     assert "22 runs, 0 to be finished in about 0s of one process, at the speed of the 22 finished ones" in total
+    *lines, total = overview(recipe.chosen(["*/medium-*"]), tmp_path / "none", tflops=700.0).splitlines()
+    assert len(lines) == 1 + 4
+    assert "4 runs, 4 to be finished in about" in total
+    assert "at 55% of 700 TFLOP/s" in total
 
 
 def _half(config: RunConfig, folder: Path, **options: Any) -> Any:

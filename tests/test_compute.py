@@ -107,6 +107,14 @@ def test_arms_differ_in_exact_compute_alone() -> None:
     assert hybrid == pytest.approx((2 * moba + full) / 3)
 
 
+def test_compute_of_a_warm_start_is_that_of_full_attention_first() -> None:
+    arm = ArmConfig("moba", 4, 2, warm_start=0.5)
+    curve = [training_compute(SHAPE, arm, step, 10, 1, 0.0)["causal_exact"] for step in range(11)]
+    increments = [round((b - a) * PFLOPS_DAY) for a, b in pairwise(curve)]
+    assert len(set(increments[:5])) == len(set(increments[5:])) == 1
+    assert increments[4] - increments[5] == attention_flops(SHAPE, None) - attention_flops(SHAPE, MobaConfig(4, 2))
+
+
 def test_compute_of_a_time_hybrid_bends_at_the_switch() -> None:
     arm = ArmConfig("time_hybrid", 4, 2, switch_at=0.5)
     curve = [training_compute(SHAPE, arm, step, 10, 1, 0.0)["causal_exact"] for step in range(11)]

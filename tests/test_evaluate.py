@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from openmoba import cli
-from openmoba.lab.config import DataConfig, EvalConfig, ModelConfig
+from openmoba.lab.config import DataConfig, EvalConfig, ModelConfig, RunConfig
+from openmoba.lab.data.load import load_validation
 from openmoba.lab.data.store import TokenStore
 from openmoba.lab.data.tokenizer import byte_tokenizer
 from openmoba.lab.data.windows import IGNORED, Windows, cut_windows
-from openmoba.lab.measure.evaluate import evaluate_source, summary, window_losses
+from openmoba.lab.measure.contexts import context_losses
+from openmoba.lab.measure.evaluate import evaluate_source, measure, summary
+from openmoba.lab.measure.losses import window_losses
 from openmoba.lab.model import loss as loss_module
 from openmoba.lab.model.build import build_model, load_model
 from openmoba.lab.model.loss import attach_loss, has_linear_head, linear_loss
@@ -166,6 +171,62 @@ def test_intervals_of_a_record_are_over_documents() -> None:
     assert widths[1] / widths[0] == pytest.approx(5**0.5, rel=0.1), "five windows of a document tell as much as one"
 
 
+def numbered(lengths: list[int], length: int) -> Windows:
+    """`windows_of` in which every token is its own number."""
+    windows = windows_of(lengths, length)
+    store = TokenStore(np.arange(sum(lengths), dtype=np.uint16), windows.store.starts, None)
+    return Windows(store, windows.starts, windows.ends, length)
+
+
+def test_a_context_cut_short_leaves_the_same_tokens_with_fewer_before_them() -> None:
+    """Losses that say which token it is and how many are read before it."""
+    windows, config = numbered([17, 9, 20], 16), RunConfig(DataConfig(length=16), eval=EvalConfig(contexts=(4, 8)))
+    config = replace(config, eval=replace(config.eval, trailing=4, batch_size=2))
+
+    def losses(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.where(labels == IGNORED, 0, labels + 1000.0 * torch.arange(input_ids.shape[1]))
+
+    row = measure(losses, windows, config, torch.device("cpu"))
+    tokens = {0: (13 + 14 + 15 + 16) / 4, 2: 26 + (13 + 14 + 15 + 16) / 4}  # of the two full windows
+    read = {4: 1500, 8: 5500, 16: 13500}
+    assert row["windows"]["trailing"] == [tokens[0] + read[16], None, tokens[2] + read[16]]
+    assert row["windows"]["contexts"] == [
+        [pytest.approx(tokens[window] + read[context]) if window in tokens else None for context in (4, 8)]
+        for window in range(3)
+    ]
+    assert [part["context"] for part in row["context_loss"]] == [4, 8]
+    assert row["context_loss"][1]["loss"] == pytest.approx((tokens[0] + tokens[2]) / 2 + read[8])
+    assert row["context_loss"][1]["interval"] is not None
+    assert "context_loss" not in measure(losses, windows, config, torch.device("cpu"), each_window=False)
+    assert "context_loss" not in measure(losses, numbered([9], 16), config, torch.device("cpu"))
+
+
+def test_no_graph_is_made_for_a_context() -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    losses = torch.compile(lambda ids, labels: (ids * labels).float(), backend=backend)
+    context_losses(losses, numbered([17], 16), (4, 8), 4, 1, torch.device("cpu"))
+    assert not graphs
+    losses(torch.ones(1, 4), torch.ones(1, 4))
+    assert graphs, "so it would have been"
+
+
+@pytest.mark.parametrize(
+    ("contexts", "message"),
+    [
+        ((8, 4), r"eval\.contexts must rise, got \[8, 4\]"),
+        ((4, 64), r"eval\.contexts=\[4, 64\]: a context holds the 8 trailing tokens .* shorter than a window of .*=64"),
+    ],
+)
+def test_contexts_hold_the_trailing_tokens(contexts: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RunConfig(DataConfig(length=64), eval=EvalConfig(contexts=contexts)).check()
+
+
 @pytest.fixture
 def documents(tmp_path: Path) -> DataConfig:
     folder = tmp_path / "texts"
@@ -193,6 +254,17 @@ def test_a_model_folder_is_evaluated_on_whole_windows_in_any_batch_size(
     assert [part["start"] for part in rows[0]["position_loss"]] == list(range(0, 64, 8))
 
 
+def test_the_loss_with_a_short_context_is_that_of_a_shorter_input(documents: DataConfig, model_folder: Path) -> None:
+    row = evaluate_source(str(model_folder), documents, EvalConfig(3, contexts=(8, 24), batch_size=1))
+    model, windows = load_model(model_folder), load_validation(documents, model_folder).spread(3)
+    for number, window in enumerate(row["windows"]["contexts"]):
+        ids, labels = (windows[number][key][None] for key in ("input_ids", "labels"))
+        for context, loss in zip((8, 24), window, strict=True):
+            logits = model(ids[:, -context:]).logits[:, -8:]
+            assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits.mT, labels[:, -8:]).item(), rel=1e-5)
+    assert row["windows"]["contexts"][0][0] != row["windows"]["contexts"][0][1]
+
+
 def test_the_folder_of_a_trainer_is_that_of_a_model(documents: DataConfig, model_folder: Path) -> None:
     """`transformers.Trainer` leaves checkpoints beside the model, as a run does."""
     (model_folder / "checkpoint-5").mkdir()
@@ -206,8 +278,6 @@ def test_no_more_trailing_positions_than_there_are(documents: DataConfig, model_
 
 
 def test_window_losses_put_each_loss_at_its_position(documents: DataConfig, model_folder: Path) -> None:
-    from openmoba.lab.data.load import load_validation
-
     windows = load_validation(documents, model_folder).spread(3)
     loss, labelled = window_losses(lambda ids, labels: ids + labels / 1000, windows, 2, torch.device("cpu"))
     expected = [windows[i]["input_ids"] + windows[i]["labels"] / 1000 for i in range(3)]

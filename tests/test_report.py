@@ -23,9 +23,10 @@ from openmoba.lab.study import fit as fitting
 from openmoba.lab.study.candidates import standings
 from openmoba.lab.study.charts import describe_sparsity
 from openmoba.lab.study.figures import Level
-from openmoba.lab.study.outcomes import behind, by, difference, fit, read_outcomes, seed_noise
+from openmoba.lab.study.outcomes import behind, by, difference, fit, of_stage, read_outcomes, seed_noise
 from openmoba.lab.study.recipe import RECIPE_FILE, Recipe, parse_recipe, read_recipe
 from openmoba.lab.study.report import write_report
+from openmoba.lab.study.results import experiments, read_studies
 from openmoba.lab.study.work import run_study
 
 
@@ -323,6 +324,31 @@ def test_one_arm_shows_what_each_size_gains_from_context(tmp_path: Path, monkeyp
     assert "the second half of the window counts (8 documents, 24 windows, 2 seeds;" in report
 
 
+def test_the_context_cut_short_tells_what_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several arms every one, in the results full attention; where nothing is lost it says so."""
+    recipe = parse_recipe(CANDIDATES.replace("[sizes]", "[run.eval]\ncontexts = [256, 512]\n[sizes]"), title="t")
+    folders = {cut: tmp_path / str(cut) for cut in (0.05, 0.0)}
+    for cut, folder in folders.items():
+        monkeypatch.setattr(synthetic_study, "CUT", cut)
+        run_study(recipe, folder, train, lambda _: Progress())
+        write_report(recipe, folder, "6nd")
+    text, unmoved = (folder.joinpath("report.md").read_text() for folder in folders.values())
+    sentence = (
+        "large, Full attention, the same last 128 tokens of every window: with all 1,024 tokens in sight their loss is "
+        "-0.1000 nats [-0.1000, -0.1000] from that with 256, -0.0500 nats [-0.0500, -0.0500] from that with 512. "
+        "What lies farther back than 512 counts (8 documents, 24 windows, 3 seeds)."
+    )
+    assert sentence in text
+    assert text.count("What lies farther back than 512 counts") == 5
+    assert unmoved.count("What lies farther back than 512 is not seen to count") == 5
+    assert "figures/candidates-contexts.png" in text
+    assert (folders[0.05] / "figures" / "candidates-contexts.png").exists()
+    shown = experiments(read_studies([folders[0.05]]), tmp_path)
+    assert sentence in shown
+    assert shown.count("What lies farther back") == 1
+    assert "candidates-contexts.png" in shown
+
+
 def test_records_with_a_mean_for_every_range_and_no_documents_are_read(tmp_path: Path) -> None:
     """As they were made before windows kept their documents and ranges."""
     recipe = make(tmp_path, CANDIDATES)
@@ -393,6 +419,9 @@ def test_a_stage_beside_another_is_compared_with_its_runs(tmp_path: Path) -> Non
     assert "large: MoBA in every layer costs +0." in hybrids
     assert "With 2 of 16 layers full (last-2) it is +0." in hybrids
     assert len([line for line in hybrids.splitlines() if line.startswith("| large |")]) == 4
+    fewer = parse_recipe(f'{text}{stage}beside = "pretrain"\nbeside_arms = ["moba"]\n', title="t")
+    compared = of_stage(fewer.stages[-1], read_outcomes(fewer, tmp_path))
+    assert list(by("arm", compared)) == ["moba", "last-1", "last-2"]
 
 
 def test_fit_and_plot_work_on_the_folder_alone(study: Path, capsys: pytest.CaptureFixture[str]) -> None:

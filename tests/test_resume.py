@@ -316,10 +316,14 @@ def test_longer_only_where_no_step_would_change(
 def test_longer_runs_switch_and_are_evaluated_at_the_same_steps() -> None:
     stored, wanted = (RunConfig(train=TrainConfig(**CONSTANT, steps=steps)) for steps in (200, 400))
     timed = ArmConfig("time_hybrid", switch_at=0.5)
-    with pytest.raises(ValueError, match=r"give the arm\.switch_at that says the same, 0\.25"):
+    with pytest.raises(ValueError, match=r"give the shares that say the same, arm\.switch_at=0\.25 arm\.warm_start=0"):
         check_lengthening(replace(stored, arm=timed), replace(wanted, arm=timed), 150)
     check_lengthening(replace(stored, arm=timed), replace(wanted, arm=replace(timed, switch_at=0.25)), 150)
     check_lengthening(replace(stored, arm=timed), replace(wanted, arm=timed), 50)
+    warm = ArmConfig("moba", warm_start=0.5)
+    with pytest.raises(ValueError, match=r"arm\.warm_start=0\.25"):
+        check_lengthening(replace(stored, arm=warm), replace(wanted, arm=warm), 150)
+    check_lengthening(replace(stored, arm=warm), replace(wanted, arm=replace(warm, warm_start=0.25)), 150)
     with pytest.raises(ValueError, match=r"so step 20, which is done, would have been evaluated"):
         check_lengthening(stored, replace(wanted, eval=EvalConfig(every=20)), 150)
     with pytest.raises(ValueError, match=r"step 2, which is done, would have been evaluated"):

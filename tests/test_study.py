@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from openmoba import cli
 from openmoba.lab.config import RunConfig
 from openmoba.lab.errors import DivergenceError, Terminated
 from openmoba.lab.progress import Progress
+from openmoba.lab.study import report
 from openmoba.lab.study.overview import overview
 from openmoba.lab.study.recipe import parse_recipe, read_recipe
 from openmoba.lab.study.work import run_study
@@ -174,6 +176,11 @@ def test_run_of_another_configuration_is_refused_before_anything_runs(tmp_path: 
         ('chart = "scaling"', "more_seeds = { large = [2], moba = [2] }", r"give moba of size large a seed twice"),
         ('chart = "layers"', "more_seeds = { last-1 = [2] }", r"last-1 .* from moba of stage .*lacks the seeds \[2\]"),
         ('after = "pretrain"', 'beside = "warmup"', r"beside: unknown 'warmup'; allowed are pretrain"),
+        (
+            'after = "pretrain"',
+            'beside = "pretrain"\nbeside_arms = ["last-9"]',
+            r"beside_arms: unknown 'last-9'; allowed are full, moba",
+        ),
         ('after = "pretrain"', 'beside = "pretrain"', r"cannot be compared .* differ in train\.loss_tokens"),
         ('name = "finetune"', 'name = "pretrain"', r"two stages are called 'pretrain'"),
         ('chart = "scaling"', 'chart = "pie"', r"stages\.chart must be 'scaling' or 'layers' or 'compare' or"),
@@ -337,6 +344,51 @@ def test_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="once per GPU"):
         run_study(parse_recipe(RECIPE, title="t"), tmp_path, forbidden, silent)
+
+
+def test_chosen_runs_are_trained_alone_with_those_that_they_start_from(tmp_path: Path) -> None:
+    recipe = parse_recipe(RECIPE, title="t")
+    part = recipe.chosen(["finetune/*-last-1-seed0", "pretrain/small-full-*"])
+    names = ["pretrain/small-full-seed0", "pretrain/small-full-seed1", "pretrain/large-moba-seed0"]
+    assert [run.name for run in part.runs] == [*names, "finetune/large-last-1-seed0"]
+    assert run_study(recipe, tmp_path, train, silent, part) == 4
+    assert sum((tmp_path / run.name / "result.json").exists() for run in recipe.runs) == 4
+    assert run_study(recipe, tmp_path, train, silent) == len(recipe.runs) - 4
+    with pytest.raises(ValueError, match=r"no run matches 'pretrain/tiny\*'; the runs are pretrain/small-full-seed0, "):
+        recipe.chosen(["pretrain/*", "pretrain/tiny*"])
+
+
+def test_the_chosen_runs_of_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(RECIPE)
+    command = ["study", str(path), "--out", str(tmp_path / "study"), "--runs", "pretrain/small-*", "*/medium-*-seed1"]
+    assert cli.main([*command, "--dry-run", "--tflops", "700"]) == 0
+    assert "6 runs, 6 to be finished in about" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*command, "--tflops", "700"])
+    assert "--tflops 700 is for plans; add --dry-run" in capsys.readouterr().err
+
+
+def test_who_ends_last_writes_the_report_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While another process writes: it knows all runs, or one was finished after it began to read."""
+    recipe = parse_recipe(RECIPE, title="t")
+    part = recipe.chosen(["pretrain/*-full-seed0"])
+    run_study(recipe, tmp_path, train, silent, part)
+    monkeypatch.setattr(report, "draw_charts", lambda *_: [])
+    results = [tmp_path / run.name / "result.json" for run in part.runs]
+    with claim(tmp_path):
+        now = (tmp_path / "claim.lock").stat().st_mtime
+        for file in results:
+            os.utime(file, (now - 1, now - 1))
+        assert report.write_report(recipe, tmp_path, "6nd") == [tmp_path / "report.md"]
+        assert not (tmp_path / "report.md").exists()
+        os.utime(results[-1], (now + 1, now + 1))
+        other = threading.Thread(target=report.write_report, args=(recipe, tmp_path, "6nd"))
+        other.start()
+        other.join(0.1)
+        assert other.is_alive()
+    other.join(10)
+    assert "3 of 22 runs are finished" in (tmp_path / "report.md").read_text()
 
 
 def test_claim_of_a_dead_process_is_free(tmp_path: Path) -> None:

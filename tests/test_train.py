@@ -202,6 +202,18 @@ def test_a_time_hybrid_switches_and_can_be_killed_across_the_switch(
     assert saved.get("moba") is None
 
 
+def test_a_warm_start_trains_as_full_attention_and_goes_on_as_moba(config: RunConfig, tmp_path: Path) -> None:
+    arms = {"full": ArmConfig("full"), "warm": ArmConfig("moba", 8, 2, warm_start=0.5)}
+    losses = {}
+    for name, arm in arms.items():
+        run_training(replace(config, arm=arm), tmp_path / name)
+        losses[name] = [row["loss"] for row in curve(tmp_path / name) if row["kind"] == "train"]
+    half = len(losses["full"]) // 2
+    assert losses["warm"][:half] == losses["full"][:half]
+    assert losses["warm"][half:] != losses["full"][half:]
+    assert disk.read_json(tmp_path / "warm" / "checkpoint-12" / "config.json")["moba"]["block_size"] == 8
+
+
 def test_evaluations_evenly_spaced_in_log_compute_are_the_same_after_a_kill(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,8 @@ class ArmConfig:
     "spread:3" for layers evenly spread, the last among them."""
     switch_at: float = 0.9
     """time_hybrid: share of the steps after which MoBA turns into full attention."""
+    warm_start: float = 0.0
+    """All but full: share of the steps, at the start, that train with full attention before MoBA begins."""
     key_conv: int | None = None
     """Width in tokens, such as 4, of a convolution over the keys of every layer, full ones too; starts as the
     identity. Left out: none."""
@@ -71,6 +73,7 @@ class ArmConfig:
         if self.name not in KINDS:
             raise ValueError(f"unknown arm {self.name!r}; the arms are {', '.join(KINDS)}")
         check_share("arm.switch_at", self.switch_at, " of the steps")
+        check_share("arm.warm_start", self.warm_start, " of the steps", one_too=False)
         MobaConfig(self.block_size, self.top_k, self.full_layers, self.key_conv)
         if isinstance(self.full_layers, str):
             object.__setattr__(self, "full_layers", parse_full_layers(self.full_layers))
@@ -86,19 +89,27 @@ class ArmConfig:
         """Return the first step (from 0) of `steps` that trains with full attention; `steps` if none does."""
         return steps if self.kind.switch is None else self.kind.switch(self, steps)
 
+    def moba_steps(self, steps: int) -> range:
+        """Return the steps (from 0) of `steps` in which layers attend with MoBA; in the others all are full."""
+        start, end = round(self.warm_start * steps), self.switch_step(steps)
+        return range(start, max(start, end)) if end else range(0)
+
     def attention(self, step: int, steps: int) -> MobaConfig | None:
         """Return the attention of step `step` (from 0) of `steps`; None is full attention without key convolution."""
-        full = self.kind.switch is not None and step >= self.switch_step(steps)
+        full = step not in self.moba_steps(steps)
         if full and self.key_conv is None:
             return None
         layers = "all" if full else self.kind.full_layers(self)
         return MobaConfig(self.block_size, self.top_k, layers, self.key_conv)
 
+    def sparsest(self, steps: int) -> MobaConfig | None:
+        """Return the attention of the steps with MoBA, or of all if there are none."""
+        return self.attention(self.moba_steps(steps).start, steps)
+
     def key_share(self, layers: int, length: int, steps: int) -> float:
         """Return the keys read in `steps` steps, over all layers, as a share of those that full attention reads."""
-        before, after = (attention_cost(self.attention(step, steps), layers, length)[0] for step in (0, steps))
-        sparse_steps = self.switch_step(steps)
-        return (sparse_steps * before + (steps - sparse_steps) * after) / (steps * layers * causal_pairs(length))
+        share = attention_cost(self.sparsest(steps), layers, length)[0] / (layers * causal_pairs(length))
+        return 1 - (1 - share) * len(self.moba_steps(steps)) / steps
 
     def without_blocks(self) -> ArmConfig:
         """Return the arm with full attention that shares all else, which is fair to compare with."""
@@ -122,11 +133,13 @@ class ArmConfig:
             layers: of the model; None where they are not known.
         """
         words = [] if self.key_conv is None else [f"key convolution over {self.key_conv} tokens"]
-        attention, switch = self.attention(0, steps), self.switch_step(steps)
+        attention, sparse = self.sparsest(steps), self.moba_steps(steps)
         if attention is None or self.kind is FULL:
             return ", ".join(words)
-        if switch < steps:
-            words.insert(0, f"full attention from step {switch + 1:,} on")
+        if sparse.stop < steps:
+            words.insert(0, f"full attention from step {sparse.stop + 1:,} on")
+        if sparse.start:
+            words.insert(0, f"full attention up to step {sparse.start:,}")
         if layers is not None and (full := sorted(attention.full_layer_indices(layers))):
             words.insert(0, f"{len(full)} of {layers} layers full ({', '.join(map(str, full))})")
         return ", ".join([f"blocks of {self.block_size:,}", f"top-{self.top_k}", *words])
@@ -140,6 +153,8 @@ class ArmConfig:
         if self.kind is HYBRID:
             layers = self.full_layers
             words.append("full " + (",".join(map(str, layers)) if isinstance(layers, tuple) else str(layers)))
+        if self.kind is not FULL and self.warm_start:
+            words.append(f"warm {self.warm_start:g}")
         return " ".join(words + ([] if self.key_conv is None else [f"key-conv {self.key_conv}"]))
 
 

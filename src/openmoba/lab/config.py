@@ -144,11 +144,16 @@ class EvalConfig:
     """Last positions of a full window that make the trailing loss; left out: 2048, at most length // 8."""
     position_range: int | None = None
     """Positions per range of the position-wise loss; left out: 2048, at most length // 8."""
+    contexts: tuple[int, ...] = ()
+    """Last tokens of a full window, such as 2048 8192: at the end, the trailing loss is measured with these alone, too,
+    which tells what the tokens before them are good for. Left out: not measured."""
     batch_size: int = 4
     """Windows per forward pass."""
 
     def __post_init__(self) -> None:
         _at_least(self, windows=1, every=1, count=1, trailing=1, position_range=1, batch_size=1)
+        if list(self.contexts) != sorted(set(self.contexts)):
+            raise ValueError(f"eval.contexts must rise, got {list(self.contexts)}")
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,12 @@ class RunConfig:
         ):
             if value is not None and value > self.data.length:
                 raise ValueError(f"{name}={value} is more than a window of data.length={self.data.length} tokens")
+        outside = [context for context in self.eval.contexts if not self.trailing <= context < self.data.length]
+        if outside:
+            raise ValueError(
+                f"eval.contexts={outside}: a context holds the {self.trailing} trailing tokens (eval.trailing) and is "
+                f"shorter than a window of data.length={self.data.length} tokens"
+            )
 
     @property
     def trailing(self) -> int:

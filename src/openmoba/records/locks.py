@@ -35,13 +35,16 @@ def lock(path: Path, *, wait: bool = True) -> Iterator[IO[str] | None]:
 
 
 @contextmanager
-def claim(folder: Path) -> Iterator[bool]:
+def claim(folder: Path, *, wait: bool = False) -> Iterator[bool]:
     """Hold the claim on `folder` for the body of the `with`; False when another process has it.
 
-    Its file names the last holder, for people.
+    Its file names the last holder, for people, and its time is when that one claimed it.
+
+    Args:
+        wait: until the other process drops it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder / CLAIM_FILE, wait=False) as file:
+    with lock(folder / CLAIM_FILE, wait=wait) as file:
         if file is not None:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

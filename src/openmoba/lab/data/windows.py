@@ -68,6 +68,11 @@ class Windows(Dataset[Window]):
         some = [bool((self[i]["labels"][-last:] != IGNORED).any()) for i in range(len(self))]
         return np.asarray(some, dtype=bool)
 
+    def last(self, count: int) -> Windows:
+        """The last `count` positions of every window that reaches the full length, as windows of that length."""
+        starts = self.starts[self.full] + self.length - count
+        return Windows(self.store, starts, self.ends[self.full], count)
+
     def spread(self, count: int) -> Windows:
         """Pick `count` of these windows, evenly spread over them."""
         chosen = np.linspace(0, len(self) - 1, count).round().astype(np.int64)

@@ -160,6 +160,7 @@ def losses_table(row: dict[str, Any]) -> str:
     lines = [
         ("LM loss", row["lm_loss"], row["intervals"]["lm"]),
         (f"last {row['trailing']}", row["trailing_loss"], row["intervals"]["trailing"]),
+        *((f"with {cut['context']}", cut["loss"], cut["interval"]) for cut in row.get("context_loss", [])),
         *((f"{part['start']}-{part['end']}", part["loss"], part["interval"]) for part in row["position_loss"]),
     ]
     return "\n".join(

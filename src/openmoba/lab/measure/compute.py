@@ -88,9 +88,10 @@ class Spent:
     @property
     def attention(self) -> int:
         """Operations of the attention as it is, at each step."""
-        sparse_steps = min(self.step, self.arm.switch_step(self.steps))
+        moba = self.arm.moba_steps(self.steps)
+        sparse_steps = len(range(moba.start, min(self.step, moba.stop)))
         full = (self.step - sparse_steps) * attention_flops(self.shape, None)
-        sparse = sparse_steps * attention_flops(self.shape, self.arm.attention(0, self.steps))
+        sparse = sparse_steps * attention_flops(self.shape, self.arm.sparsest(self.steps))
         return self.batch_size * (full + sparse)
 
 

@@ -9,6 +9,7 @@ from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.resample import Difference, Interval
 from openmoba.lab.study.candidates import Standing, percent, standings
 from openmoba.lab.study.outcomes import (
+    Cut,
     Named,
     Outcome,
     arms_of,
@@ -108,6 +109,14 @@ def slopes(moba: Sequence[Outcome], full: Sequence[Outcome], axis: str) -> Itera
             )
 
 
+def reach(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Say of every arm and size how far back it is seen to look, where the context was cut short."""
+    for runs in by("size", outcomes).values():
+        for own in by("arm", runs).values():
+            if own[0].contexts and own[0].has("trailing"):
+                yield _reach(own)
+
+
 def use_of_context(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """Say what full attention gains from a longer context, and how much of it MoBA does not."""
     runs = list(by("size", outcomes).values())[-1]
@@ -141,6 +150,16 @@ def _gained(own: Sequence[Outcome]) -> str:
         f"{own[0].run.size}: the loss at positions {end} is {_signed(near)} from that at {first}: context "
         f"{_counts(near)}. From that at {middle} it is {_signed(far)}: the second half of the window {_counts(far)} "
         f"({behind(own, last)}; the text differs from range to range, which the intervals hold)."
+    )
+
+
+def _reach(own: Sequence[Outcome]) -> str:
+    first, (*cuts, farthest) = own[0], own[0].contexts
+    gains = [f"{_signed(gain(own, 'trailing', Cut(cut)))} from that with {cut:,}" for cut in (*cuts, farthest)]
+    return (
+        f"{first.run.size}, {first.label}, the same last {first.config.trailing:,} tokens of every window: with all "
+        f"{first.config.data.length:,} tokens in sight their loss is {', '.join(gains)}. What lies farther back than "
+        f"{farthest:,} {_counts(gain(own, 'trailing', Cut(farthest)))} ({behind(own, 'trailing')})."
     )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from openmoba.lab.arms import FULL, HYBRID, MOBA
 from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.resample import LEVEL, Difference
@@ -14,6 +16,7 @@ from openmoba.lab.study.answers import is_sweep
 from openmoba.lab.study.candidates import Standing, standings
 from openmoba.lab.study.figures import Curve, Level
 from openmoba.lab.study.outcomes import (
+    Cut,
     Outcome,
     arms_of,
     behind,
@@ -72,6 +75,8 @@ def draw_charts(recipe: Recipe, outcomes: Sequence[Outcome], study: Path, axis: 
                 charts.append(_candidates(stage, size, runs, found, study))
         if sizes and not is_sweep(own):
             charts.append(_gains(stage, own, study) if len(by("arm", own)) == 1 else _positions(stage, own, study))
+        if trailing and (cut := [run for run in own if run.contexts]):
+            charts.append(_contexts(stage, cut, study))
     return charts
 
 
@@ -135,7 +140,7 @@ def _scaling(stage: Stage, runs: list[Outcome], study: Path, axis: str, name: st
     laws = {own[0].label: fit(own, "trailing", axis) for own in arms}
     pairs = {own[0].label: fit_pair(own, full, "trailing", axis) for own in arms if full and own[0] != full[0]}
     figure = figures.scaling_chart(
-        [_curve(run, axis) for run in runs],
+        [_curve(seeds, axis) for own in arms for seeds in by("size", own).values()],
         {arm: law for arm, law in laws.items() if law},
         {arm: pair for arm, pair in pairs.items() if pair},
         title=f"Scaling law, {describe_sparsity(runs)}",
@@ -143,8 +148,8 @@ def _scaling(stage: Stage, runs: list[Outcome], study: Path, axis: str, name: st
         axis=AXES[axis],
     )
     caption = (
-        f"Trailing loss over compute by the convention {axis}: along every run (solid), and the fitted laws through "
-        f"their ends (dashed; {behind(runs, 'trailing')})."
+        f"Trailing loss over compute by the convention {axis}: along the runs of each size (solid, mean of seeds), and "
+        f"the fitted laws through their ends (dashed; {behind(runs, 'trailing')})."
     )
     if any(pairs.values()):
         caption += (
@@ -215,6 +220,32 @@ def _gains(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
     return Chart(stage, save(figure, study / FOLDER / f"{stage.name}-positions"), caption)
 
 
+def _contexts(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
+    """Trailing loss over the tokens in sight, of the largest size's arms, or of every size of a single arm."""
+    key = "size" if len(by("arm", outcomes)) == 1 else "arm"
+    runs = outcomes if key == "size" else list(by("size", outcomes).values())[-1]
+    first = runs[0]
+    groups = by(key, (run for run in runs if run.contexts == first.contexts))
+    if key == "arm":
+        shown = _most_telling(groups, of_kind(runs, FULL) or next(iter(groups.values())))
+        groups = {own[0].label: own for own in shown}
+    cuts = [Cut(context) for context in first.contexts]
+    figure = panels.context_chart(
+        [*first.contexts, first.config.data.length],
+        {name: [*(mean_loss(own, cut) for cut in cuts), mean_loss(own, "trailing")] for name, own in groups.items()},
+        {name: [_level(gain(own, cut, "trailing")) for cut in cuts] for name, own in groups.items()},
+        title=f"Use of context, {_inside(first.label) if key == 'size' else _model(first)}",
+        loss_name=f"Loss of the last\n{first.config.trailing:,} tokens (nats)",
+        difference_name="Lost for want of\nmore context (nats)",
+    )
+    caption = (
+        f"Loss of the last {first.config.trailing:,} tokens of the same windows over the tokens in sight, and what is "
+        f"lost against all {first.config.data.length:,}, with {LEVEL:.0%} intervals ({behind(runs, 'trailing')}). "
+        "Where a bar does not reach zero, what lies farther back counts."
+    )
+    return Chart(stage, save(figure, study / FOLDER / f"{stage.name}-contexts"), caption)
+
+
 def _candidates(stage: Stage, size: str, runs: list[Outcome], found: Sequence[Standing], study: Path) -> Chart:
     noise = seed_noise(runs, "trailing")
     base = mean_loss(of_kind(runs, FULL), "trailing")
@@ -251,9 +282,12 @@ def _level(found: Difference | None) -> Level:
     return Level(found.mean, found.interval)
 
 
-def _curve(run: Outcome, axis: str) -> Curve:
-    points = [(compute, row["trailing_loss"]) for row in run.evals if (compute := AXES[axis].value(row)) > 0]
-    return Curve(run.label, _model(run), [compute for compute, _ in points], [loss for _, loss in points])
+def _curve(seeds: Sequence[Outcome], axis: str) -> Curve:
+    """The course of the runs of one arm and size, their mean over seeds."""
+    compute = np.mean([[AXES[axis].value(row) for row in run.evals] for run in seeds], axis=0)
+    loss = np.mean([[row["trailing_loss"] for row in run.evals] for run in seeds], axis=0)
+    begun = compute > 0
+    return Curve(seeds[0].label, _model(seeds[0]), compute[begun].tolist(), loss[begun].tolist())
 
 
 def _model(run: Outcome) -> str:

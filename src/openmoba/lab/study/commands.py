@@ -10,6 +10,7 @@ import tyro
 
 from openmoba.lab.measure.compute import AxisName
 from openmoba.lab.progress import TerminalProgress, duration
+from openmoba.limits import check_number
 
 if TYPE_CHECKING:
     from openmoba.lab.study.recipe import Recipe
@@ -30,11 +31,23 @@ class Study:
     """Folder of the study; left out: runs/ and the recipe's name."""
     source: str | None = None
     """Documents to use instead of the recipe's run.data.source."""
+    runs: tuple[str, ...] = ()
+    """Only the runs whose names match one of these patterns, such as 'pretrain/*-seed0', and those that they start
+    from; left out: all."""
     axis: AxisName = "6nd"
     """Convention of compute on the scaling chart's x axis."""
     dry_run: bool = False
     """Check the recipe and the folder, list the runs, their state, parameters, tokens, compute, and about how much
     memory and time they take, and stop."""
+    tflops: float | None = None
+    """With --dry-run: plan for one GPU whose large bf16 matrix products reach so many TFLOP/s, 700 for an H200; left
+    out: for this machine."""
+
+    def __post_init__(self) -> None:
+        if self.tflops is not None:
+            check_number("--tflops", self.tflops, 0, low_too=False)
+            if not self.dry_run:
+                raise ValueError(f"--tflops {self.tflops:g} is for plans; add --dry-run")
 
     def run(self) -> None:
         """Train what is missing, and say where the charts are."""
@@ -47,19 +60,21 @@ class Study:
 
         recipe = read_recipe(self.recipe, self.source)
         out = self.out or Path("runs") / self.recipe.stem
+        part = recipe.chosen(self.runs) if self.runs else recipe
         if self.dry_run:
             check_folders(recipe, out)
             check_models(recipe)
-            print(overview(recipe, out))
+            print(overview(part, out, self.tflops))
             return
         start = time.monotonic()
-        run_study(recipe, out, run_training, TerminalProgress)
-        failed = failures(recipe, out)
+        run_study(recipe, out, run_training, TerminalProgress, part)
+        failed = failures(part, out)
         if any(finished(run, out) for run in recipe.runs):
             _write_report(recipe, out, self.axis)
         if failed:
             raise ValueError(failed)
-        print(f"all {len(recipe.runs)} runs are finished, {duration(time.monotonic() - start)} in this process")
+        which = f"all {len(recipe.runs)}" if part == recipe else f"the {len(part.runs)} chosen of {len(recipe.runs)}"
+        print(f"{which} runs are finished, {duration(time.monotonic() - start)} in this process")
 
 
 @dataclass(frozen=True)

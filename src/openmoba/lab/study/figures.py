@@ -32,7 +32,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Curve:
-    """Loss along one training run, one entry per evaluation; `size` is written at its end."""
+    """Loss along training, one entry per evaluation; `size` is written at its end."""
 
     arm: str
     size: str
@@ -89,10 +89,10 @@ def scaling_chart(
     loss_name: str,
     axis: Axis,
 ) -> Figure:
-    """Draw chart B: every run's loss over its compute, and each arm's fitted law through the end points.
+    """Draw chart B: every model's loss over its compute, and each arm's fitted law through the end points.
 
     Args:
-        curves: one per run, arms named as in `laws`.
+        curves: one per arm and size, arms named as in `laws`.
         laws: arm -> law through the ends of its curves; an arm without a law shows its curves only.
         differences: arm -> its law and that of the arm it is compared with, of `fit_arms`. The band around the arm's
             law is the interval of their ratio, laid on the other's law.
@@ -123,7 +123,7 @@ def scaling_chart(
                 low_P, high_P = own.ratio(other, grid_P)
                 level_P = other.law(grid_P)
                 axes.fill_between(grid_P, level_P * low_P, level_P * high_P, color=colour, alpha=0.18, linewidth=0)
-        _frame(axes, curves, grid_P)
+        _frame(axes, curves, grid_P, [float(fit.law(grid_P[-1])) for fit in laws.values()])
         _name_sizes(axes, curves)
         _plain_log_ticks(axes)
         handles, names = axes.get_legend_handles_labels()
@@ -158,12 +158,13 @@ def _beyond(ends: Sequence[float]) -> np.ndarray[Any, Any]:
     return np.geomspace(min(ends) / reach, max(ends) * reach, 100)
 
 
-def _frame(axes: Axes, curves: Sequence[Curve], grid_P: np.ndarray[Any, Any]) -> None:
-    """Show the ends and what leads to them; curves begin at the loss of a random model, far above."""
+def _frame(axes: Axes, curves: Sequence[Curve], grid_P: np.ndarray[Any, Any], far: Sequence[float]) -> None:
+    """Show the ends, what leads to them, and the laws' far ends; curves begin at a random model's loss, far above."""
     shown = [loss for curve in curves for c, loss in zip(curve.compute, curve.loss, strict=True) if c >= grid_P[0] / 4]
     ends = [curve.loss[-1] for curve in curves]
+    low, high = min(*ends, *far), min(max(shown) * 1.03, max(ends) * 1.7)
     axes.set_xlim(grid_P[0] / 5, grid_P[-1] * 1.2)
-    axes.set_ylim(min(ends) * 0.9, min(max(shown) * 1.03, max(ends) * 1.7))
+    axes.set_ylim(low / (high / low) ** 0.12, high)  # room for a size's name under the lowest end
 
 
 def _name_sizes(axes: Axes, curves: Sequence[Curve]) -> None:

@@ -25,8 +25,18 @@ from openmoba.records.disk import Row
 
 Named = Literal["trailing", "lm"]
 """The losses that a record names."""
-Loss = Named | int | tuple[int, int]
-"""One of these, that of a position range by its number from 0, or that of one range minus that of another."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The trailing loss with a context of so many tokens, one of the run's `eval.contexts`."""
+
+    context: int
+
+
+Loss = Named | int | tuple[int, int] | Cut
+"""A loss that a record names, that of a position range by its number from 0, that of one range minus that of another,
+or the trailing loss with the context cut short."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ class Outcome:
     def full_layers(self) -> frozenset[int]:
         """Layers whose attention is full; of a model from outside the study, as if it had 1,000 layers."""
         layers = self.layers or 1000
-        attention = self.config.arm.attention(0, self.config.train.steps)
+        attention = self.config.arm.sparsest(self.config.train.steps)
         return frozenset(range(layers)) if attention is None else attention.full_layer_indices(layers)
 
     def key_share(self, length: int | None = None) -> float | None:
@@ -97,12 +107,19 @@ class Outcome:
         """Whether the final evaluation kept the loss of every window's ranges; old records have their means alone."""
         return "positions" in self.final["windows"]
 
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """Contexts with which the trailing loss was measured, too."""
+        return tuple(cut["context"] for cut in self.final.get("context_loss", ()))
+
     def has(self, kind: Loss) -> bool:
         """Say whether a validation window has this loss; no trailing loss if all are shorter than the length."""
         return bool((~np.isnan(self.windows(kind))).any())
 
-    def loss(self, kind: Named | int) -> float:
+    def loss(self, kind: Named | int | Cut) -> float:
         """Return the final loss in nats, a mean over tokens; ValueError if no validation window has it."""
+        if isinstance(kind, Cut):
+            return float(self.final["context_loss"][self.contexts.index(kind.context)]["loss"])
         loss = self.final["position_loss"][kind]["loss"] if isinstance(kind, int) else self.final[f"{kind}_loss"]
         if loss is None:
             raise ValueError(
@@ -120,6 +137,9 @@ class Outcome:
             return self.windows(kind[0]) - self.windows(kind[1])
         if isinstance(kind, str):
             return np.asarray(self.final["windows"][kind], dtype=np.float64)  # None becomes NaN
+        if isinstance(kind, Cut):
+            number = self.contexts.index(kind.context)
+            return np.asarray([losses[number] for losses in self.final["windows"]["contexts"]], dtype=np.float64)
         if not self.has_positions:
             return np.asarray([self.loss(kind)])
         return np.asarray([losses[kind] for losses in self.final["windows"]["positions"]], dtype=np.float64)
@@ -162,9 +182,14 @@ def of_stage(stage: Stage, outcomes: Iterable[Outcome]) -> list[Outcome]:
         run = outcome.run
         if run.stage == stage:
             own.append(outcome)
-        elif run.stage.name == stage.beside and run.size in stage.sizes and run.arm not in stage.arms:
+        elif run.stage.name == stage.beside and run.size in stage.sizes and _compares(stage, run.arm):
             beside.append(outcome)
     return beside + own if own else []
+
+
+def _compares(stage: Stage, arm: str) -> bool:
+    """Whether a stage is compared with this arm of the stage beside it."""
+    return arm not in stage.arms and (arm in stage.beside_arms or not stage.beside_arms)
 
 
 def by(key: str, outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
@@ -207,7 +232,7 @@ def moba_settings(outcomes: Iterable[Outcome]) -> list[tuple[int, int, int]]:
     return list(dict.fromkeys((arm.block_size, arm.top_k, -(-length // arm.block_size)) for arm, length in runs))
 
 
-def mean_loss(outcomes: Sequence[Outcome], kind: Named | int) -> float:
+def mean_loss(outcomes: Sequence[Outcome], kind: Named | int | Cut) -> float:
     """Return the mean final loss of the runs."""
     return sum(outcome.loss(kind) for outcome in outcomes) / len(outcomes)
 
@@ -246,10 +271,10 @@ def difference(
     return paired_difference(firsts, seconds, documents, noise)
 
 
-def gain(outcomes: Sequence[Outcome], later: int, earlier: int) -> Difference:
-    """Return the loss of one arm at a position range minus that at an earlier one of the same windows."""
-    documents = _common_documents(outcomes, later)
-    first, second = ([outcome.windows(number) for outcome in outcomes] for number in (later, earlier))
+def gain(outcomes: Sequence[Outcome], first_kind: Loss, second_kind: Loss) -> Difference:
+    """Return one loss of an arm minus another of the same windows, such as a later position range minus an earlier."""
+    documents = _common_documents(outcomes, first_kind)
+    first, second = ([outcome.windows(kind) for outcome in outcomes] for kind in (first_kind, second_kind))
     return paired_difference(first, second, documents)
 
 

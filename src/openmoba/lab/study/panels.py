@@ -74,6 +74,47 @@ def position_chart(
         _position_ticks(lower, edges)
         for axes in (upper, lower):
             axes.locator_params(axis="y", nbins=6)
+        figure.align_ylabels((upper, lower))
+        legend_below(figure, upper)
+    return figure
+
+
+def context_chart(
+    contexts: Sequence[int],
+    losses: Mapping[str, Sequence[float]],
+    lost: Mapping[str, Sequence[Level]],
+    *,
+    title: str,
+    loss_name: str,
+    difference_name: str,
+) -> Figure:
+    """Draw the loss of the same tokens over how many are in sight, and below it what each context lacks to the last.
+
+    Args:
+        contexts: tokens in sight, the whole window last.
+        losses: curve's name -> its loss with every context.
+        lost: the same names -> loss with every context but the last, minus that with the last.
+    """
+    with chart_style():
+        figure = new_figure(height=6.6)
+        upper, lower = figure.subplots(2, 1, sharex=True)
+        looks = {name: _look(*style) for name, style in arm_styles(losses).items()}
+        for name, loss in losses.items():
+            upper.plot(contexts, loss, label=name, **looks[name])
+        lower.axhline(0, color=GREY, linewidth=1)
+        for place, (name, levels) in enumerate(lost.items()):
+            apart = 0.08 * (place - (len(lost) - 1) / 2)
+            beside = np.array([*(context * 2.0**apart for context in contexts[:-1]), contexts[-1]])
+            every = [*levels, Level(0.0)]
+            loss = [level.loss for level in every]
+            lower.errorbar(beside, loss, yerr=error_bars(every), capsize=2.5, elinewidth=1.2, **looks[name])
+        upper.set(title=title, ylabel=loss_name, xscale="log")
+        lower.set(xlabel="Tokens in sight, up to the last one", ylabel=difference_name)
+        lower.set_xticks(contexts, [f"{context:,}" for context in contexts])
+        lower.xaxis.set_minor_locator(NullLocator())
+        for axes in (upper, lower):
+            axes.locator_params(axis="y", nbins=6)
+        figure.align_ylabels((upper, lower))
         legend_below(figure, upper)
     return figure
 

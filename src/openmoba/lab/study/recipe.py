@@ -44,7 +44,8 @@ sizes = ["small"]
 arms = ["last-3"]
 seeds = [0, 1]
 chart = "layers"
-beside = "pretrain"                       # compared with that stage's runs, which differ in nothing but the arm
+beside = "pretrain"                       # compared with that stage's runs, which differ in nothing but the arm,
+beside_arms = ["full", "moba"]            # with these of its arms; left out: all
 ```
 
 A stage trains sizes x arms x seeds. What is more special wins: [run], then the size, the stage, the arm.
@@ -52,8 +53,10 @@ A stage trains sizes x arms x seeds. What is more special wins: [run], then the 
 
 from __future__ import annotations
 
+import fnmatch
 import re
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -82,6 +85,7 @@ class Stage:
     after: str | None = None
     branch: str | None = None
     beside: str | None = None
+    beside_arms: tuple[str, ...] = ()
 
     def seeds_of(self, size: str, arm: str) -> tuple[int, ...]:
         """Return the seeds of one arm at one size."""
@@ -120,6 +124,22 @@ class Recipe:
     text: str
     stages: tuple[Stage, ...]
     runs: tuple[PlannedRun, ...]
+
+    def chosen(self, patterns: Sequence[str]) -> Recipe:
+        """Return this recipe with the runs whose names match one of the patterns, and those that they start from.
+
+        Raises:
+            ValueError: a pattern that matches no run.
+        """
+        names = [run.name for run in self.runs]
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(f"no run matches {pattern!r}; the runs are {', '.join(names)}")
+        wanted = {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+        for run in reversed(self.runs):  # dependencies come first
+            if run.name in wanted and run.after is not None:
+                wanted.add(run.after)
+        return replace(self, runs=tuple(run for run in self.runs if run.name in wanted))
 
 
 def read_recipe(path: Path, source: str | None = None) -> Recipe:
@@ -232,6 +252,7 @@ def _check_stage(stage: Stage, earlier: dict[str, Stage], tables: Table) -> None
     if stage.beside is not None:
         _check_names(f"{where}: beside", [stage.beside], earlier)
         _check_names(f"{where}: sizes, those of stage {stage.beside!r}", stage.sizes, earlier[stage.beside].sizes)
+        _check_names(f"{where}: beside_arms", stage.beside_arms, earlier[stage.beside].arms)
     if stage.after is not None:
         _check_names(f"{where}: after", [stage.after], earlier)
         _check_origins(stage, earlier[stage.after], where)
@@ -277,7 +298,7 @@ def _check_config(run: PlannedRun, runs: dict[str, PlannedRun]) -> None:
         config.check()
         if config.model.size not in SIZES:
             raise ValueError(f"unknown model.size {config.model.size!r}; the sizes are {', '.join(SIZES)}")
-        attention, layers = config.arm.attention(0, config.train.steps), _layers(run, runs)
+        attention, layers = config.arm.sparsest(config.train.steps), _layers(run, runs)
         if attention is not None and layers is not None:
             attention.full_layer_indices(layers)
     except ValueError as error:

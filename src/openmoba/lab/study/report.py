@@ -9,7 +9,7 @@ from pathlib import Path
 from openmoba.lab.arms import FULL
 from openmoba.lab.measure.compute import AXES, Axis
 from openmoba.lab.measure.resample import LEVEL, Interval
-from openmoba.lab.study.answers import LOSSES, answers, comparisons, slopes, sweep, use_of_context
+from openmoba.lab.study.answers import LOSSES, answers, comparisons, reach, slopes, sweep, use_of_context
 from openmoba.lab.study.candidates import standing_table, standings
 from openmoba.lab.study.charts import Chart, draw_charts
 from openmoba.lab.study.outcomes import (
@@ -27,8 +27,9 @@ from openmoba.lab.study.outcomes import (
     slope_difference,
 )
 from openmoba.lab.study.recipe import Recipe, Stage
+from openmoba.lab.train.history import RESULT_FILE
 from openmoba.records.disk import write_text
-from openmoba.records.locks import claim
+from openmoba.records.locks import CLAIM_FILE, claim
 
 REPORT_FILE = "report.md"
 
@@ -39,7 +40,8 @@ REPORTED_PARAMETERS, REPORTED_TOKENS, REPORTED_LENGTH = 545e6, 10.8e9, 32768
 def write_report(recipe: Recipe, study: Path, axis: str) -> list[Path]:
     """Draw the charts and write the report of the finished runs; returns the files, the report first.
 
-    Of several processes that finish a study together, one writes; the others return the report alone.
+    Of several processes that finish a study together, one writes; the others return the report alone, unless a run was
+    finished after that one began.
 
     Args:
         axis: compute convention of the scaling charts and the fits.
@@ -47,15 +49,28 @@ def write_report(recipe: Recipe, study: Path, axis: str) -> list[Path]:
     Raises:
         ValueError: no run is finished, or an unknown axis.
     """
+    with claim(study) as mine:
+        if mine:
+            return _write(recipe, study, axis)
+    if _newest_result(recipe, study) < (study / CLAIM_FILE).stat().st_mtime:
+        return [study / REPORT_FILE]
+    with claim(study, wait=True):
+        return _write(recipe, study, axis)
+
+
+def _write(recipe: Recipe, study: Path, axis: str) -> list[Path]:
     outcomes = read_outcomes(recipe, study)
     if not outcomes:
         raise ValueError(f"no run of {study} is finished; `openmoba study RECIPE --out {study}` trains them")
-    with claim(study) as mine:
-        if not mine:
-            return [study / REPORT_FILE]
-        charts = draw_charts(recipe, outcomes, study, axis)
-        write_text(study / REPORT_FILE, "\n".join(_report(recipe, outcomes, charts, axis, study)) + "\n")
+    charts = draw_charts(recipe, outcomes, study, axis)
+    write_text(study / REPORT_FILE, "\n".join(_report(recipe, outcomes, charts, axis, study)) + "\n")
     return [study / REPORT_FILE, *(chart.files[0] for chart in charts)]
+
+
+def _newest_result(recipe: Recipe, study: Path) -> float:
+    """When the last run was finished, in seconds since the epoch; 0 if none is."""
+    results = [study / run.name / RESULT_FILE for run in recipe.runs]
+    return max((file.stat().st_mtime for file in results if file.exists()), default=0.0)
 
 
 def fit_tables(recipe: Recipe, outcomes: Sequence[Outcome], axis: str) -> str:
@@ -97,7 +112,7 @@ def _report(
         for chart in (chart for chart in charts if chart.stage == stage):
             yield f"\n![{chart.caption}]({chart.files[0].relative_to(study)})\n\n*{chart.caption}*"
         yield from _without_trailing(stage, own)
-        for sentence in (*answers(stage, own, axis), *sweep(stage, outcomes), *use_of_context(own)):
+        for sentence in (*answers(stage, own, axis), *sweep(stage, outcomes), *use_of_context(own), *reach(own)):
             yield f"\n{sentence}"
         if stage.chart == "compare":
             yield from _candidates(own)

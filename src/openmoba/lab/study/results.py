@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openmoba.lab.arms import FULL
-from openmoba.lab.study.answers import answers, sweep, use_of_context
+from openmoba.lab.study.answers import answers, reach, sweep, use_of_context
 from openmoba.lab.study.candidates import percent, standing_table, standings, tokens_per_second
 from openmoba.lab.study.charts import FOLDER
 from openmoba.lab.study.outcomes import (
@@ -55,8 +55,11 @@ class Study:
     def figures(self, stage: Stage) -> list[Path]:
         """Return the charts that the stage asks for, as far as they are drawn."""
         ends = {"scaling": "scaling-law*", "layers": "*layerwise-hybrid", "compare": "*candidates"}
-        found = (self.folder / FOLDER).glob(f"{stage.name}-{ends.get(stage.chart, 'positions')}.png")
-        return sorted(found, key=lambda path: path.stem)
+        names = [ends.get(stage.chart, "positions"), *(["contexts"] if stage.chart not in HEADLINES else [])]
+        found = [
+            sorted((self.folder / FOLDER).glob(f"{stage.name}-{name}.png"), key=lambda p: p.stem) for name in names
+        ]
+        return [path for paths in found for path in paths]
 
 
 def read_studies(folders: Sequence[Path]) -> list[Study]:
@@ -148,7 +151,7 @@ def _experiment(study: Study, page: Path) -> Iterator[str]:
         yield from (f"- {sentence}" for axis in axes for sentence in answers(stage, runs, axis))
         yield from (f"- {sentence}" for sentence in sweep(stage, study.outcomes))
         if stage.chart in ("positions", "compare"):
-            yield from (f"- {sentence}" for sentence in use_of_context(runs))
+            yield from (f"- {sentence}" for sentence in (*use_of_context(runs), *reach(of_kind(runs, FULL))))
         yield ""
         if stage.chart == "compare":
             for own in by("size", runs).values():

@@ -30,7 +30,9 @@ POLL_SECONDS = 1.0
 Train = Callable[..., Row]
 
 
-def run_study(recipe: Recipe, study: Path, train: Train, reporter: Callable[[str], Progress]) -> int:
+def run_study(
+    recipe: Recipe, study: Path, train: Train, reporter: Callable[[str], Progress], part: Recipe | None = None
+) -> int:
     """Train every run of `recipe` that is not finished; returns how many this process worked on.
 
     A run that diverges is marked as failed, for its configuration, and the others go on: see `failures`.
@@ -39,6 +41,7 @@ def run_study(recipe: Recipe, study: Path, train: Train, reporter: Callable[[str
         study: the study's folder; runs lie in it by their names.
         train: `openmoba.lab.train.run.run_training`.
         reporter: label -> progress of what is so labelled.
+        part: the recipe with the runs that are wanted now; None wants all.
 
     Raises:
         ValueError: a run's folder holds a run of another configuration, or runs to be compared have different data
@@ -54,10 +57,11 @@ def run_study(recipe: Recipe, study: Path, train: Train, reporter: Callable[[str
     study.mkdir(parents=True, exist_ok=True)
     remove_leftovers(study)
     write_text(study / RECIPE_FILE, recipe.text)
-    clock = StudyClock(recipe, study)
+    wanted = part or recipe
+    clock = StudyClock(wanted, study)
     trained = 0
     waiting = False
-    while unfinished := _to_do(recipe, study):
+    while unfinished := _to_do(wanted, study):
         if any(_attempt(run, recipe, study, train, reporter, clock) for run in unfinished):
             trained, waiting = trained + 1, False
             continue
@@ -126,7 +130,7 @@ def check_models(recipe: Recipe) -> None:
     checked = []
     for run in recipe.runs:
         config = run.config(Path())
-        attention = config.arm.attention(0, config.train.steps)
+        attention = config.arm.sparsest(config.train.steps)
         if config.train.start_from is None and (config.model, config.data.length, attention) not in checked:
             checked.append((config.model, config.data.length, attention))
             try:

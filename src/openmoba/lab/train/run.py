@@ -116,7 +116,7 @@ def _prepare(
         _check_labels(config, data)
     if model is None:
         model = build_model(config.model, len(data.tokenizer), config.data.length, config.train.seed)
-        set_attention(model, config.arm.attention(0, config.train.steps))
+        set_attention(model, config.arm.sparsest(config.train.steps))
     _check_vocabulary(config, model, data)
     trained = [row for row in rows if row["kind"] == "train"]
     spent = (trained[-1]["seconds"], trained[-1]["compute"]["accelerator_seconds"]) if trained else (0.0, 0.0)
@@ -207,7 +207,7 @@ def _start(config: RunConfig, source: Path | str) -> Any:
             f"data.length={config.data.length} exceeds the {longest} positions of the model of {source}; shorten "
             "it, or extend the model with model.overrides (max_position_embeddings, rope_parameters)"
         )
-    set_attention(model, config.arm.attention(0, config.train.steps))
+    set_attention(model, config.arm.sparsest(config.train.steps))
     return model
 
 
@@ -226,7 +226,7 @@ def _check_model(config: RunConfig) -> None:
     A run that goes on from another run says the same model, since its records carry that name.
     """
     if config.train.start_from is None:
-        check_model(config.model, config.data.length, config.arm.attention(0, config.train.steps))
+        check_model(config.model, config.data.length, config.arm.sparsest(config.train.steps))
         return
     start = Path(config.train.start_from)
     if not is_run(start):

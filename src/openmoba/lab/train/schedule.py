@@ -12,6 +12,7 @@ _MAY_CHANGE = (
     "train.decay",
     "train.final_learning_rate",
     "arm.switch_at",
+    "arm.warm_start",
     "eval.every",
     "eval.count",
 )
@@ -48,10 +49,15 @@ def check_lengthening(stored: RunConfig, wanted: RunConfig, done: int) -> None:
                 f"{before.warmup * before.steps / after.steps:.4g} for as many steps of warm-up; or start a new one "
                 "with train.start_from"
             )
-    if min(done, stored.arm.switch_step(before.steps)) != min(done, wanted.arm.switch_step(after.steps)):
+    trained = [
+        range(steps.start, min(done, steps.stop))
+        for steps in (stored.arm.moba_steps(before.steps), wanted.arm.moba_steps(after.steps))
+    ]
+    if trained[0] != trained[1]:
         raise ValueError(
-            f"{said}, so the attention would have been switched at another step; give the arm.switch_at that says the "
-            f"same, {stored.arm.switch_step(before.steps) / after.steps:.4g}"
+            f"{said}, so the attention would have been switched at another step; give the shares that say the same, "
+            f"arm.switch_at={stored.arm.switch_step(before.steps) / after.steps:.4g} "
+            f"arm.warm_start={stored.arm.warm_start * before.steps / after.steps:.4g}"
         )
     unmeasured = {step for step in wanted.evaluation_steps if step <= done} - {*stored.evaluation_steps}
     if unmeasured:

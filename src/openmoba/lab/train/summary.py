@@ -14,7 +14,7 @@ from openmoba.lab.config import RunConfig
 from openmoba.lab.data.load import Data
 from openmoba.lab.measure.compute import Shape
 from openmoba.lab.progress import duration
-from openmoba.lab.train.plan import SHARE, in_bf16, matrix_rate, plan_of
+from openmoba.lab.train.plan import SHARE, in_bf16, matrix_rate, plan_of, this_device
 from openmoba.ops.api import explain
 from openmoba.records.provenance import cpu_name
 
@@ -43,7 +43,7 @@ def summary_of(config: RunConfig, folder: Path, trainer: Any, data: Data) -> str
 def plan_text(config: RunConfig) -> str:
     """Say what a dry run does: parameters, tokens, compute by convention, about how much memory and time."""
     plan, train, evaluations = plan_of(config), config.train, len(config.evaluation_steps)
-    rate = matrix_rate(in_bf16(config))
+    rate, share = matrix_rate(in_bf16(config)), SHARE[this_device()]
     compute = ", ".join(f"{name} {value:.3g}" for name, value in plan.compute.items())
     rows = {
         "model": f"{config.model.family} {config.model.size}, {parameters(plan.shape)}, "
@@ -55,7 +55,7 @@ def plan_text(config: RunConfig) -> str:
         "compute": f"{compute} PFLOP/s-days",
         "memory": f"about {gigabytes(plan.memory)} on one device, {gigabytes(plan.activations)} of it activations of "
         "eager layers",
-        "time": f"about {duration(plan.work / (SHARE * rate))} on this machine, if training reaches {SHARE:.0%} of the "
+        "time": f"about {duration(plan.work / (share * rate))} on this machine, if training reaches {share:.0%} of the "
         f"{rate / 1e12:.3g} TFLOP/s that matrices reach here",
     }
     return _described(rows)
@@ -81,7 +81,7 @@ def device_name(device: torch.device) -> str:
 def _attention_path(config: RunConfig, shape: Shape, model: Any, args: Any) -> str:
     """Say what the run's layers attend with, and what of ours that runs."""
     arm, steps = config.arm, config.train.steps
-    attention, said = arm.attention(0, steps), arm.describe(shape.layers, steps)
+    attention, said = arm.sparsest(steps), arm.describe(shape.layers, steps)
     return said if attention is None or arm.kind is FULL else f"{said}; {_path(attention, shape, model, args)}"
 
 

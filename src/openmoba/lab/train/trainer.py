@@ -22,7 +22,8 @@ from openmoba.lab.config import RunConfig
 from openmoba.lab.data.windows import IGNORED, TrainingWindows, Windows
 from openmoba.lab.errors import DivergenceError
 from openmoba.lab.measure.compute import Shape, training_compute
-from openmoba.lab.measure.evaluate import autocast, summary, window_losses
+from openmoba.lab.measure.evaluate import autocast, measure
+from openmoba.lab.measure.losses import window_losses
 from openmoba.lab.model.build import set_attention
 from openmoba.lab.model.checkpoint import prune, seal
 from openmoba.lab.model.compile import compile_or_stay_eager
@@ -247,17 +248,11 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         model = self.model_wrapped
         model.eval()
         with autocast(self.args.device, self.args.bf16):
-            losses = window_losses(model, self.valid, self.config.eval.batch_size, self.args.device)
-        row = summary(
-            *losses,
-            self.valid,
-            self.config.trailing,
-            self.config.position_range,
-            each_window=self.state.global_step == self.config.train.steps,
-        )
+            last = self.state.global_step == self.config.train.steps
+            row = measure(model, self.valid, self.config, self.args.device, each_window=last)
         self.record({"kind": "eval", **row})
-        last = "" if row["trailing_loss"] is None else f", last {row['trailing']:,} tokens {row['trailing_loss']:.4f}"
-        self.progress.note(f"step {self.state.global_step:,}: held-out loss {row['lm_loss']:.4f}{last}")
+        tail = "" if row["trailing_loss"] is None else f", last {row['trailing']:,} tokens {row['trailing_loss']:.4f}"
+        self.progress.note(f"step {self.state.global_step:,}: held-out loss {row['lm_loss']:.4f}{tail}")
         logs = {f"eval_{name}": row[name] for name in ("lm_loss", "trailing_loss") if row[name] is not None}
         self.log(dict(logs))
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics=logs)

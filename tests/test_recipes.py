@@ -1,0 +1,107 @@
+"""The recipes that come with the project: what they say, the regime of the study, and that the demo fits its time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from openmoba.lab.arms import ArmConfig
+from openmoba.lab.model.build import SIZES
+from openmoba.lab.study.recipe import PlannedRun, read_recipe
+from openmoba.lab.train.plan import planned_shape
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+STUDY = [path for path in RECIPES if path.stem != "demo"]
+
+
+def configs(name: str) -> dict[str, PlannedRun]:
+    recipe = read_recipe(next(path for path in RECIPES if path.stem == name))
+    return {run.name: run for run in recipe.runs}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_valid_and_truly_sparse(path: Path) -> None:
+    recipe = read_recipe(path)
+    assert {stage.chart for stage in recipe.stages} & {"scaling", "layers", "compare", "positions"}
+    for run in recipe.runs:
+        config = run.config(Path("study"))
+        assert config.arm.top_k < config.data.length // config.arm.block_size / 2, run.name
+        assert config.data.length % config.arm.block_size == 0
+        attention, layers = config.arm.attention(0, config.train.steps), SIZES[config.model.size].layers
+        if config.arm.name == "hybrid":
+            assert 0 < len(attention.full_layer_indices(layers)) < layers
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_arms_of_a_stage_and_size_differ_in_attention_alone(path: Path) -> None:
+    """Over the number of full layers in their number alone; elsewhere blocks may differ, too."""
+    groups: dict[tuple[str, str, int], set[str]] = {}
+    for run in read_recipe(path).runs:
+        config = run.config(Path("study"))
+        same = replace(config, arm=ArmConfig(), train=replace(config.train, start_from=None))
+        sparsity = (config.arm.block_size, config.arm.top_k) if run.stage.chart == "layers" else None
+        groups.setdefault((run.stage.name, run.size, run.seed), set()).add(repr((same, sparsity)))
+    assert all(len(variants) == 1 for variants in groups.values())
+
+
+@pytest.mark.parametrize("path", STUDY, ids=lambda path: path.stem)
+def test_the_study_keeps_to_one_regime(path: Path) -> None:
+    """32K windows one by one, QK norm, a rotary base of 1e6, 4 epochs at most, and the stated learning rate."""
+    windows = 952 if "novels" in path.stem else 3755  # results/corpus/kernel.txt
+    for run in read_recipe(path).runs:
+        config, stage = run.alone(), run.stage.name
+        train, rate = config.train, 0.96 / SIZES[config.model.size].hidden
+        assert (config.data.length, config.data.vocab_size, train.batch_size) == (32768, 4096, 1)
+        assert (config.model.family, config.model.overrides) == ("qwen3", {"rope_parameters.rope_theta": 1e6})
+        assert 2e6 < planned_shape(config).non_embedding < 33e6
+        assert train.steps <= 4 * windows
+        if stage == "finetune":
+            assert (train.steps, train.learning_rate) == (0.05 * 4300, pytest.approx(rate / 10))
+        elif stage != "short":
+            assert train.steps >= 3000, "models of this regime look back after 1,200 to 2,300"
+            assert train.learning_rate == rate or stage in ("sweep", "context"), run.name
+
+
+def test_the_ladder_and_the_layers_have_their_arms() -> None:
+    ladder = {(run.size, run.arm) for run in configs("chart-b").values() if run.stage.chart == "scaling"}
+    arms = ("full", "moba", "last-2-keys", "full-keys")
+    assert ladder == {(size, arm) for size in ("2m", "5m", "9m", "17m", "32m") for arm in arms}
+    for name in ("pretrain", "finetune"):
+        found = [run.alone().arm for run in configs("chart-a").values() if run.stage.name == name and run.seed == 0]
+        layers = [len(arm.attention(0, 1).full_layer_indices(12)) if arm.name != "full" else 12 for arm in found]
+        assert sorted(layers) == [0, 1, 3, 5, 10, 12]
+
+
+def test_candidates_read_as_many_keys_or_are_as_sparse_as_the_reports_setting() -> None:
+    runs = configs("candidates").values()
+    for run in runs:
+        arm = run.alone().arm
+        if run.stage.name == "granularity":
+            assert run.arm == f"{arm.top_k}-{32768 // arm.block_size}"
+            assert arm.top_k * arm.block_size == 3 * 512
+        elif arm.name != "full":
+            assert (arm.top_k - 1) * arm.block_size == 2 * 512, run.name
+    for arm in ("full", "moba", "full-keys", "last-2-keys"):
+        assert {run.seed for run in runs if run.arm == arm} == {0, 1, 2}
+
+
+def test_demo_needs_no_download_and_few_tokens() -> None:
+    runs = [run.config(Path("study")) for run in configs("demo").values()]
+    assert {run.data.source for run in runs} == {"stdlib"}
+    assert {run.data.tokenizer for run in runs} == {"bpe"}
+    assert sum(run.tokens for run in runs) <= 6_500_000, "measured: two cores train some 11,000 tokens/s of these"
+
+
+def test_demo_draws_both_charts() -> None:
+    runs = configs("demo")
+    scaling = [run for run in runs.values() if run.stage.chart == "scaling"]
+    assert {(run.size, run.arm) for run in scaling} == {
+        (size, arm) for size in ("nano", "micro", "tiny") for arm in ("full", "moba")
+    }
+    layers = {run.arm: run.after for run in runs.values() if run.stage.chart == "layers"}
+    assert layers == {
+        "full": "pretrain/tiny-full-seed0",
+        **dict.fromkeys(("moba", "last-1", "last-2", "last-3"), "pretrain/tiny-moba-seed0"),
+    }
