@@ -73,7 +73,11 @@ def measure(work: Work, device: torch.device) -> Measurement:
     gc.collect()  # else a collection during the call might free what was there before, and count as its memory
     times_ms = _event_times if device.type == "cuda" else _wall_times
     peaks = _Peaks(device)
-    (first_ms,) = times_ms(lambda: peaks.watch(work), 1)
+    if device.type == "cuda":
+        (first_ms,) = times_ms(lambda: peaks.watch(work), 1)
+    else:
+        peaks.watch(work)  # apart, since the system takes its time to tell
+        (first_ms,) = times_ms(work.run, 1)
     samples = [first_ms]
     if first_ms < SLOW_MS or device.type != "cuda":
         samples = times_ms(work.run, min(MOST, max(FEWEST, int(SECONDS * 1000 / first_ms))))
