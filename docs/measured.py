@@ -5,7 +5,6 @@ Every table takes the root of the repository, and is empty where the rows are no
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -198,31 +197,21 @@ def longest(root: Path, machine: str) -> str:
 
 def attention_cpu(root: Path) -> str:
     """Write MoBA and causal SDPA on a CPU, forward and backward."""
-    path = root / "results" / "cpu" / "attention.csv"
-    if not path.exists():
+    file = "results/cpu/attention.csv"
+    rows = [row for row in _newest_rows(root, file) if (row.contender, row.passes) == ("moba", PASSES[1])]
+    rows = [row for row in rows if row.tokens >= CPU_TOKENS]
+    if not rows:
         return ""
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["pass"] == "forward+backward"]
-    dense = {(row["dtype"], row["tokens"]): row for row in rows if row["implementation"] == "sdpa"}
     cells = [
-        (
-            row["dtype"],
-            f"{row['block_size']} / {row['top_k']}",
-            length_name(int(row["tokens"])),
-            _number(float(row["p50_ms"])),
-            _number(float(dense[row["dtype"], row["tokens"]]["p50_ms"])),
-            f"{float(row['ratio']):.1f}x",
-        )
+        (row.dtype, f"{row.block_size} / {row.top_k}", length_name(row.tokens), _ms(row), _dense_ms(row), _speedup(row))
         for row in rows
-        if row["implementation"] == "moba" and int(row["tokens"]) >= CPU_TOKENS
     ]
-    last = rows[-1]
     head = ("dtype", "block / top-k", "tokens", "MoBA", "causal SDPA", "speed-up")
+    first = rows[0]
     origin = (
-        f"{last['cpu']}, {last['threads']} threads, batch 1, {last['heads']} heads, width {last['width']}, causal. "
-        f"Medians in ms of forward and backward. Commit {short_commit(last['commit'])}, torch {last['torch']}: "
-        f"{_source('results/cpu/attention.csv')}; [benchmarks/README.md](../benchmarks/README.md) also has shorter "
-        "lengths, the forward alone, and memory.\n"
+        f"{first.device}, batch 1, {first.heads} heads, width {first.head_dim}, causal. Medians in ms of forward and "
+        f"backward. Commit {commits(rows)}, torch {first.torch}: {_source(file)}, which also has shorter lengths and "
+        "the forward alone.\n"
     )
     return _table(head, cells, origin)
 

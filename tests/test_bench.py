@@ -128,6 +128,23 @@ def test_not_finite_results_are_no_measurement() -> None:
         timing.measure(timing.Work(lambda: torch.tensor([0.0, torch.nan])), CPU)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the system says how much memory a process takes")
+def test_memory_on_a_cpu_is_that_of_each_pass() -> None:
+    """2**22 floats are 16.8 MB: one tensor forward, and backward the gradient of the output's copy."""
+    x = torch.zeros(2**22, requires_grad=True)
+    found = timing.measure(timing.Work(lambda: 2 * x, (x,), torch.ones(2**22)), CPU)
+    assert found.forward_mb == pytest.approx(16.8, abs=4)
+    assert found.backward_mb == pytest.approx(16.8, abs=4)
+
+
+def test_attention_with_mobas_mask_is_mobas() -> None:
+    case = replace(SMALL, tokens=100)
+    inputs = make_inputs(case, CPU)
+    selected = openmoba.moba_select(inputs.q, inputs.k, block_size=case.block_size, top_k=case.top_k)
+    masked, moba = (contenders.CONTENDERS[name].build(case, inputs, selected)() for name in ("sdpa_mask", "moba"))
+    torch.testing.assert_close(masked, moba, rtol=1e-4, atol=1e-5)
+
+
 def test_collecting_garbage_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, too: it happens before the first timed call, which decides how many there are."""
     monkeypatch.setattr(timing.gc, "collect", lambda: time.sleep(0.3))

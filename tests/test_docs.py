@@ -173,13 +173,10 @@ def test_tables_follow_their_files(tmp_path: Path) -> None:
     assert "| llama 14m | yes | 32K, 2.0 s | 32K+, 2.0 s |\n" in table("longest_h200")
     assert "was not tried" in table("longest_h200")
     path = tmp_path / "results" / "cpu" / "attention.csv"
-    path.parent.mkdir()
-    path.write_text(
-        "implementation,dtype,tokens,heads,width,block_size,top_k,pass,p50_ms,ratio,threads,torch,cpu,commit\n"
-        "sdpa,float32,16384,8,64,,,forward+backward,300,1,2,2,a CPU,c\n"
-        "moba,float32,16384,8,64,128,8,forward,20,4,2,2,a CPU,c\n"
-        "moba,float32,16384,8,64,128,8,forward+backward,75.2,4,2,2,a CPU,c\n"
-    )
+    on_cpu = replace(GRIDS["cpu"][1], tokens=2**14)
+    for contender, ms in (("sdpa", 300.0), ("moba", 75.2)):
+        times = {"dense_ms": 300.0, "speedup": 4.0} if contender == "moba" else {}
+        append_row(path, Row.of(contender, on_cpu, p50_ms=ms, commit="c", **times, **origin))
     assert "| float32 | 128 / 8 | 16K | 75.2 | 300 | 4.0x |" in table("attention_cpu")
 
 

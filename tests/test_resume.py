@@ -16,7 +16,7 @@ from tiny import tiny_config
 
 from openmoba import cli
 from openmoba.lab.arms import ArmConfig
-from openmoba.lab.config import EvalConfig, RunConfig, TrainConfig
+from openmoba.lab.config import EvalConfig, RunConfig, TrainConfig, stored_config
 from openmoba.lab.data import load as data_module
 from openmoba.lab.errors import DivergenceError
 from openmoba.lab.measure.evaluate import evaluate_source
@@ -272,6 +272,25 @@ def test_a_gradient_that_is_no_number_is_divergence(
     with pytest.raises(DivergenceError, match=r"the gradient was not a finite number at step 2.*lower train\.learning"):
         run_training(config, tmp_path / "run")
     assert disk.read(tmp_path / "run" / "metrics.jsonl") == []
+
+
+def test_a_run_that_diverges_keeps_its_settings(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before its first record, too: the bare command is about that run, and options change its settings."""
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(RunTrainer, "_clip_grad_norm", lambda *_: torch.tensor(torch.nan))
+        with pytest.raises(DivergenceError):
+            run_training(config, folder)
+        assert cli.main(["train", str(folder)]) == 2
+    assert "the gradient was not a finite number at step 2" in capsys.readouterr().err
+    assert stored_config(folder) == config
+    assert cli.main(["runs", str(folder)]) == 0
+    assert "failed" in capsys.readouterr().out
+    assert cli.main(["train", str(folder), "--train.learning-rate", "1e-4"]) == 0
+    assert stored_config(folder) == replace(config, train=replace(config.train, learning_rate=1e-4))
+    assert not (folder / "failed.json").exists()
 
 
 CONSTANT = {"schedule": "wsd", "decay": 0.0, "warmup": 0.0}

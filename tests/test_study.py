@@ -16,7 +16,7 @@ import pytest
 from synthetic_study import RECIPE, train
 
 from openmoba import cli
-from openmoba.lab.config import RunConfig
+from openmoba.lab.config import RunConfig, to_dict
 from openmoba.lab.errors import DivergenceError, Terminated
 from openmoba.lab.progress import Progress
 from openmoba.lab.study import report
@@ -296,7 +296,9 @@ def test_a_run_that_diverges_is_marked_and_the_study_goes_on(
         tried.append(folder.name)
         if config.train.learning_rate > 1:
             disk.append(folder / "metrics.jsonl", {"kind": "train", "step": 1})
-            raise DivergenceError("the gradient was not a finite number at step 2; lower train.learning_rate=1e+30")
+            error = DivergenceError("the gradient was not a finite number at step 2; lower train.learning_rate=1e+30")
+            disk.write_json(folder / "failed.json", {"reason": str(error), "config": to_dict(config)})
+            raise error
         return train(config, folder)
 
     monkeypatch.setattr("openmoba.lab.train.run.run_training", diverge)

@@ -13,7 +13,7 @@ import torch
 
 import openmoba
 from openmoba.bench.cases import GRIDS, Case
-from openmoba.bench.contenders import CONTENDERS, LONGEST_QUADRATIC
+from openmoba.bench.contenders import CONTENDERS
 from openmoba.bench.inputs import Inputs, first_block_share, make_inputs
 from openmoba.bench.machine import Machine, failure, say
 from openmoba.bench.rows import append_row, read_rows
@@ -154,8 +154,7 @@ def _tasks(cases: list[Case], names: list[str]) -> Iterator[tuple[str, Case]]:
         for case in cases:
             for name in names:
                 contender = CONTENDERS[name]
-                quadratic = contender.kind != "moba"
-                if (contender.kind == "mask") == last and not (quadratic and case.tokens > LONGEST_QUADRATIC):
+                if (contender.kind == "mask") == last and case.tokens <= (contender.longest or case.tokens):
                     yield name, case
 
 

@@ -88,8 +88,9 @@ _FULL = (
     *(Case(32 * _K, block, top_k, dtype="float16") for block, top_k in ((128, 8), (512, 3))),
 )
 _CPU = tuple(
-    Case(tokens * _K, block, top_k, head_dim=64, heads=8, kv_heads=8, dtype="float32", passes=passes)
-    for tokens in (4, 8, 16, 32)
+    Case(tokens * _K, block, top_k, head_dim=64, heads=8, kv_heads=8, dtype=dtype, passes=passes)
+    for dtype in ("float32", "bfloat16")
+    for tokens in (2, 4, 8, 16, 32)
     for block, top_k in ((128, 8), (512, 3))
     for passes in PASSES
 )

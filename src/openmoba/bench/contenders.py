@@ -20,11 +20,9 @@ from torch.nn.functional import scaled_dot_product_attention
 import openmoba
 from openmoba.bench.cases import Case
 from openmoba.bench.inputs import Inputs
+from openmoba.ops.reference import attention_mask
 
 Call = Callable[[], Tensor]
-
-LONGEST_QUADRATIC = 2**18
-"""Tokens up to which contenders are timed whose time grows with the square of the length."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,7 @@ class Contender:
         build: case, inputs and (for "mask") the chosen blocks -> the call to time.
         module: what must be importable.
         version: of the library, as recorded.
+        longest: tokens up to which it is timed; None for no limit.
     """
 
     label: str
@@ -47,6 +46,7 @@ class Contender:
     build: Callable[[Case, Inputs, Tensor | None], Call]
     module: str
     version: Callable[[], str]
+    longest: int | None = 2**18  # time that grows with the square of the length
 
     def missing(self, device: torch.device) -> str | None:
         """Say why it cannot run on this machine; None if it can."""
@@ -82,6 +82,19 @@ def _sdpa(backend: SDPBackend | None) -> Callable[[Case, Inputs, Tensor | None],
         return call
 
     return build
+
+
+def _sdpa_mask(case: Case, inputs: Inputs, selected_BTHR: Tensor | None) -> Call:
+    """Make SDPA that is given MoBA's mask; neither the choice nor the mask is timed."""
+    assert selected_BTHR is not None
+    mask = attention_mask(selected_BTHR, case.tokens, case.block_size)
+    grouped = case.heads != case.kv_heads
+
+    def call() -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).transpose(1, 2)
+
+    return call
 
 
 def _fa4(_: Case, inputs: Inputs, __: Tensor | None) -> Call:
@@ -146,11 +159,12 @@ CONTENDERS = {
     "fa4": Contender(
         "FlashAttention 4", "dense", ("cuda",), _fa4, "flash_attn.cute", _package("flash-attn-4", "flash-attn")
     ),
-    "moba": Contender("openmoba", "moba", ("cuda", "cpu"), _moba, "torch", _openmoba),
+    "moba": Contender("openmoba", "moba", ("cuda", "cpu"), _moba, "torch", _openmoba, None),
     "flash_moba": Contender(
-        "FlashMoBA", "moba", ("cuda",), _flash_moba, "flash_moba", _package("flash-moba", "flash_moba")
+        "FlashMoBA", "moba", ("cuda",), _flash_moba, "flash_moba", _package("flash-moba", "flash_moba"), None
     ),
     "flex": Contender("FlexAttention, same choice", "mask", ("cuda",), _flex, "torch", _torch),
+    "sdpa_mask": Contender("SDPA, same choice", "mask", ("cpu",), _sdpa_mask, "torch", _torch, 2**12),
 }
 """Name -> contender. Dense ones come first, so that a row can say how it compares with the best of them."""
 

@@ -12,7 +12,7 @@ import torch
 
 import openmoba
 from openmoba.bench.timing import matrix_tflops
-from openmoba.records.provenance import provenance
+from openmoba.records.provenance import device_name, provenance
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Machine:
         source = provenance()
         on_gpu = self.device.type == "cuda"
         self.machine = {
-            "device": torch.cuda.get_device_name(self.device) if on_gpu else source["hardware"]["cpu"],
+            "device": device_name(self.device),
             "power_limit_w": _power_limit(self.device) if on_gpu else None,
             "torch": torch.__version__,
             "triton": source["versions"].get("triton"),

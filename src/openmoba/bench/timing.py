@@ -2,16 +2,19 @@
 
 The first call compiles, loads and plans, and is not timed. Before each timed call a buffer larger than the L2 cache is
 overwritten, so that no call finds its inputs there. Calls are launched one after another without waiting, as in a
-model; a call of a second or more is timed once.
+model; a call of a second or more is timed once, on a CPU three times, since other work may disturb it there.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -45,7 +48,8 @@ class Work:
 class Measurement:
     """Quantiles of the time in ms; peak memory of each pass above what the pass began with, in MB (10^6 bytes).
 
-    The memory is None where there is no such pass, and without a GPU.
+    The memory is None where there is no such pass, and on a CPU where the system does not tell. On a CPU it is that of
+    the process.
     """
 
     p20_ms: float
@@ -69,9 +73,13 @@ def measure(work: Work, device: torch.device) -> Measurement:
     gc.collect()  # else a collection during the call might free what was there before, and count as its memory
     times_ms = _event_times if device.type == "cuda" else _wall_times
     peaks = _Peaks(device)
-    (first_ms,) = times_ms(lambda: peaks.watch(work), 1)
+    if device.type == "cuda":
+        (first_ms,) = times_ms(lambda: peaks.watch(work), 1)
+    else:
+        peaks.watch(work)  # apart, since the system takes its time to tell
+        (first_ms,) = times_ms(work.run, 1)
     samples = [first_ms]
-    if first_ms < SLOW_MS:
+    if first_ms < SLOW_MS or device.type != "cuda":
         samples = times_ms(work.run, min(MOST, max(FEWEST, int(SECONDS * 1000 / first_ms))))
     forward_mb, backward_mb = (*peaks.megabytes, None, None)[:2]
     return Measurement(*quantiles(samples), len(samples), forward_mb, backward_mb)
@@ -92,7 +100,7 @@ def matrix_tflops(dtype: torch.dtype, device: torch.device) -> float:
 
 
 class _Peaks:
-    """Peak device memory of each pass above what it began with; the allocator's counts need no waiting."""
+    """Peak memory of each pass above what it began with; the counts of the GPU's allocator need no waiting."""
 
     def __init__(self, device: torch.device) -> None:
         self.megabytes: list[float] = []
@@ -100,7 +108,7 @@ class _Peaks:
 
     def watch(self, work: Work) -> None:
         """Run `work` and note its peaks."""
-        if self._device.type != "cuda":
+        if self._device.type != "cuda" and platform.system() != "Linux":
             work.run()
             return
         self._begin()
@@ -108,12 +116,24 @@ class _Peaks:
         self._mark()
 
     def _mark(self) -> None:
-        self.megabytes.append((torch.cuda.max_memory_allocated(self._device) - self._start) / MB)
+        on_gpu = self._device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self._device) if on_gpu else _process_bytes("VmHWM")
+        self.megabytes.append((peak - self._start) / MB)
         self._begin()
 
     def _begin(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self._device)
-        self._start = torch.cuda.memory_allocated(self._device)
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._start = torch.cuda.memory_allocated(self._device)
+            return
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        self._start = _process_bytes("VmRSS")
+
+
+def _process_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def _event_times(call: Callable[[], object], samples: int) -> list[float]:

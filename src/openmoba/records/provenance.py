@@ -49,6 +49,14 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
+def device_name(device: torch.device) -> str:
+    """Name the GPU, or the processor with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
 def _commit() -> str | None:
     """Return the commit of the checkout this package runs from, with "+changes" if it differs from it."""
     package = Path(__file__).parents[1]

@@ -39,7 +39,7 @@ def run_study(
 
     Args:
         study: the study's folder; runs lie in it by their names.
-        train: `openmoba.lab.train.run.run_training`.
+        train: `openmoba.lab.train.run.run_training`, which leaves failed.json in the folder of a run that diverges.
         reporter: label -> progress of what is so labelled.
         part: the recipe with the runs that are wanted now; None wants all.
 
@@ -219,7 +219,6 @@ def _attempt(
         try:
             train(config, folder, progress=shown, known=known_data(run, recipe, study))
         except DivergenceError as error:
-            write_json(folder / FAILED_FILE, {"reason": str(error), "config": to_dict(config)})
             progress.note(f"{run.name} failed: {error}")
             return True
         clock.finish(run)

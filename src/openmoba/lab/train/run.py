@@ -5,6 +5,7 @@ data.json       what it trains on: digests of documents and tokenizer, written w
 metrics.jsonl   records of training and evaluation
 checkpoint-*/   weights, tokenizer, and the state to resume from
 result.json     the outcome, written last: a run that has one is finished
+failed.json     instead of it, why a run diverged, and with which settings
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from typing import Any
 from openmoba.lab.config import RunConfig, changes, is_run, stored_config, to_dict
 from openmoba.lab.data.identity import IDENTITY_FILE, OTHER_DOCUMENTS, Known, known_of_run, stored_identity
 from openmoba.lab.data.load import Data, load_data, validation_windows
-from openmoba.lab.errors import Terminated, on_sigterm
+from openmoba.lab.errors import DivergenceError, Terminated, on_sigterm
 from openmoba.lab.model.build import build_model, check_model, load_model, model_folder, set_attention
 from openmoba.lab.model.checkpoint import checkpoint_step, checkpoints, newest_checkpoint, prune
 from openmoba.lab.progress import Progress
 from openmoba.lab.train.clock import median_speed
-from openmoba.lab.train.history import METRICS_FILE, RESULT_FILE, history, history_until, read_result
+from openmoba.lab.train.history import FAILED_FILE, METRICS_FILE, RESULT_FILE, history, history_until, read_result
 from openmoba.lab.train.schedule import check_lengthening
 from openmoba.lab.train.summary import summary_of
 from openmoba.records import disk
@@ -138,6 +139,7 @@ def _begun(config: RunConfig, data: Data, folder: Path) -> Iterator[None]:
     """Keep settings and data on the disk for the body of the `with`, and after it unless nothing came of it.
 
     A start that fails before its first record leaves what was there: settings that failed are no defaults of the next.
+    But for divergence, which is the outcome of these settings: they stay, with what happened in failed.json.
     """
     files = {folder / "config.json": to_dict(config), folder / IDENTITY_FILE: dict(data.identity)}
     begun = disk.has_begun(folder)
@@ -148,8 +150,13 @@ def _begun(config: RunConfig, data: Data, folder: Path) -> Iterator[None]:
             files.popitem()
         for path, content in files.items():
             disk.write_json(path, content)
+        (folder / FAILED_FILE).unlink(missing_ok=True)
     try:
         yield
+    except DivergenceError as error:
+        if _is_first():
+            disk.write_json(folder / FAILED_FILE, {"reason": str(error), "config": to_dict(config)})
+        raise
     except Exception:
         if _is_first() and not begun and not disk.has_begun(folder):
             disk.restore(before)

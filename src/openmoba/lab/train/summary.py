@@ -16,7 +16,7 @@ from openmoba.lab.measure.compute import Shape
 from openmoba.lab.progress import duration
 from openmoba.lab.train.plan import SHARE, in_bf16, matrix_rate, plan_of, this_device
 from openmoba.ops.api import explain
-from openmoba.records.provenance import cpu_name
+from openmoba.records.provenance import device_name
 
 
 def summary_of(config: RunConfig, folder: Path, trainer: Any, data: Data) -> str:
@@ -68,14 +68,6 @@ def _described(rows: dict[str, str]) -> str:
 def parameters(shape: Shape) -> str:
     """Write a model's parameters in words."""
     return f"{short(shape.total)} parameters ({short(shape.non_embedding)} without embeddings)"
-
-
-def device_name(device: torch.device) -> str:
-    """Name the GPU, or the processor with its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _attention_path(config: RunConfig, shape: Shape, model: Any, args: Any) -> str:
