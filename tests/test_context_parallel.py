@@ -15,7 +15,8 @@ from ranks import checked
 from trainer_checks import CASES
 from transformers import Trainer
 
-from openmoba.hf.context_parallel import ContextParallel, sequence_mesh
+from openmoba.hf.context_parallel import ContextParallel
+from openmoba.hf.meshes import sequence_mesh
 
 
 @pytest.fixture(scope="module")

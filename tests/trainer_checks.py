@@ -146,7 +146,7 @@ def split(name: str) -> None:
 
 def refusals() -> None:
     """One sentence with the way out, before anything is trained."""
-    refuses("of 2 processes that leaves 2; start a multiple of 3", context_parallel=3)
+    refuses("do not divide the 2 that there are; start a multiple of 3", context_parallel=3)
     refuses("attn_implementation='sdpa' does not know", made=configure(model(), None))
     refuses("compute_metrics needs logits", compute_metrics=print)
     refuses("leave compute_loss_func and label", label_smoothing_factor=0.1)

@@ -33,6 +33,12 @@ def explain(error: Exception) -> str | None:
             f"out of memory{f' ({said})' if said else ''}; take smaller batches (train.micro_batch_size, "
             "eval.batch_size), train.gradient_checkpointing, a shorter data.length or a smaller model"
         )
+    if _is_lost_process(error):
+        said = str(error).strip().partition("\n")[0][-200:]
+        return (
+            f"another process has ended, or does not answer ({said}); see what it said, and start all of them again: a "
+            "run goes on from its last checkpoint"
+        )
     if isinstance(error, OverflowError):
         return f"a number is too large ({error}); give a smaller one"
     if isinstance(error, ImportError) and not (error.name or "").startswith("openmoba"):
@@ -62,6 +68,13 @@ def _is_out_of_memory(error: Exception) -> bool:
     if not isinstance(error, RuntimeError):
         return False
     return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _is_lost_process(error: Exception) -> bool:
+    """Tell whether a collective failed for want of another process, for which NCCL has a class and gloo has words."""
+    lost = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
+    words = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+    return isinstance(error, RuntimeError) and (lost or any(word in str(error) for word in words))
 
 
 def _library(error: Exception) -> str | None:

@@ -18,9 +18,9 @@ from inspect import signature
 from typing import Any
 
 from torch import Tensor, distributed
-from torch.distributed.device_mesh import init_device_mesh
 from transformers import Trainer
 
+from openmoba.hf.meshes import same_batches, sequence_mesh
 from openmoba.hf.settings import NAME
 from openmoba.hf.shards import shard_inputs
 from openmoba.parallel import sharded
@@ -45,13 +45,15 @@ class ContextParallel:
         trainer: Any = self
         config = getattr(trainer.accelerator, "parallelism_config", None)
         self._meshed_by_accelerate = config is not None and config.cp_size > 1
+        self._sequence_mesh: Any = None
         self._context_group: Any = None
         if self._meshed_by_accelerate or context_parallel > 1:
             _check_trainer(trainer)
-            self._context_group = self._mesh(config, context_parallel)["cp"].get_group()
+            self._sequence_mesh = self._mesh(config, context_parallel)
+            self._context_group = self._sequence_mesh["cp"].get_group()
 
     def _mesh(self, config: Any, context_parallel: int) -> Any:
-        """Return accelerate's mesh, or make one on CPU and have accelerate's loaders read it."""
+        """Return accelerate's mesh, or make one on CPU."""
         accelerator = self.accelerator  # type: ignore[attr-defined]
         if not self._meshed_by_accelerate and (config is not None or accelerator.device.type != "cpu"):
             raise ValueError(
@@ -62,15 +64,23 @@ class ContextParallel:
             raise ValueError(
                 f"ParallelismConfig(cp_size={config.cp_size}) needs FSDP2 on CUDA; give TrainingArguments fsdp=True too"
             )
-        if not self._meshed_by_accelerate:
-            accelerator.state.device_mesh = sequence_mesh(context_parallel, "cpu")
-        return accelerator.torch_device_mesh
+        return accelerator.torch_device_mesh if self._meshed_by_accelerate else sequence_mesh(context_parallel, "cpu")
 
     def get_cp_size(self) -> int:
         """Return how many processes share a sequence."""
         if self._context_group is None or self._meshed_by_accelerate:
             return int(super().get_cp_size())  # type: ignore[misc]
         return distributed.get_world_size(self._context_group)
+
+    def get_train_dataloader(self) -> Any:
+        """Return Trainer's, of which the processes of a sequence get the same batches."""
+        with same_batches(self.accelerator, self._sequence_mesh):  # type: ignore[attr-defined]
+            return super().get_train_dataloader()  # type: ignore[misc]
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Return Trainer's, of which the processes of a sequence get the same batches."""
+        with same_batches(self.accelerator, self._sequence_mesh):  # type: ignore[attr-defined]
+            return super().get_eval_dataloader(*args, **kwargs)  # type: ignore[misc]
 
     def _prepare_context_parallel_inputs(
         self, model: Any, inputs: dict[str, Any]
@@ -108,26 +118,6 @@ class ContextParallel:
         if self._context_group is not None:
             raise ValueError("no process has the logits of whole sequences; predict without context parallelism")
         return super().predict(*args, **kwargs)  # type: ignore[misc]
-
-
-def sequence_mesh(ranks: int, device: str) -> Any:
-    """Make the mesh of all processes of which `ranks` neighbours share a sequence, dimensions "dp_shard" and "cp".
-
-    Raises:
-        ValueError: no process group, or `ranks` does not divide the processes.
-    """
-    if not (distributed.is_available() and distributed.is_initialized()):
-        raise ValueError(
-            f"sharing a sequence among {ranks} processes needs a process group; start the program with "
-            f"torchrun --nproc-per-node {ranks}"
-        )
-    processes = distributed.get_world_size()
-    if processes % ranks:
-        raise ValueError(
-            f"{ranks} processes are to share a sequence, and of {processes} processes that leaves "
-            f"{processes % ranks}; start a multiple of {ranks}"
-        )
-    return init_device_mesh(device, (processes // ranks, ranks), mesh_dim_names=("dp_shard", "cp"))
 
 
 def _check_hook() -> None:

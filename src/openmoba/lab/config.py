@@ -114,11 +114,15 @@ class TrainConfig:
     """Recompute each layer's activations in the backward pass: less memory, a third more compute."""
     fsdp: bool = False
     """Shard parameters, gradients and optimizer state over the processes of torchrun (FSDP2)."""
+    context_parallel: int = 1
+    """Processes of torchrun that share every window, each with a part of its tokens; with `fsdp` on GPUs. A run may go
+    on with another number."""
     tensorboard: bool = False
     """Also write TensorBoard logs into the run's folder."""
 
     def __post_init__(self) -> None:
         _at_least(self, steps=1, batch_size=1, micro_batch_size=1, loss_tokens=1, log_every=1, checkpoint_every=1)
+        _at_least(self, context_parallel=1)
         for name in ("warmup", "decay", "final_learning_rate"):
             check_share(f"train.{name}", getattr(self, name))
         for name in ("beta1", "beta2"):
@@ -175,6 +179,11 @@ class RunConfig:
             raise ValueError(
                 f"train.checkpoint_every={self.train.checkpoint_every} must be a multiple of train.log_every="
                 f"{self.train.log_every}, so that a resumed run continues with the same records"
+            )
+        if self.train.context_parallel > 1 and self.arm.key_conv is not None:
+            raise ValueError(
+                f"arm.key_conv={self.arm.key_conv} does not run on windows that are shared "
+                f"(train.context_parallel={self.train.context_parallel}); leave one of them out"
             )
         if self.eval.every is not None and self.eval.count is not None:
             raise ValueError(
@@ -255,18 +264,22 @@ def is_run(source: str | Path) -> bool:
     return str(source) != "" and (Path(source) / "metrics.jsonl").exists()
 
 
+_FREE = (("data", "cache"), ("train", "context_parallel"))
+
+
 def changes(stored: RunConfig, wanted: RunConfig) -> list[str]:
     """Say what makes `wanted` another run than `stored`: "train.steps was 100 and is 200".
 
     Configurations are compared, not files: a setting that is newer than a stored file has its default there, and the
-    default of a new setting must be what runs did before it. Where the cache lies changes no run.
+    default of a new setting must be what runs did before it. Where the cache lies and how many processes share a
+    window change no run.
     """
     before, now = to_dict(stored), to_dict(wanted)
     return [
         f"{section}.{key} was {before[section][key]!r} and is {value!r}"
         for section, values in now.items()
         for key, value in values.items()
-        if (section, key) != ("data", "cache") and before[section][key] != value
+        if (section, key) not in _FREE and before[section][key] != value
     ]
 
 

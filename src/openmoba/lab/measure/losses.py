@@ -14,6 +14,7 @@ from torch import Tensor
 
 from openmoba.lab.data.windows import IGNORED, Windows
 from openmoba.lab.measure.resample import mean_interval
+from openmoba.lab.model.split import SharedLosses
 from openmoba.lab.progress import Progress
 
 TokenLosses = Callable[[Tensor, Tensor], Tensor]
@@ -61,10 +62,13 @@ def window_losses(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return every position's loss, float32 `[W, T]`, 0 where not labelled, and the labelled, bool `[W, T]`.
 
-    Under torchrun, each process computes a share of the windows and all get the whole.
+    Under torchrun, each process computes a share of the windows and all get the whole. Those that compute losses
+    together, see `SharedLosses`, have the same share.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+    if isinstance(losses, SharedLosses):
+        rank, world = rank // losses.ranks, world // losses.ranks
     # Sharded parameters need as many forward passes in every process, so the last shares wrap around.
     share = np.resize(np.arange(len(windows)), -(-len(windows) // world) * world)[rank::world]
     parts = []
@@ -77,14 +81,12 @@ def window_losses(
             (progress or Progress()).step(min(start + batch_size, len(share)), len(share), "windows")
     loss_WT, labelled_WT = (np.concatenate(column) for column in zip(*parts, strict=True))
     if distributed:
-        loss_WT, labelled_WT = _gather(share, loss_WT, labelled_WT, len(windows), world)
+        loss_WT, labelled_WT = _gather(share, loss_WT, labelled_WT, len(windows))
     return loss_WT, labelled_WT
 
 
-def _gather(
-    share: np.ndarray, loss: np.ndarray, labelled: np.ndarray, count: int, world: int
-) -> tuple[np.ndarray, np.ndarray]:
-    shares: list[Any] = [None] * world
+def _gather(share: np.ndarray, loss: np.ndarray, labelled: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    shares: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(shares, (share, loss, labelled))
     loss_WT, labelled_WT = (np.empty((count, x.shape[1]), dtype=x.dtype) for x in (loss, labelled))
     for rows, part_loss, part_labelled in shares:

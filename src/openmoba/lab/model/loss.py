@@ -29,6 +29,8 @@ LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}
 def attach_loss(model: Any) -> None:
     """Make `model(input_ids, labels, count=None, places=None)` return losses in nats, whatever wraps the model.
 
+    With `position_ids` the tokens are a part of their windows, see `openmoba.lab.model.split`.
+
     Distributed wrappers act around a model's `forward`, so the loss has to be made inside of it. Without `count`
     the result is the loss per token, fp32 `[batch, tokens]`, 0 where the label is IGNORED; with it, the sum of
     the losses divided by `count`, to be differentiated. `labels[:, t]` is the token after `input_ids[:, t]`.
@@ -40,15 +42,21 @@ def attach_loss(model: Any) -> None:
     linear = has_linear_head(model)
 
     def forward(
-        self: Any, input_ids: Tensor, labels: Tensor, count: Tensor | None = None, places: Tensor | slice | None = None
+        self: Any,
+        input_ids: Tensor,
+        labels: Tensor,
+        count: Tensor | None = None,
+        places: Tensor | slice | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
         if not linear:
-            logit_NV = plain_forward(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)
+            logit_NV = plain_forward(**inputs).logits.flatten(0, 1)
             losses = torch.nn.functional.cross_entropy(
                 logit_NV.float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
             )
             return losses.view(labels.shape) if count is None else losses.sum() / count
-        hidden = self.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        hidden = self.base_model(**inputs).last_hidden_state
         head = self.get_output_embeddings()
         return linear_loss(hidden, head.weight, head.bias, labels, count, places, self.chunk_gradient)
 

@@ -100,10 +100,9 @@ def _prepare(
     config: RunConfig, folder: Path, checkpoint: Path | None, progress: Progress, known: Sequence[Known]
 ) -> tuple[Any, Data]:
     """Check all settings, read the data, and build the model and what trains it."""
-    from openmoba.lab.train.trainer import (  # transformers.Trainer takes seconds to import
-        RunTrainer,
-        training_arguments,
-    )
+    # transformers.Trainer takes seconds to import
+    from openmoba.lab.train.arguments import training_arguments
+    from openmoba.lab.train.trainer import RunTrainer
 
     training_arguments(config, folder)  # refuses before the data are read
     rows = _history(folder, config, checkpoint)
@@ -269,6 +268,7 @@ def _result(config: RunConfig, folder: Path, trainer: Any, data: Data) -> Row:
         "seed": config.train.seed,
         "params": trainer.shape.parameters,
         "compiled": trainer.compiled,
+        **({"mesh": trainer.mesh} if trainer.args.world_size > 1 else {}),
         "tokens": config.tokens,
         "compute": evaluation["compute"],
         "eval": {key: value for key, value in evaluation.items() if key != "windows"},

@@ -25,6 +25,8 @@ def summary_of(config: RunConfig, folder: Path, trainer: Any, data: Data) -> str
     train, tokens = config.train, config.train.batch_size * config.data.length
     epochs = train.steps * train.batch_size / len(data.train)
     devices = f"{args.world_size} x {device_name(args.device)}" if args.world_size > 1 else device_name(args.device)
+    if trainer.sharding is not None:
+        devices += f", a window over {trainer.sharding.ranks} of them, by {trainer.sharding.way}"
     evaluations = len(config.evaluation_steps)
     rows = {
         "model": f"{config.model.family} {config.model.size}, {parameters(shape)}",

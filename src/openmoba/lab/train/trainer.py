@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,24 +14,27 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from openmoba.config import MobaConfig
-from openmoba.hf.releases import CHECKPOINTING
+from openmoba.hf.meshes import same_batches, sequence_mesh
 from openmoba.lab.config import RunConfig
 from openmoba.lab.data.windows import IGNORED, TrainingWindows, Windows
 from openmoba.lab.errors import DivergenceError
 from openmoba.lab.measure.compute import Shape, training_compute
 from openmoba.lab.measure.evaluate import autocast, measure
-from openmoba.lab.measure.losses import window_losses
+from openmoba.lab.measure.losses import TokenLosses, window_losses
 from openmoba.lab.model.build import set_attention
 from openmoba.lab.model.checkpoint import prune, seal
 from openmoba.lab.model.compile import compile_or_stay_eager
 from openmoba.lab.model.loss import attach_loss
+from openmoba.lab.model.split import SharedLosses, cut, in_force, sharding_of_windows
 from openmoba.lab.progress import SECONDS_PER_LINE, Progress, duration
+from openmoba.lab.train.arguments import training_arguments
 from openmoba.lab.train.clock import Clock, Speedometer, peak_operations
 from openmoba.lab.train.schedule import learning_rate_factor
+from openmoba.parallel import Sharding
 from openmoba.records import disk
 
 _UNRECORDED = "unrecorded.json"
@@ -72,10 +76,11 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             model=model,
             args=training_arguments(config, folder),
             train_dataset=order,
-            data_collator=_stack,
             processing_class=tokenizer,
             callbacks=[_RunCallback(self)],
         )
+        self.sharding = self._share_windows()
+        self.data_collator = _stack if self.sharding is None else partial(_stack, sharding=self.sharding)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # our loss is divided by the whole step's count already
         self.clock = Clock(self.args.device, *spent)
@@ -84,6 +89,27 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.compiled = False
         self.stopping = False
         self._attention: MobaConfig | str | None = "unset"
+
+    def _share_windows(self) -> Sharding | None:
+        """Return how windows lie over processes that share them. accelerate makes a mesh of GPUs, but none of CPUs."""
+        self._mesh: Any = None
+        ranks = self.config.train.context_parallel
+        if ranks == 1:
+            return None
+        if self.args.device.type == "cpu":
+            self._mesh = sequence_mesh(ranks, "cpu")
+        mesh = self.accelerator.torch_device_mesh if self._mesh is None else self._mesh
+        return sharding_of_windows(mesh["cp"].get_group(), self.config.data.length, self.model)
+
+    def _losses(self, model: Any) -> TokenLosses:
+        """Return what evaluations ask for losses."""
+        return model if self.sharding is None else SharedLosses(model, self.sharding)
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """How many processes have windows of their own, and how many share each."""
+        context = self.config.train.context_parallel
+        return {"data": self.args.world_size // context, "context": context}
 
     def attend_as_configured(self, step: int) -> None:
         """Give the model the attention of step `step` (from 0)."""
@@ -119,7 +145,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
                 for size in {min(evaluation.batch_size, len(self.valid)), len(self.valid) % evaluation.batch_size} - {
                     0
                 }:
-                    window_losses(model, self.valid.spread(size), evaluation.batch_size, self.args.device)
+                    window_losses(self._losses(model), self.valid.spread(size), evaluation.batch_size, self.args.device)
         model.train()
         model.zero_grad()
         self._unchecked.clear()
@@ -211,8 +237,9 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
         Does without what Trainer does here for other devices and optimizers: it took 1 ms of the host.
         """
-        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with in_force(self.sharding):  # in the backward pass too, for layers that are computed again
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def compute_loss(
@@ -249,7 +276,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         model.eval()
         with autocast(self.args.device, self.args.bf16):
             last = self.state.global_step == self.config.train.steps
-            row = measure(model, self.valid, self.config, self.args.device, each_window=last)
+            row = measure(self._losses(model), self.valid, self.config, self.args.device, each_window=last)
         self.record({"kind": "eval", **row})
         tail = "" if row["trailing_loss"] is None else f", last {row['trailing']:,} tokens {row['trailing_loss']:.4f}"
         self.progress.note(f"step {self.state.global_step:,}: held-out loss {row['lm_loss']:.4f}{tail}")
@@ -279,6 +306,11 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
                 f"cannot write {checkpoint}: {error}; earlier checkpoints are whole, make room and run again"
             ) from error
         self.clock.skip()
+
+    def get_train_dataloader(self) -> Any:
+        """Return Trainer's, of which processes that share windows get the same ones."""
+        with same_batches(self.accelerator, self._mesh):
+            return super().get_train_dataloader()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         # TrainingWindows are in their order already.
@@ -331,6 +363,7 @@ class _RunCallback(TrainerCallback):  # type: ignore[misc]
                 "grad_norm": logs["grad_norm"],
                 "seconds": trainer.clock.seconds,
                 **speed,
+                **({"mesh": trainer.mesh} if trainer.args.world_size > 1 else {}),
             }
         )
         self._detail = _told(logs, speed)
@@ -343,66 +376,18 @@ class _RunCallback(TrainerCallback):  # type: ignore[misc]
         self.trainer.progress.step(state.global_step, state.max_steps, self._detail, done / whole)
 
 
-def training_arguments(config: RunConfig, folder: Path) -> Any:
-    """Make Trainer's settings for a run.
-
-    Raises:
-        ValueError: no GPU to shard over, or the batch cannot be shared evenly by the devices and micro-batches.
-    """
-    train = config.train
-    cuda = torch.cuda.is_available()
-    if train.fsdp and not cuda:
-        raise ValueError("train.fsdp needs GPUs, and none is available; leave it out")
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=train.steps,
-        learning_rate=train.learning_rate,
-        weight_decay=train.weight_decay,
-        adam_beta1=train.beta1,
-        adam_beta2=train.beta2,
-        max_grad_norm=train.clip,
-        optim="adamw_torch_fused",
-        seed=train.seed,
-        use_cpu=not cuda,
-        bf16=train.precision == "bf16" or (train.precision == "auto" and cuda),
-        fsdp=train.fsdp or None,
-        ddp_find_unused_parameters=False,
-        # The callback decides when; see _RunCallback.
-        logging_strategy="no",
-        eval_strategy="no",
-        save_strategy="no",
-        logging_nan_inf_filter=False,
-        report_to="tensorboard" if train.tensorboard else "none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        # Batches are copied to the device behind its back, which takes pinned memory.
-        dataloader_pin_memory=cuda,
-        accelerator_config={"non_blocking": cuda},
-        **{CHECKPOINTING: train.gradient_checkpointing},
-    )
-    # Without torchrun one process trains on one device; Trainer would split each batch over all it sees.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    share, rest = divmod(train.batch_size, arguments.world_size)
-    micro = train.micro_batch_size or share
-    if rest or share % micro:
-        raise ValueError(
-            f"train.batch_size={train.batch_size} does not divide into {arguments.world_size} device(s) with "
-            f"micro-batches of {micro}; change train.batch_size or train.micro_batch_size"
-        )
-    arguments.per_device_train_batch_size = micro
-    arguments.gradient_accumulation_steps = share // micro
-    return arguments
-
-
 def _told(logs: dict[str, float], speed: dict[str, float | None]) -> str:
     """Say what progress tells of a step."""
     mfu = "" if speed["mfu"] is None else f"  MFU {speed['mfu']:.0%}"
     return f"loss {logs['loss']:.3f}  lr {logs['learning_rate']:.2g}  {speed['tokens_per_second']:,.0f} tokens/s{mfu}"
 
 
-def _stack(windows: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """Stack a batch, with the places of its labels and how many there are, see `attach_loss`."""
-    batch: dict[str, Any] = {key: torch.stack([window[key] for window in windows]) for key in windows[0]}
+def _stack(windows: list[dict[str, Tensor]], sharding: Sharding | None = None) -> dict[str, Any]:
+    """Stack a batch, with the places of its labels and how many there are, see `attach_loss`.
+
+    Of windows that are shared it is this process's part, and so are its labels.
+    """
+    batch: dict[str, Any] = cut({key: torch.stack([w[key] for w in windows]) for key in windows[0]}, sharding)
     labels = batch["labels"].flatten()
     batch["places"] = (labels != IGNORED).nonzero()[:, 0] if (labels.numpy() == IGNORED).any() else slice(None)
     batch["labelled"] = len(labels[batch["places"]])

@@ -1,0 +1,148 @@
+"""A run whose windows two processes share against one process's: see `test_lab_parallel.py`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import made_alone, run_checks
+from tiny import tiny_config
+from torch import distributed
+
+from openmoba.errors import explain
+from openmoba.lab.arms import ArmConfig
+from openmoba.lab.config import RunConfig
+from openmoba.lab.errors import Terminated
+from openmoba.lab.train.history import read_result
+from openmoba.lab.train.run import run_training
+from openmoba.lab.train.trainer import RunTrainer
+from openmoba.records import disk
+
+
+@cache
+def tiny(root: Path) -> RunConfig:
+    """The run of `tiny.py`, whose documents are written once: other processes may be reading them."""
+    return tiny_config(root)
+
+
+def config(root: Path, kv_heads: int = 2, **train: Any) -> RunConfig:
+    """A hybrid on windows of 37 tokens, which no number of processes divides."""
+    plain = tiny(root)
+    heads = {"num_key_value_heads": kv_heads}
+    return replace(
+        plain,
+        train=replace(plain.train, **train),
+        eval=replace(plain.eval, contexts=(16,)),
+        data=replace(plain.data, length=37),
+        model=replace(plain.model, overrides={**plain.model.overrides, **heads}),
+        arm=ArmConfig("hybrid", block_size=4, top_k=2, full_layers=1),
+    )
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "by heads": {},
+    "by keys": {"kv_heads": 1},
+    "a mask of the loss, computed again": {"loss_tokens": 9, "gradient_checkpointing": True, "micro_batch_size": 1},
+}
+
+
+def curve(folder: Path) -> list[float]:
+    """Losses and gradients of training, then what the evaluation says of each window and range."""
+    rows = disk.read(folder / "metrics.jsonl")
+    found = [row[name] for row in rows if row["kind"] == "train" for name in ("loss", "grad_norm")]
+    last = next(row for row in rows if row["kind"] == "eval")
+    return [
+        *found,
+        last["trailing_loss"],
+        *last["windows"]["lm"],
+        *(part["loss"] for part in last["position_loss"] + last["context_loss"]),
+    ]
+
+
+def same(folder: Path, name: str) -> None:
+    """Compare with what one process made; after a few steps sums in another order are a little apart."""
+    found, expected = curve(folder), made_alone(name)
+    assert found == pytest.approx(expected, rel=1e-3), f"{found} {expected}"
+
+
+def root() -> Path:
+    return Path(sys.argv[1])
+
+
+def alone(name: str) -> list[float]:
+    folder = root() / f"alone {name}"
+    run_training(config(root(), **CASES[name]), folder)
+    return curve(folder)
+
+
+def stop_halfway(settings: RunConfig, folder: Path) -> None:
+    """Train two of the four steps, as if a signal had come."""
+
+    def stop(trainer: RunTrainer, agreeing: bool) -> bool:
+        trainer.stopping = trainer.state.global_step == 2
+        return trainer.stopping
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunTrainer, "must_stop", stop)
+        with pytest.raises(Terminated):
+            run_training(settings, folder)
+
+
+def begin() -> list[float]:
+    """A run that one process begins, and two go on with."""
+    stop_halfway(config(root()), root() / "begun by one")
+    return []
+
+
+def shared(name: str) -> None:
+    folder = root() / f"shared {name}"
+    run_training(config(root(), context_parallel=2, **CASES[name]), folder)
+    distributed.barrier()
+    same(folder, name)
+    mesh = {"data": 1, "context": 2}
+    assert all(row["mesh"] == mesh for row in disk.read(folder / "metrics.jsonl") if row["kind"] == "train")
+    assert read_result(folder)[1]["mesh"] == mesh
+
+
+def go_on() -> None:
+    """Two processes go on with the run of one, and begin one for another to go on with."""
+    settings = config(root(), context_parallel=2)
+    run_training(settings, root() / "begun by one")
+    distributed.barrier()
+    same(root() / "begun by one", "by heads")
+    stop_halfway(settings, root() / "begun by two")
+
+
+def refusals() -> None:
+    for train, said in (
+        ({"context_parallel": 3}, "do not divide the 2 there are; start a multiple of 3"),
+        ({"context_parallel": 2, "batch_size": 3, "micro_batch_size": 2}, r"does not divide into 1 device\(s\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run_training(config(root(), **train), root() / "refused")
+
+
+def one_dies() -> None:
+    """The others end with one sentence, and not after the timeout."""
+    if distributed.get_rank() == 1:
+        return  # and with it the process
+    with pytest.raises(RuntimeError) as lost:
+        run_training(config(root(), context_parallel=2), root() / "lost")
+    assert "another process has ended" in str(explain(lost.value))
+
+
+if __name__ == "__main__":
+    tiny(root())
+    run_checks(
+        {
+            **{name: partial(shared, name) for name in CASES},
+            "go on": go_on,
+            "refusals": refusals,
+            "one dies": one_dies,
+        },
+        {**{name: partial(alone, name) for name in CASES}, "begin": begin},
+    )
