@@ -65,16 +65,11 @@ def drawing(source: Path, inside: str = "") -> str:
 
 
 def folders_table(source: Path) -> str:
-    """Write a line per folder: what it holds, by the first sentence of its docstring, and which others it imports."""
-    found = modules(source)
-    graph = by_folder(imports(found), found)
-    lines = ["| folder | what is in it | imports |", "| --- | --- | --- |"]
-    for name in sorted(graph):
-        path = source / PACKAGE / name / "__init__.py"
-        if path.exists():
-            what = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0]
-            imported = sorted(other for other in graph[name] if _is_folder(source, "", other))
-            lines.append(f"| `{name}` | {' '.join(what.split())} | {', '.join(imported) or '-'} |")
+    """Write a line per folder: what it holds, by the first sentence of its docstring."""
+    lines = ["| folder | what is in it |", "| --- | --- |"]
+    for path in sorted((source / PACKAGE).rglob("*/__init__.py")):
+        what = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0]
+        lines.append(f"| `{path.parent.relative_to(source / PACKAGE)}` | {' '.join(what.split())} |")
     return "\n".join([*lines, ""])
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
+import imports
 import measured
 
 from openmoba.lab.study import results
@@ -78,6 +79,16 @@ def verdicts(root: Path) -> str:
     return "".join(lines)
 
 
+def drawing(root: Path, inside: str = "") -> str:
+    """Draw what imports what."""
+    return imports.drawing(root / "src", inside) if (root / "src").exists() else ""
+
+
+def folders(root: Path) -> str:
+    """Write what each folder of the package holds."""
+    return imports.folders_table(root / "src") if (root / "src").exists() else ""
+
+
 def anchor(heading: str) -> str:
     """Return the name under which GitHub links to a heading."""
     return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
@@ -113,6 +124,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "settings": settings,
     "limits": limits,
     "verdicts": verdicts,
+    "packages": drawing,
+    "rooms": partial(drawing, inside="lab"),
+    "folders": folders,
 }
 
 

@@ -204,6 +204,13 @@ def test_the_log_says_of_every_entry_what_became_of_it() -> None:
         assert entry.startswith("Closed") == ("*Later:*" in entry), entry
 
 
+def test_contributing_names_files_that_there_are() -> None:
+    named = set(re.findall(r"`([\w./]+\.py)`", (ROOT / "CONTRIBUTING.md").read_text()))
+    assert {"ops/backends.py", "ops/triton/families.py", "lab/arms.py", "lab/measure/compute.py"} < named
+    places = (ROOT, ROOT / "src", ROOT / "src" / "openmoba", ROOT / "tests")
+    assert [name for name in named if not any((place / name).exists() for place in places)] == []
+
+
 def test_the_index_names_every_page() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
     pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}

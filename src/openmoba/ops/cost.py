@@ -16,12 +16,12 @@ from openmoba.config import check_blocks
 
 
 def causal_pairs(tokens: int) -> int:
-    """Query-key pairs per head of full causal attention: T * (T + 1) / 2."""
+    """Count the query-key pairs per head of full causal attention: T * (T + 1) / 2."""
     return tokens * (tokens + 1) // 2
 
 
 def moba_pairs(tokens: int, block_size: int, top_k: int) -> int:
-    """Query-key pairs per head of MoBA: the ones in its mask.
+    """Count the query-key pairs per head of MoBA: the ones in its mask.
 
     With T=6, B=2, k=2:
         1 . . . . .
@@ -38,14 +38,14 @@ def moba_pairs(tokens: int, block_size: int, top_k: int) -> int:
 
 
 def moba_scores(tokens: int, block_size: int, top_k: int) -> int:
-    """Query-centroid scores per head of MoBA, of the queries that have a choice to make."""
+    """Count the query-centroid scores per head of MoBA, of the queries that have a choice to make."""
     if top_k == 1:
         return 0
     return sum(count * block for block, count in _block_sizes(tokens, block_size, top_k) if block > top_k - 1)
 
 
 def _block_sizes(tokens: int, block_size: int, top_k: int) -> Iterator[tuple[int, int]]:
-    """Number and token count of each block of the sequence."""
+    """Return number and token count of each block of the sequence."""
     check_blocks(block_size, top_k)
     if tokens < 0:
         raise ValueError(f"tokens must be >= 0, got {tokens}")

@@ -29,7 +29,7 @@ MAX_QUERIES = 16
 
 @operation(Decoder.decode, fake=lambda _, q, *__: q.new_empty(q.shape))
 def decode(name: str, *arguments: Any) -> Tensor:
-    """Attention over the chosen pages, not differentiable."""
+    """Attend to the chosen pages, not differentiable."""
     return decoder(name).decode(*arguments)
 
 
@@ -46,7 +46,7 @@ def moba_decode(
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Attention of each row's last T tokens over its own cached tokens, reading `top_k` blocks per query and head.
+    """Attend from each row's last T tokens to its own cached tokens, reading `top_k` blocks per query and head.
 
     Row b's tokens lie in the cache slots `starts[b] : starts[b] + lengths[b]`, the T query tokens last:
 

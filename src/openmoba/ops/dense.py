@@ -24,7 +24,7 @@ _CUDA_BACKENDS = [
 
 
 def dense_attention(q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, scale: float) -> Tensor:
-    """Causal softmax attention, queries aligned to the end of the keys, `[B, T, H, D]`.
+    """Attend causally over all keys, queries aligned to the end of the keys, `[B, T, H, D]`.
 
     SDPA wherever it is causal without an explicit mask, whose memory would be quadratic; else MoBA with one block,
     which every query owns.
@@ -70,14 +70,14 @@ class _Final(torch.autograd.Function):
 
 
 def _refuse_second(gradients: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...] | None:
-    """The hook behind the backward of a fused kernel: torch says of a second one only that it is not implemented."""
+    """Refuse a second backward of a fused kernel, of which torch says only that it is not implemented."""
     if not torch.is_grad_enabled():  # which it is with create_graph alone
         return None
     return tuple(x if x is None else _Final.apply(x) for x in gradients)  # type: ignore[no-untyped-call]
 
 
 def _one_block(q: Tensor) -> str | None:
-    """What computes some but not all queries of a sequence where SDPA is not causal without a mask: on CPU, and under
+    """Name what computes some but not all queries of a sequence where SDPA needs a mask to be causal: on CPU, and under
     compilers, which cannot trace what says so on CUDA. None: SDPA.
     """
     if q.device.type != "cuda":
@@ -86,7 +86,7 @@ def _one_block(q: Tensor) -> str | None:
 
 
 def _backends(q: Tensor) -> AbstractContextManager[object]:
-    """cuDNN first. Compilers know `sdpa_kernel`, which also switches on what the caller has switched off."""
+    """Prefer cuDNN. Compilers know `sdpa_kernel`, which also switches on what the caller has switched off."""
     if q.device.type != "cuda":
         return nullcontext()
     if torch.compiler.is_compiling():
@@ -97,7 +97,7 @@ def _backends(q: Tensor) -> AbstractContextManager[object]:
 
 @contextmanager
 def _preferred() -> Iterator[None]:
-    """The order of `_CUDA_BACKENDS`, in less time than `sdpa_kernel` takes, which shows at short lengths.
+    """Order `_CUDA_BACKENDS`, in less time than `sdpa_kernel` takes, which shows at short lengths.
 
     Backends that the caller has switched off stay off. The order is the process's, as it is with `sdpa_kernel`.
     """

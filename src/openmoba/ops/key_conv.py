@@ -41,7 +41,7 @@ def key_convolution(
 
 
 def _shifted(k_BTC: Tensor, reach: int, before_BPC: Tensor | None) -> list[Tensor]:
-    """The key d tokens before each, for d = 1 .. reach."""
+    """Return the key d tokens before each, for d = 1 .. reach."""
     tokens = k_BTC.shape[1]
     if before_BPC is None and tokens > reach:  # cheaper, its derivative too
         return [pad(k_BTC, (0, 0, d, -d)) for d in range(1, reach + 1)]
@@ -50,7 +50,7 @@ def _shifted(k_BTC: Tensor, reach: int, before_BPC: Tensor | None) -> list[Tenso
 
 
 def _same_sequence(goes_on_BT: Tensor, reach: int) -> list[Tensor]:
-    """Whether the token d before is of the same sequence, bool `[B or 1, T]` for d = 1 .. reach.
+    """Tell whether the token d before is of the same sequence, bool `[B or 1, T]` for d = 1 .. reach.
 
     Tokens before the first one belong to the sequence that the first one goes on with.
     """

@@ -87,7 +87,7 @@ def operation(
 
 
 def is_plain(arguments: tuple[Any, ...]) -> bool:
-    """Whether kernels can be launched on these right away: they hold numbers, and nothing traces what is done."""
+    """Tell whether kernels can be launched on these right away: they hold numbers, and nothing traces what is done."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or are_transforms_active():
         return False
     if not _PLAIN.issuperset(map(type, arguments)) or arguments[1].is_meta:
@@ -97,7 +97,7 @@ def is_plain(arguments: tuple[Any, ...]) -> bool:
 
 
 def refuse_second_derivatives(ctx: Any, *_: Any) -> None:
-    """The gradient of an operation that is a gradient."""
+    """Refuse the gradient of an operation that is a gradient."""
     raise NotImplementedError(
         "openmoba: this implementation is differentiable once; for double backward use impl='reference'"
     )
@@ -108,7 +108,7 @@ def _may_be_differentiated() -> bool:
 
 
 def _differentiable(run: Callable[..., Any], save: Callable[..., None], rule: Callable[..., Any]) -> type[Function]:
-    """The autograd function of an operation: backward only, and in batches one by one."""
+    """Return the autograd function of an operation: backward only, and in batches one by one."""
 
     class Differentiable(Function):
         forward = staticmethod(run)
@@ -129,7 +129,7 @@ def _differentiable(run: Callable[..., Any], save: Callable[..., None], rule: Ca
 def _one_by_one(
     function: Callable[..., Any], written: list[int], info: Any, dims: tuple[int | None, ...], *arguments: Any
 ) -> tuple[Any, Any]:
-    """`vmap` of a function: its elements have nothing in common that could be computed together."""
+    """Run `vmap` of a function one by one: its elements have nothing in common that could be computed together."""
     results = []
     for i in range(info.batch_size):
         views = [x if dim is None else x.select(dim, i) for x, dim in zip(arguments, dims, strict=True)]

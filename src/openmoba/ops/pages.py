@@ -23,7 +23,7 @@ from openmoba.ops.reference import reference_complete_pages
 
 @operation(Decoder.complete_pages, fake=lambda *_: None, mutates=("centroids",))
 def write_pages(name: str, *arguments: Any) -> None:
-    """The centroids of complete pages."""
+    """Write the centroids of complete pages."""
     decoder(name).complete_pages(*arguments)
 
 

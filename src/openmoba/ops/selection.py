@@ -23,7 +23,7 @@ _NEGATIVE_INFINITY = ~0x7F800000  # the high half of its rank
 
 
 def select(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int, top_k: int) -> Tensor:
-    """`openmoba.moba_select` on CPU: int32 `[*q.shape[:-1], top_k - 1]`."""
+    """Choose as `openmoba.moba_select` does, on CPU: int32 `[*q.shape[:-1], top_k - 1]`."""
     if cu_q is None or cu_k is None:
         return _select_batch(q, k, block_size, top_k)
     check_boundary_values(cu_q, cu_k, len(q), len(k))
@@ -58,7 +58,7 @@ def _select_batch(q_BTHD: Tensor, k_BSJD: Tensor, block_size: int, top_k: int) -
 
 
 def _centroids(k_BSJD: Tensor, block_size: int) -> Tensor:
-    """Mean keys of the complete blocks, fp32 sums, `[B, N, J, D]`; keys are widened a few blocks at a time."""
+    """Average the keys of the complete blocks, fp32 sums, `[B, N, J, D]`; keys are widened some blocks at a time."""
     blocks = k_BSJD.shape[1] // block_size
     k_BNLJD = torch.unflatten(k_BSJD[:, : blocks * block_size], 1, (blocks, block_size))
     at_once = max(1, SCORES_AT_ONCE // max(1, k_BNLJD[:, :1].numel()))
@@ -78,7 +78,7 @@ def _query_ranges(queries: int, offset: int, block_size: int, rows_per_query: in
 
 
 def _ranks(score_BJRN: Tensor) -> Tensor:
-    """int64 that order like (score, block number): equal scores go to the later block, NaN counts as inf."""
+    """Return int64 that order like (score, block number): equal scores go to the later block, NaN counts as inf."""
     finite = score_BJRN.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf).add_(0.0)  # -0.0 is 0.0
     bits = finite.view(torch.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # two's complement order is the order of floats
@@ -86,5 +86,5 @@ def _ranks(score_BJRN: Tensor) -> Tensor:
 
 
 def _block_numbers(rank: Tensor) -> Tensor:
-    """The block number inside each rank, -1 where the score was -inf or the block not in the past."""
+    """Return the block number inside each rank, -1 where the score was -inf or the block not in the past."""
     return (rank & _LOW_32_BITS).masked_fill_(rank >> 32 <= _NEGATIVE_INFINITY, -1).int()

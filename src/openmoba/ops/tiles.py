@@ -94,7 +94,7 @@ def parts(sequences: Iterable[Sequence], kv_heads: int, slots_per_query: int, bl
 
 
 def plan(part: Part, selected_JTGK: Tensor, block_size: int) -> Plan:
-    """Tiles for the own blocks and the selected past blocks of a part, given its share of the selection."""
+    """Make the tiles for the own blocks and the selected past blocks of a part, given its share of the selection."""
     rows, ranks = selected_JTGK.shape[:3].numel(), selected_JTGK.shape[3]
     tiles = [*_past_tiles(part, selected_JTGK, block_size), *_own_tiles(part, selected_JTGK, block_size)]
     slots = sum(t.row_LR.numel() for t in tiles)
@@ -111,7 +111,7 @@ def plan(part: Part, selected_JTGK: Tensor, block_size: int) -> Plan:
 
 
 def sequences_of(cu_q: list[int], cu_k: list[int]) -> list[Sequence]:
-    """The sequences between packed boundaries, those without queries left out."""
+    """List the sequences between packed boundaries, those without queries left out."""
     return [
         Sequence(q_start, q_end - q_start, k_start, k_end - k_start)
         for (q_start, q_end), (k_start, k_end) in zip(pairwise(cu_q), pairwise(cu_k), strict=True)
@@ -198,7 +198,7 @@ def _pair_blocks(part: Part, selected_JTGK: Tensor, blocks: list[int], block_siz
 
 
 def _own_tiles(part: Part, selected_JTGK: Tensor, block_size: int) -> Iterator[Tiles]:
-    """Causal squares along the diagonal, and the keys of the own block before a sequence's first query."""
+    """Yield causal squares along the diagonal, and the keys of the own block before a sequence's first query."""
     ranks = selected_JTGK.shape[-1]
     squares, lead_ins = defaultdict(list), defaultdict(list)
     for q_start, queries, k_start, keys in part.sequences:
@@ -224,7 +224,7 @@ def _own_tiles(part: Part, selected_JTGK: Tensor, block_size: int) -> Iterator[T
 def _cell_tiles(
     part: Part, selected_JTGK: Tensor, start_L2: Tensor, size: int, span: int, *, causal: bool, rank: int
 ) -> Iterator[Tiles]:
-    """Tiles of `size` queries from `start_L2[:, 0]` on over `span` keys from `start_L2[:, 1]` on, in all heads."""
+    """Make tiles of `size` queries from `start_L2[:, 0]` on over `span` keys from `start_L2[:, 1]` on, in all heads."""
     if len(start_L2) == 0:
         return
     heads, queries, group, _ = selected_JTGK.shape

@@ -15,7 +15,7 @@ from openmoba.ops.api import moba_attention
 def dense_sequences(
     q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, cu_q: Tensor, cu_k: Tensor, longest: int, scale: float
 ) -> Tensor:
-    """Causal softmax attention within each sequence, `[N, H, D]`, queries aligned to the end of their keys.
+    """Attend causally within each sequence, `[N, H, D]`, queries aligned to the end of their keys.
 
     Args:
         q_NHD: queries of all sequences, `[N, H, D]`; k_NHD and v_NHD: `[M, Hkv, D]`.
@@ -36,7 +36,7 @@ def dense_sequences(
 
 @cache
 def _varlen_attention(grouped: bool) -> Any:
-    """torch's attention of packed sequences; in some releases heads that share keys have to be announced."""
+    """Call torch's attention of packed sequences; in some releases heads that share keys have to be announced."""
     from torch.nn.attention.varlen import varlen_attn
 
     announced = grouped and "enable_gqa" in signature(varlen_attn).parameters

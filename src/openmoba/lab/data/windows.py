@@ -69,7 +69,7 @@ class Windows(Dataset[Window]):
         return np.asarray(some, dtype=bool)
 
     def last(self, count: int) -> Windows:
-        """The last `count` positions of every window that reaches the full length, as windows of that length."""
+        """Return the last `count` positions of every window that reaches the full length, as windows of that length."""
         starts = self.starts[self.full] + self.length - count
         return Windows(self.store, starts, self.ends[self.full], count)
 

@@ -135,7 +135,7 @@ class Axis:
     read: Callable[[Row], float] | None = None
 
     def known(self, row: Row) -> bool:
-        """Whether an evaluation record has the value; one from before it was counted does not."""
+        """Tell whether an evaluation record has the value; one from before it was counted does not."""
         return self.read is not None or self.name in row["compute"]
 
     def value(self, row: Row) -> float:

@@ -142,7 +142,7 @@ def use_of_context(outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 
 def _gained(own: Sequence[Outcome]) -> str:
-    """Whether one arm of one size uses its context: at all, and far away."""
+    """Say whether one arm of one size uses its context: at all, and far away."""
     last = len(own[0].ranges) - 1
     near, far = gain(own, last, 0), gain(own, last, last // 2)
     first, middle, end = (_span(own[0], number) for number in (0, last // 2, last))
@@ -168,7 +168,7 @@ def _counts(found: Difference) -> str:
 
 
 def _law_ratios(outcomes: Sequence[Outcome], axis: str) -> Iterator[str]:
-    """How far every arm's law lies from that of full attention, at the most compute that both have spent."""
+    """Say how far each arm's law lies from that of full attention, at the most compute that both have spent."""
     full = of_kind(outcomes, FULL)
     for own in by("arm", outcomes).values():
         pair = fit_pair(own, full, "trailing", axis) if full and own != full else None
@@ -187,7 +187,7 @@ def _law_ratios(outcomes: Sequence[Outcome], axis: str) -> Iterator[str]:
 
 
 def _closing(runs: Sequence[Outcome]) -> Iterator[str]:
-    """How much of the gap between MoBA and full attention the hybrids close."""
+    """Say how much of the gap between MoBA and full attention the hybrids close."""
     full, moba = of_kind(runs, FULL), of_kind(runs, MOBA)
     noise = seed_noise(runs, "trailing")
     gap = difference(moba, full, "trailing", noise)
@@ -209,7 +209,7 @@ def _closing(runs: Sequence[Outcome]) -> Iterator[str]:
 
 
 def _nearest(runs: Sequence[Outcome]) -> Iterator[str]:
-    """The sparse candidate with the lowest trailing loss, and the one with the fewest keys that is as good as full."""
+    """Name the sparse candidate with the lowest trailing loss, and the one with the fewest keys as good as full."""
     sparse = [found for found in standings(runs) if found.key_share is not None and found.key_share < 1]
     sparse = [found for found in sparse if found.fair.trailing is not None]
     if not sparse:

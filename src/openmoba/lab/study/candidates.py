@@ -114,7 +114,7 @@ def percent(found: Difference, loss: float) -> str:
 
 
 def _fair(arm: ArmConfig, runs: Sequence[Outcome]) -> list[Outcome]:
-    """The runs with full attention that share all settings of `arm` but its choice of blocks."""
+    """Return the runs with full attention that share all settings of `arm` but its choice of blocks."""
     fulls = arms_of(runs, FULL)
     return next((own for own in fulls if own[0].config.arm.without_blocks() == arm.without_blocks()), [])
 
@@ -142,7 +142,7 @@ def _noise_sentence(runs: Sequence[Outcome], loss: float) -> str:
 
 
 def _cells(found: Difference | None, loss: float) -> list[str]:
-    """A difference in nats and in percent of `loss`, each with its interval."""
+    """Write a difference in nats and in percent of `loss`, each with its interval."""
     if found is None:
         return ["-", "-"]
     if found.interval is None:

@@ -122,7 +122,7 @@ def _layers(stage: Stage, size: str, runs: list[Outcome], study: Path) -> Chart:
 
 
 def _hybrid_names(hybrids: Sequence[Outcome]) -> tuple[list[str], str]:
-    """The hybrids' names on the chart, all different, and the axis' name: counts of last layers, or the arms."""
+    """Name the hybrids on the chart, all differently, and the axis: counts of last layers, or the arms."""
     layers = hybrids[0].layers
     counts = [len(run.full_layers) for run in hybrids]
     last = all(
@@ -160,7 +160,7 @@ def _scaling(stage: Stage, runs: list[Outcome], study: Path, axis: str, name: st
 
 
 def _positions(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
-    """Loss by position of the largest size's arms, and their differences from full attention."""
+    """Draw the loss by position of the largest size's arms, and their differences from full attention."""
     size, runs = list(by("size", outcomes).items())[-1]
     arms = by("arm", runs)
     reference = of_kind(runs, FULL) or next(iter(arms.values()))
@@ -189,7 +189,7 @@ def _positions(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
 
 
 def _most_telling(arms: Mapping[str, list[Outcome]], reference: list[Outcome]) -> list[list[Outcome]]:
-    """The reference, MoBA, and of the others those with the lowest last range, in the order of the arms."""
+    """Pick the reference, MoBA, and of the others those with the lowest last range, in the order of the arms."""
 
     def rank(own: list[Outcome]) -> tuple[bool, float]:
         return own[0].label not in (reference[0].label, "MoBA"), mean_loss(own, len(own[0].ranges) - 1)
@@ -199,7 +199,7 @@ def _most_telling(arms: Mapping[str, list[Outcome]], reference: list[Outcome]) -
 
 
 def _gains(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
-    """Loss by position of every size of one arm, and what each gains over the first range; of one length."""
+    """Draw the loss by position of every size of one arm, and its gain over the first range; of one length."""
     ranges = outcomes[0].ranges
     sizes = by("size", (outcome for outcome in outcomes if outcome.ranges == ranges))
     names = {size: f"{size}, {_model(own[0])}" for size, own in sizes.items()}
@@ -221,7 +221,7 @@ def _gains(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
 
 
 def _contexts(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
-    """Trailing loss over the tokens in sight, of the largest size's arms, or of every size of a single arm."""
+    """Draw the trailing loss over the tokens in sight, of the largest size's arms, or every size of one arm."""
     key = "size" if len(by("arm", outcomes)) == 1 else "arm"
     runs = outcomes if key == "size" else list(by("size", outcomes).values())[-1]
     first = runs[0]
@@ -269,7 +269,7 @@ def _candidates(stage: Stage, size: str, runs: list[Outcome], found: Sequence[St
 
 
 def _inside(label: str) -> str:
-    """An arm's name inside a sentence: "Full attention" loses its capital, "MoBA" keeps it."""
+    """Write an arm's name inside a sentence: "Full attention" loses its capital, "MoBA" keeps it."""
     return label[:1].lower() + label[1:] if label[1:2].islower() else label
 
 
@@ -283,7 +283,7 @@ def _level(found: Difference | None) -> Level:
 
 
 def _curve(seeds: Sequence[Outcome], axis: str) -> Curve:
-    """The course of the runs of one arm and size, their mean over seeds."""
+    """Return the course of the runs of one arm and size, their mean over seeds."""
     compute = np.mean([[AXES[axis].value(row) for row in run.evals] for run in seeds], axis=0)
     loss = np.mean([[row["trailing_loss"] for row in run.evals] for run in seeds], axis=0)
     begun = compute > 0
@@ -291,7 +291,7 @@ def _curve(seeds: Sequence[Outcome], axis: str) -> Curve:
 
 
 def _model(run: Outcome) -> str:
-    """Parameters without embeddings, as a person says them."""
+    """Write the parameters without embeddings, as a person says them."""
     count = float(run.result["params"]["non_embedding"])
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if count >= limit:

@@ -153,7 +153,7 @@ def error_bars(levels: Sequence[Level]) -> Any:
 
 
 def _beyond(ends: Sequence[float]) -> np.ndarray[Any, Any]:
-    """Amounts of compute from below the least of `ends` to above the largest."""
+    """Return amounts of compute from below the least of `ends` to above the largest."""
     reach = max(2.0, (max(ends) / min(ends)) ** 0.2)
     return np.geomspace(min(ends) / reach, max(ends) * reach, 100)
 
@@ -168,7 +168,7 @@ def _frame(axes: Axes, curves: Sequence[Curve], grid_P: np.ndarray[Any, Any], fa
 
 
 def _name_sizes(axes: Axes, curves: Sequence[Curve]) -> None:
-    """Each size's name once, under the lowest end of its curves."""
+    """Write each size's name once, under the lowest end of its curves."""
     for size in dict.fromkeys(curve.size for curve in curves):
         lowest = min((curve for curve in curves if curve.size == size), key=lambda curve: curve.loss[-1])
         axes.annotate(
@@ -178,7 +178,7 @@ def _name_sizes(axes: Axes, curves: Sequence[Curve]) -> None:
 
 
 def _plain_log_ticks(axes: Axes) -> None:
-    """Few plain numbers; a log axis of less than a decade would otherwise have hardly a label, or two that touch."""
+    """Set few plain numbers; a log axis of less than a decade would have hardly a label, or two that touch."""
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
@@ -189,7 +189,7 @@ def _plain_log_ticks(axes: Axes) -> None:
 
 
 def _power(value: float) -> str:
-    """A number as a multiple of a power of ten, for matplotlib."""
+    """Write a number as a multiple of a power of ten, for matplotlib."""
     exponent = int(np.floor(np.log10(value) + 1e-9))
     factor = value / 10.0**exponent
     return f"$10^{{{exponent}}}$" if abs(factor - 1) < 1e-6 else f"${factor:.0f}\\cdot10^{{{exponent}}}$"

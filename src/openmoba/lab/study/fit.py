@@ -123,7 +123,7 @@ def _logarithms(compute: ArrayLike, loss: ArrayLike) -> tuple[Floats, Floats]:
 
 
 def _draw_runs(log_compute_AN: Floats) -> Floats:
-    """[R, N] how often each run was drawn; in every arm a row spans `LEAST_SPAN` of what its runs span."""
+    """Draw how often each run counts, [R, N]; in every arm a row spans `LEAST_SPAN` of what its runs span."""
     rng = np.random.default_rng(0)
     runs = log_compute_AN.shape[1]
     least_A = LEAST_SPAN * np.ptp(log_compute_AN, axis=1)
@@ -139,7 +139,7 @@ def _draw_runs(log_compute_AN: Floats) -> Floats:
 
 
 def _huber_lines(x_N: Floats, y_RN: Floats, count_RN: Floats) -> Floats:
-    """[R, 2] intercept and slope of the least Huber loss.
+    """Fit lines of the least Huber loss: intercept and slope, [R, 2].
 
     Reweighted least squares settle most replicates within a hundred steps, but crawl where runs differ very little
     in compute; those that have not settled are bisected.
@@ -162,7 +162,7 @@ def _huber_lines(x_N: Floats, y_RN: Floats, count_RN: Floats) -> Floats:
 
 
 def _bisected_lines(x_N: Floats, y_RN: Floats, count_RN: Floats) -> Floats:
-    """[R, 2] intercept and slope of the least Huber loss, to rounding.
+    """Fit lines of the least Huber loss, to rounding: intercept and slope, [R, 2].
 
     The least loss at a given slope is convex in the slope, so the sign of its derivative says on which side of the
     slope the minimum lies. In units of the threshold, residuals count in full up to 1.
@@ -182,7 +182,7 @@ def _bisected_lines(x_N: Floats, y_RN: Floats, count_RN: Floats) -> Floats:
 
 
 def _intercepts(rest_RN: Floats, count_RN: Floats) -> Floats:
-    """[R] the values of least Huber loss with threshold 1 from `rest_RN`.
+    """Return the values of least Huber loss with threshold 1 from `rest_RN`, [R].
 
     The derivative of the loss is linear between the knots `rest - 1` and `rest + 1`, and changes sign once.
     """

@@ -188,7 +188,7 @@ def of_stage(stage: Stage, outcomes: Iterable[Outcome]) -> list[Outcome]:
 
 
 def _compares(stage: Stage, arm: str) -> bool:
-    """Whether a stage is compared with this arm of the stage beside it."""
+    """Tell whether a stage is compared with this arm of the stage beside it."""
     return arm not in stage.arms and (arm in stage.beside_arms or not stage.beside_arms)
 
 
@@ -316,13 +316,13 @@ def _compute(outcomes: Sequence[Outcome], axis: str) -> list[float]:
 
 
 def _whole(windows_NW: Floats, document_W: Numbers) -> tuple[Floats, Numbers]:
-    """The windows that have this loss."""
+    """Return the windows that have this loss."""
     whole_W = ~np.isnan(windows_NW).any(axis=0)
     return windows_NW[:, whole_W], document_W[whole_W]
 
 
 def _common_documents(outcomes: Sequence[Outcome], kind: Loss) -> Numbers:
-    """The documents of the windows that all these runs were measured on, as far as their records say."""
+    """List the documents of the windows that all these runs were measured on, as far as records say."""
     known = [outcome for outcome in outcomes if "document" in outcome.final["windows"]] or outcomes
     documents = known[0].documents(kind)
     for other in outcomes:

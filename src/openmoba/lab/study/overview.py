@@ -14,7 +14,7 @@ from openmoba.records.disk import read_json
 
 
 def overview(recipe: Recipe, study: Path, tflops: float | None = None) -> str:
-    """A line per run: whether it is finished, has begun or is missing, and what it is or would be; then their sum.
+    """Write a line per run: whether it is finished, has begun or is missing, and what it is; then their sum.
 
     Args:
         tflops: rate of large bf16 matrix products of the GPU to plan for, in 1e12 operations per second; None for this
@@ -47,7 +47,7 @@ def overview(recipe: Recipe, study: Path, tflops: float | None = None) -> str:
 
 
 def _rate(runs: Sequence[PlannedRun], study: Path, work: dict[str, float], tflops: float | None) -> tuple[float, str]:
-    """Operations per second of the study's runs, and where that is from."""
+    """Return the operations per second of the study's runs, and where that is from."""
     if tflops is not None:
         share = SHARE["cuda"]
         return share * tflops * 1e12, f"at {share:.0%} of {tflops:g} TFLOP/s"

@@ -165,7 +165,7 @@ def _look(colour: str, line: Any, marker: str) -> dict[str, Any]:
 
 
 def _position_ticks(axes: Axes, edges: np.ndarray[Any, Any]) -> None:
-    """Every edge of a range gets a line, few enough of them a number."""
+    """Set a line at every edge of a range, and a number at few enough of them."""
     step = next(step for step in (1, 2, 4, 8, 16, 32, len(edges)) if (len(edges) - 1) / step < MOST_TICKS)
     axes.xaxis.set_major_locator(FixedLocator(edges[::step].tolist()))
     axes.xaxis.set_minor_locator(FixedLocator(edges.tolist()))
@@ -174,7 +174,7 @@ def _position_ticks(axes: Axes, edges: np.ndarray[Any, Any]) -> None:
 
 
 def _percent_ticks(axes: Axes) -> None:
-    """Signed percentages at round places, with zero in sight."""
+    """Set signed percentages at round places, with zero in sight."""
     low, high = axes.get_xlim()
     low, high = min(low, -LINEAR_PERCENT), max(high, LINEAR_PERCENT)
     axes.set_xlim(low, high)

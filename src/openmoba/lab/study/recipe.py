@@ -105,12 +105,12 @@ class PlannedRun:
     tables: Table = field(repr=False)
 
     def config(self, study: Path) -> RunConfig:
-        """The run's configuration in the study folder `study`."""
+        """Return the run's configuration in the study folder `study`."""
         start = {"start_from": str(study / self.after)} if self.after else {}
         return from_dict(RunConfig, _merge(self.tables, {"train": {"seed": self.seed, **start}}))
 
     def alone(self) -> RunConfig:
-        """Its configuration without the run that it starts from, which has the same model."""
+        """Return its configuration without the run that it starts from, which has the same model."""
         config = self.config(Path())
         return replace(config, train=replace(config.train, start_from=None)) if self.after else config
 
@@ -164,7 +164,7 @@ def read_recipe(path: Path, source: str | None = None) -> Recipe:
 
 
 def parse_recipe(text: str, *, title: str, source: str | None = None) -> Recipe:
-    """`read_recipe` of a recipe's text; `title` is the default of its title."""
+    """Read a recipe's text as `read_recipe` does; `title` is the default of its title."""
     tables = tomllib.loads(text)
     if source is not None:
         tables = _merge(tables, {"run": {"data": {"source": source}}})
@@ -306,7 +306,7 @@ def _check_config(run: PlannedRun, runs: dict[str, PlannedRun]) -> None:
 
 
 def _layers(run: PlannedRun, runs: dict[str, PlannedRun]) -> int | None:
-    """Layers of the run's model; None if it comes from outside the study."""
+    """Count the layers of the run's model; None if it comes from outside the study."""
     if run.after is not None:
         return _layers(runs[run.after], runs)
     config = run.config(Path())
@@ -329,7 +329,7 @@ def _check_names(where: str, names: Any, allowed: Any) -> None:
 
 
 def _flat(tables: Table, prefix: str = "") -> Table:
-    """`{"train": {"steps": 1}}` as `{"train.steps": 1}`."""
+    """Turn `{"train": {"steps": 1}}` into `{"train.steps": 1}`."""
     flat: Table = {}
     for key, value in tables.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -337,7 +337,7 @@ def _flat(tables: Table, prefix: str = "") -> Table:
 
 
 def _merge(base: Table, special: Table) -> Table:
-    """`base` with the entries of `special` on top, table by table; ValueError for a value where a table belongs."""
+    """Merge `base` with the entries of `special`, table by table; ValueError for a value where a table belongs."""
     merged = dict(base)
     for key, value in special.items():
         earlier: Any = merged.get(key, value)

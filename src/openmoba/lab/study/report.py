@@ -68,7 +68,7 @@ def _write(recipe: Recipe, study: Path, axis: str) -> list[Path]:
 
 
 def _newest_result(recipe: Recipe, study: Path) -> float:
-    """When the last run was finished, in seconds since the epoch; 0 if none is."""
+    """Return when the last run was finished, in seconds since the epoch; 0 if none is."""
     results = [study / run.name / RESULT_FILE for run in recipe.runs]
     return max((file.stat().st_mtime for file in results if file.exists()), default=0.0)
 
@@ -167,7 +167,7 @@ def _scale(recipe: Recipe, outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 
 def _seeds(recipe: Recipe, outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """What noise of seeds the intervals hold, by stage and size."""
+    """Say what noise of seeds the intervals hold, by stage and size."""
     known, unknown = [], []
     for stage in recipe.stages:
         for size, own in by("size", of_stage(stage, outcomes)).items():
@@ -208,7 +208,7 @@ def _stage_sentence(stage: Stage, compared: Sequence[Outcome]) -> str:
 
 
 def _without_trailing(stage: Stage, outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """Why a stage lacks a trailing loss, and with it the chart that it asks for."""
+    """Say why a stage lacks a trailing loss, and with it the chart that it asks for."""
     short = [outcome for outcome in outcomes if not outcome.has("trailing")]
     if short:
         chart = f"; the {stage.chart} chart, which shows it, is left out" if stage.chart != "positions" else ""
@@ -255,7 +255,7 @@ def _fits(outcomes: Sequence[Outcome], axis: str) -> list[str]:
 
 
 def _position_laws(own: Sequence[Outcome], full: Sequence[Outcome], axis: str) -> Iterator[str]:
-    """Both arms' laws of every position range, and the interval of the difference of their exponents."""
+    """Yield both arms' laws of every position range, and the interval of their exponents' difference."""
     yield f"\n{own[0].label} and full attention by position ({behind(own, 0)}):\n"
     rows = []
     for number, (start, end) in enumerate(own[0].ranges):
@@ -287,7 +287,7 @@ def _runs(outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 
 def _compute_cell(run: Outcome, axis: Axis) -> str:
-    """The run's compute; of records from before it was counted, a dash."""
+    """Write the run's compute; of records from before it was counted, a dash."""
     return f"{axis.value(run.final):{axis.form}}" if axis.known(run.final) else "-"
 
 

@@ -167,7 +167,7 @@ def _experiment(study: Study, page: Path) -> Iterator[str]:
 
 
 def _most_arms(studies: Sequence[Study]) -> list[tuple[Study, list[Outcome]]]:
-    """For every length the runs of the stage and size that compare the most arms with full attention, longest last."""
+    """Find for each length the runs of the stage and size that compare the most arms with full attention."""
     found: dict[int, tuple[Study, list[Outcome]]] = {}
 
     def rank(runs: Sequence[Outcome]) -> tuple[int, int]:
@@ -183,7 +183,7 @@ def _most_arms(studies: Sequence[Study]) -> list[tuple[Study, list[Outcome]]]:
 
 
 def _rows(runs: Sequence[Outcome], number: int, study: Study, page: Path) -> Iterator[list[str]]:
-    """Cells of the best arm within each budget at one position range, each arm once."""
+    """Yield the cells of the best arm within each budget at one position range, each arm once."""
     full, noise, length = of_kind(runs, FULL), seed_noise(runs, number), runs[0].ranges[number][1]
     level = mean_loss(full, number)
     found = []

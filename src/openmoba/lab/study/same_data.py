@@ -28,7 +28,7 @@ class RunData:
 
 
 def known_data(run: PlannedRun, recipe: Recipe, study: Path) -> list[Known]:
-    """What the study's other runs that have begun say of the data of `run`."""
+    """Return what the study's other runs that have begun say of the data of `run`."""
     others = [other for other in begun(recipe, study) if other.name != str(study / run.name)]
     return _known(_run_data(run, recipe, study), others)
 
@@ -41,7 +41,7 @@ def check_same_data(runs: Sequence[RunData]) -> None:
 
 
 def begun(recipe: Recipe, study: Path) -> list[RunData]:
-    """The data of all runs that have begun and did not fail, which are trained anew."""
+    """Return the data of all runs that have begun and did not fail, which are trained anew."""
     return [
         _run_data(run, recipe, study)
         for run in recipe.runs
@@ -50,7 +50,7 @@ def begun(recipe: Recipe, study: Path) -> list[RunData]:
 
 
 def origin(run: PlannedRun, recipe: Recipe, study: Path) -> str | None:
-    """The model from outside the study that `run` comes from, if it comes from one."""
+    """Return the model from outside the study that `run` comes from, if it comes from one."""
     planned = {other.name: other for other in recipe.runs}
     while run.after is not None:
         run = planned[run.after]

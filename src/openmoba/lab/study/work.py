@@ -73,12 +73,12 @@ def run_study(
 
 
 def finished(run: PlannedRun, study: Path) -> bool:
-    """Whether the run has its result."""
+    """Tell whether the run has its result."""
     return (study / run.name / RESULT_FILE).exists()
 
 
 def failure(run: PlannedRun, study: Path) -> str | None:
-    """Why the run failed with the configuration that it has now; None if it did not."""
+    """Say why the run failed with the configuration that it has now; None if it did not."""
     file = study / run.name / FAILED_FILE
     if not file.exists():
         return None
@@ -88,7 +88,7 @@ def failure(run: PlannedRun, study: Path) -> str | None:
 
 
 def failures(recipe: Recipe, study: Path) -> str | None:
-    """What failed, why, and what to do, in one text; None if nothing did."""
+    """Say what failed, why, and what to do, in one text; None if nothing did."""
     reasons = {run.name: reason for run in recipe.runs if (reason := failure(run, study)) is not None}
     if not reasons:
         return None
@@ -103,7 +103,7 @@ def failures(recipe: Recipe, study: Path) -> str | None:
 
 
 def _to_do(recipe: Recipe, study: Path) -> list[PlannedRun]:
-    """The runs that are not finished, and neither failed nor start from one that did."""
+    """List the runs that are not finished, and neither failed nor start from one that did."""
     failed: set[str] = set()
     for run in recipe.runs:  # dependencies first
         if failure(run, study) is not None or run.after in failed:
@@ -140,7 +140,7 @@ def check_models(recipe: Recipe) -> None:
 
 
 def _changes(stored: RunConfig, run: PlannedRun, study: Path) -> list[str]:
-    """What differs between the configuration `stored` of a run and that of the recipe."""
+    """Say what differs between the configuration `stored` of a run and that of the recipe."""
     wanted = run.config(study)
     if run.after is not None and str(stored.train.start_from).endswith(run.after):  # the study may move as a whole
         stored = replace(stored, train=replace(stored.train, start_from=wanted.train.start_from))
@@ -239,7 +239,7 @@ def _holders(unfinished: list[PlannedRun], study: Path) -> str:
 
 
 def state(run: PlannedRun, study: Path) -> str:
-    """How far a run is, in a word."""
+    """Say how far a run is, in a word."""
     if finished(run, study):
         return "finished"
     if failure(run, study) is not None:
