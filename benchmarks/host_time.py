@@ -30,7 +30,7 @@ from triton.runtime import driver
 from openmoba.ops import attend as operations
 from openmoba.ops.triton import attention, hopper
 from openmoba.ops.triton.host import replay
-from openmoba.ops.triton.host.launch import Launch
+from openmoba.ops.triton.host.launch import Launch, filled
 from openmoba.records.provenance import provenance
 
 OUT = Path(__file__).parent.parent / "results" / "cpu" / "host_time.csv"
@@ -98,7 +98,8 @@ def work_out(
 
 
 def launch_by_triton(launch: Launch, *tensors: Any) -> None:
-    launch._kernel[launch.grid](*tensors, *launch._numbers, **launch._constants)
+    given = iter(tensors)
+    launch._kernel[launch.grid](*[filled(x, given) for x in launch._arguments], **launch._constants)
 
 
 def launch_nothing() -> None:
@@ -106,7 +107,7 @@ def launch_nothing() -> None:
     properties = {"max_shared_mem": 232448}
     driver.set_active(
         SimpleNamespace(
-            launcher_cls=lambda source, metadata: lambda *arguments: None,
+            launcher_cls=lambda source, metadata: run_nothing,
             utils=SimpleNamespace(
                 get_device_properties=lambda device: properties, load_binary=lambda *arguments: (0, 1, 255, 0, 1024)
             ),
@@ -115,6 +116,13 @@ def launch_nothing() -> None:
             get_current_target=lambda: GPUTarget("cuda", 90, 32),
         )
     )
+
+
+def run_nothing(*arguments: Any) -> None:
+    """Stands for a launcher, which tells those who listen to Triton's launches."""
+    metadata, enter = arguments[6:8]
+    if enter is not None:
+        enter(metadata)
 
 
 def forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,25 +84,36 @@ def launches_of(call: Callable[[], Any]) -> list[Launch]:
 
 def compile_launch(launch: Launch) -> MachineCode:
     """Compile for sm_90 with the specialisation that the launcher would choose, and disassemble."""
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
     options = {name: value for name, value in launch.kwargs.items() if name in _OPTIONS}
     values = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
     values |= {name: value for name, value in launch.kwargs.items() if name not in _OPTIONS}
     for index, parameter in enumerate(launch.kernel.params):
         value = values.get(parameter.name, parameter.default)
-        kind = _kind(value)
-        if parameter.is_constexpr or value is None or (kind == "i32" and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(index,)] = value
-            continue
-        signature[parameter.name] = kind
-        if kind.startswith("*") or (kind == "i32" and value % 16 == 0):
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        signature[parameter.name] = _specialised(value, parameter.is_constexpr, (index,), constants, attributes)
     source_class = GluonASTSource if launch.kernel.is_gluon() else ASTSource
     source = source_class(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=HOPPER, options=options)
     sass = _disassemble(compiled.asm["cubin"])
     return MachineCode(launch.kernel.__name__, sass, compiled.metadata.shared, _registers(compiled.asm["cubin"]))
+
+
+def _specialised(
+    value: Any, is_constexpr: bool, path: tuple[int, ...], constants: dict[Any, Any], attributes: dict[Any, Any]
+) -> Any:
+    """The type of an argument, or those of a struct's members, beside what the compiler may know of its value."""
+    if isinstance(value, tuple):
+        members = [_specialised(x, is_constexpr, (*path, i), constants, attributes) for i, x in enumerate(value)]
+        return type(value)(*members)
+    kind = "constexpr" if is_constexpr or value is None else _kind(value)
+    if kind == "constexpr" or (kind == "i32" and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if kind.startswith("*") or (kind == "i32" and value % 16 == 0):
+        attributes[path] = [["tt.divisibility", 16]]
+    return kind
 
 
 def _kind(value: Any) -> str:
@@ -206,17 +217,24 @@ def decode_report(
 
 
 def launcher_arguments() -> list[dict[str, Any]]:
-    """What Triton hands its launcher, and what a fixed launch does, kernel by kernel of one forward and backward.
+    """What Triton's launcher hands a kernel, and what a fixed launch does, of one forward and backward.
 
-    The driver is one that compiles for Hopper and runs nothing; hooks and what is prepared for them are left out.
+    The driver is one that compiles for Hopper and runs nothing; hooks and what is prepared for them are left out. What
+    a kernel was compiled for is not handed to it.
     """
     from openmoba.ops.triton import attention, hopper
     from openmoba.ops.triton.host.launch import Launch
 
     given: list[list[Any]] = []
 
-    def launcher(*_: Any) -> Callable[..., None]:
-        return lambda *arguments: given.append([_plainly(x) for x in (*arguments[:6], *arguments[9:])])
+    def launcher(source: Any, _: Any) -> Callable[..., None]:
+        kinds = list(_members(source.signature.values()))
+
+        def note(*arguments: Any) -> None:
+            taken = zip(kinds, _members(arguments[9:]), strict=True)
+            given.append([*map(_plainly, arguments[:6]), *[_plainly(x) for kind, x in taken if kind != "constexpr"]])
+
+        return note
 
     properties = {"max_shared_mem": 232448}
     utils = SimpleNamespace(
@@ -246,6 +264,15 @@ def launcher_arguments() -> list[dict[str, Any]]:
             d_lse = None if blocks is None else lse
             attention.backward(out, d_lse, q, k, k, out, lse, choice, None, None, 128, 2, 1.0)
     return seen
+
+
+def _members(values: Iterable[Any]) -> Iterator[Any]:
+    """Values, with the members of structs in the place of these."""
+    for x in values:
+        if isinstance(x, tuple):
+            yield from _members(x)
+        else:
+            yield x
 
 
 def _plainly(x: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from threading import Thread
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from openmoba.ops.triton import attention
 from openmoba.ops.triton.host import direct, replay
-from openmoba.ops.triton.host.launch import Launch
+from openmoba.ops.triton.host.launch import TENSOR, Launch
 from openmoba.ops.triton.host.replay import replayed
 
 MB = 2**20
@@ -23,28 +23,41 @@ SIZE = 40
 
 
 class Adder:
-    """Stands for a kernel `z = x + y + SUMMAND` on SIZE int64, y perhaps absent; it knows addresses alone."""
-
-    arg_names = ("z_ptr", "x_ptr", "y_ptr", "SUMMAND")
+    """Stands for a kernel `z = x + y + summand` on SIZE int64, y perhaps absent; it knows addresses alone."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def compile_and_run(*tensors: Any, SUMMAND: int) -> Any:
+        def compile_and_run(zx: Adding, y: Tensor | None, summand: int) -> Any:
             direct.knobs.runtime.launch_enter_hook(None)  # as Triton does
-            self.run(*grid, *HEAD, *[None if x is None else x.data_ptr() for x in tensors], SUMMAND)
-            return SimpleNamespace(run=self.run, function=7, packed_metadata="metadata")
+            taken = [zx.z.data_ptr(), zx.x.data_ptr(), *[y.data_ptr() for y in (y,) if y is not None], summand]
+            signature = {"zx": Adding("*i64", "*i64"), "y": "constexpr" if y is None else "*i64", "summand": "i32"}
+            compiled = SimpleNamespace(metadata=None, function=7, packed_metadata="metadata")
+            compiled.src = SimpleNamespace(signature=signature)
+            launcher(None, None)(*grid, *HEAD, *taken)
+            return compiled
 
         return compile_and_run
 
-    def run(self, *args: Any) -> None:
+
+def launcher(_: Any, __: Any) -> Any:
+    """Stands for Triton's `launcher_cls`."""
+
+    def run(*args: Any) -> None:
         assert args[:9] == (1, 1, 1, *HEAD)
         *addresses, summand = args[9:]
-        z, x, y = ((ctypes.c_int64 * SIZE).from_address(at) if at else [0] * SIZE for at in addresses)
+        z, x, *y = ((ctypes.c_int64 * SIZE).from_address(at) for at in addresses)
         for i in range(SIZE):
-            z[i] = x[i] + y[i] + summand
+            z[i] = x[i] + summand + sum(its[i] for its in y)
+
+    return run
+
+
+class Adding(NamedTuple):
+    z: Any
+    x: Any
 
 
 HEAD = ("stream", 7, "metadata", None, None, None)
-ADD = Launch(Adder(), (1,), (), {"SUMMAND": 5})
+ADD = Launch(Adder(), (1,), (Adding(TENSOR, TENSOR), TENSOR, 5), {})
 
 
 class Call:
@@ -71,7 +84,7 @@ class Call:
 @pytest.fixture(autouse=True)
 def cpu(monkeypatch):
     """A stream for a machine without a GPU, and nothing written down."""
-    active = SimpleNamespace(get_current_stream=lambda device: "stream")
+    active = SimpleNamespace(get_current_stream=lambda device: "stream", launcher_cls=launcher)
     monkeypatch.setattr(direct, "driver", SimpleNamespace(active=active))
     replay.forget()
 
@@ -120,7 +133,7 @@ def test_kernels_that_were_not_noted_are_not_lost():
         def __call__(self, x: Tensor, y: Tensor | None, z: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
             out, unused = super().__call__(x, y, z, *settings)
             twice = torch.empty(SIZE, dtype=torch.int64)
-            Adder()[1, 1, 1](twice, out, out, SUMMAND=0)
+            Adder()[1, 1, 1](Adding(twice, out), out, 0)
             return twice, unused
 
     call = Doubled()

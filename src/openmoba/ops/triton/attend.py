@@ -16,10 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from openmoba.ops.triton.arguments import Call, Lists, Results, Rows
 from openmoba.ops.triton.families import family_of
 from openmoba.ops.triton.family import Family
 from openmoba.ops.triton.geometry import Geometry, cdiv, strides
-from openmoba.ops.triton.host.launch import REMEMBERED, Launch
+from openmoba.ops.triton.host.launch import REMEMBERED, TENSOR, Launch
 from openmoba.ops.triton.plan import Plan, make_items, most_items
 
 
@@ -45,13 +46,13 @@ def attend_heads(
     """
     launches = _launches(
         geometry, q.dtype, family_of(geometry, q, k, v), scale, first_head, heads, tokens.start, tokens.stop,
-        (*strides(q), *strides(k), *strides(v)),
+        (strides(q), strides(k), strides(v)),
     )  # fmt: skip
     partial = torch.empty((launches.pairs, geometry.width), dtype=q.dtype, device=q.device)
     partial_lse = torch.empty(launches.pairs, dtype=torch.float32, device=q.device)
     if plan is not None:
         items = make_items(plan, geometry, launches.segment)
-        launches.past(q, k, v, partial, partial_lse, plan.pairs, plan.offsets, plan.skips, items, cu_q, cu_k)
+        launches.past(q, k, v, partial, partial_lse, plan.pairs, items, plan.offsets, plan.skips, cu_q, cu_k)
     counts = None if plan is None else plan.counts
     launches.own(q, k, v, partial, partial_lse, counts, out, lse, cu_q, cu_k)
 
@@ -75,28 +76,28 @@ def _launches(
     heads: int,
     first_token: int,
     end_token: int,
-    qkv_strides: tuple[int, ...],
+    qkv_strides: tuple[tuple[int, int, int], ...],
 ) -> _Launches:
-    rows, past = geometry.rows * geometry.group, geometry.top_k - 1
+    past = geometry.top_k - 1
     tokens = range(first_token, end_token)
-    sizes = (geometry.sequences, geometry.tokens_q, geometry.tokens_k, geometry.block_size)
     first_pair = first_token * geometry.group * past
     lists, pairs = heads * geometry.block_slots, heads * len(tokens) * geometry.group * past
     constants = {"GROUP": geometry.group, "PAST": past, "WIDTH": geometry.width, "PACKED": geometry.packed}
     kernel, own = family.attend_past(geometry, dtype), family.attend_own(geometry, dtype)
     segment = kernel.tile.segment
-    slots = geometry.own_slots(tokens)
+    slots, span = geometry.own_slots(tokens), (first_token, end_token)
+    call, partials, qkv = Call.of(geometry), Results(TENSOR, TENSOR), [Rows.of(its) for its in qkv_strides]
     return _Launches(
         past=Launch(
             kernel.function,
             (most_items(pairs, lists, segment),),
-            (*sizes, geometry.block_slots, rows, first_head, lists, first_pair, scale, *qkv_strides),
+            (*qkv, partials, Lists(TENSOR, TENSOR), TENSOR, TENSOR, call, first_head, first_pair, scale),
             constants | kernel.constants | {"SEGMENT": segment},
         ),
         own=Launch(
             own.function,
             (len(slots) * cdiv(geometry.block_size, own.tile.m), heads * geometry.group),
-            (*sizes, rows, first_head, slots.start, first_token, end_token, scale, *qkv_strides),
+            (*qkv, partials, TENSOR, Results(TENSOR, TENSOR), call, first_head, slots.start, *span, scale),
             constants | own.constants | {"HEADS": geometry.heads},
         ),
         segment=segment,

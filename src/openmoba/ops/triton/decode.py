@@ -20,7 +20,7 @@ its shares' outputs, and their log-sum-exps. `score` zeroes the numbers.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,12 +28,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from openmoba.ops.triton.arguments import Rows
 from openmoba.ops.triton.geometry import cdiv, kernel_width, power_of_two, strides
 from openmoba.ops.triton.host.device import most_registers, multiprocessors, nvidia_capability
-from openmoba.ops.triton.host.launch import REMEMBERED, Launch
+from openmoba.ops.triton.host.launch import REMEMBERED, TENSOR, Launch
 from openmoba.ops.triton.pages import complete_pages
 from openmoba.ops.triton.pool import scale_to
-from openmoba.ops.triton.rows import LOG2E, load_rows
+from openmoba.ops.triton.rows import LOG2E, head_base, load_rows
 
 __all__ = ["complete_pages", "decode"]
 
@@ -78,6 +79,14 @@ def decode(
     return out
 
 
+class Workspace(NamedTuple):
+    """One allocation: `counters`, then for each query row `padded` scores, then outputs and log-sum-exps of shares."""
+
+    ptr: Any
+    counters: int
+    padded: int
+
+
 class _Plan(NamedTuple):
     """What does not depend on the tensors' contents.
 
@@ -108,10 +117,10 @@ def _plan(
     scale: float,
     dtype: torch.dtype,
     device: torch.device,
-    q_strides: tuple[int, ...],
-    k_strides: tuple[int, ...],
-    v_strides: tuple[int, ...],
-    centroid_strides: tuple[int, ...],
+    q_strides: tuple[int, int, int],
+    k_strides: tuple[int, int, int],
+    v_strides: tuple[int, int, int],
+    centroid_strides: tuple[int, int, int],
 ) -> _Plan:
     top_k = min(top_k, pages + 1)
     chooses = top_k > 1
@@ -126,18 +135,33 @@ def _plan(
     partials = shares * (width + 1) if shares > 1 else 0
     m = min(_MOST_ROWS, max(16, power_of_two(tokens * group)))
     overlap = chooses and overlaps(device)
-    sizes = (pages, block_size, counters, padded)
+    workspace, queries = Workspace(TENSOR, counters, padded), Rows.of(q_strides)
     options = {"TOKENS": tokens, "GROUP": group, "WIDTH": width, "D": d, "OVERLAPS": overlap, "num_warps": 4}
     score = Launch(
         _score,
         (cdiv(pages, _PAGES_PER_TILE), kv_heads * cdiv(tokens * group, m), batch),
-        (*sizes, *q_strides, *centroid_strides),
+        (queries, Rows.of(centroid_strides), workspace, TENSOR, pages, block_size),
         options | {"M": m, "N": _PAGES_PER_TILE, "W": min(d, 64) if dtype == torch.float32 else d},
     )
     attend = Launch(
         _attend,
         (shares, heads * tokens, batch),
-        (*sizes, top_k, ranks, pieces, piece, scale, *q_strides, *k_strides, *v_strides),
+        (
+            queries,
+            Rows.of(k_strides),
+            Rows.of(v_strides),
+            workspace,
+            TENSOR,
+            TENSOR,
+            TENSOR,
+            pages,
+            block_size,
+            top_k,
+            ranks,
+            pieces,
+            piece,
+            scale,
+        ),
         options
         | {
             "CHOOSES": chooses,
@@ -182,20 +206,12 @@ def overlaps(device: torch.device) -> bool:
 
 @triton.jit(do_not_specialize=["pages"])
 def _score(
-    q_ptr,
-    centroid_ptr,
-    workspace_ptr,
+    q,
+    centroids,
+    workspace,
     length_ptr,
     pages,
     block_size,
-    counters,
-    padded,
-    q_batch,
-    q_token,
-    q_head,
-    centroid_batch,
-    centroid_page,
-    centroid_head,
     TOKENS: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -218,14 +234,14 @@ def _score(
     row_M = tl.program_id(1) % TILES * M + tl.arange(0, M)
     flat_M = (batch * tl.num_programs(1) // TILES + head) * ROWS + row_M
     if tl.program_id(0) == 0:
-        tl.store(workspace_ptr + flat_M, 0.0, mask=row_M < ROWS)
+        tl.store(workspace.ptr + flat_M, 0.0, mask=row_M < ROWS)
     page_N = tl.program_id(0) * N + tl.arange(0, N)
     past = tl.minimum((tl.load(length_ptr + batch) - 1) // block_size, pages)
     if tl.program_id(0) * N >= past:
         return
-    q_ptr += batch.to(tl.int64) * q_batch + (head * GROUP).to(tl.int64) * q_head
-    q_at_M = (row_M // GROUP).to(tl.int64) * q_token + (row_M % GROUP).to(tl.int64) * q_head
-    centroid_ptr += batch.to(tl.int64) * centroid_batch + head.to(tl.int64) * centroid_head
+    q_ptr = head_base(q, batch, head * GROUP)
+    q_at_M = (row_M // GROUP).to(tl.int64) * q.token + (row_M % GROUP).to(tl.int64) * q.head
+    centroid_ptr = head_base(centroids, batch, head)
     largest_M = tl.zeros([M], tl.float32)
     for d in tl.static_range(0, D, W):
         q_MW = load_rows(q_ptr + d, q_at_M, 1, row_M < ROWS, WIDTH - d, W).to(tl.float32)
@@ -233,11 +249,11 @@ def _score(
     scale_M = scale_to(largest_M, _ROW_EXPONENT)
     score_NM = tl.zeros([N, M], tl.float32)
     for d in tl.static_range(0, D, W):
-        centroid_NW = load_rows(centroid_ptr + d, page_N, centroid_page, page_N < past, WIDTH - d, W)
+        centroid_NW = load_rows(centroid_ptr + d, page_N, centroids.token, page_N < past, WIDTH - d, W)
         q_MW = load_rows(q_ptr + d, q_at_M, 1, row_M < ROWS, WIDTH - d, W).to(tl.float32) * scale_M[:, None]
         score_NM = tl.dot(centroid_NW, tl.trans(q_MW.to(centroid_NW.dtype)), score_NM, input_precision="tf32x3")
-    at_NM = counters + flat_M[None, :].to(tl.int64) * padded + page_N[:, None]
-    tl.store(workspace_ptr + at_NM, score_NM, mask=(row_M < ROWS)[None, :] & (page_N < past)[:, None])
+    at_NM = workspace.counters + flat_M[None, :].to(tl.int64) * workspace.padded + page_N[:, None]
+    tl.store(workspace.ptr + at_NM, score_NM, mask=(row_M < ROWS)[None, :] & (page_N < past)[:, None])
 
 
 @triton.jit
@@ -271,31 +287,20 @@ def _next_page(score_ptr, past, order_L, below, IN_REGISTERS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["pages", "ranks", "pieces"])
 def _attend(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    workspace_ptr,
+    q,
+    k,
+    v,
+    workspace,
     out_ptr,
     length_ptr,
     start_ptr,
     pages,
     block_size,
-    counters,
-    padded,
     top_k,
     ranks,
     pieces,
     piece,
     scale,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    v_batch,
-    v_token,
-    v_head,
     TOKENS: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -327,15 +332,15 @@ def _attend(
     last = tl.minimum(tl.minimum(first + ranks, top_k), past + 1)
 
     d_D = tl.arange(0, D)
-    q_ptr += batch.to(tl.int64) * q_batch + token.to(tl.int64) * q_token + (head * GROUP + member).to(tl.int64) * q_head
+    q_ptr = head_base(q, batch, head * GROUP + member) + token.to(tl.int64) * q.token
     q_D = tl.load(q_ptr + d_D, mask=d_D < WIDTH, other=0.0).to(tl.float32) * (scale * LOG2E)
     slot = 0 if start_ptr is None else tl.load(start_ptr + batch)
-    k_ptr += batch.to(tl.int64) * k_batch + head.to(tl.int64) * k_head + tl.cast(slot, tl.int64) * k_token
-    v_ptr += batch.to(tl.int64) * v_batch + head.to(tl.int64) * v_head + tl.cast(slot, tl.int64) * v_token
+    k_ptr = head_base(k, batch, head) + tl.cast(slot, tl.int64) * k.token
+    v_ptr = head_base(v, batch, head) + tl.cast(slot, tl.int64) * v.token
 
     if OVERLAPS:
         gdc_wait()
-    score_ptr = workspace_ptr + counters + flat * padded
+    score_ptr = workspace.ptr + workspace.counters + flat * workspace.padded
     order_L = tl.full([L], _TAKEN, tl.int32)
     below = tl.full([], _ABOVE_ALL, tl.int64)
     if CHOOSES:
@@ -357,8 +362,8 @@ def _attend(
         end = tl.minimum(tl.minimum(begin + piece, block_size), position + 1 - page * block_size)
         for start in tl.range(begin, end, N, num_stages=STAGES):
             n_N = start + tl.arange(0, N)
-            k_ND = load_rows(k_ptr, page * block_size + n_N, k_token, n_N < end, WIDTH, D)
-            v_ND = load_rows(v_ptr, page * block_size + n_N, v_token, n_N < end, WIDTH, D)
+            k_ND = load_rows(k_ptr, page * block_size + n_N, k.token, n_N < end, WIDTH, D)
+            v_ND = load_rows(v_ptr, page * block_size + n_N, v.token, n_N < end, WIDTH, D)
             s_N = tl.where(n_N < end, tl.sum(k_ND.to(tl.float32) * q_D[None, :], 1), _LOWEST)
             m_new_N = tl.maximum(m_N, s_N)
             alpha_N = tl.exp2(m_N - m_new_N)
@@ -373,12 +378,12 @@ def _attend(
     if SHARED:
         shares = tl.num_programs(0)
         rows = (tl.num_programs(2) * tl.num_programs(1)).to(tl.int64)
-        partial_ptr = workspace_ptr + counters + rows * padded + flat * shares * WIDTH
-        lse_ptr = workspace_ptr + counters + rows * (padded + shares * WIDTH) + flat * shares
+        partial_ptr = workspace.ptr + workspace.counters + rows * workspace.padded + flat * shares * WIDTH
+        lse_ptr = workspace.ptr + workspace.counters + rows * (workspace.padded + shares * WIDTH) + flat * shares
         tl.store(partial_ptr + share * WIDTH + d_D, o_D, mask=d_D < WIDTH)
         tl.store(lse_ptr + share, lse)
         tl.debug_barrier()  # all threads have written their part before one of them says so
-        finished_ptr = workspace_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + flat
+        finished_ptr = workspace.ptr.to(tl.pointer_type(tl.int32), bitcast=True) + flat
         if tl.atomic_add(finished_ptr, 1, sem="acq_rel", scope="gpu") == shares - 1:
             o_D = _merged(partial_ptr, lse_ptr, shares, WIDTH, D, C)
             tl.store(out_ptr + d_D, o_D.to(out_ptr.dtype.element_ty), mask=d_D < WIDTH)

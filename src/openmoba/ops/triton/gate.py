@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from openmoba.ops.triton.arguments import Call, Rows
 from openmoba.ops.triton.geometry import (
     Geometry,
     cdiv,
@@ -29,7 +31,7 @@ from openmoba.ops.triton.geometry import (
     strides,
 )
 from openmoba.ops.triton.host.device import most_registers
-from openmoba.ops.triton.host.launch import REMEMBERED, Launch
+from openmoba.ops.triton.host.launch import REMEMBERED, TENSOR, Launch
 from openmoba.ops.triton.pool import pool
 from openmoba.ops.triton.ranking import CENTER_BITS, largest_norms, load_scaled_rows, rank_once, rank_repeatedly
 
@@ -52,6 +54,36 @@ class GateTile:
         """The kernels' keyword arguments."""
         sizes = {"M": self.m, "LANES": self.lanes, "num_warps": self.warps, "num_stages": self.stages}
         return sizes | most_registers(self.registers)
+
+
+class Centroids(NamedTuple):
+    """Centroids `[Hkv, block_slots, D]` and their norms (`pool`)."""
+
+    ptr: Any
+    norms: Any
+
+
+class Choice(NamedTuple):
+    """Where the choice is written: an address, and strides of key/value heads and query tokens."""
+
+    ptr: Any
+    head: int
+    token: int
+
+
+class Again(NamedTuple):
+    """Rows for the second look, `[Hkv, rows]`, and how many there are of each key/value head."""
+
+    rows: Any
+    counts: Any
+
+
+class FixedPoint(NamedTuple):
+    """How a score becomes a key (`ranking`): the payload's scale, the index' range, and what keys would begin at."""
+
+    key_scale: float
+    index_range: int
+    index_base: int
 
 
 def choose(
@@ -94,18 +126,8 @@ def _launches(
     complete = kept in (picks, per_lane) or per_lane == 0
     repeat = picks > _MOST_PICKS_OF_ONE_PASS
     group_part = min(geometry.group, tile.m)
-    numbers = (
-        geometry.sequences,
-        geometry.tokens_q,
-        geometry.tokens_k,
-        geometry.block_size,
-        geometry.block_slots,
-        geometry.rows * geometry.group,
-        heads_per_sort,
-        *q_strides,
-        out_stride_head,
-        out_stride_token,
-    )
+    written = Choice(TENSOR, out_stride_head, out_stride_token)
+    inputs = (Rows.of(q_strides), Centroids(TENSOR, TENSOR), written, Again(TENSOR, TENSOR), Call.of(geometry))
     constants = {
         "PICKS": picks,
         "KEEP": kept,
@@ -122,12 +144,14 @@ def _launches(
         "REPEAT": repeat,
     }
     grid = (geometry.query_slots(tile.m // group_part), geometry.kv_heads * cdiv(geometry.group, group_part))
-    first = Launch(_gate, grid, numbers + _fixed_point(geometry, tile.lanes), constants | passes | tile.launch())
+    arguments = (*inputs, heads_per_sort, _fixed_point(geometry, tile.lanes))
+    first = Launch(_gate, grid, arguments, constants | passes | tile.launch())
     if complete or repeat:
         return first, None
     tile = second_look_tile(geometry, dtype)
     grid = (cdiv(_SECOND_LOOK_PROGRAMS, geometry.kv_heads), geometry.kv_heads)
-    return first, Launch(_second_look, grid, numbers + _fixed_point(geometry, tile.lanes), constants | tile.launch())
+    arguments = (*inputs, heads_per_sort, _fixed_point(geometry, tile.lanes))
+    return first, Launch(_second_look, grid, arguments, constants | tile.launch())
 
 
 def gate_tile(geometry: Geometry, dtype: torch.dtype) -> GateTile:
@@ -148,42 +172,25 @@ def second_look_tile(geometry: Geometry, dtype: torch.dtype) -> GateTile:
     return GateTile(m=64, lanes=min(32, tile.lanes), warps=8, stages=min(2, tile.stages))
 
 
-def _fixed_point(geometry: Geometry, lanes: int) -> tuple[float, int, int]:
-    """Scale of the payload, range of the index, and what to subtract so that keys start at 0 (`ranking`)."""
+def _fixed_point(geometry: Geometry, lanes: int) -> FixedPoint:
     tiles = 2 * cdiv(geometry.longest, 2 * lanes)
     index_range = power_of_two(tiles)
     payload_bits = min(22, 31 - (index_range * lanes - 1).bit_length())
     half = 2 ** (payload_bits - 1)
     index_base = ((CENTER_BITS - half) * index_range + 2**31) % 2**32 - 2**31  # wraps, as the kernel does
     # Rounding in the score and in both norms stays below 1 / 1024.
-    return (half - 2) * (1 - 2**-10), index_range, index_base
+    return FixedPoint((half - 2) * (1 - 2**-10), index_range, index_base)
 
 
 @triton.jit
 def _gate(
-    q_ptr,
-    centroid_ptr,
-    norm_ptr,
-    out_ptr,
-    again_ptr,
-    count_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    sequences,
-    tokens_q,
-    tokens_k,
-    block_size,
-    block_slots,
-    rows,
+    q,
+    centroids,
+    out,
+    again,
+    call,
     heads_per_sort,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_oh,
-    stride_ot,
-    key_scale,
-    index_range,
-    index_base,
+    fixed,
     PICKS: tl.constexpr,
     KEEP: tl.constexpr,
     GROUP: tl.constexpr,
@@ -204,77 +211,61 @@ def _gate(
     # Late tiles have the most blocks to score: they start first.
     slot = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1) // PARTS
-    sequence, tile = locate(slot, cu_q_ptr, sequences, tokens_q, TOKENS, PACKED)
-    begin_q, length_q = span(sequence, cu_q_ptr, tokens_q, PACKED)
-    _, length_k = span(sequence, cu_k_ptr, tokens_k, PACKED)
+    sequence, tile = locate(slot, call.cu_q, call.sequences, call.tokens_q, TOKENS, PACKED)
+    begin_q, length_q = span(sequence, call.cu_q, call.tokens_q, PACKED)
+    _, length_k = span(sequence, call.cu_k, call.tokens_k, PACKED)
     if tile * TOKENS >= length_q:
         return
     row_M = tl.arange(0, M)
     token_M = tile * TOKENS + row_M // GROUP_PART
     member_M = tl.program_id(1) % PARTS * GROUP_PART + row_M % GROUP_PART
     live_M = (token_M < length_q) & (row_M < TOKENS * GROUP_PART) & (member_M < GROUP)
-    past_M = (token_M + length_k - length_q) // block_size
+    past_M = (token_M + length_k - length_q) // call.block_size
     last_token = tl.minimum((tile + 1) * TOKENS, length_q) - 1
-    fewest = (tile * TOKENS + length_k - length_q) // block_size
-    most = (last_token + length_k - length_q) // block_size
+    fewest = (tile * TOKENS + length_k - length_q) // call.block_size
+    most = (last_token + length_k - length_q) // call.block_size
 
-    q_offset_M = (begin_q + token_M).to(tl.int64) * stride_qt + (head * GROUP + member_M).to(tl.int64) * stride_qh
-    q_offset_M += tl.cast(sequence, tl.int64) * stride_qb
-    DTYPE: tl.constexpr = centroid_ptr.dtype.element_ty
-    first_flat = first_row(sequence, cu_q_ptr, tokens_q, PACKED) + tile * TOKENS
-    out_ptr += head.to(tl.int64) * stride_oh + tl.cast(first_flat, tl.int64) * stride_ot
-    out_M = row_M // GROUP_PART * stride_ot + member_M * PICKS
-    start = first_slot(sequence, cu_k_ptr, tokens_k, block_size, PACKED)
-    first = head * block_slots + start
-    offset = 0 if LOCAL else head % heads_per_sort * block_slots + start
-    none = -1 if LOCAL else heads_per_sort * block_slots
-    largest_M = largest_norms(norm_ptr + first, past_M, fewest, most)
-    q_MD, scale_M = load_scaled_rows(q_ptr, q_offset_M, live_M, largest_M, key_scale, DTYPE, WIDTH, D)
-    centroid_ptr += tl.cast(first, tl.int64) * D
+    q_offset_M = (begin_q + token_M).to(tl.int64) * q.token + (head * GROUP + member_M).to(tl.int64) * q.head
+    q_offset_M += tl.cast(sequence, tl.int64) * q.batch
+    DTYPE: tl.constexpr = centroids.ptr.dtype.element_ty
+    first_flat = first_row(sequence, call, PACKED) + tile * TOKENS
+    out_ptr = out.ptr + head.to(tl.int64) * out.head + tl.cast(first_flat, tl.int64) * out.token
+    out_M = row_M // GROUP_PART * out.token + member_M * PICKS
+    start = first_slot(sequence, call.cu_k, call.tokens_k, call.block_size, PACKED)
+    first = head * call.block_slots + start
+    offset = 0 if LOCAL else head % heads_per_sort * call.block_slots + start
+    none = -1 if LOCAL else heads_per_sort * call.block_slots
+    largest_M = largest_norms(centroids.norms + first, past_M, fewest, most)
+    q_MD, scale_M = load_scaled_rows(q.ptr, q_offset_M, live_M, largest_M, fixed.key_scale, DTYPE, WIDTH, D)
+    centroid_ptr = centroids.ptr + tl.cast(first, tl.int64) * D
     if REPEAT:
         rank_repeatedly(
             q_MD, scale_M, past_M, live_M, fewest, most, centroid_ptr, out_ptr + out_M, offset, none,
-            index_range, index_base, PICKS, ROUNDS, KEEP, LANES, COMPLETE,
+            fixed, PICKS, ROUNDS, KEEP, LANES, COMPLETE,
         )  # fmt: skip
     else:
         block_ML, again_M = rank_once(
-            q_MD, scale_M, past_M, fewest, most, centroid_ptr, index_range, index_base, PICKS, KEEP, LANES, COMPLETE
+            q_MD, scale_M, past_M, fewest, most, centroid_ptr, fixed, PICKS, KEEP, LANES, COMPLETE
         )
         lane_L = tl.arange(0, LANES)[None, :]
         value_ML = tl.where(block_ML < 0, none, offset + block_ML).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + (out_M[:, None] + lane_L), value_ML, mask=live_M[:, None] & (lane_L < PICKS))
         if not COMPLETE:
             again_M = again_M & live_M
-            at_M = tl.atomic_add(count_ptr + head + tl.zeros([M], tl.int32), 1, mask=again_M, sem="relaxed")
-            list_ptr = again_ptr + head.to(tl.int64) * rows
+            at_M = tl.atomic_add(again.counts + head + tl.zeros([M], tl.int32), 1, mask=again_M, sem="relaxed")
+            list_ptr = again.rows + head.to(tl.int64) * call.rows
             tl.store(list_ptr + at_M, (first_flat + row_M // GROUP_PART) * GROUP + member_M, mask=again_M)
 
 
 @triton.jit
 def _second_look(
-    q_ptr,
-    centroid_ptr,
-    norm_ptr,
-    out_ptr,
-    again_ptr,
-    count_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    sequences,
-    tokens_q,
-    tokens_k,
-    block_size,
-    block_slots,
-    rows,
+    q,
+    centroids,
+    out,
+    again,
+    call,
     heads_per_sort,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_oh,
-    stride_ot,
-    key_scale,
-    index_range,
-    index_base,
+    fixed,
     PICKS: tl.constexpr,
     KEEP: tl.constexpr,
     GROUP: tl.constexpr,
@@ -287,8 +278,8 @@ def _second_look(
 ):
     """Rank the listed rows again, in tiles of M gathered rows, with as many passes as they need."""
     head = tl.program_id(1)
-    count = tl.load(count_ptr + head)
-    list_ptr = again_ptr + head.to(tl.int64) * rows
+    count = tl.load(again.counts + head)
+    list_ptr = again.rows + head.to(tl.int64) * call.rows
     for tile in range(tl.program_id(0), tl.cdiv(count, M), tl.num_programs(0)):
         at_M = tile * M + tl.arange(0, M)
         listed_M = at_M < count
@@ -296,28 +287,26 @@ def _second_look(
         row_M = tl.load(list_ptr + tl.minimum(at_M, count - 1))
         flat_M = row_M // GROUP
         member_M = row_M % GROUP
-        sequence_M = sequence_of(flat_M, cu_q_ptr, sequences, tokens_q, PACKED)
-        out_M = out_ptr + head.to(tl.int64) * stride_oh + flat_M.to(tl.int64) * stride_ot + member_M * PICKS
+        sequence_M = sequence_of(flat_M, call, PACKED)
+        out_M = out.ptr + head.to(tl.int64) * out.head + flat_M.to(tl.int64) * out.token + member_M * PICKS
         for sequence in range(tl.min(sequence_M, 0), tl.max(sequence_M, 0) + 1):
             live_M = listed_M & (sequence_M == sequence)
-            begin_q, length_q = span(sequence, cu_q_ptr, tokens_q, PACKED)
-            _, length_k = span(sequence, cu_k_ptr, tokens_k, PACKED)
-            token_M = flat_M - first_row(sequence, cu_q_ptr, tokens_q, PACKED)
-            past_M = tl.where(live_M, (token_M + length_k - length_q) // block_size, 0)
+            begin_q, length_q = span(sequence, call.cu_q, call.tokens_q, PACKED)
+            _, length_k = span(sequence, call.cu_k, call.tokens_k, PACKED)
+            token_M = flat_M - first_row(sequence, call, PACKED)
+            past_M = tl.where(live_M, (token_M + length_k - length_q) // call.block_size, 0)
             most = tl.max(past_M, 0)
             fewest = tl.min(tl.where(live_M, past_M, most), 0)
-            q_offset_M = (begin_q + token_M).to(tl.int64) * stride_qt + (head * GROUP + member_M).to(
-                tl.int64
-            ) * stride_qh
-            q_offset_M += tl.cast(sequence, tl.int64) * stride_qb
-            DTYPE: tl.constexpr = centroid_ptr.dtype.element_ty
-            start = first_slot(sequence, cu_k_ptr, tokens_k, block_size, PACKED)
-            first = head * block_slots + start
-            offset = 0 if LOCAL else head % heads_per_sort * block_slots + start
-            none = -1 if LOCAL else heads_per_sort * block_slots
-            largest_M = largest_norms(norm_ptr + first, past_M, fewest, most)
-            q_MD, scale_M = load_scaled_rows(q_ptr, q_offset_M, live_M, largest_M, key_scale, DTYPE, WIDTH, D)
+            q_offset_M = (begin_q + token_M).to(tl.int64) * q.token + (head * GROUP + member_M).to(tl.int64) * q.head
+            q_offset_M += tl.cast(sequence, tl.int64) * q.batch
+            DTYPE: tl.constexpr = centroids.ptr.dtype.element_ty
+            start = first_slot(sequence, call.cu_k, call.tokens_k, call.block_size, PACKED)
+            first = head * call.block_slots + start
+            offset = 0 if LOCAL else head % heads_per_sort * call.block_slots + start
+            none = -1 if LOCAL else heads_per_sort * call.block_slots
+            largest_M = largest_norms(centroids.norms + first, past_M, fewest, most)
+            q_MD, scale_M = load_scaled_rows(q.ptr, q_offset_M, live_M, largest_M, fixed.key_scale, DTYPE, WIDTH, D)
             rank_repeatedly(
-                q_MD, scale_M, past_M, live_M, fewest, most, centroid_ptr + tl.cast(first, tl.int64) * D,
-                out_M, offset, none, index_range, index_base, PICKS, PICKS, KEEP, LANES, False,
+                q_MD, scale_M, past_M, live_M, fewest, most, centroids.ptr + tl.cast(first, tl.int64) * D,
+                out_M, offset, none, fixed, PICKS, PICKS, KEEP, LANES, False,
             )  # fmt: skip

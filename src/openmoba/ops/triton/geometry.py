@@ -166,21 +166,21 @@ def span(sequence, cu_ptr, tokens, PACKED: tl.constexpr):
 
 
 @triton.jit
-def sequence_of(flat_M, cu_q_ptr, sequences, tokens_q, PACKED: tl.constexpr):
+def sequence_of(flat_M, call, PACKED: tl.constexpr):
     """The sequence of each flat query token."""
     if PACKED:
         low_M = tl.zeros_like(flat_M)
-        high_M = low_M + sequences - 1
-        remaining = sequences
+        high_M = low_M + call.sequences - 1
+        remaining = call.sequences
         while remaining > 0:
             middle_M = (low_M + high_M + 1) // 2
-            reached_M = tl.load(cu_q_ptr + middle_M) <= flat_M
+            reached_M = tl.load(call.cu_q + middle_M) <= flat_M
             low_M = tl.where(reached_M, middle_M, low_M)
             high_M = tl.where(reached_M, high_M, tl.maximum(middle_M - 1, 0))
             remaining = remaining // 2
         return low_M
     else:
-        return flat_M // tokens_q
+        return flat_M // call.tokens_q
 
 
 @triton.jit
@@ -193,21 +193,21 @@ def first_slot(sequence, cu_ptr, tokens, tile, PACKED: tl.constexpr):
 
 
 @triton.jit
-def first_row(sequence, cu_q_ptr, tokens_q, PACKED: tl.constexpr):
+def first_row(sequence, call, PACKED: tl.constexpr):
     """Number of a sequence's first query token among the query tokens of all sequences."""
     if PACKED:
-        return tl.load(cu_q_ptr + sequence)
+        return tl.load(call.cu_q + sequence)
     else:
-        return sequence * tokens_q
+        return sequence * call.tokens_q
 
 
 @triton.jit
-def query_base(q_ptr, kv_head, sequence, tokens_q, batch, token, head, GROUP: tl.constexpr, PACKED: tl.constexpr):
-    """Where flat query token 0 would lie, in the first head of a group; `batch`, `token` and `head` are q's strides.
+def query_base(q, kv_head, sequence, call, GROUP: tl.constexpr, PACKED: tl.constexpr):
+    """Where flat query token 0 would lie, in the first head of a group.
 
     Flat token numbers run over all sequences; in a batch they are counted back into their batch row.
     """
-    base = q_ptr + kv_head.to(tl.int64) * GROUP * head
+    base = q.ptr + kv_head.to(tl.int64) * GROUP * q.head
     if not PACKED:
-        base += sequence.to(tl.int64) * (batch - tl.cast(tokens_q, tl.int64) * token)
+        base += sequence.to(tl.int64) * (q.batch - tl.cast(call.tokens_q, tl.int64) * q.token)
     return base

@@ -9,16 +9,29 @@ M rows per tile, L given blocks padded to a power of two.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from openmoba.ops.triton.arguments import Call
 from openmoba.ops.triton.geometry import Geometry, cdiv, first_row, first_slot, power_of_two, sequence_of, span
-from openmoba.ops.triton.host.launch import REMEMBERED, Launch
+from openmoba.ops.triton.host.launch import REMEMBERED, TENSOR, Launch
 from openmoba.ops.triton.route import new_keys
 
 _TOGETHER = 1024  # given blocks of a tile
+
+
+class GivenBlocks(NamedTuple):
+    """Given blocks, `[batch, token, key/value head, query head of its group, place]`: an address, and strides."""
+
+    ptr: Any
+    batch: int
+    token: int
+    kv_head: int
+    member: int
+    place: int
 
 
 def given_keys(
@@ -50,8 +63,8 @@ def _launch(geometry: Geometry, lists: tuple[int, ...], strides: tuple[int, ...]
     kv_head, member = (head, 0) if heads == geometry.kv_heads else (head * geometry.group, head)
     rows, lanes = geometry.rows * geometry.group, power_of_two(given)
     m = max(1, _TOGETHER // lanes)
-    sizes = (geometry.sequences, geometry.tokens_q, geometry.tokens_k, geometry.block_size, geometry.block_slots, rows)
-    numbers = (*sizes, heads_per_sort, batch[0] if batch else 0, token, kv_head, member, place)
+    given_blocks = GivenBlocks(TENSOR, batch[0] if batch else 0, token, kv_head, member, place)
+    arguments = (given_blocks, TENSOR, TENSOR, Call.of(geometry), heads_per_sort)
     constants = {
         "GIVEN": given,
         "PAST": geometry.top_k - 1,
@@ -64,28 +77,16 @@ def _launch(geometry: Geometry, lists: tuple[int, ...], strides: tuple[int, ...]
         "debug": True,
         "sanitize_overflow": False,
     }
-    return Launch(_sort_given, (cdiv(rows, m), geometry.kv_heads), numbers, constants)
+    return Launch(_sort_given, (cdiv(rows, m), geometry.kv_heads), arguments, constants)
 
 
 @triton.jit(do_not_specialize_on_alignment=["counts_ptr"])
 def _sort_given(
-    blocks_ptr,
+    blocks,
     keys_ptr,
     counts_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    sequences,
-    tokens_q,
-    tokens_k,
-    block_size,
-    block_slots,
-    rows,
+    call,
     heads_per_sort,
-    stride_batch,
-    stride_token,
-    stride_kv_head,
-    stride_member,
-    stride_place,
     GIVEN: tl.constexpr,
     PAST: tl.constexpr,
     GROUP: tl.constexpr,
@@ -96,33 +97,34 @@ def _sort_given(
     """M rows of one key/value head: the blocks they read, each once, in front of none; and how many they are."""
     head = tl.program_id(1)
     row_M = tl.program_id(0) * M + tl.arange(0, M)
-    exists_M = row_M < rows
+    exists_M = row_M < call.rows
     flat_M = tl.where(exists_M, row_M // GROUP, 0)
-    sequence_M = sequence_of(flat_M, cu_q_ptr, sequences, tokens_q, PACKED)
-    begin_q, length_q = span(sequence_M, cu_q_ptr, tokens_q, PACKED)
-    _, length_k = span(sequence_M, cu_k_ptr, tokens_k, PACKED)
-    token_M = flat_M - first_row(sequence_M, cu_q_ptr, tokens_q, PACKED)
-    own_M = (token_M + length_k - length_q) // block_size
+    sequence_M = sequence_of(flat_M, call, PACKED)
+    begin_q, length_q = span(sequence_M, call.cu_q, call.tokens_q, PACKED)
+    _, length_k = span(sequence_M, call.cu_k, call.tokens_k, PACKED)
+    token_M = flat_M - first_row(sequence_M, call, PACKED)
+    own_M = (token_M + length_k - length_q) // call.block_size
 
-    at_M = sequence_M.to(tl.int64) * stride_batch + (begin_q + token_M).to(tl.int64) * stride_token
-    at_M += head.to(tl.int64) * stride_kv_head + (row_M % GROUP).to(tl.int64) * stride_member
+    at_M = sequence_M.to(tl.int64) * blocks.batch + (begin_q + token_M).to(tl.int64) * blocks.token
+    at_M += head.to(tl.int64) * blocks.kv_head + (row_M % GROUP).to(tl.int64) * blocks.member
     place_L = tl.arange(0, L)
-    at_ML = at_M[:, None] + place_L.to(tl.int64)[None, :] * stride_place
-    block_ML = tl.load(blocks_ptr + at_ML, mask=exists_M[:, None] & (place_L < GIVEN)[None, :], other=-1)
+    at_ML = at_M[:, None] + place_L.to(tl.int64)[None, :] * blocks.place
+    block_ML = tl.load(blocks.ptr + at_ML, mask=exists_M[:, None] & (place_L < GIVEN)[None, :], other=-1)
     tl.device_assert((block_ML >= -1) & (block_ML < own_M[:, None]), "blocks must name past blocks, or -1 for none")
 
     reads_ML = (block_ML >= 0) & (block_ML < own_M[:, None])
     for place in range(GIVEN - 1):
-        before_M = tl.load(blocks_ptr + at_M + tl.cast(place, tl.int64) * stride_place, mask=exists_M, other=-1)
+        before_M = tl.load(blocks.ptr + at_M + tl.cast(place, tl.int64) * blocks.place, mask=exists_M, other=-1)
         reads_ML = reads_ML & ((place_L <= place)[None, :] | (block_ML != before_M[:, None]))
     reading_ML = reads_ML.to(tl.int32)
     count_M = tl.sum(reading_ML, 1)
     rank_ML = tl.cumsum(reading_ML, 1) - reading_ML
-    slot_M = head % heads_per_sort * block_slots + first_slot(sequence_M, cu_k_ptr, tokens_k, block_size, PACKED)
-    keys_ptr += (head.to(tl.int64) * rows + row_M)[:, None] * PAST
+    slot_M = first_slot(sequence_M, call.cu_k, call.tokens_k, call.block_size, PACKED)
+    slot_M += head % heads_per_sort * call.block_slots
+    keys_ptr += (head.to(tl.int64) * call.rows + row_M)[:, None] * PAST
     DTYPE: tl.constexpr = keys_ptr.dtype.element_ty
     tl.store(keys_ptr + rank_ML, (slot_M[:, None] + block_ML).to(DTYPE), mask=reads_ML)
-    none = tl.full([M, L], heads_per_sort * block_slots, tl.int32).to(DTYPE)
+    none = tl.full([M, L], heads_per_sort * call.block_slots, tl.int32).to(DTYPE)
     absent_ML = (place_L[None, :] >= count_M[:, None]) & (place_L < PAST)[None, :]
     tl.store(keys_ptr + place_L[None, :], none, mask=exists_M[:, None] & absent_ML)
-    tl.store(counts_ptr + head.to(tl.int64) * rows + row_M, count_M, mask=exists_M)
+    tl.store(counts_ptr + head.to(tl.int64) * call.rows + row_M, count_M, mask=exists_M)

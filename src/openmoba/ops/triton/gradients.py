@@ -13,15 +13,16 @@ partials in list order; `own_query_gradients` does the same for dQ.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from openmoba.ops.triton.arguments import Call, KeyGradients, Lists, Rows
 from openmoba.ops.triton.families import family_of
 from openmoba.ops.triton.family import Family, Kernel, keys_per_share, pairs_per_item
 from openmoba.ops.triton.geometry import Geometry, cdiv, strides
-from openmoba.ops.triton.host.launch import REMEMBERED, Launch
+from openmoba.ops.triton.host.launch import REMEMBERED, TENSOR, Launch
 from openmoba.ops.triton.plan import Plan, make_items, most_items
 
 # A share of dQ costs its way to memory and back; recomputing S and dP costs two matrix products more per key tile.
@@ -62,7 +63,7 @@ def heads_gradients(
     """Gradients of some key/value heads and of their query heads, written into `dq`, `dk`, `dv` (contiguous)."""
     launches = _launches(
         geometry, q.dtype, family_of(geometry, d_out, q, k, v), scale, first_head, heads,
-        (*strides(q), *strides(k), *strides(v), *strides(d_out)),
+        (strides(d_out), strides(q), strides(k), strides(v)),
     )  # fmt: skip
     partial_dq = torch.empty((launches.shares, geometry.width), dtype=q.dtype, device=q.device)
     partial_dk = partial_dv = statistics  # not read without a plan
@@ -71,11 +72,11 @@ def heads_gradients(
         offsets, counts, items = plan.offsets, plan.counts, make_items(plan, geometry, launches.keys_segment)
         shape = (2, len(items), geometry.block_size, geometry.width)
         partial_dk, partial_dv = torch.empty(shape, dtype=torch.float32, device=q.device)
-        lists = (partial_dq, plan.pairs, offsets)
-        launches.keys(d_out, q, k, v, statistics, partial_dk, partial_dv, *lists, items, cu_q, cu_k)
+        inputs = (d_out, q, k, v, statistics)
+        launches.keys(*inputs, partial_dk, partial_dv, partial_dq, plan.pairs, items, offsets, cu_q, cu_k)
         if launches.queries is not None:
             items = make_items(plan, geometry, launches.queries_segment)
-            launches.queries(d_out, q, k, v, statistics, *lists, items, cu_q, cu_k)
+            launches.queries(*inputs, partial_dq, plan.pairs, items, offsets, cu_q, cu_k)
     launches.own_keys(d_out, q, k, v, statistics, partial_dk, partial_dv, dk, dv, offsets, cu_q, cu_k)
     launches.own_queries(d_out, q, k, v, statistics, partial_dq, counts, dq, cu_q, cu_k)
 
@@ -103,25 +104,26 @@ def _launches(
     scale: float,
     first_head: int,
     heads: int,
-    all_strides: tuple[int, ...],
+    all_strides: tuple[tuple[int, int, int], ...],
 ) -> _Launches:
-    rows, past, slots = geometry.rows * geometry.group, geometry.top_k - 1, geometry.block_slots
+    slots = geometry.block_slots
     pairs, lists = heads * geometry.pairs, heads * slots
-    sizes = (geometry.sequences, geometry.tokens_q, geometry.tokens_k, geometry.block_size, slots)
-    numbers = (*sizes, rows, first_head, lists, scale, *all_strides)
     pieces = dq_pieces(geometry, dtype)
     shares = max(1, pieces)
     constants = {
         "HEADS": geometry.heads,
         "GROUP": geometry.group,
-        "PAST": past,
+        "PAST": geometry.top_k - 1,
         "WIDTH": geometry.width,
         "PACKED": geometry.packed,
         "SHARES": shares,
     }
 
-    def launch(kernel: Kernel, *grid: int, **more: int) -> Launch:
-        return Launch(kernel.function, grid, numbers, constants | kernel.constants | more)
+    inputs = (*[Rows.of(its) for its in all_strides], TENSOR)
+    dk_dv, their_lists, call = KeyGradients(TENSOR, TENSOR), Lists(TENSOR, TENSOR), Call.of(geometry)
+
+    def launch(kernel: Kernel, grid: tuple[int, ...], arguments: tuple[Any, ...], **more: int) -> Launch:
+        return Launch(kernel.function, grid, (*inputs, *arguments, scale), constants | kernel.constants | more)
 
     def tiles(size: int) -> int:
         return cdiv(geometry.block_size, size)
@@ -130,12 +132,16 @@ def _launches(
     queries, own_queries = family.query_gradients(geometry, dtype), family.own_query_gradients(geometry, dtype)
     segment, queries_segment = keys.tile.segment, queries.tile.segment
     items, queries_items = (most_items(pairs, lists, most) for most in (segment, queries_segment))
+    past = (TENSOR, their_lists, TENSOR, call, first_head, pairs)
+    keys_grid, own_keys_grid = (items * tiles(keys.tile.n),), (slots * tiles(own_keys.tile.n), heads)
+    own_queries_grid = (slots * tiles(own_queries.tile.m), heads * geometry.group)
+    own = (call, first_head)
     return _Launches(
-        keys=launch(keys, items * tiles(keys.tile.n), SEGMENT=segment, FUSED=pieces > 0),
+        keys=launch(keys, keys_grid, (dk_dv, *past), SEGMENT=segment, FUSED=pieces > 0),
         keys_segment=segment,
-        queries=None if pieces else launch(queries, queries_items, SEGMENT=queries_segment),
+        queries=None if pieces else launch(queries, (queries_items,), past, SEGMENT=queries_segment),
         queries_segment=queries_segment,
-        own_keys=launch(own_keys, slots * tiles(own_keys.tile.n), heads, SEGMENT=segment),
-        own_queries=launch(own_queries, slots * tiles(own_queries.tile.m), heads * geometry.group),
+        own_keys=launch(own_keys, own_keys_grid, (dk_dv, dk_dv, TENSOR, *own), SEGMENT=segment),
+        own_queries=launch(own_queries, own_queries_grid, (TENSOR, TENSOR, TENSOR, *own)),
         shares=(pairs + 1) * shares,
     )

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from openmoba.ops.triton.arguments import Rows
 from openmoba.ops.triton.geometry import cdiv, strides
-from openmoba.ops.triton.host.launch import REMEMBERED, Launch
+from openmoba.ops.triton.host.launch import REMEMBERED, TENSOR, Launch
 from openmoba.ops.triton.pool import block_centroid, centroid_sizes
 
 
@@ -36,29 +37,23 @@ def _launch(
     possible: int,
     new: int,
     block_size: int,
-    key_strides: tuple[int, ...],
-    centroid_strides: tuple[int, ...],
+    key_strides: tuple[int, int, int],
+    centroid_strides: tuple[int, int, int],
 ) -> Launch:
-    numbers = (new, pages, block_size, *key_strides, *centroid_strides)
+    arguments = (Rows.of(key_strides), Rows.of(centroid_strides), TENSOR, TENSOR, new, pages, block_size)
     constants = centroid_sizes(block_size, width) | {"num_warps": 4}
-    return Launch(_complete, (possible, kv_heads, batch), numbers, constants)
+    return Launch(_complete, (possible, kv_heads, batch), arguments, constants)
 
 
 @triton.jit(do_not_specialize=["new", "pages"])
 def _complete(
-    k_ptr,
-    centroid_ptr,
+    k,
+    centroids,
     length_ptr,
     start_ptr,
     new,
     pages,
     block_size,
-    k_batch,
-    k_token,
-    k_head,
-    centroid_batch,
-    centroid_page,
-    centroid_head,
     ANCHOR: tl.constexpr,
     ANCHOR_TILE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -72,10 +67,10 @@ def _complete(
     if page >= tl.minimum(length // block_size, pages):
         return
     start = 0 if start_ptr is None else tl.load(start_ptr + batch)
-    k_ptr += batch * k_batch + head * k_head + tl.cast(start, tl.int64) * k_token
+    k_ptr = k.ptr + batch * k.batch + head * k.head + tl.cast(start, tl.int64) * k.token
     centroid_D = block_centroid(
-        k_ptr, page, block_size, k_token, centroid_ptr.dtype.element_ty, ANCHOR, ANCHOR_TILE, CHUNK, WIDTH, D
+        k_ptr, page, block_size, k.token, centroids.ptr.dtype.element_ty, ANCHOR, ANCHOR_TILE, CHUNK, WIDTH, D
     )
-    centroid_ptr += batch * centroid_batch + head * centroid_head + page.to(tl.int64) * centroid_page
+    centroid_ptr = centroids.ptr + batch * centroids.batch + head * centroids.head + page.to(tl.int64) * centroids.token
     d_D = tl.arange(0, D)
     tl.store(centroid_ptr + d_D, centroid_D, mask=d_D < WIDTH)

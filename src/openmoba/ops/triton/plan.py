@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from openmoba.ops.triton.geometry import Geometry, cdiv, locate, span
-from openmoba.ops.triton.host.launch import REMEMBERED, Launch
+from openmoba.ops.triton.host.launch import REMEMBERED, TENSOR, Launch
 
 _LANES = 128
 _SORTED = 256  # lists; those before keep their order, in which neighbours read the same rows
@@ -80,15 +80,15 @@ def _placing(geometry: Geometry, heads: int) -> tuple[Launch, Launch]:
     before = (geometry.tokens_k - geometry.tokens_q) * token_pairs
     numbers = (slots, pairs, slots // sequences, pairs // sequences, geometry.block_size * token_pairs, before)
     constants = {"M": _LOOKED_AT, "num_warps": 4}
-    count = Launch(_count_pairs, (slots, heads), numbers, constants)
-    return count, Launch(_place_pairs, (slots + 1, heads), numbers, constants | {"LANES": _LANES})
+    count = Launch(_count_pairs, (slots, heads), (TENSOR, TENSOR, *numbers), constants)
+    return count, Launch(_place_pairs, (slots + 1, heads), (*[TENSOR] * 4, *numbers), constants | {"LANES": _LANES})
 
 
 @lru_cache(maxsize=REMEMBERED)
 def _writing(heads: int, block_slots: int, pairs: int) -> Launch:
     programs = max(cdiv(pairs, _COPIED), cdiv(heads * (block_slots + 1), _LANES))
     constants = {"COPIED": _COPIED, "LANES": _LANES}
-    return Launch(_write_plan, (programs,), (heads, block_slots, pairs), constants)
+    return Launch(_write_plan, (programs,), (*[TENSOR] * 4, heads, block_slots, pairs), constants)
 
 
 def split_plan(plan: Plan | None, geometry: Geometry, tokens: int) -> Iterator[tuple[range, Plan | None]]:
@@ -114,7 +114,8 @@ def split_plan(plan: Plan | None, geometry: Geometry, tokens: int) -> Iterator[t
 
 @lru_cache(maxsize=REMEMBERED)
 def _bordering(ranges: int, lists: int, pairs: int, step: int) -> Launch:
-    return Launch(_find_borders, (ranges + 1, cdiv(lists, _LANES)), (lists, pairs, step), {"LANES": _LANES})
+    arguments = (TENSOR, TENSOR, TENSOR, lists, pairs, step)
+    return Launch(_find_borders, (ranges + 1, cdiv(lists, _LANES)), arguments, {"LANES": _LANES})
 
 
 def make_items(plan: Plan, geometry: Geometry, segment: int) -> Tensor:
@@ -136,9 +137,9 @@ def most_items(pairs: int, lists: int, segment: int) -> int:
 
 @lru_cache(maxsize=REMEMBERED)
 def _ordering(lists: int, block_slots: int, items: int, segment: int) -> Launch:
-    numbers = (lists, block_slots, items, segment)
+    arguments = (TENSOR, TENSOR, lists, block_slots, items, segment)
     constants = {"LANES": _LANES, "SORTED": _SORTED, "num_warps": 8}
-    return Launch(_order_items, (1 + cdiv(items, _LANES) * (lists > _SORTED),), numbers, constants)
+    return Launch(_order_items, (1 + cdiv(items, _LANES) * (lists > _SORTED),), arguments, constants)
 
 
 @triton.jit
@@ -171,11 +172,12 @@ def skipped(begin, end, list_id, skips_ptr):
 
 
 @triton.jit
-def block_of_list(list_id, cu_k_ptr, sequences, tokens_k, block_size, block_slots, PACKED: tl.constexpr):
+def block_of_list(list_id, call, PACKED: tl.constexpr):
     """Of the block that a list is of: its head within the plan, its sequence, and its first key in the batch row."""
-    sequence, block = locate(list_id % block_slots, cu_k_ptr, sequences, tokens_k, block_size, PACKED)
-    key_begin, _ = span(sequence, cu_k_ptr, tokens_k, PACKED)
-    return list_id // block_slots, sequence, key_begin + block * block_size
+    slot = list_id % call.block_slots
+    sequence, block = locate(slot, call.cu_k, call.sequences, call.tokens_k, call.block_size, PACKED)
+    key_begin, _ = span(sequence, call.cu_k, call.tokens_k, PACKED)
+    return list_id // call.block_slots, sequence, key_begin + block * call.block_size
 
 
 @triton.jit

@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from openmoba.ops.centroids import ANCHOR_KEYS, LARGEST_FP16, ROOM, centroid_dtype
+from openmoba.ops.triton.arguments import Rows
 from openmoba.ops.triton.geometry import Geometry, kernel_width, locate, power_of_two, span, strides
-from openmoba.ops.triton.host.launch import REMEMBERED, Launch
+from openmoba.ops.triton.host.launch import REMEMBERED, TENSOR, Launch
 
 _LARGEST_FP16 = tl.constexpr(LARGEST_FP16)
 _ROOM = tl.constexpr(ROOM)
@@ -33,8 +34,9 @@ def pool(k: Tensor, cu_k: Tensor | None, geometry: Geometry) -> tuple[Tensor, Te
 @lru_cache(maxsize=REMEMBERED)
 def _launch(geometry: Geometry, k_strides: tuple[int, int, int]) -> Launch:
     sizes = (geometry.sequences, geometry.tokens_k, geometry.block_size, geometry.block_slots)
+    arguments = (Rows.of(k_strides), TENSOR, TENSOR, TENSOR, *sizes)
     constants = centroid_sizes(geometry.block_size, geometry.width) | {"PACKED": geometry.packed, "num_warps": 4}
-    return Launch(_pool, (geometry.block_slots, geometry.kv_heads), (*sizes, *k_strides), constants)
+    return Launch(_pool, (geometry.block_slots, geometry.kv_heads), arguments, constants)
 
 
 def centroid_sizes(block_size: int, width: int) -> dict[str, int]:
@@ -94,7 +96,7 @@ def block_centroid(
 
 @triton.jit
 def _pool(
-    k_ptr,
+    k,
     centroid_ptr,
     norm_ptr,
     cu_k_ptr,
@@ -102,9 +104,6 @@ def _pool(
     tokens_k,
     block_size,
     block_slots,
-    stride_b,
-    stride_t,
-    stride_h,
     ANCHOR: tl.constexpr,
     ANCHOR_TILE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -118,10 +117,10 @@ def _pool(
     begin, length = span(sequence, cu_k_ptr, tokens_k, PACKED)
     if (block + 1) * block_size > length:
         return
-    k_ptr += tl.cast(sequence, tl.int64) * stride_b + tl.cast(begin, tl.int64) * stride_t
-    k_ptr += tl.cast(head, tl.int64) * stride_h
+    k_ptr = k.ptr + tl.cast(sequence, tl.int64) * k.batch + tl.cast(begin, tl.int64) * k.token
+    k_ptr += tl.cast(head, tl.int64) * k.head
     centroid_D = block_centroid(
-        k_ptr, block, block_size, stride_t, centroid_ptr.dtype.element_ty, ANCHOR, ANCHOR_TILE, CHUNK, WIDTH, D
+        k_ptr, block, block_size, k.token, centroid_ptr.dtype.element_ty, ANCHOR, ANCHOR_TILE, CHUNK, WIDTH, D
     )
     out = head * block_slots + slot
     tl.store(centroid_ptr + out.to(tl.int64) * D + tl.arange(0, D), centroid_D)

@@ -87,8 +87,7 @@ def _keep_tile(
     ceiling_M,
     most,
     centroid_ptr,
-    index_range,
-    index_base,
+    fixed,
     LANES: tl.constexpr,
     KEEP: tl.constexpr,
     MASKED: tl.constexpr,
@@ -107,11 +106,11 @@ def _keep_tile(
     tile_ptr = centroid_ptr + tl.cast(first, tl.int64) * D
     centroid_ND = tl.load(tile_ptr + block_N.to(tl.int64)[:, None] * D + tl.arange(0, D)[None, :])
     score_MN = tl.dot(q_MD, tl.trans(centroid_ND), input_precision="tf32x3")
-    fixed_MN = (score_MN * scale_M[:, None] + _CENTER).to(tl.int32, bitcast=True) * index_range
+    fixed_MN = (score_MN * scale_M[:, None] + _CENTER).to(tl.int32, bitcast=True) * fixed.index_range
     # Halves, not neighbours, share a lane: neighbouring blocks are often chosen together.
     x_ML, y_ML = tl.split(tl.permute(tl.reshape(fixed_MN, [M, 2, LANES]), [0, 2, 1]))
-    x_ML += 2 * tile - index_base
-    y_ML += 2 * tile + 1 - index_base
+    x_ML += 2 * tile - fixed.index_base
+    y_ML += 2 * tile + 1 - fixed.index_base
     lane_L = tl.arange(0, LANES)[None, :]
     if MASKED:
         past_M = past_M - first
@@ -132,8 +131,7 @@ def keep_best(
     fewest,
     most,
     centroid_ptr,
-    index_range,
-    index_base,
+    fixed,
     LANES: tl.constexpr,
     KEEP: tl.constexpr,
     BELOW: tl.constexpr,
@@ -146,12 +144,12 @@ def keep_best(
     whole = fewest // (2 * LANES)
     for tile in tl.range(whole, tl.cdiv(most, 2 * LANES), num_stages=1):
         kept_1, kept_2, kept_3 = _keep_tile(
-            kept_1, kept_2, kept_3, tile, q_MD, scale_M, past_M, ceiling_M, most, centroid_ptr, index_range, index_base,
+            kept_1, kept_2, kept_3, tile, q_MD, scale_M, past_M, ceiling_M, most, centroid_ptr, fixed,
             LANES, KEEP, True, BELOW,
         )  # fmt: skip
     for tile in range(0, whole):
         kept_1, kept_2, kept_3 = _keep_tile(
-            kept_1, kept_2, kept_3, tile, q_MD, scale_M, past_M, ceiling_M, most, centroid_ptr, index_range, index_base,
+            kept_1, kept_2, kept_3, tile, q_MD, scale_M, past_M, ceiling_M, most, centroid_ptr, fixed,
             LANES, KEEP, False, BELOW,
         )  # fmt: skip
     lane_L = tl.arange(0, LANES)[None, :]
@@ -182,8 +180,7 @@ def rank_once(
     fewest,
     most,
     centroid_ptr,
-    index_range,
-    index_base,
+    fixed,
     PICKS: tl.constexpr,
     KEEP: tl.constexpr,
     LANES: tl.constexpr,
@@ -192,7 +189,7 @@ def rank_once(
     """One pass: the best blocks of each row in its first PICKS lanes (-1: none), and whether a lane may hide one."""
     lane_L = tl.arange(0, LANES)[None, :]
     kept_1, kept_2, kept_3 = keep_best(
-        q_MD, scale_M, past_M, past_M, fewest, most, centroid_ptr, index_range, index_base, LANES, KEEP, False
+        q_MD, scale_M, past_M, past_M, fewest, most, centroid_ptr, fixed, LANES, KEEP, False
     )
     hiding_M = tl.max(kept_3, 1)
     hidden_M = hiding_M < -1
@@ -203,7 +200,7 @@ def rank_once(
         if rank == PICKS - 2:
             # A last kept key was picked, and not as the last pick.
             hidden_M = hiding_M >= tl.maximum(best_M, 0)
-    return tl.where(picked_ML < 0, -1, picked_ML & (index_range * LANES - 1)), hidden_M
+    return tl.where(picked_ML < 0, -1, picked_ML & (fixed.index_range * LANES - 1)), hidden_M
 
 
 @triton.jit
@@ -218,8 +215,7 @@ def rank_repeatedly(
     out_ptr_M,
     offset,
     none,
-    index_range,
-    index_base,
+    fixed,
     PICKS: tl.constexpr,
     ROUNDS: tl.constexpr,
     KEEP: tl.constexpr,
@@ -231,13 +227,13 @@ def rank_repeatedly(
     ceiling_M = tl.full(past_M.shape, _NO_CEILING, tl.int32)
     while tl.max((live_M & (done_M < PICKS)).to(tl.int32), 0) > 0:
         kept_1, kept_2, kept_3 = keep_best(
-            q_MD, scale_M, past_M, ceiling_M, fewest, most, centroid_ptr, index_range, index_base, LANES, KEEP, True
+            q_MD, scale_M, past_M, ceiling_M, fewest, most, centroid_ptr, fixed, LANES, KEEP, True
         )
         hiding_M = tl.max(kept_3, 1)
         picking_M = live_M & (done_M < PICKS)
         for _ in range(ROUNDS):
             best_M, kept_1, kept_2, kept_3 = pop(kept_1, kept_2, kept_3, KEEP, COMPLETE)
-            block_M = tl.where(best_M < 0, none, offset + (best_M & (index_range * LANES - 1)))
+            block_M = tl.where(best_M < 0, none, offset + (best_M & (fixed.index_range * LANES - 1)))
             tl.store(out_ptr_M + done_M, block_M.to(out_ptr_M.dtype.element_ty), mask=picking_M)
             ceiling_M = tl.where(picking_M, best_M, ceiling_M)
             done_M += picking_M.to(tl.int32)

@@ -109,15 +109,22 @@ def online_softmax(s_MN, v_ND, m_M, l_M, o_MD, scale_log2):
 
 
 @triton.jit
-def own_rows(slot, cu_q_ptr, cu_k_ptr, sequences, tokens_q, tokens_k, block_size, PACKED: tl.constexpr):
+def head_base(x, sequence, head):
+    """Where a sequence's batch row begins, in one head of x."""
+    return x.ptr + sequence.to(tl.int64) * x.batch + head.to(tl.int64) * x.head
+
+
+@triton.jit
+def own_rows(slot, call, PACKED: tl.constexpr):
     """Sequence and number of a block slot, its keys, and its queries.
 
     Returns (sequence, block, first key of the block, its key count, first query of the sequence, `shift`), where
     key i of the block has query number `i + shift` in the sequence, absent if negative. Empty slots have no keys.
     """
-    sequence, block = locate(slot, cu_k_ptr, sequences, tokens_k, block_size, PACKED)
-    key_begin, keys = span(sequence, cu_k_ptr, tokens_k, PACKED)
-    query_begin, queries = span(sequence, cu_q_ptr, tokens_q, PACKED)
+    block_size = call.block_size
+    sequence, block = locate(slot, call.cu_k, call.sequences, call.tokens_k, block_size, PACKED)
+    key_begin, keys = span(sequence, call.cu_k, call.tokens_k, PACKED)
+    query_begin, queries = span(sequence, call.cu_q, call.tokens_q, PACKED)
     count = tl.minimum(keys - block * block_size, block_size)
     return sequence, block, key_begin + block * block_size, count, query_begin, block * block_size + queries - keys
 

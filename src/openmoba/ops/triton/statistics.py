@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from openmoba.ops.triton.arguments import Results, Rows
 from openmoba.ops.triton.geometry import Geometry, cdiv, power_of_two, strides
-from openmoba.ops.triton.host.launch import REMEMBERED, Launch
+from openmoba.ops.triton.host.launch import REMEMBERED, TENSOR, Launch
 from openmoba.ops.triton.rows import LOG2E, STATISTICS, load_rows
 
 
@@ -25,21 +26,18 @@ def row_statistics(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor
 def _launch(geometry: Geometry, d_out_strides: tuple[int, int, int]) -> Launch:
     rows, m = geometry.rows * geometry.heads, 64
     constants = {"HEADS": geometry.heads, "WIDTH": geometry.width, "M": m, "D": power_of_two(geometry.width)}
-    return Launch(_row_statistics, (cdiv(rows, m),), (geometry.tokens_q, rows, *d_out_strides), constants)
+    arguments = (Rows.of(d_out_strides), TENSOR, Results(TENSOR, TENSOR), TENSOR, geometry.tokens_q, rows)
+    return Launch(_row_statistics, (cdiv(rows, m),), arguments, constants)
 
 
 @triton.jit
 def _row_statistics(
-    d_out_ptr,
+    d_out,
     d_lse_ptr,
-    out_ptr,
-    lse_ptr,
+    results,
     statistics_ptr,
     tokens_q,
     rows,
-    d_out_batch,
-    d_out_token,
-    d_out_head,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     M: tl.constexpr,
@@ -48,14 +46,14 @@ def _row_statistics(
     row = tl.program_id(0) * M + tl.arange(0, M)
     valid = row < rows
     token = (row // HEADS).to(tl.int64)
-    at = token // tokens_q * d_out_batch + token % tokens_q * d_out_token + (row % HEADS).to(tl.int64) * d_out_head
-    d_out_MD = load_rows(d_out_ptr, at, 1, valid, WIDTH, D).to(tl.float32)
-    out_MD = load_rows(out_ptr, row, WIDTH, valid, WIDTH, D).to(tl.float32)
+    at = token // tokens_q * d_out.batch + token % tokens_q * d_out.token + (row % HEADS).to(tl.int64) * d_out.head
+    d_out_MD = load_rows(d_out.ptr, at, 1, valid, WIDTH, D).to(tl.float32)
+    out_MD = load_rows(results.out, row, WIDTH, valid, WIDTH, D).to(tl.float32)
     delta_M = tl.sum(d_out_MD * out_MD, 1)
     if d_lse_ptr is not None:
         # The log-sum-exp grows with a logit by P, so its gradient adds P * d_lse to dS = P * (dO v - delta).
         delta_M -= tl.load(d_lse_ptr + row, mask=valid, other=0.0)
-    lse_M = tl.load(lse_ptr + row, mask=valid, other=0.0) * LOG2E
+    lse_M = tl.load(results.lse + row, mask=valid, other=0.0) * LOG2E
     c = tl.arange(0, STATISTICS)
     both_MC = tl.where((c == 0)[None, :], lse_M[:, None], tl.where((c == 1)[None, :], delta_M[:, None], 0.0))
     tl.store(statistics_ptr + row[:, None].to(tl.int64) * STATISTICS + c[None, :], both_MC, mask=valid[:, None])

@@ -30,59 +30,40 @@ from openmoba.ops.triton.hopper.tiles import (
     stages_around,
 )
 from openmoba.ops.triton.plan import block_of_list, item_bounds, skipped
-from openmoba.ops.triton.rows import LOG2E
+from openmoba.ops.triton.rows import LOG2E, head_base
 
 
 @gluon.jit
-def _copy_queries(smem, pair_M, q_base, head_rows, q_token, q_head, GROUP: gl.constexpr, PAST: gl.constexpr,
-                  D: gl.constexpr, ROW: gl.constexpr):  # fmt: skip
+def _copy_queries(smem, pair_M, q, q_base, head_rows, GROUP: gl.constexpr, PAST: gl.constexpr, D: gl.constexpr,
+                  ROW: gl.constexpr):  # fmt: skip
     token_M, member_M = row_of(pair_M, head_rows, GROUP, PAST)
-    copy_rows(smem, q_base, token_M * q_token + member_M * q_head, D, ROW)
+    copy_rows(smem, q_base, token_M * q.token + member_M * q.head, D, ROW)
 
 
 @gluon.jit
-def _store_partials(partial_ptr, partial_lse_ptr, smem, ring, tile, o_MD, m_M, l_M, WIDTH: gl.constexpr,
+def _store_partials(out_ptr, lse_ptr, smem, ring, tile, o_MD, m_M, l_M, WIDTH: gl.constexpr,
                     D: gl.constexpr, ROW: gl.constexpr, S_MN: gl.constexpr, O_MD: gl.constexpr):  # fmt: skip
     """Output and log-sum-exp of a tile's pairs; the output goes through `smem`, the buffer of its queries."""
     smem.store((o_MD * gl.convert_layout(1.0 / l_M, gl.SliceLayout(1, O_MD))[:, None]).to(smem.dtype))
-    gl.store(partial_lse_ptr + pairs_in(ring, tile, gl.SliceLayout(1, S_MN)), m_M + gl.log2(l_M))
+    gl.store(lse_ptr + pairs_in(ring, tile, gl.SliceLayout(1, S_MN)), m_M + gl.log2(l_M))
     d = gl.arange(0, D, gl.SliceLayout(0, ROW))
     at_MD = pairs_in(ring, tile, gl.SliceLayout(1, ROW)).to(gl.int64)[:, None] * WIDTH + d[None, :]
-    gl.store(partial_ptr + at_MD, smem.load(ROW), cache_modifier=".cs")  # the queries should stay in the cache
+    gl.store(out_ptr + at_MD, smem.load(ROW), cache_modifier=".cs")  # the queries should stay in the cache
 
 
 @gluon.jit(do_not_specialize=["first_head", "first_pair"], do_not_specialize_on_alignment=["offsets_ptr", "skips_ptr"])
 def attend_past_resident(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    partial_ptr,
-    partial_lse_ptr,
-    pairs_ptr,
+    q,
+    k,
+    v,
+    partials,
+    lists,
     offsets_ptr,
     skips_ptr,
-    items_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    sequences,
-    tokens_q,
-    tokens_k,
-    block_size,
-    block_slots,
-    rows,
+    call,
     first_head,
-    lists,
     first_pair,
     scale,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    v_batch,
-    v_token,
-    v_head,
     GROUP: gl.constexpr,
     PAST: gl.constexpr,
     WIDTH: gl.constexpr,
@@ -94,22 +75,22 @@ def attend_past_resident(
     STAGES: gl.constexpr,
 ):
     """One item: rows that chose a block, against that block of N keys."""
-    DTYPE: gl.constexpr = q_ptr.dtype.element_ty
+    DTYPE: gl.constexpr = q.ptr.dtype.element_ty
     ROW: gl.constexpr = row_layout(D, gl.num_warps())
     LANE: gl.constexpr = lane_layout(M, gl.num_warps())
     S_MN: gl.constexpr = product_layout(N, gl.num_warps(), 1)
     O_MD: gl.constexpr = product_layout(D, gl.num_warps(), 1)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, O_MD, 2)
-    _, list_id, begin, end = item_bounds(items_ptr, offsets_ptr, gl.program_id(0), block_slots, SEGMENT)
+    _, list_id, begin, end = item_bounds(lists.items, offsets_ptr, gl.program_id(0), call.block_slots, SEGMENT)
     if begin >= end:
         return
     begin, end = skipped(begin, end, list_id, skips_ptr)
-    partial_ptr -= gl.cast(first_pair, gl.int64) * WIDTH
-    partial_lse_ptr -= first_pair
-    head, sequence, key_begin = block_of_list(list_id, cu_k_ptr, sequences, tokens_k, block_size, block_slots, PACKED)
-    wide_head = (first_head + head).to(gl.int64)
-    q_base = query_base(q_ptr, first_head + head, sequence, tokens_q, q_batch, q_token, q_head, GROUP, PACKED)
-    head_rows = head * rows
+    out_ptr = partials.out - gl.cast(first_pair, gl.int64) * WIDTH
+    lse_ptr = partials.lse - first_pair
+    head, sequence, key_begin = block_of_list(list_id, call, PACKED)
+    kv_head = first_head + head
+    q_base = query_base(q, kv_head, sequence, call, GROUP, PACKED)
+    head_rows = head * call.rows
 
     keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
     k_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
@@ -118,11 +99,11 @@ def attend_past_resident(
     address_smem = gl.allocate_shared_memory(gl.int64, [M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ring = allocate_ring(1, M)
     key = (key_begin + gl.arange(0, N, gl.SliceLayout(1, ROW))).to(gl.int64)
-    copy_rows(k_smem, k_ptr + sequence.to(gl.int64) * k_batch + wide_head * k_head, key * k_token, D, ROW)
-    copy_rows(v_smem, v_ptr + sequence.to(gl.int64) * v_batch + wide_head * v_head, key * v_token, D, ROW)
+    copy_rows(k_smem, head_base(k, sequence, kv_head), key * k.token, D, ROW)
+    copy_rows(v_smem, head_base(v, sequence, kv_head), key * v.token, D, ROW)
     for early in gl.static_range(STAGES):
-        early_pair = pairs_of(pairs_ptr, early, begin, end, M, gl.SliceLayout(1, ROW))
-        _copy_queries(q_smem.index(early), early_pair, q_base, head_rows, q_token, q_head, GROUP, PAST, D, ROW)
+        early_pair = pairs_of(lists.pairs, early, begin, end, M, gl.SliceLayout(1, ROW))
+        _copy_queries(q_smem.index(early), early_pair, q, q_base, head_rows, GROUP, PAST, D, ROW)
         async_copy.commit_group()
     zero_MN = gl.zeros([M, N], gl.float32, S_MN)
     zero_MD = gl.zeros([M, D], gl.float32, O_MD)
@@ -132,25 +113,23 @@ def attend_past_resident(
     s = warpgroup_mma_wait(0, [s])
     async_copy.wait_group(STAGES - 2)
     stage = 0
-    late = pairs_of(pairs_ptr, STAGES, begin, end, M, LANE)
+    late = pairs_of(lists.pairs, STAGES, begin, end, M, LANE)
     for tile in range(0, tiles):
         next_stage, _ = stages_around(stage, STAGES)
         s_next = warpgroup_mma(q_smem.index(next_stage), k_smem.permute((1, 0)), zero_MN, use_acc=False, is_async=True)
         # A pair is loaded by one lane, which works out for all where its query is.
-        pair = pairs_of(pairs_ptr, tile, begin, end, M, LANE)
-        next_late = pairs_of(pairs_ptr, tile + STAGES + 1, begin, end, M, LANE)
+        pair = pairs_of(lists.pairs, tile, begin, end, M, LANE)
+        next_late = pairs_of(lists.pairs, tile + STAGES + 1, begin, end, M, LANE)
         s = warpgroup_mma_wait(1, [s])  # waits for nothing, but keeps what follows behind the product's start
         m_M = gl.max(s, 1) * (scale * LOG2E)
         p = gl.exp2(s * (scale * LOG2E) - m_M[:, None])
         l_M = gl.sum(p, 1)
         o = warpgroup_mma(gl.convert_layout(p.to(DTYPE), OPERAND), v_smem, zero_MD, use_acc=False, is_async=True)
         token, member = row_of(late, head_rows, GROUP, PAST)
-        address_smem.store((token * q_token + member * q_head) // PIECE)
+        address_smem.store((token * q.token + member * q.head) // PIECE)
         ring.index(0).store(pair)
         o, s = warpgroup_mma_wait(0, [o, s_next])
-        _store_partials(
-            partial_ptr, partial_lse_ptr, q_smem.index(stage), ring, tile, o, m_M, l_M, WIDTH, D, ROW, S_MN, O_MD
-        )
+        _store_partials(out_ptr, lse_ptr, q_smem.index(stage), ring, tile, o, m_M, l_M, WIDTH, D, ROW, S_MN, O_MD)
         if tile + STAGES < tiles:
             copy_rows(q_smem.index(stage), q_base, address_smem.load(gl.SliceLayout(1, ROW)) * PIECE, D, ROW)
         async_copy.commit_group()
@@ -160,36 +139,17 @@ def attend_past_resident(
 
 @gluon.jit(do_not_specialize=["first_head", "first_pair"], do_not_specialize_on_alignment=["offsets_ptr", "skips_ptr"])
 def attend_past_streaming(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    partial_ptr,
-    partial_lse_ptr,
-    pairs_ptr,
+    q,
+    k,
+    v,
+    partials,
+    lists,
     offsets_ptr,
     skips_ptr,
-    items_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    sequences,
-    tokens_q,
-    tokens_k,
-    block_size,
-    block_slots,
-    rows,
+    call,
     first_head,
-    lists,
     first_pair,
     scale,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    v_batch,
-    v_token,
-    v_head,
     GROUP: gl.constexpr,
     PAST: gl.constexpr,
     WIDTH: gl.constexpr,
@@ -200,24 +160,24 @@ def attend_past_streaming(
     D: gl.constexpr,
 ):
     """One item: rows that chose a block, against that block of a multiple of N keys, at least 2 N."""
-    DTYPE: gl.constexpr = q_ptr.dtype.element_ty
+    DTYPE: gl.constexpr = q.ptr.dtype.element_ty
     ROW: gl.constexpr = row_layout(D, gl.num_warps())
     S_MN: gl.constexpr = product_layout(N, gl.num_warps(), 1)
     O_MD: gl.constexpr = product_layout(D, gl.num_warps(), 1)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, O_MD, 2)
-    _, list_id, begin, end = item_bounds(items_ptr, offsets_ptr, gl.program_id(0), block_slots, SEGMENT)
+    _, list_id, begin, end = item_bounds(lists.items, offsets_ptr, gl.program_id(0), call.block_slots, SEGMENT)
     if begin >= end:
         return
     begin, end = skipped(begin, end, list_id, skips_ptr)
-    partial_ptr -= gl.cast(first_pair, gl.int64) * WIDTH
-    partial_lse_ptr -= first_pair
-    head, sequence, key_begin = block_of_list(list_id, cu_k_ptr, sequences, tokens_k, block_size, block_slots, PACKED)
-    wide_head = (first_head + head).to(gl.int64)
-    q_base = query_base(q_ptr, first_head + head, sequence, tokens_q, q_batch, q_token, q_head, GROUP, PACKED)
-    head_rows = head * rows
+    out_ptr = partials.out - gl.cast(first_pair, gl.int64) * WIDTH
+    lse_ptr = partials.lse - first_pair
+    head, sequence, key_begin = block_of_list(list_id, call, PACKED)
+    kv_head = first_head + head
+    q_base = query_base(q, kv_head, sequence, call, GROUP, PACKED)
+    head_rows = head * call.rows
     first_key = key_begin.to(gl.int64)
-    k_base = k_ptr + sequence.to(gl.int64) * k_batch + wide_head * k_head + first_key * k_token
-    v_base = v_ptr + sequence.to(gl.int64) * v_batch + wide_head * v_head + first_key * v_token
+    k_base = head_base(k, sequence, kv_head) + first_key * k.token
+    v_base = head_base(v, sequence, kv_head) + first_key * v.token
 
     keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
     k_smem = gl.allocate_shared_memory(DTYPE, [2, N, D], keys)
@@ -225,12 +185,12 @@ def attend_past_streaming(
     q_smem = gl.allocate_shared_memory(DTYPE, [2, M, D], gl.NVMMASharedLayout.get_default_for([M, D], DTYPE))
     ring = allocate_ring(2, M)
     n = gl.arange(0, N, gl.SliceLayout(1, ROW))
-    k_at = n * k_token
-    v_at = n * v_token
-    pieces = block_size // N
-    pair = pairs_of(pairs_ptr, 0, begin, end, M, gl.SliceLayout(1, ROW))
-    _copy_queries(q_smem.index(0), pair, q_base, head_rows, q_token, q_head, GROUP, PAST, D, ROW)
-    copy_pairs(ring, 0, pairs_ptr, begin, end)
+    k_at = n * k.token
+    v_at = n * v.token
+    pieces = call.block_size // N
+    pair = pairs_of(lists.pairs, 0, begin, end, M, gl.SliceLayout(1, ROW))
+    _copy_queries(q_smem.index(0), pair, q, q_base, head_rows, GROUP, PAST, D, ROW)
+    copy_pairs(ring, 0, lists.pairs, begin, end)
     copy_rows(k_smem.index(0), k_base, k_at, D, ROW)
     async_copy.commit_group()
     copy_rows(v_smem, v_base, v_at, D, ROW)
@@ -248,14 +208,12 @@ def attend_past_streaming(
             q_smem.index(tile % 2), k_smem.index(step % 2).permute((1, 0)), zero_MN, use_acc=False, is_async=True
         )
         if step + 1 < steps:
-            copy_rows(k_smem.index((step + 1) % 2), k_base, next_piece * N * k_token + k_at, D, ROW)
+            copy_rows(k_smem.index((step + 1) % 2), k_base, next_piece * N * k.token + k_at, D, ROW)
             if piece == 0:
-                copy_pairs(ring, tile + 1, pairs_ptr, begin, end)
+                copy_pairs(ring, tile + 1, lists.pairs, begin, end)
             if (piece == 1) & (step + pieces <= steps):
                 pair = pairs_in(ring, tile + 1, gl.SliceLayout(1, ROW))
-                _copy_queries(
-                    q_smem.index((tile + 1) % 2), pair, q_base, head_rows, q_token, q_head, GROUP, PAST, D, ROW
-                )
+                _copy_queries(q_smem.index((tile + 1) % 2), pair, q, q_base, head_rows, GROUP, PAST, D, ROW)
         async_copy.commit_group()
         s = warpgroup_mma_wait(0, [s])
         m_new_M = gl.maximum(m_M, gl.max(s, 1) * (scale * LOG2E))
@@ -269,11 +227,11 @@ def attend_past_streaming(
         o = warpgroup_mma(p, v_smem, o, is_async=True)
         o = warpgroup_mma_wait(0, [o])
         if step + 1 < steps:
-            copy_rows(v_smem, v_base, next_piece * N * v_token + v_at, D, ROW)
+            copy_rows(v_smem, v_base, next_piece * N * v.token + v_at, D, ROW)
         async_copy.commit_group()
         if next_piece == 0:
             _store_partials(
-                partial_ptr, partial_lse_ptr, q_smem.index(tile % 2), ring, tile, o, m_M, l_M, WIDTH, D, ROW, S_MN, O_MD
+                out_ptr, lse_ptr, q_smem.index(tile % 2), ring, tile, o, m_M, l_M, WIDTH, D, ROW, S_MN, O_MD
             )
             m_M = gl.full([M], -float("inf"), gl.float32, gl.SliceLayout(1, S_MN))
             l_M = gl.zeros([M], gl.float32, gl.SliceLayout(1, S_MN))

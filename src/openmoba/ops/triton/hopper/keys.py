@@ -41,7 +41,7 @@ from openmoba.ops.triton.hopper.tiles import (
     thread_barrier,
 )
 from openmoba.ops.triton.plan import block_of_list, item_bounds, list_bounds
-from openmoba.ops.triton.rows import LOG2E, STATISTICS, own_rows
+from openmoba.ops.triton.rows import LOG2E, STATISTICS, head_base, own_rows
 
 _ROWS_TOGETHER = gl.constexpr(2**16)  # 34 MB of queries and output gradients, which the L2 cache holds
 
@@ -81,12 +81,12 @@ def _allocate_addresses(M: gl.constexpr):
 
 
 @gluon.jit
-def _find_rows(addresses, pair_M, head_rows, first_query_head, q_token, q_head, d_out_token, d_out_head,
-               HEADS: gl.constexpr, GROUP: gl.constexpr, PAST: gl.constexpr):  # fmt: skip
+def _find_rows(addresses, pair_M, q, d_out, head_rows, first_query_head, HEADS: gl.constexpr, GROUP: gl.constexpr,
+               PAST: gl.constexpr):  # fmt: skip
     """Work out where the queries, output gradients and statistics of M pairs are, once for all who will copy them."""
     token_M, member_M = row_of(pair_M, head_rows, GROUP, PAST)
-    addresses[0].store((token_M * q_token + member_M * q_head) // PIECE)
-    addresses[1].store((token_M * d_out_token + member_M * d_out_head) // PIECE)
+    addresses[0].store((token_M * q.token + member_M * q.head) // PIECE)
+    addresses[1].store((token_M * d_out.token + member_M * d_out.head) // PIECE)
     addresses[2].store((token_M * HEADS + first_query_head + member_M) * STATISTICS)
 
 
@@ -117,16 +117,16 @@ def _own_row(begin, count, shift, M: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _copy_own_rows(rows_smem, stage, head, begin, count, shift, query_begin, flat, first_query_head, q_base,
-                   d_out_base, statistics_ptr, q_token, q_head, d_out_token, d_out_head, HEADS: gl.constexpr,
-                   M: gl.constexpr, D: gl.constexpr, ROW: gl.constexpr):  # fmt: skip
+def _copy_own_rows(rows_smem, stage, head, begin, count, shift, query_begin, flat, first_query_head, q, q_base, d_out,
+                   d_out_base, statistics_ptr, HEADS: gl.constexpr, M: gl.constexpr, D: gl.constexpr,
+                   ROW: gl.constexpr):  # fmt: skip
     """The same for the block's own queries from number `begin` on, in a head of the group."""
     member = gl.cast(head, gl.int64)
     token_M = query_begin + _own_row(begin, count, shift, M, gl.SliceLayout(1, ROW))
     flat_M = flat + _own_row(begin, count, shift, M, flat_layout(gl.num_warps()))
     _copy_queries(
-        rows_smem, stage, q_base, token_M * q_token + member * q_head,
-        d_out_base, token_M * d_out_token + member * d_out_head,
+        rows_smem, stage, q_base, token_M * q.token + member * q.head,
+        d_out_base, token_M * d_out.token + member * d_out.head,
         statistics_ptr, flat_M * HEADS + first_query_head + member, D, ROW,
     )  # fmt: skip
 
@@ -174,40 +174,19 @@ def _store_shares(partial_dq_ptr, dq_smem, at_M, WIDTH: gl.constexpr, D: gl.cons
 
 @gluon.jit(do_not_specialize=["first_head"])
 def key_gradients(
-    d_out_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    d_out,
+    q,
+    k,
+    v,
     statistics_ptr,
-    partial_dk_ptr,
-    partial_dv_ptr,
-    partial_dq_ptr,
-    pairs_ptr,
-    offsets_ptr,
-    items_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    sequences,
-    tokens_q,
-    tokens_k,
-    block_size,
-    block_slots,
-    rows,
-    first_head,
+    parts,
+    shares_ptr,
     lists,
+    offsets_ptr,
+    call,
+    first_head,
+    all_pairs,
     scale,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    v_batch,
-    v_token,
-    v_head,
-    d_out_batch,
-    d_out_token,
-    d_out_head,
     HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     PAST: gl.constexpr,
@@ -223,24 +202,24 @@ def key_gradients(
 ):
     """N keys of a block against the rows of one item: partial dK / scale and dV, and dQ of the pairs if FUSED."""
     WARPS: gl.constexpr = gl.num_warps()
-    DTYPE: gl.constexpr = q_ptr.dtype.element_ty
+    DTYPE: gl.constexpr = q.ptr.dtype.element_ty
     ROW: gl.constexpr = row_layout(D, WARPS)
     S_NM: gl.constexpr = product_layout(M, WARPS, 1)
     DK_ND: gl.constexpr = product_layout(D, WARPS, 1)
     DQ_MD: gl.constexpr = product_layout(D * M // (16 * WARPS), M // 16, WARPS * 16 // M)
     LANE: gl.constexpr = lane_layout(M, WARPS)
-    pieces = block_size // N
+    pieces = call.block_size // N
     piece = gl.program_id(0) % pieces
     program = gl.program_id(0) // pieces
-    item, list_id, begin, end = item_bounds(items_ptr, offsets_ptr, program, block_slots, SEGMENT)
+    item, list_id, begin, end = item_bounds(lists.items, offsets_ptr, program, call.block_slots, SEGMENT)
     if begin >= end:
         return
-    head, sequence, key_begin = block_of_list(list_id, cu_k_ptr, sequences, tokens_k, block_size, block_slots, PACKED)
+    head, sequence, key_begin = block_of_list(list_id, call, PACKED)
     kv_head = first_head + head
     wide_head = kv_head.to(gl.int64)
-    q_base = query_base(q_ptr, kv_head, sequence, tokens_q, q_batch, q_token, q_head, GROUP, PACKED)
-    d_out_base = query_base(d_out_ptr, kv_head, sequence, tokens_q, d_out_batch, d_out_token, d_out_head, GROUP, PACKED)
-    head_rows = head * rows
+    q_base = query_base(q, kv_head, sequence, call, GROUP, PACKED)
+    d_out_base = query_base(d_out, kv_head, sequence, call, GROUP, PACKED)
+    head_rows = head * call.rows
 
     keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
     k_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
@@ -253,15 +232,13 @@ def key_gradients(
     gl.static_assert(2 * STAGES <= 8)  # from the tile whose dQ is stored to the one whose pairs are copied
     m = gl.arange(0, M, gl.SliceLayout(1, ROW))
     key = (key_begin + piece * N + gl.arange(0, N, gl.SliceLayout(1, ROW))).to(gl.int64)
-    copy_rows(k_smem, k_ptr + sequence.to(gl.int64) * k_batch + wide_head * k_head, key * k_token, D, ROW)
-    copy_rows(v_smem, v_ptr + sequence.to(gl.int64) * v_batch + wide_head * v_head, key * v_token, D, ROW)
+    copy_rows(k_smem, head_base(k, sequence, kv_head), key * k.token, D, ROW)
+    copy_rows(v_smem, head_base(v, sequence, kv_head), key * v.token, D, ROW)
     for early in gl.static_range(2 * STAGES - 2):
-        copy_pairs(ring, early, pairs_ptr, begin, end)
+        copy_pairs(ring, early, lists.pairs, begin, end)
     for early in gl.static_range(STAGES - 1):
-        pair = pairs_of(pairs_ptr, early, begin, end, M, LANE)
-        _find_rows(
-            addresses, pair, head_rows, wide_head * GROUP, q_token, q_head, d_out_token, d_out_head, HEADS, GROUP, PAST
-        )
+        pair = pairs_of(lists.pairs, early, begin, end, M, LANE)
+        _find_rows(addresses, pair, q, d_out, head_rows, wide_head * GROUP, HEADS, GROUP, PAST)
         first = begin - end + (early + 1) * M
         _copy_found_rows(rows_smem, early, addresses, first, q_base, d_out_base, statistics_ptr, M, D, ROW)
         async_copy.commit_group()
@@ -272,21 +249,19 @@ def key_gradients(
     stage = 0
     for tile in range(0, tiles):
         next_stage, late_stage = stages_around(stage, STAGES)
-        q = rows_smem[0].index(stage)
-        d_out = rows_smem[1].index(stage)
-        s = _begin_product(k_smem, q, S_NM)
-        dp = _begin_product(v_smem, d_out, S_NM)
+        q_MD = rows_smem[0].index(stage)
+        d_out_MD = rows_smem[1].index(stage)
+        s = _begin_product(k_smem, q_MD, S_NM)
+        dp = _begin_product(v_smem, d_out_MD, S_NM)
         # For the copies of this iteration, after the barrier.
         pair = pairs_in(ring, tile + STAGES - 1, LANE)
-        _find_rows(
-            addresses, pair, head_rows, wide_head * GROUP, q_token, q_head, d_out_token, d_out_head, HEADS, GROUP, PAST
-        )
+        _find_rows(addresses, pair, q, d_out, head_rows, wide_head * GROUP, HEADS, GROUP, PAST)
         if FUSED and tile > 0:
             share = pairs_in(ring, tile - 1, gl.SliceLayout(1, ROW)).to(gl.int64) * SHARES + piece
-            _store_shares(partial_dq_ptr, dq_smem, share, WIDTH, D, ROW)
+            _store_shares(shares_ptr, dq_smem, share, WIDTH, D, ROW)
         lse = rows_smem[2].index(stage).load(gl.SliceLayout(0, S_NM))
         s = warpgroup_mma_wait(1, [s])
-        ds, dv = _begin_values(s, dp, lse, rows_smem[3].index(stage), d_out, dv, scale * LOG2E, S_NM, DK_ND)
+        ds, dv = _begin_values(s, dp, lse, rows_smem[3].index(stage), d_out_MD, dv, scale * LOG2E, S_NM, DK_ND)
         if FUSED:
             ds_smem.store(ds)
             # The fence waits for the copies under way, too: later ones begin after it.
@@ -295,11 +270,11 @@ def key_gradients(
         if FUSED:
             zero_MD = gl.zeros([M, D], gl.float32, DQ_MD)
             dq = warpgroup_mma(ds_smem.permute((1, 0)), k_smem, zero_MD, use_acc=False, is_async=True)
-        dk = _begin_keys(ds, q, dk, DK_ND)
+        dk = _begin_keys(ds, q_MD, dk, DK_ND)
         if tile + STAGES - 1 < tiles:
             first = begin - end + (tile + STAGES) * M
             _copy_found_rows(rows_smem, late_stage, addresses, first, q_base, d_out_base, statistics_ptr, M, D, ROW)
-            copy_pairs(ring, tile + 2 * STAGES - 2, pairs_ptr, begin, end)
+            copy_pairs(ring, tile + 2 * STAGES - 2, lists.pairs, begin, end)
         async_copy.commit_group()
         if FUSED:
             dq = warpgroup_mma_wait(1, [dq])
@@ -308,19 +283,19 @@ def key_gradients(
         async_copy.wait_group(STAGES - 2)
         stage = next_stage
     if FUSED:
-        nowhere = gl.cast(lists // block_slots, gl.int64) * rows * PAST * SHARES
+        nowhere = gl.cast(all_pairs, gl.int64) * SHARES
         share = pairs_in(ring, tiles - 1, gl.SliceLayout(1, ROW)).to(gl.int64) * SHARES + piece
         share = gl.where(end - tiles * M + m >= begin, share, nowhere)
-        _store_shares(partial_dq_ptr, dq_smem, share, WIDTH, D, ROW)
+        _store_shares(shares_ptr, dq_smem, share, WIDTH, D, ROW)
     n = piece * N + gl.arange(0, N, gl.SliceLayout(1, DK_ND))
     d = gl.arange(0, D, gl.SliceLayout(0, DK_ND))
-    at_ND = (item.to(gl.int64) * block_size + n)[:, None] * WIDTH + d[None, :]
-    gl.store(partial_dk_ptr + at_ND, dk)
-    gl.store(partial_dv_ptr + at_ND, dv)
+    at_ND = (item.to(gl.int64) * call.block_size + n)[:, None] * WIDTH + d[None, :]
+    gl.store(parts.dk + at_ND, dk)
+    gl.store(parts.dv + at_ND, dv)
 
 
 @gluon.jit
-def _longest_first(block_slots, pieces, together):
+def _longest_first(call, pieces, together):
     """Block slot and piece of a program.
 
     A block's first keys have all its rows, its last ones few. In `together` blocks all first pieces come first, then
@@ -328,45 +303,23 @@ def _longest_first(block_slots, pieces, together):
     """
     first_slot = gl.program_id(0) // (together * pieces) * together
     place = gl.program_id(0) - first_slot * pieces
-    here = gl.minimum(together, block_slots - first_slot)
+    here = gl.minimum(together, call.block_slots - first_slot)
     return first_slot + place % here, place // here
 
 
 @gluon.jit(do_not_specialize=["first_head"])
 def own_key_gradients(
-    d_out_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    d_out,
+    q,
+    k,
+    v,
     statistics_ptr,
-    partial_dk_ptr,
-    partial_dv_ptr,
-    dk_ptr,
-    dv_ptr,
+    parts,
+    gradients,
     offsets_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    sequences,
-    tokens_q,
-    tokens_k,
-    block_size,
-    block_slots,
-    rows,
+    call,
     first_head,
-    lists,
     scale,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    v_batch,
-    v_token,
-    v_head,
-    d_out_batch,
-    d_out_token,
-    d_out_head,
     HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     PAST: gl.constexpr,
@@ -381,24 +334,22 @@ def own_key_gradients(
 ):
     """N keys of a block: go through the block's own queries, add the partials of its items, write dK and dV."""
     WARPS: gl.constexpr = gl.num_warps()
-    DTYPE: gl.constexpr = q_ptr.dtype.element_ty
+    DTYPE: gl.constexpr = q.ptr.dtype.element_ty
     ROW: gl.constexpr = row_layout(D, WARPS)
     S_NM: gl.constexpr = product_layout(M, WARPS, 1)
     DK_ND: gl.constexpr = product_layout(D, WARPS, 1)
-    slot, piece = _longest_first(block_slots, block_size // N, gl.maximum(_ROWS_TOGETHER // (block_size * GROUP), 1))
+    block_size = call.block_size
+    slot, piece = _longest_first(call, block_size // N, gl.maximum(_ROWS_TOGETHER // (block_size * GROUP), 1))
     start = piece * N
     head = gl.program_id(1)
-    sequence, _, key_begin, count, query_begin, shift = own_rows(
-        slot, cu_q_ptr, cu_k_ptr, sequences, tokens_q, tokens_k, block_size, PACKED
-    )
+    sequence, _, key_begin, count, query_begin, shift = own_rows(slot, call, PACKED)
     if start >= count:
         return
     kv_head = first_head + head
     wide_head = kv_head.to(gl.int64)
-    wide_sequence = sequence.to(gl.int64)
-    q_base = q_ptr + wide_sequence * q_batch + wide_head * GROUP * q_head
-    d_out_base = d_out_ptr + wide_sequence * d_out_batch + wide_head * GROUP * d_out_head
-    flat = first_row(sequence, cu_q_ptr, tokens_q, PACKED)
+    q_base = head_base(q, sequence, wide_head * GROUP)
+    d_out_base = head_base(d_out, sequence, wide_head * GROUP)
+    flat = first_row(sequence, call, PACKED)
     first = gl.maximum(start, -shift) // M * M
     tiles_per_head = gl.cdiv(gl.maximum(count - first, 0), M)
     tiles = tiles_per_head * GROUP
@@ -410,14 +361,14 @@ def own_key_gradients(
     # Absent keys repeat the last one; nothing is stored for them.
     key = key_begin + gl.minimum(start + gl.arange(0, N, gl.SliceLayout(1, ROW)), count - 1)
     key = key.to(gl.int64)
-    copy_rows(k_smem, k_ptr + wide_sequence * k_batch + wide_head * k_head, key * k_token, D, ROW)
-    copy_rows(v_smem, v_ptr + wide_sequence * v_batch + wide_head * v_head, key * v_token, D, ROW)
+    copy_rows(k_smem, head_base(k, sequence, kv_head), key * k.token, D, ROW)
+    copy_rows(v_smem, head_base(v, sequence, kv_head), key * v.token, D, ROW)
     late_head, late_begin = 0, first
     for early in gl.static_range(STAGES - 1):
         if early < tiles:
             _copy_own_rows(
-                rows_smem, early, late_head, late_begin, count, shift, query_begin, flat, wide_head * GROUP, q_base,
-                d_out_base, statistics_ptr, q_token, q_head, d_out_token, d_out_head, HEADS, M, D, ROW,
+                rows_smem, early, late_head, late_begin, count, shift, query_begin, flat, wide_head * GROUP, q,
+                q_base, d_out, d_out_base, statistics_ptr, HEADS, M, D, ROW,
             )  # fmt: skip
         late_head, late_begin = _next_tile(late_head, late_begin, first, count, M)
         async_copy.commit_group()
@@ -430,14 +381,14 @@ def own_key_gradients(
     begin = first
     for tile in range(0, tiles):
         next_stage, late_stage = stages_around(stage, STAGES)
-        q = rows_smem[0].index(stage)
-        d_out = rows_smem[1].index(stage)
-        s = _begin_product(k_smem, q, S_NM)
-        dp = _begin_product(v_smem, d_out, S_NM)
+        q_MD = rows_smem[0].index(stage)
+        d_out_MD = rows_smem[1].index(stage)
+        s = _begin_product(k_smem, q_MD, S_NM)
+        dp = _begin_product(v_smem, d_out_MD, S_NM)
         if tile + STAGES - 1 < tiles:
             _copy_own_rows(
                 rows_smem, late_stage, late_head, late_begin, count, shift, query_begin, flat, wide_head * GROUP,
-                q_base, d_out_base, statistics_ptr, q_token, q_head, d_out_token, d_out_head, HEADS, M, D, ROW,
+                q, q_base, d_out, d_out_base, statistics_ptr, HEADS, M, D, ROW,
             )  # fmt: skip
         late_head, late_begin = _next_tile(late_head, late_begin, first, count, M)
         async_copy.commit_group()
@@ -447,27 +398,27 @@ def own_key_gradients(
         s = warpgroup_mma_wait(1, [s])
         if begin < start + N:  # on the diagonal
             s = gl.where(row[:, None] <= m[None, :], s, -float("inf"))
-        ds, dv = _begin_values(s, dp, lse, rows_smem[3].index(stage), d_out, dv, scale * LOG2E, S_NM, DK_ND)
-        dk = _begin_keys(ds, q, dk, DK_ND)
+        ds, dv = _begin_values(s, dp, lse, rows_smem[3].index(stage), d_out_MD, dv, scale * LOG2E, S_NM, DK_ND)
+        dk = _begin_keys(ds, q_MD, dk, DK_ND)
         dk, dv = warpgroup_mma_wait(0, [dk, dv])
         async_copy.wait_group(STAGES - 2)
         _, begin = _next_tile(0, begin, first, count, M)
         stage = next_stage
     list_begin, list_end, item = 0, 0, 0
     if offsets_ptr is not None:
-        list_id = head * block_slots + slot
-        list_begin, list_end = list_bounds(offsets_ptr, list_id, block_slots)
+        list_id = head * call.block_slots + slot
+        list_begin, list_end = list_bounds(offsets_ptr, list_id, call.block_slots)
         item = list_begin // SEGMENT + list_id
     n = start + gl.arange(0, N, gl.SliceLayout(1, DK_ND))
     d = gl.arange(0, D, gl.SliceLayout(0, DK_ND))
     exists = (n < count)[:, None]
     for part in range(gl.cdiv(list_end - list_begin, SEGMENT)):
         at_ND = (gl.cast(item + part, gl.int64) * block_size + n)[:, None] * WIDTH + d[None, :]
-        dk += gl.load(partial_dk_ptr + at_ND, mask=exists, other=0.0)
-        dv += gl.load(partial_dv_ptr + at_ND, mask=exists, other=0.0)
+        dk += gl.load(parts.dk + at_ND, mask=exists, other=0.0)
+        dv += gl.load(parts.dv + at_ND, mask=exists, other=0.0)
     key_row = key_begin + n
     if not PACKED:
-        key_row += sequence * tokens_k
+        key_row += sequence * call.tokens_k
     at_ND = (key_row.to(gl.int64)[:, None] * (HEADS // GROUP) + kv_head) * WIDTH + d[None, :]
-    gl.store(dk_ptr + at_ND, (dk * scale).to(DTYPE), mask=exists)
-    gl.store(dv_ptr + at_ND, dv.to(DTYPE), mask=exists)
+    gl.store(gradients.dk + at_ND, (dk * scale).to(DTYPE), mask=exists)
+    gl.store(gradients.dv + at_ND, dv.to(DTYPE), mask=exists)

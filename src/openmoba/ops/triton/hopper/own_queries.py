@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgro
 
 from openmoba.ops.triton.geometry import first_row
 from openmoba.ops.triton.hopper.tiles import copy_rows, product_layout, row_layout
-from openmoba.ops.triton.rows import LOG2E, STATISTICS, own_rows
+from openmoba.ops.triton.rows import LOG2E, STATISTICS, head_base, own_rows
 
 
 @gluon.constexpr_function
@@ -48,35 +48,18 @@ def _exist(start, low, high, M: gl.constexpr, LAYOUT: gl.constexpr):
     do_not_specialize_on_alignment=["counts_ptr"],
 )
 def attend_own(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    partial_ptr,
-    partial_lse_ptr,
+    q,
+    k,
+    v,
+    partials,
     counts_ptr,
-    out_ptr,
-    lse_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    sequences,
-    tokens_q,
-    tokens_k,
-    block_size,
-    rows,
+    results,
+    call,
     first_head,
     first_slot,
     first_token,
     end_token,
     scale,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    v_batch,
-    v_token,
-    v_head,
     HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     PAST: gl.constexpr,
@@ -87,18 +70,16 @@ def attend_own(
     D: gl.constexpr,
 ):
     """M queries of one head and block: attend to the own block causally, merge the partials, write output and LSE."""
-    DTYPE: gl.constexpr = q_ptr.dtype.element_ty
+    DTYPE: gl.constexpr = q.ptr.dtype.element_ty
     WARPS: gl.constexpr = gl.num_warps()
     ROW: gl.constexpr = row_layout(D, WARPS)
     S_MN: gl.constexpr = product_layout(N, WARPS, 1)
     O_MD: gl.constexpr = product_layout(D, WARPS, 1)
-    tiles = block_size // M
+    tiles = call.block_size // M
     slot = first_slot + gl.program_id(0) // tiles
     start = gl.program_id(0) % tiles * M
-    sequence, block, key_begin, count, query_begin, shift = own_rows(
-        slot, cu_q_ptr, cu_k_ptr, sequences, tokens_q, tokens_k, block_size, PACKED
-    )
-    first_query = first_row(sequence, cu_q_ptr, tokens_q, PACKED)
+    sequence, block, key_begin, count, query_begin, shift = own_rows(slot, call, PACKED)
+    first_query = first_row(sequence, call, PACKED)
     first_flat = first_query + shift
     low = gl.maximum(start, gl.maximum(first_token, first_query) - first_flat)
     high = gl.minimum(gl.minimum(start + M, count), end_token - first_flat)
@@ -108,21 +89,19 @@ def attend_own(
     member = gl.program_id(1) % GROUP
     kv_head = first_head + head
     head_index = kv_head * GROUP + member
-    wide_sequence = sequence.to(gl.int64)
-    wide_head = kv_head.to(gl.int64)
-    q_base = q_ptr + wide_sequence * q_batch + head_index.to(gl.int64) * q_head
-    k_base = k_ptr + wide_sequence * k_batch + wide_head * k_head + gl.cast(key_begin, gl.int64) * k_token
-    v_base = v_ptr + wide_sequence * v_batch + wide_head * v_head + gl.cast(key_begin, gl.int64) * v_token
+    q_base = head_base(q, sequence, head_index)
+    k_base = head_base(k, sequence, kv_head) + gl.cast(key_begin, gl.int64) * k.token
+    v_base = head_base(v, sequence, kv_head) + gl.cast(key_begin, gl.int64) * v.token
 
     keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
     q_smem = gl.allocate_shared_memory(DTYPE, [M, D], gl.NVMMASharedLayout.get_default_for([M, D], DTYPE))
     k_smem = gl.allocate_shared_memory(DTYPE, [2, N, D], keys)
     v_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
     readable = _readable(start, low, high, M, gl.SliceLayout(1, ROW))
-    copy_rows(q_smem, q_base, (query_begin + readable + shift).to(gl.int64) * q_token, D, ROW)
-    _copy_keys(k_smem.index(0), k_base, 0, count, k_token, N, D, ROW)
+    copy_rows(q_smem, q_base, (query_begin + readable + shift).to(gl.int64) * q.token, D, ROW)
+    _copy_keys(k_smem.index(0), k_base, 0, count, k.token, N, D, ROW)
     async_copy.commit_group()
-    _copy_keys(v_smem, v_base, 0, count, v_token, N, D, ROW)
+    _copy_keys(v_smem, v_base, 0, count, v.token, N, D, ROW)
     async_copy.commit_group()
 
     m = start + gl.arange(0, M, gl.SliceLayout(1, S_MN))
@@ -136,7 +115,7 @@ def attend_own(
         async_copy.wait_group(1)
         s = warpgroup_mma(q_smem, k_smem.index(piece % 2).permute((1, 0)), zero_MN, use_acc=False, is_async=True)
         if piece + 1 < pieces:
-            _copy_keys(k_smem.index((piece + 1) % 2), k_base, (piece + 1) * N, count, k_token, N, D, ROW)
+            _copy_keys(k_smem.index((piece + 1) % 2), k_base, (piece + 1) * N, count, k.token, N, D, ROW)
         async_copy.commit_group()
         s = warpgroup_mma_wait(0, [s])
         if (piece + 1) * N > start:
@@ -152,43 +131,36 @@ def attend_own(
         o = warpgroup_mma(p, v_smem, o, is_async=True)
         o = warpgroup_mma_wait(0, [o])
         if piece + 1 < pieces:
-            _copy_keys(v_smem, v_base, (piece + 1) * N, count, v_token, N, D, ROW)
+            _copy_keys(v_smem, v_base, (piece + 1) * N, count, v.token, N, D, ROW)
         async_copy.commit_group()
 
     own_M = gl.convert_layout(m_M + gl.log2(l_M), gl.SliceLayout(1, ROW))
     o = gl.convert_layout(o * gl.convert_layout(1.0 / l_M, gl.SliceLayout(1, O_MD))[:, None], ROW)
     flat = (first_flat + readable).to(gl.int64)
-    first_pair = (gl.cast(head, gl.int64) * rows + (flat - first_token) * GROUP + member) * PAST
+    first_pair = (gl.cast(head, gl.int64) * call.rows + (flat - first_token) * GROUP + member) * PAST
     past = gl.minimum(block, PAST)
-    count_M = _counts(counts_ptr, gl.cast(head, gl.int64) * rows + flat * GROUP + member)
-    top_M, l_M = _weigh(partial_lse_ptr, first_pair, past, count_M, own_M, PAST, ROW)
+    count_M = None  # all rows have as many past blocks as their block has before it, up to PAST
+    if counts_ptr is not None:
+        count_M = gl.load(counts_ptr + gl.cast(head, gl.int64) * call.rows + flat * GROUP + member)
+    top_M, l_M = _weigh(partials.lse, first_pair, past, count_M, own_M, PAST, ROW)
     d = gl.arange(0, D, gl.SliceLayout(0, ROW))
     o = o * gl.exp2(own_M - top_M)[:, None]
     for rank in range(0, past):
         reads_M = None if count_M is None else rank < count_M
-        weight_M = gl.exp2(_load(partial_lse_ptr + first_pair + rank, reads_M, -float("inf")) - top_M)
+        weight_M = gl.exp2(_load(partials.lse + first_pair + rank, reads_M, -float("inf"), "") - top_M)
         at_MD = (first_pair + rank)[:, None] * WIDTH + d[None, :]
         reads_MD = None if count_M is None else (rank < count_M)[:, None] & (d >= 0)[None, :]
-        part = _load(partial_ptr + at_MD, reads_MD, 0.0, "evict_first")
+        part = _load(partials.out + at_MD, reads_MD, 0.0, "evict_first")
         o += part.to(gl.float32) * weight_M[:, None]
     exists = _exist(start, low, high, M, gl.SliceLayout(1, ROW))
     o = (o * (1.0 / l_M)[:, None]).to(DTYPE)
     at_M = flat * HEADS + head_index
-    gl.store(out_ptr + at_M[:, None] * WIDTH + d[None, :], o, mask=exists[:, None] & (d >= 0)[None, :])
-    gl.store(lse_ptr + at_M, (top_M + gl.log2(l_M)) / LOG2E, mask=exists)
+    gl.store(results.out + at_M[:, None] * WIDTH + d[None, :], o, mask=exists[:, None] & (d >= 0)[None, :])
+    gl.store(results.lse + at_M, (top_M + gl.log2(l_M)) / LOG2E, mask=exists)
 
 
 @gluon.jit
-def _counts(counts_ptr, row_M):
-    """How many past blocks each row reads; None: all have as many as their block has before it, up to PAST."""
-    if counts_ptr is None:
-        return None
-    else:
-        return gl.load(counts_ptr + row_M)
-
-
-@gluon.jit
-def _load(pointers, mask, absent: gl.constexpr, eviction: gl.constexpr = ""):
+def _load(pointers, mask, absent: gl.constexpr, eviction: gl.constexpr):
     """What is there, and `absent` where the mask, unless it is None, says that nothing is."""
     if mask is None:
         return gl.load(pointers, eviction_policy=eviction)
@@ -220,37 +192,17 @@ def _weigh(partial_lse_ptr, pair_M, past, count_M, own_M, PAST: gl.constexpr, RO
 
 @gluon.jit(do_not_specialize=["first_head"], do_not_specialize_on_alignment=["counts_ptr"])
 def own_query_gradients(
-    d_out_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    d_out,
+    q,
+    k,
+    v,
     statistics_ptr,
-    partial_dq_ptr,
+    shares_ptr,
     counts_ptr,
     dq_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    sequences,
-    tokens_q,
-    tokens_k,
-    block_size,
-    block_slots,
-    rows,
+    call,
     first_head,
-    lists,
     scale,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    v_batch,
-    v_token,
-    v_head,
-    d_out_batch,
-    d_out_token,
-    d_out_head,
     HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     PAST: gl.constexpr,
@@ -263,17 +215,15 @@ def own_query_gradients(
     STAGES: gl.constexpr,
 ):
     """M queries of one head and block: the own block's dQ, the pairs' shares added, written to dQ."""
-    DTYPE: gl.constexpr = q_ptr.dtype.element_ty
+    DTYPE: gl.constexpr = q.ptr.dtype.element_ty
     WARPS: gl.constexpr = gl.num_warps()
     ROW: gl.constexpr = row_layout(D, WARPS)
     S_MN: gl.constexpr = product_layout(N, WARPS, 1)
     DQ_MD: gl.constexpr = product_layout(D, WARPS, 1)
-    tiles = block_size // M
+    tiles = call.block_size // M
     slot = gl.program_id(0) // tiles
     start = gl.program_id(0) % tiles * M
-    sequence, block, key_begin, count, query_begin, shift = own_rows(
-        slot, cu_q_ptr, cu_k_ptr, sequences, tokens_q, tokens_k, block_size, PACKED
-    )
+    sequence, block, key_begin, count, query_begin, shift = own_rows(slot, call, PACKED)
     low = gl.maximum(start, -shift)
     high = gl.minimum(start + M, count)
     if low >= high:
@@ -282,12 +232,10 @@ def own_query_gradients(
     member = gl.program_id(1) % GROUP
     kv_head = first_head + head
     head_index = (kv_head * GROUP + member).to(gl.int64)
-    wide_sequence = sequence.to(gl.int64)
-    wide_head = kv_head.to(gl.int64)
-    q_base = q_ptr + wide_sequence * q_batch + head_index * q_head
-    d_out_base = d_out_ptr + wide_sequence * d_out_batch + head_index * d_out_head
-    k_base = k_ptr + wide_sequence * k_batch + wide_head * k_head + gl.cast(key_begin, gl.int64) * k_token
-    v_base = v_ptr + wide_sequence * v_batch + wide_head * v_head + gl.cast(key_begin, gl.int64) * v_token
+    q_base = head_base(q, sequence, head_index)
+    d_out_base = head_base(d_out, sequence, head_index)
+    k_base = head_base(k, sequence, kv_head) + gl.cast(key_begin, gl.int64) * k.token
+    v_base = head_base(v, sequence, kv_head) + gl.cast(key_begin, gl.int64) * v.token
 
     row_shape: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, D], DTYPE)
     keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
@@ -297,18 +245,18 @@ def own_query_gradients(
     v_smem = gl.allocate_shared_memory(DTYPE, [STAGES, N, D], keys)
     readable = _readable(start, low, high, M, gl.SliceLayout(1, ROW))
     token = (query_begin + readable + shift).to(gl.int64)
-    copy_rows(q_smem, q_base, token * q_token, D, ROW)
-    copy_rows(d_out_smem, d_out_base, token * d_out_token, D, ROW)
+    copy_rows(q_smem, q_base, token * q.token, D, ROW)
+    copy_rows(d_out_smem, d_out_base, token * d_out.token, D, ROW)
     pieces = gl.cdiv(high, N)
     for early in gl.static_range(STAGES):
         if early < pieces:
-            _copy_keys(k_smem.index(early), k_base, early * N, count, k_token, N, D, ROW)
-            _copy_keys(v_smem.index(early), v_base, early * N, count, v_token, N, D, ROW)
+            _copy_keys(k_smem.index(early), k_base, early * N, count, k.token, N, D, ROW)
+            _copy_keys(v_smem.index(early), v_base, early * N, count, v.token, N, D, ROW)
         async_copy.commit_group()
 
     m = start + gl.arange(0, M, gl.SliceLayout(1, S_MN))
     n = gl.arange(0, N, gl.SliceLayout(0, S_MN))
-    first_flat = first_row(sequence, cu_q_ptr, tokens_q, PACKED) + shift
+    first_flat = first_row(sequence, call, PACKED) + shift
     flat_M = (first_flat + _readable(start, low, high, M, gl.SliceLayout(1, S_MN))).to(gl.int64)
     statistic = statistics_ptr + (flat_M * HEADS + head_index) * STATISTICS
     lse_M = gl.load(statistic)
@@ -317,8 +265,8 @@ def own_query_gradients(
     dq = gl.zeros([M, D], gl.float32, DQ_MD)
     for piece in range(0, pieces):
         async_copy.wait_group(STAGES - 1)
-        k = k_smem.index(piece % STAGES)
-        s = warpgroup_mma(q_smem, k.permute((1, 0)), zero_MN, use_acc=False, is_async=True)
+        k_ND = k_smem.index(piece % STAGES)
+        s = warpgroup_mma(q_smem, k_ND.permute((1, 0)), zero_MN, use_acc=False, is_async=True)
         dp = warpgroup_mma(
             d_out_smem, v_smem.index(piece % STAGES).permute((1, 0)), zero_MN, use_acc=False, is_async=True
         )
@@ -328,20 +276,22 @@ def own_query_gradients(
         p = gl.exp2(s * (scale * LOG2E) - lse_M[:, None])
         dp = warpgroup_mma_wait(0, [dp])
         ds = (p * (dp - delta_M[:, None])).to(DTYPE)
-        dq = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, DQ_MD, 2)), k, dq, is_async=True)
+        dq = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, DQ_MD, 2)), k_ND, dq, is_async=True)
         dq = warpgroup_mma_wait(0, [dq])
         later = piece + STAGES
         if later < pieces:
-            _copy_keys(k_smem.index(piece % STAGES), k_base, later * N, count, k_token, N, D, ROW)
-            _copy_keys(v_smem.index(piece % STAGES), v_base, later * N, count, v_token, N, D, ROW)
+            _copy_keys(k_smem.index(piece % STAGES), k_base, later * N, count, k.token, N, D, ROW)
+            _copy_keys(v_smem.index(piece % STAGES), v_base, later * N, count, v.token, N, D, ROW)
         async_copy.commit_group()
 
     dq = gl.convert_layout(dq, ROW)
     flat = (first_flat + readable).to(gl.int64)
-    first_pair = (gl.cast(head, gl.int64) * rows + flat * GROUP + member) * PAST
+    first_pair = (gl.cast(head, gl.int64) * call.rows + flat * GROUP + member) * PAST
     d = gl.arange(0, D, gl.SliceLayout(0, ROW))
-    share = partial_dq_ptr + (first_pair * SHARES * WIDTH)[:, None] + d[None, :]
-    count_M = _counts(counts_ptr, gl.cast(head, gl.int64) * rows + flat * GROUP + member)
+    share = shares_ptr + (first_pair * SHARES * WIDTH)[:, None] + d[None, :]
+    count_M = None  # all rows have as many past blocks as their block has before it, up to PAST
+    if counts_ptr is not None:
+        count_M = gl.load(counts_ptr + gl.cast(head, gl.int64) * call.rows + flat * GROUP + member)
     for rank in range(0, gl.minimum(block, PAST)):
         reads_MD = None if count_M is None else (rank < count_M)[:, None] & (d >= 0)[None, :]
         for part in gl.static_range(SHARES):

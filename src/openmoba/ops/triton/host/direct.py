@@ -7,9 +7,9 @@ makes every launch, and nothing is replayed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton import knobs
@@ -34,18 +34,41 @@ def _is_on(asked: str | None, version: str) -> bool:
 _ON = _is_on(os.environ.get("OPENMOBA_FIXED_LAUNCHES"), triton.__version__)
 
 
-def direct_launch(
-    compiled: Any, grid: tuple[int, ...], rest: tuple[Any, ...]
-) -> Callable[[int, Sequence[int | None]], None]:
-    """Return a launch of a compiled kernel on a stream with the addresses of its tensors.
+class Source(NamedTuple):
+    """What a launcher is made for: the types of a kernel's arguments, without constants and one level deep."""
 
-    It does as Triton's `CompiledKernel.__getitem__`, less what that prepares for hooks; for tensors instead of
-    addresses the launcher would ask the driver where they are. `rest` are all arguments behind the tensors.
+    signature: dict[int, str]
+    constants: dict[Any, Any]
+
+
+def taken_arguments(compiled: Any) -> dict[int, str]:
+    """Return number and type of the arguments that a compiled kernel takes, counted with those that are constants.
+
+    Members of a struct count as arguments.
     """
-    run, before = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
+    types = enumerate(_members(compiled.src.signature.values()))
+    return {number: kind for number, kind in types if kind != "constexpr"}
 
-    def launch(stream: int, addresses: Sequence[int | None]) -> None:
-        run(*grid, stream, *before, *addresses, *rest)
+
+def _members(types: Iterable[Any]) -> Iterator[str]:
+    for kind in types:
+        if isinstance(kind, tuple):
+            yield from _members(kind)
+        else:
+            yield kind
+
+
+def direct_launch(compiled: Any, grid: tuple[int, ...]) -> Callable[[int, Sequence[Any]], None]:
+    """Return a launch of a compiled kernel on a stream, with what `taken_arguments` names: addresses and numbers.
+
+    Triton's own launcher takes structs apart and looks at constants every time, and would ask the driver where tensors
+    are. This one is called as Triton calls its own, less what that prepares for hooks.
+    """
+    run = driver.active.launcher_cls(Source(taken_arguments(compiled), {}), compiled.metadata)
+    before = (compiled.function, compiled.packed_metadata, None, None, None)
+
+    def launch(stream: int, arguments: Sequence[Any]) -> None:
+        run(*grid, stream, *before, *arguments)
 
     return launch
 

@@ -12,9 +12,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
+from operator import itemgetter
 from typing import Any, NamedTuple
 
-from openmoba.ops.triton.host.direct import current_stream, direct_launch, heard_launches, may_go_around
+from openmoba.ops.triton.host.direct import (
+    current_stream,
+    direct_launch,
+    heard_launches,
+    may_go_around,
+    taken_arguments,
+)
 
 REMEMBERED = 4096
 """Shapes whose launches are kept, about 12 KB each; a call of another one works everything out anew."""
@@ -23,13 +31,24 @@ ALIGNED = 16
 """Bytes; all that Triton asks of an address."""
 
 
-class Launched(NamedTuple):
-    """A launch that was made: the compiled kernel, None of Triton's interpreter, and its arguments."""
+TENSOR = object()
+"""Stands among the arguments of a `Launch` for a tensor that every call gives."""
 
-    compiled: Any
-    grid: tuple[int, ...]
+
+class Direct(NamedTuple):
+    """A launch around Triton, and what it takes: places in `(*tensors, *numbers)`, and what picks these."""
+
+    launch: Callable[[int, Sequence[Any]], None]
+    places: tuple[int, ...]
+    pick: Callable[[Sequence[Any]], tuple[Any, ...]]
+
+
+class Launched(NamedTuple):
+    """A launch that was made; `direct` is None where Triton has to make it."""
+
+    direct: Direct | None
     tensors: tuple[Any, ...]
-    rest: tuple[Any, ...]
+    numbers: tuple[float, ...]
 
 
 class Notes:
@@ -65,35 +84,57 @@ def _count(_: Any) -> None:
 
 
 class Launch:
-    """A kernel with everything but its tensors, which come first among its parameters.
+    """A kernel with everything but its tensors.
 
     Args:
-        kernel: of `triton.jit` or `gluon.jit`, with parameters in the order tensors, numbers, constants.
+        kernel: of `triton.jit` or `gluon.jit`, with its constants last among the parameters.
         grid: programs in each of up to three dimensions.
-        numbers: the arguments behind the tensors, in order.
+        arguments: up to the constants: numbers, `TENSOR`, and structs of both (`arguments`).
         constants: by name, with Triton's options such as `num_warps`.
     """
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, ...], numbers: tuple[float, ...], constants: dict[str, Any]
+        self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]
     ) -> None:
         self.grid = (*grid, 1, 1)[:3]
-        self._kernel, self._numbers, self._constants = kernel, numbers, constants
-        self._rest = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
-        self._direct: dict[tuple[Any, ...], Callable[[int, Sequence[int | None]], None]] = {}
+        self._kernel, self._arguments, self._constants = kernel, arguments, constants
+        members = list(_members(arguments))
+        self._numbers = tuple(x for x in members if x is not TENSOR)
+        tensors, numbers = count(), count(len(members) - len(self._numbers))
+        self._order = [next(tensors if x is TENSOR else numbers) for x in members]
+        self._direct: dict[tuple[Any, ...], Direct] = {}
 
     def __call__(self, *tensors: Any) -> None:
-        """Do `kernel[grid](*tensors, *numbers, **constants)`; the first tensor's device is the current one."""
+        """Launch with these in the places of `TENSOR`, in order; the first one's device is the current one."""
         device = tensors[0].get_device()
         pointers = [x if x is None else x.data_ptr() for x in tensors]
         dtypes = [x if x is None else x.dtype for x in tensors]
         kinds = (device, *dtypes, *[x if x is None else x % ALIGNED == 0 for x in pointers])
         direct, around, notes = self._direct.get(kinds), may_go_around(), _current.notes
         if direct is not None and around and notes is None:
-            direct(current_stream(device), pointers)
+            direct.launch(current_stream(device), direct.pick((*pointers, *self._numbers)))
             return
-        compiled = self._kernel[self.grid](*tensors, *self._numbers, **self._constants)
-        if around and compiled is not None:  # Triton's interpreter compiles nothing
-            self._direct[kinds] = direct_launch(compiled, self.grid, self._rest)
+        given = iter(tensors)
+        compiled = self._kernel[self.grid](*[filled(x, given) for x in self._arguments], **self._constants)
+        if direct is None and around and compiled is not None:  # Triton's interpreter compiles nothing
+            places = tuple(self._order[number] for number in taken_arguments(compiled))
+            direct = Direct(direct_launch(compiled, self.grid), places, itemgetter(*places))
+            self._direct[kinds] = direct
         if notes is not None:  # Triton has counted the launch
-            notes.launches.append(Launched(compiled, self.grid, tensors, self._rest))
+            notes.launches.append(Launched(direct, tensors, self._numbers))
+
+
+def _members(arguments: tuple[Any, ...]) -> Iterator[Any]:
+    """Arguments, with the members of structs in the place of these."""
+    for x in arguments:
+        if isinstance(x, tuple):
+            yield from _members(x)
+        else:
+            yield x
+
+
+def filled(argument: Any, tensors: Iterator[Any]) -> Any:
+    """Return an argument with the next tensors in the places of `TENSOR`."""
+    if isinstance(argument, tuple):
+        return type(argument)(*[filled(x, tensors) for x in argument])
+    return next(tensors) if argument is TENSOR else argument

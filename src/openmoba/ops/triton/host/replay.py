@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from openmoba.ops.triton.host.direct import current_stream, direct_launch, may_go_around
+from openmoba.ops.triton.host.direct import current_stream, may_go_around
 from openmoba.ops.triton.host.launch import ALIGNED, REMEMBERED, Launched, noted_launches
 
 _recording = Lock()  # torch tells whether a dispatch mode is on by one flag for all threads
@@ -84,9 +84,14 @@ class _Tape:
     def __init__(self, launches: Sequence[Launched], places: _Places, outputs: Sequence[Tensor]) -> None:
         self._outputs = [(x.shape, x.dtype) for x in outputs]
         self._steps = []
-        for compiled, grid, tensors, rest in launches:
-            pick = itemgetter(*[places.number(x) for x in tensors])
-            self._steps.append((direct_launch(compiled, grid, rest), pick))
+        known: dict[tuple[type, float], int] = {}
+        for direct, tensors, numbers in launches:
+            assert direct is not None
+            begins = [x if x is None else places.number(x) for x in tensors]
+            # Addresses come first among the values, numbers from the end: how many there are shows at the end.
+            where = [*begins, *[~known.setdefault((type(x), x), len(known)) for x in numbers]]
+            self._steps.append((direct.launch, itemgetter(*[where[place] for place in direct.places])))
+        self._numbers = [number for _, number in reversed(known)]
         self._places, self.scratch = places.places, places.scratch
 
     def play(self, first: Tensor, pointers: list[int]) -> tuple[Tensor, ...]:
@@ -94,10 +99,10 @@ class _Tape:
         outputs = tuple([first.new_empty(shape, dtype=dtype) for shape, dtype in self._outputs])
         scratch = first.new_empty(self.scratch, dtype=torch.uint8)
         begins = [*pointers, *[x.data_ptr() for x in outputs], scratch.data_ptr()]
-        addresses = [None, *[begins[tensor] + offset for tensor, offset in self._places]]
+        values = [*[begins[tensor] + offset for tensor, offset in self._places], *self._numbers]
         stream = current_stream(first.get_device())
         for launch, pick in self._steps:
-            launch(stream, pick(addresses))
+            launch(stream, pick(values))
         return outputs
 
 
@@ -122,14 +127,12 @@ class _Places:
                     self._shared.add(_storage(x))
                 self._begins[_storage(x)] = number, x.data_ptr()
 
-    def number(self, x: Tensor | None) -> int:
-        """1 + the index in `places` of where a tensor begins, 0 for none."""
-        if x is None:
-            return 0
+    def number(self, x: Tensor) -> int:
+        """The index in `places` of where a tensor begins."""
         place = self._place(x)
         if place not in self.places:
             self.places.append(place)
-        return 1 + self.places.index(place)
+        return self.places.index(place)
 
     def _place(self, x: Tensor) -> tuple[int, int]:
         for number, known in enumerate(self._inputs):
@@ -150,7 +153,8 @@ def _record(
     """Run the function; its results, and its tape if noted launches are all that it did."""
     with _recording, noted_launches() as notes, _Watch() as watch:
         outputs = function(*inputs, *settings)
-    if not watch.launches_alone or notes.counted != len(notes.launches):
+    all_noted = notes.counted == len(notes.launches) and all(launched.direct for launched in notes.launches)
+    if not watch.launches_alone or not all_noted:
         return outputs, None
     return outputs, _Tape(notes.launches, _Places(inputs, outputs), outputs)
 

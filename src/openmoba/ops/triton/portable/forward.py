@@ -17,41 +17,32 @@ import triton.language as tl
 
 from openmoba.ops.triton.geometry import first_row, query_base
 from openmoba.ops.triton.plan import block_of_list, item_bounds, skipped
-from openmoba.ops.triton.rows import LOG2E, dot, load_rows, online_softmax, own_rows, pair_rows, reads, store_rows
+from openmoba.ops.triton.rows import (
+    LOG2E,
+    dot,
+    head_base,
+    load_rows,
+    online_softmax,
+    own_rows,
+    pair_rows,
+    reads,
+    store_rows,
+)
 
 
 @triton.jit(do_not_specialize=["first_head", "first_pair"], do_not_specialize_on_alignment=["offsets_ptr", "skips_ptr"])
 def attend_past(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    partial_ptr,
-    partial_lse_ptr,
-    pairs_ptr,
+    q,
+    k,
+    v,
+    partials,
+    lists,
     offsets_ptr,
     skips_ptr,
-    items_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    sequences,
-    tokens_q,
-    tokens_k,
-    block_size,
-    block_slots,
-    rows,
+    call,
     first_head,
-    lists,
     first_pair,
     scale,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    v_batch,
-    v_token,
-    v_head,
     GROUP: tl.constexpr,
     PAST: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -64,29 +55,29 @@ def attend_past(
     D: tl.constexpr,
 ):
     """One item: rows that chose a block, against that block. RESIDENT: its keys fit one tile and stay on chip."""
-    _, list_id, begin, end = item_bounds(items_ptr, offsets_ptr, tl.program_id(0), block_slots, SEGMENT)
+    _, list_id, begin, end = item_bounds(lists.items, offsets_ptr, tl.program_id(0), call.block_slots, SEGMENT)
     if begin >= end:
         return
     begin, end = skipped(begin, end, list_id, skips_ptr)
-    partial_ptr -= tl.cast(first_pair, tl.int64) * WIDTH
-    partial_lse_ptr -= first_pair
-    head, sequence, key_begin = block_of_list(list_id, cu_k_ptr, sequences, tokens_k, block_size, block_slots, PACKED)
+    out_ptr = partials.out - tl.cast(first_pair, tl.int64) * WIDTH
+    lse_ptr = partials.lse - first_pair
+    head, sequence, key_begin = block_of_list(list_id, call, PACKED)
     kv_head = first_head + head
-    k_base = k_ptr + sequence.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
-    v_base = v_ptr + sequence.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
-    q_base = query_base(q_ptr, kv_head, sequence, tokens_q, q_batch, q_token, q_head, GROUP, PACKED)
+    k_base = head_base(k, sequence, kv_head)
+    v_base = head_base(v, sequence, kv_head)
+    q_base = query_base(q, kv_head, sequence, call, GROUP, PACKED)
     n = tl.arange(0, N)
     scale_log2 = scale * LOG2E
     if RESIDENT:
-        k_ND = load_rows(k_base, key_begin + n, k_token, n < block_size, WIDTH, D)
-        v_ND = load_rows(v_base, key_begin + n, v_token, n < block_size, WIDTH, D)
+        k_ND = load_rows(k_base, key_begin + n, k.token, n < call.block_size, WIDTH, D)
+        v_ND = load_rows(v_base, key_begin + n, v.token, n < call.block_size, WIDTH, D)
     for at in range(begin, end, M):
-        pair, token, member, _exists = pair_rows(pairs_ptr, at, end, head * rows, GROUP, PAST, M)
-        q_MD = load_rows(q_base, token.to(tl.int64) * q_token + member * q_head, 1, None, WIDTH, D)
+        pair, token, member, _exists = pair_rows(lists.pairs, at, end, head * call.rows, GROUP, PAST, M)
+        q_MD = load_rows(q_base, token.to(tl.int64) * q.token + member * q.head, 1, None, WIDTH, D)
         if RESIDENT:
             s_MN = dot(q_MD, tl.trans(k_ND))
             if not EVEN:
-                s_MN = tl.where(n[None, :] < block_size, s_MN, -float("inf"))
+                s_MN = tl.where(n[None, :] < call.block_size, s_MN, -float("inf"))
             m_M = tl.max(s_MN, 1) * scale_log2
             p_MN = tl.exp2(s_MN * scale_log2 - m_M[:, None])
             l_M = tl.sum(p_MN, 1)
@@ -95,17 +86,17 @@ def attend_past(
             m_M = tl.full([M], -float("inf"), tl.float32)
             l_M = tl.zeros([M], tl.float32)
             o_MD = tl.zeros([M, D], tl.float32)
-            for start in range(0, block_size, N):
-                inside = start + n < block_size
-                k_ND = load_rows(k_base, key_begin + start + n, k_token, inside, WIDTH, D)
-                v_ND = load_rows(v_base, key_begin + start + n, v_token, inside, WIDTH, D)
+            for start in range(0, call.block_size, N):
+                inside = start + n < call.block_size
+                k_ND = load_rows(k_base, key_begin + start + n, k.token, inside, WIDTH, D)
+                v_ND = load_rows(v_base, key_begin + start + n, v.token, inside, WIDTH, D)
                 s_MN = dot(q_MD, tl.trans(k_ND))
                 if not EVEN:
                     s_MN = tl.where(inside[None, :], s_MN, -float("inf"))
                 m_M, l_M, o_MD = online_softmax(s_MN, v_ND, m_M, l_M, o_MD, scale_log2)
         o_MD = o_MD * (1.0 / l_M)[:, None]
-        store_rows(partial_ptr, pair, WIDTH, None, o_MD, WIDTH, D)
-        tl.store(partial_lse_ptr + pair, m_M + tl.log2(l_M))
+        store_rows(out_ptr, pair, WIDTH, None, o_MD, WIDTH, D)
+        tl.store(lse_ptr + pair, m_M + tl.log2(l_M))
 
 
 @triton.jit(
@@ -113,35 +104,18 @@ def attend_past(
     do_not_specialize_on_alignment=["counts_ptr"],
 )
 def attend_own(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    partial_ptr,
-    partial_lse_ptr,
+    q,
+    k,
+    v,
+    partials,
     counts_ptr,
-    out_ptr,
-    lse_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    sequences,
-    tokens_q,
-    tokens_k,
-    block_size,
-    rows,
+    results,
+    call,
     first_head,
     first_slot,
     first_token,
     end_token,
     scale,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    v_batch,
-    v_token,
-    v_head,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PAST: tl.constexpr,
@@ -153,13 +127,11 @@ def attend_own(
 ):
     """M queries of one head and block: merge their partials, add the own block causally, write output and LSE."""
     tl.static_assert(M % N == 0)  # the loop over earlier keys has no mask
-    tiles = tl.cdiv(block_size, M)
+    tiles = tl.cdiv(call.block_size, M)
     slot = first_slot + tl.program_id(0) // tiles
     start = (tl.program_id(0) % tiles) * M
-    sequence, block, key_begin, count, query_begin, shift = own_rows(
-        slot, cu_q_ptr, cu_k_ptr, sequences, tokens_q, tokens_k, block_size, PACKED
-    )
-    first_query = first_row(sequence, cu_q_ptr, tokens_q, PACKED)
+    sequence, block, key_begin, count, query_begin, shift = own_rows(slot, call, PACKED)
+    first_query = first_row(sequence, call, PACKED)
     first_flat = first_query + shift
     # Rows of the tile: of the block, of the sequence, of the range of tokens. No maximum of three with a negated term:
     # the ptxas of CUDA 12.8 loses the sign.
@@ -173,15 +145,14 @@ def attend_own(
     m = start + tl.arange(0, M)
     valid = (m >= low) & (m < high)
     flat = first_flat + m
-    q_base = q_ptr + sequence.to(tl.int64) * q_batch + (kv_head * GROUP + member).to(tl.int64) * q_head
-    q_MD = load_rows(q_base, query_begin + m + shift, q_token, valid, WIDTH, D)
+    q_base = head_base(q, sequence, kv_head * GROUP + member)
+    q_MD = load_rows(q_base, query_begin + m + shift, q.token, valid, WIDTH, D)
     count_M = None
     if counts_ptr is not None:
-        count_M = tl.load(counts_ptr + (head * rows + flat * GROUP + member), mask=valid, other=0)
+        count_M = tl.load(counts_ptr + (head * call.rows + flat * GROUP + member), mask=valid, other=0)
     o_MD, m_M, l_M = _merge_partials(
-        partial_ptr,
-        partial_lse_ptr,
-        (head * rows + (flat - first_token) * GROUP + member).to(tl.int64) * PAST,
+        partials,
+        (head * call.rows + (flat - first_token) * GROUP + member).to(tl.int64) * PAST,
         tl.minimum(block, PAST),
         count_M,
         valid,
@@ -189,31 +160,29 @@ def attend_own(
         M,
         D,
     )
-    k_base = k_ptr + sequence.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
-    v_base = v_ptr + sequence.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
+    k_base = head_base(k, sequence, kv_head)
+    v_base = head_base(v, sequence, kv_head)
     scale_log2 = scale * LOG2E
     for at in range(0, start, N):
         n = at + tl.arange(0, N)
-        k_ND = load_rows(k_base, key_begin + n, k_token, n < start, WIDTH, D)
-        v_ND = load_rows(v_base, key_begin + n, v_token, n < start, WIDTH, D)
+        k_ND = load_rows(k_base, key_begin + n, k.token, n < start, WIDTH, D)
+        v_ND = load_rows(v_base, key_begin + n, v.token, n < start, WIDTH, D)
         s_MN = dot(q_MD, tl.trans(k_ND))
         m_M, l_M, o_MD = online_softmax(s_MN, v_ND, m_M, l_M, o_MD, scale_log2)
     for at in range(start, tl.minimum(start + M, count), N):
         n = at + tl.arange(0, N)
-        k_ND = load_rows(k_base, key_begin + n, k_token, n < count, WIDTH, D)
-        v_ND = load_rows(v_base, key_begin + n, v_token, n < count, WIDTH, D)
+        k_ND = load_rows(k_base, key_begin + n, k.token, n < count, WIDTH, D)
+        v_ND = load_rows(v_base, key_begin + n, v.token, n < count, WIDTH, D)
         s_MN = tl.where(n[None, :] <= m[:, None], dot(q_MD, tl.trans(k_ND)), -float("inf"))
         m_M, l_M, o_MD = online_softmax(s_MN, v_ND, m_M, l_M, o_MD, scale_log2)
     head_index = kv_head * GROUP + member
-    store_rows(out_ptr + head_index * WIDTH, flat, HEADS * WIDTH, valid, o_MD * (1.0 / l_M)[:, None], WIDTH, D)
+    store_rows(results.out + head_index * WIDTH, flat, HEADS * WIDTH, valid, o_MD * (1.0 / l_M)[:, None], WIDTH, D)
     lse_M = (m_M + tl.log2(l_M)) / LOG2E
-    tl.store(lse_ptr + flat.to(tl.int64) * HEADS + head_index, lse_M, mask=valid)
+    tl.store(results.lse + flat.to(tl.int64) * HEADS + head_index, lse_M, mask=valid)
 
 
 @triton.jit
-def _merge_partials(
-    partial_ptr, partial_lse_ptr, first_M, most, count_M, valid, WIDTH: tl.constexpr, M: tl.constexpr, D: tl.constexpr
-):
+def _merge_partials(partials, first_M, most, count_M, valid, WIDTH: tl.constexpr, M: tl.constexpr, D: tl.constexpr):
     """Sum of a row's partials weighted by exp(lse - maximum), that maximum, and the sum of weights.
 
     All rows have `most` partials, or `count_M` of them, perhaps none (maximum -inf). Absent ones may hold anything.
@@ -221,15 +190,15 @@ def _merge_partials(
     ABSENT: tl.constexpr = 0.0 if count_M is None else -float("inf")
     m_M = tl.full([M], -float("inf"), tl.float32)
     for rank in range(most):
-        m_M = tl.maximum(m_M, tl.load(partial_lse_ptr + first_M + rank, mask=reads(rank, count_M, valid), other=ABSENT))
+        m_M = tl.maximum(m_M, tl.load(partials.lse + first_M + rank, mask=reads(rank, count_M, valid), other=ABSENT))
     l_M = tl.zeros([M], tl.float32)
     o_MD = tl.zeros([M, D], tl.float32)
     for rank in tl.range(0, most, num_stages=3):
         reads_M = reads(rank, count_M, valid)
-        weight_M = tl.exp2(tl.load(partial_lse_ptr + first_M + rank, mask=reads_M, other=0.0) - m_M)
+        weight_M = tl.exp2(tl.load(partials.lse + first_M + rank, mask=reads_M, other=0.0) - m_M)
         if count_M is not None:
             weight_M = tl.where(reads_M, weight_M, 0.0)
-        part_MD = load_rows(partial_ptr, first_M + rank, WIDTH, reads_M, WIDTH, D)
+        part_MD = load_rows(partials.out, first_M + rank, WIDTH, reads_M, WIDTH, D)
         o_MD += part_MD.to(tl.float32) * weight_M[:, None]
         l_M += weight_M
     return o_MD, m_M, l_M

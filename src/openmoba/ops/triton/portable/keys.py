@@ -10,7 +10,7 @@ import triton.language as tl
 
 from openmoba.ops.triton.geometry import first_row, query_base
 from openmoba.ops.triton.plan import block_of_list, item_bounds, list_bounds
-from openmoba.ops.triton.rows import LOG2E, dot, load_queries, load_rows, own_rows, pair_rows, store_rows
+from openmoba.ops.triton.rows import LOG2E, dot, head_base, load_queries, load_rows, own_rows, pair_rows, store_rows
 
 
 @triton.jit
@@ -28,40 +28,19 @@ def _key_step(k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, reads_NM, dk_ND, dv_ND
 
 @triton.jit(do_not_specialize=["first_head"])
 def key_gradients(
-    d_out_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    d_out,
+    q,
+    k,
+    v,
     statistics_ptr,
-    partial_dk_ptr,
-    partial_dv_ptr,
-    partial_dq_ptr,
-    pairs_ptr,
-    offsets_ptr,
-    items_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    sequences,
-    tokens_q,
-    tokens_k,
-    block_size,
-    block_slots,
-    rows,
-    first_head,
+    parts,
+    shares_ptr,
     lists,
+    offsets_ptr,
+    call,
+    first_head,
+    all_pairs,
     scale,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    v_batch,
-    v_token,
-    v_head,
-    d_out_batch,
-    d_out_token,
-    d_out_head,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PAST: tl.constexpr,
@@ -77,87 +56,75 @@ def key_gradients(
 ):
     """N keys of a block against the rows of one item: partial dK / scale and dV, and dQ of the pairs if FUSED."""
     # The tiles of a block run side by side: they read the same rows.
-    pieces = tl.cdiv(block_size, N)
+    pieces = tl.cdiv(call.block_size, N)
     piece = tl.program_id(0) % pieces
-    partial_dq_ptr += piece * WIDTH
+    shares_ptr += piece * WIDTH
     program = tl.program_id(0) // pieces
-    item, list_id, begin, end = item_bounds(items_ptr, offsets_ptr, program, block_slots, SEGMENT)
+    item, list_id, begin, end = item_bounds(lists.items, offsets_ptr, program, call.block_slots, SEGMENT)
     if begin >= end:
         return
-    head, sequence, key_begin = block_of_list(list_id, cu_k_ptr, sequences, tokens_k, block_size, block_slots, PACKED)
+    head, sequence, key_begin = block_of_list(list_id, call, PACKED)
     n = piece * N + tl.arange(0, N)
     key = key_begin + n
     kv_head = first_head + head
-    k_base = k_ptr + sequence.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
-    v_base = v_ptr + sequence.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
-    q_base = query_base(q_ptr, kv_head, sequence, tokens_q, q_batch, q_token, q_head, GROUP, PACKED)
-    d_out_base = query_base(d_out_ptr, kv_head, sequence, tokens_q, d_out_batch, d_out_token, d_out_head, GROUP, PACKED)
-    k_ND = load_rows(k_base, key, k_token, n < block_size, WIDTH, D)
-    v_ND = load_rows(v_base, key, v_token, n < block_size, WIDTH, D)
+    k_base = head_base(k, sequence, kv_head)
+    v_base = head_base(v, sequence, kv_head)
+    q_base = query_base(q, kv_head, sequence, call, GROUP, PACKED)
+    d_out_base = query_base(d_out, kv_head, sequence, call, GROUP, PACKED)
+    k_ND = load_rows(k_base, key, k.token, n < call.block_size, WIDTH, D)
+    v_ND = load_rows(v_base, key, v.token, n < call.block_size, WIDTH, D)
     dk_ND = tl.zeros([N, D], tl.float32)
     dv_ND = tl.zeros([N, D], tl.float32)
-    nowhere = (lists // block_slots).to(tl.int64) * rows * PAST * SHARES
+    nowhere = tl.cast(all_pairs, tl.int64) * SHARES
     for at in range(begin, end, M):
-        pair, token, member, valid = pair_rows(pairs_ptr, at, end, head * rows, GROUP, PAST, M)
+        pair, token, member, valid = pair_rows(lists.pairs, at, end, head * call.rows, GROUP, PAST, M)
         wide = token.to(tl.int64)
         q_MD, d_out_MD, lse_M, delta_M = load_queries(
             d_out_base,
             q_base,
             statistics_ptr,
-            wide * d_out_token + member * d_out_head,
-            wide * q_token + member * q_head,
+            wide * d_out.token + member * d_out.head,
+            wide * q.token + member * q.head,
             wide * HEADS + kv_head * GROUP + member,
             valid,
             WIDTH,
             D,
         )
         dk_ND, dv_ND, ds_NM = _key_step(
-            k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, (n < block_size)[:, None], dk_ND, dv_ND, scale * LOG2E, not EVEN
+            k_ND,
+            v_ND,
+            q_MD,
+            d_out_MD,
+            lse_M,
+            delta_M,
+            (n < call.block_size)[:, None],
+            dk_ND,
+            dv_ND,
+            scale * LOG2E,
+            not EVEN,
         )
         if FUSED:  # absent pairs go to a row nobody reads
             dq_MD = dot(tl.trans(ds_NM), k_ND)
             share = tl.where(valid, pair.to(tl.int64) * SHARES, nowhere)
-            store_rows(partial_dq_ptr, share, WIDTH, None, dq_MD, WIDTH, D)
-    at = item.to(tl.int64) * block_size + n
-    store_rows(partial_dk_ptr, at, WIDTH, n < block_size, dk_ND, WIDTH, D)
-    store_rows(partial_dv_ptr, at, WIDTH, n < block_size, dv_ND, WIDTH, D)
+            store_rows(shares_ptr, share, WIDTH, None, dq_MD, WIDTH, D)
+    at = item.to(tl.int64) * call.block_size + n
+    store_rows(parts.dk, at, WIDTH, n < call.block_size, dk_ND, WIDTH, D)
+    store_rows(parts.dv, at, WIDTH, n < call.block_size, dv_ND, WIDTH, D)
 
 
 @triton.jit(do_not_specialize=["first_head"])
 def own_key_gradients(
-    d_out_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    d_out,
+    q,
+    k,
+    v,
     statistics_ptr,
-    partial_dk_ptr,
-    partial_dv_ptr,
-    dk_ptr,
-    dv_ptr,
+    parts,
+    gradients,
     offsets_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    sequences,
-    tokens_q,
-    tokens_k,
-    block_size,
-    block_slots,
-    rows,
+    call,
     first_head,
-    lists,
     scale,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    v_batch,
-    v_token,
-    v_head,
-    d_out_batch,
-    d_out_token,
-    d_out_head,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PAST: tl.constexpr,
@@ -170,36 +137,34 @@ def own_key_gradients(
     D: tl.constexpr,
 ):
     """N keys of a block: go through the block's own queries, add the partials of its items, write dK and dV."""
-    pieces = tl.cdiv(block_size, N)
+    pieces = tl.cdiv(call.block_size, N)
     slot = tl.program_id(0) // pieces
     start = (tl.program_id(0) % pieces) * N
     head = tl.program_id(1)
-    sequence, _, key_begin, count, query_begin, shift = own_rows(
-        slot, cu_q_ptr, cu_k_ptr, sequences, tokens_q, tokens_k, block_size, PACKED
-    )
+    sequence, _, key_begin, count, query_begin, shift = own_rows(slot, call, PACKED)
     if start >= count:
         return
     kv_head = first_head + head
     n = start + tl.arange(0, N)
     dk_ND = tl.zeros([N, D], tl.float32)
     dv_ND = tl.zeros([N, D], tl.float32)
-    k_base = k_ptr + sequence.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
-    v_base = v_ptr + sequence.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
-    k_ND = load_rows(k_base, key_begin + n, k_token, n < count, WIDTH, D)
-    v_ND = load_rows(v_base, key_begin + n, v_token, n < count, WIDTH, D)
-    flat = first_row(sequence, cu_q_ptr, tokens_q, PACKED)
+    k_base = head_base(k, sequence, kv_head)
+    v_base = head_base(v, sequence, kv_head)
+    k_ND = load_rows(k_base, key_begin + n, k.token, n < count, WIDTH, D)
+    v_ND = load_rows(v_base, key_begin + n, v.token, n < count, WIDTH, D)
+    flat = first_row(sequence, call, PACKED)
     first = tl.maximum(start, -shift) // M * M
     for member in range(GROUP):
         q_head_index = (kv_head * GROUP + member).to(tl.int64)
-        q_base = q_ptr + sequence.to(tl.int64) * q_batch + q_head_index * q_head
-        d_out_base = d_out_ptr + sequence.to(tl.int64) * d_out_batch + q_head_index * d_out_head
+        q_base = head_base(q, sequence, q_head_index)
+        d_out_base = head_base(d_out, sequence, q_head_index)
         for at in range(first, count, M):
             m = at + tl.arange(0, M)
             valid = (m < count) & (m + shift >= 0)
             token = tl.where(valid, query_begin + m + shift, 0).to(tl.int64)
             statistic = tl.where(valid, flat + m + shift, 0).to(tl.int64) * HEADS + q_head_index
             q_MD, d_out_MD, lse_M, delta_M = load_queries(
-                d_out_base, q_base, statistics_ptr, token * d_out_token, token * q_token, statistic, valid, WIDTH, D
+                d_out_base, q_base, statistics_ptr, token * d_out.token, token * q.token, statistic, valid, WIDTH, D
             )
             reads_NM = n[:, None] <= m[None, :]
             dk_ND, dv_ND, _ds_NM = _key_step(
@@ -208,18 +173,18 @@ def own_key_gradients(
     kv_heads = HEADS // GROUP
     key_row = key_begin + n
     if not PACKED:
-        key_row += sequence * tokens_k
+        key_row += sequence * call.tokens_k
     list_begin, list_end, item = 0, 0, 0
     if offsets_ptr is not None:
-        list_id = head * block_slots + slot
-        list_begin, list_end = list_bounds(offsets_ptr, list_id, block_slots)
+        list_id = head * call.block_slots + slot
+        list_begin, list_end = list_bounds(offsets_ptr, list_id, call.block_slots)
         item = list_begin // SEGMENT + list_id
     # One sum after the other, and after the loop: both at once would not fit in the registers.
     for part in range(tl.cdiv(list_end - list_begin, SEGMENT)):
-        at = tl.cast(item + part, tl.int64) * block_size + n
-        dk_ND += load_rows(partial_dk_ptr, at, WIDTH, n < count, WIDTH, D)
-    store_rows(dk_ptr + kv_head * WIDTH, key_row, kv_heads * WIDTH, n < count, dk_ND * scale, WIDTH, D)
+        at = tl.cast(item + part, tl.int64) * call.block_size + n
+        dk_ND += load_rows(parts.dk, at, WIDTH, n < count, WIDTH, D)
+    store_rows(gradients.dk + kv_head * WIDTH, key_row, kv_heads * WIDTH, n < count, dk_ND * scale, WIDTH, D)
     for part in range(tl.cdiv(list_end - list_begin, SEGMENT)):
-        at = tl.cast(item + part, tl.int64) * block_size + n
-        dv_ND += load_rows(partial_dv_ptr, at, WIDTH, n < count, WIDTH, D)
-    store_rows(dv_ptr + kv_head * WIDTH, key_row, kv_heads * WIDTH, n < count, dv_ND, WIDTH, D)
+        at = tl.cast(item + part, tl.int64) * call.block_size + n
+        dv_ND += load_rows(parts.dv, at, WIDTH, n < count, WIDTH, D)
+    store_rows(gradients.dv + kv_head * WIDTH, key_row, kv_heads * WIDTH, n < count, dv_ND, WIDTH, D)

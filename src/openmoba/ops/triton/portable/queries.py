@@ -10,7 +10,17 @@ import triton.language as tl
 
 from openmoba.ops.triton.geometry import first_row, query_base
 from openmoba.ops.triton.plan import block_of_list, item_bounds
-from openmoba.ops.triton.rows import LOG2E, dot, load_queries, load_rows, own_rows, pair_rows, reads, store_rows
+from openmoba.ops.triton.rows import (
+    LOG2E,
+    dot,
+    head_base,
+    load_queries,
+    load_rows,
+    own_rows,
+    pair_rows,
+    reads,
+    store_rows,
+)
 
 
 @triton.jit
@@ -25,38 +35,18 @@ def _query_step(k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, reads_MN, dq_MD, sca
 
 @triton.jit(do_not_specialize=["first_head"])
 def query_gradients(
-    d_out_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    d_out,
+    q,
+    k,
+    v,
     statistics_ptr,
-    partial_dq_ptr,
-    pairs_ptr,
-    offsets_ptr,
-    items_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    sequences,
-    tokens_q,
-    tokens_k,
-    block_size,
-    block_slots,
-    rows,
-    first_head,
+    shares_ptr,
     lists,
+    offsets_ptr,
+    call,
+    first_head,
+    all_pairs,
     scale,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    v_batch,
-    v_token,
-    v_head,
-    d_out_batch,
-    d_out_token,
-    d_out_head,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PAST: tl.constexpr,
@@ -70,73 +60,53 @@ def query_gradients(
     D: tl.constexpr,
 ):
     """M pairs of one list against all keys of its block: the pairs' share of dQ."""
-    _, list_id, begin, end = item_bounds(items_ptr, offsets_ptr, tl.program_id(0), block_slots, SEGMENT)
+    _, list_id, begin, end = item_bounds(lists.items, offsets_ptr, tl.program_id(0), call.block_slots, SEGMENT)
     if begin >= end:
         return
-    head, sequence, key_begin = block_of_list(list_id, cu_k_ptr, sequences, tokens_k, block_size, block_slots, PACKED)
+    head, sequence, key_begin = block_of_list(list_id, call, PACKED)
     kv_head = first_head + head
-    k_base = k_ptr + sequence.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
-    v_base = v_ptr + sequence.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
-    q_base = query_base(q_ptr, kv_head, sequence, tokens_q, q_batch, q_token, q_head, GROUP, PACKED)
-    d_out_base = query_base(d_out_ptr, kv_head, sequence, tokens_q, d_out_batch, d_out_token, d_out_head, GROUP, PACKED)
-    pair, token, member, valid = pair_rows(pairs_ptr, begin, end, head * rows, GROUP, PAST, M)
+    k_base = head_base(k, sequence, kv_head)
+    v_base = head_base(v, sequence, kv_head)
+    q_base = query_base(q, kv_head, sequence, call, GROUP, PACKED)
+    d_out_base = query_base(d_out, kv_head, sequence, call, GROUP, PACKED)
+    pair, token, member, valid = pair_rows(lists.pairs, begin, end, head * call.rows, GROUP, PAST, M)
     wide = token.to(tl.int64)
     q_MD, d_out_MD, lse_M, delta_M = load_queries(
         d_out_base,
         q_base,
         statistics_ptr,
-        wide * d_out_token + member * d_out_head,
-        wide * q_token + member * q_head,
+        wide * d_out.token + member * d_out.head,
+        wide * q.token + member * q.head,
         wide * HEADS + kv_head * GROUP + member,
         valid,
         WIDTH,
         D,
     )
     dq_MD = tl.zeros([M, D], tl.float32)
-    for at in range(0, block_size, N):
+    for at in range(0, call.block_size, N):
         n = at + tl.arange(0, N)
-        k_ND = load_rows(k_base, key_begin + n, k_token, n < block_size, WIDTH, D)
-        v_ND = load_rows(v_base, key_begin + n, v_token, n < block_size, WIDTH, D)
+        k_ND = load_rows(k_base, key_begin + n, k.token, n < call.block_size, WIDTH, D)
+        v_ND = load_rows(v_base, key_begin + n, v.token, n < call.block_size, WIDTH, D)
         dq_MD = _query_step(
-            k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, (n < block_size)[None, :], dq_MD, scale * LOG2E, not EVEN
+            k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, (n < call.block_size)[None, :], dq_MD, scale * LOG2E, not EVEN
         )
-    nowhere = (lists // block_slots).to(tl.int64) * rows * PAST * SHARES
-    store_rows(partial_dq_ptr, tl.where(valid, pair, nowhere), WIDTH, None, dq_MD, WIDTH, D)
+    nowhere = tl.cast(all_pairs, tl.int64) * SHARES
+    store_rows(shares_ptr, tl.where(valid, pair, nowhere), WIDTH, None, dq_MD, WIDTH, D)
 
 
 @triton.jit(do_not_specialize=["first_head"], do_not_specialize_on_alignment=["counts_ptr"])
 def own_query_gradients(
-    d_out_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    d_out,
+    q,
+    k,
+    v,
     statistics_ptr,
-    partial_dq_ptr,
+    shares_ptr,
     counts_ptr,
     dq_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    sequences,
-    tokens_q,
-    tokens_k,
-    block_size,
-    block_slots,
-    rows,
+    call,
     first_head,
-    lists,
     scale,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    v_batch,
-    v_token,
-    v_head,
-    d_out_batch,
-    d_out_token,
-    d_out_head,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PAST: tl.constexpr,
@@ -148,12 +118,10 @@ def own_query_gradients(
     D: tl.constexpr,
 ):
     """M queries of one head and block: sum the pairs' shares of dQ, add the own block's, write dQ."""
-    tiles = tl.cdiv(block_size, M)
+    tiles = tl.cdiv(call.block_size, M)
     slot = tl.program_id(0) // tiles
     start = (tl.program_id(0) % tiles) * M
-    sequence, block, key_begin, count, query_begin, shift = own_rows(
-        slot, cu_q_ptr, cu_k_ptr, sequences, tokens_q, tokens_k, block_size, PACKED
-    )
+    sequence, block, key_begin, count, query_begin, shift = own_rows(slot, call, PACKED)
     if (start >= count) | (start + M + shift <= 0):
         return
     head = tl.program_id(1) // GROUP
@@ -162,24 +130,24 @@ def own_query_gradients(
     q_head_index = (kv_head * GROUP + member).to(tl.int64)
     m = start + tl.arange(0, M)
     valid = (m < count) & (m + shift >= 0)
-    flat = first_row(sequence, cu_q_ptr, tokens_q, PACKED) + m + shift
-    first_M = (head * rows + flat * GROUP + member).to(tl.int64) * (PAST * SHARES)
+    flat = first_row(sequence, call, PACKED) + m + shift
+    first_M = (head * call.rows + flat * GROUP + member).to(tl.int64) * (PAST * SHARES)
     count_M = None
     if counts_ptr is not None:
-        count_M = tl.load(counts_ptr + (head * rows + flat * GROUP + member), mask=valid, other=0) * SHARES
+        count_M = tl.load(counts_ptr + (head * call.rows + flat * GROUP + member), mask=valid, other=0) * SHARES
     dq_MD = tl.zeros([M, D], tl.float32)
     for share in tl.range(0, tl.minimum(block, PAST) * SHARES, num_stages=3):
         reads_M = reads(share, count_M, valid)
-        dq_MD += load_rows(partial_dq_ptr, first_M + share, WIDTH, reads_M, WIDTH, D).to(tl.float32)
-    k_base = k_ptr + sequence.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
-    v_base = v_ptr + sequence.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
+        dq_MD += load_rows(shares_ptr, first_M + share, WIDTH, reads_M, WIDTH, D).to(tl.float32)
+    k_base = head_base(k, sequence, kv_head)
+    v_base = head_base(v, sequence, kv_head)
     token = tl.where(valid, query_begin + m + shift, 0).to(tl.int64)
     q_MD, d_out_MD, lse_M, delta_M = load_queries(
-        d_out_ptr + sequence.to(tl.int64) * d_out_batch + q_head_index * d_out_head,
-        q_ptr + sequence.to(tl.int64) * q_batch + q_head_index * q_head,
+        head_base(d_out, sequence, q_head_index),
+        head_base(q, sequence, q_head_index),
         statistics_ptr,
-        token * d_out_token,
-        token * q_token,
+        token * d_out.token,
+        token * q.token,
         tl.where(valid, flat, 0).to(tl.int64) * HEADS + q_head_index,
         valid,
         WIDTH,
@@ -187,8 +155,8 @@ def own_query_gradients(
     )
     for at in range(0, tl.minimum(start + M, count), N):
         n = at + tl.arange(0, N)
-        k_ND = load_rows(k_base, key_begin + n, k_token, n < count, WIDTH, D)
-        v_ND = load_rows(v_base, key_begin + n, v_token, n < count, WIDTH, D)
+        k_ND = load_rows(k_base, key_begin + n, k.token, n < count, WIDTH, D)
+        v_ND = load_rows(v_base, key_begin + n, v.token, n < count, WIDTH, D)
         reads_MN = n[None, :] <= m[:, None]
         dq_MD = _query_step(k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, reads_MN, dq_MD, scale * LOG2E, True)
     store_rows(dq_ptr + q_head_index * WIDTH, flat, HEADS * WIDTH, valid, dq_MD * scale, WIDTH, D)
