@@ -117,10 +117,21 @@ def test_contenders_that_cannot_run_here_are_left_out_with_the_reason(
     assert contenders.CONTENDERS["fa4"].missing(torch.device("cuda")) == "flash_attn.cute is not installed"
 
 
-def test_quadratic_contenders_stop_at_256k_and_compiled_ones_come_last() -> None:
+def test_quadratic_contenders_stop_at_256k_and_those_who_are_given_a_choice_come_last() -> None:
     long = replace(SMALL, tokens=2**20)
-    tasks = list(attention._tasks([long, SMALL], ["sdpa", "moba", "flex"]))
-    assert tasks == [("moba", long), ("sdpa", SMALL), ("moba", SMALL), ("flex", SMALL)]
+    tasks = list(attention._tasks([long, SMALL], ["sdpa", "moba", "given", "flex"]))
+    first = [("moba", long), ("sdpa", SMALL), ("moba", SMALL)]
+    assert tasks == [*first, ("given", long), ("given", SMALL), ("flex", SMALL)]
+
+
+def test_given_blocks_are_timed_on_mobas_choice(tmp_path: Path) -> None:
+    inputs = make_inputs(SMALL, CPU)
+    selected = openmoba.moba_select(inputs.q, inputs.k, block_size=SMALL.block_size, top_k=SMALL.top_k)
+    moba, given = (contenders.CONTENDERS[name].build(SMALL, inputs, selected)() for name in ("moba", "given"))
+    torch.testing.assert_close(given, moba)
+    (row,) = run_benchmark((SMALL,), ("given",), tmp_path / "bench.csv", device=CPU)
+    assert row.error is None
+    assert row.first_block_share is not None
 
 
 def test_not_finite_results_are_no_measurement() -> None:

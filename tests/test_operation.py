@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from openmoba import complete_pages, moba_attention, moba_decode, moba_select, new_centroids
+from openmoba import block_attention, complete_pages, moba_attention, moba_decode, moba_select, new_centroids
 from openmoba.ops.operation import is_plain
 
 SETTINGS = {"block_size": 4, "top_k": 2}
@@ -41,6 +41,20 @@ def attention(impl: str) -> Verb:
     return lambda q, k, v: moba_attention(q, k, v, **SETTINGS, impl=impl), qkv()
 
 
+def lists() -> Tensor:
+    """Past blocks of nine tokens in blocks of four: in no order, with repeats and with none."""
+    own_T11 = torch.arange(9)[:, None, None] // 4
+    return ((own_T11 + torch.tensor([1, 0, 3])) % (own_T11 + 1) - 1).int().expand(2, 9, 1, 3).contiguous()
+
+
+def given_blocks(impl: str) -> Verb:
+    def call(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor) -> Tensor:
+        out, lse = block_attention(q, k, v, blocks, block_size=4, return_lse=True, impl=impl)
+        return torch.cat([out, lse[..., None]], -1)
+
+    return call, (*qkv(), lists())
+
+
 def selection(impl: str) -> Verb:
     return lambda q, k: moba_select(q, k, **SETTINGS, impl=impl), qkv()[:2]
 
@@ -57,6 +71,8 @@ def completion(impl: str) -> Verb:
 VERBS = [
     (attention, "cpu"),
     (attention, "reference"),
+    (given_blocks, "cpu"),
+    (given_blocks, "reference"),
     (selection, "cpu"),
     (selection, "reference"),
     (decoding, "triton"),
@@ -101,7 +117,9 @@ def test_traced(verb, impl):
     check_traced(verb, impl, "real")
 
 
-@pytest.mark.parametrize(("verb", "impl"), [(attention, "cpu"), (selection, "cpu"), (decoding, "triton")])
+@pytest.mark.parametrize(
+    ("verb", "impl"), [(attention, "cpu"), (given_blocks, "cpu"), (selection, "cpu"), (decoding, "triton")]
+)
 def test_traced_with_symbols_for_lengths(verb, impl):
     check_traced(verb, impl, "symbolic")
 
@@ -137,10 +155,12 @@ def test_compiled_in_one_graph(verb, impl):
 def settings_of(name: str) -> tuple[Any, ...]:
     q, k, v = qkv()
     saved = torch.ops.openmoba.attend("cpu", q, k, v, None, None, None, 4, 2, 0.3)
-    inputs = (x.requires_grad_() for x in qkv())
+    inputs = [x.requires_grad_() for x in qkv()]
     return {
         "attend": ("cpu", *inputs, None, None, None, 4, 2, 0.3),
+        "attend given": ("cpu", *inputs, lists(), None, None, 4, 4, 0.3),
         "attend_backward": ("cpu", q, None, q, k, v, *saved, None, None, 4, 2, 0.3),
+        "attend_backward lse": ("cpu", q, q[..., 0], q, k, v, *saved, None, None, 4, 2, 0.3),
         "select": ("cpu", q, k, None, None, 4, 2),
         "decode": ("triton", q[:, -2:], k, v, pages(k), LENGTHS, None, 4, 2, 0.3),
         "write_pages": ("triton", pages(k), k, LENGTHS, None, 9, 4),
@@ -148,9 +168,11 @@ def settings_of(name: str) -> tuple[Any, ...]:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch 2.14 to itself
-@pytest.mark.parametrize("name", ["attend", "attend_backward", "select", "decode", "write_pages"])
+@pytest.mark.parametrize(
+    "name", ["attend", "attend given", "attend_backward", "attend_backward lse", "select", "decode", "write_pages"]
+)
 def test_registration(name):
-    torch.library.opcheck(getattr(torch.ops.openmoba, name).default, settings_of(name))
+    torch.library.opcheck(getattr(torch.ops.openmoba, name.split()[0]).default, settings_of(name))
 
 
 def test_the_registered_pages_write_in_batches():

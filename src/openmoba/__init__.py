@@ -1,9 +1,10 @@
 """Mixture of Block Attention (MoBA) for long-context language models."""
 
 from openmoba.config import MobaConfig
-from openmoba.ops.api import Explanation, explain, moba_attention, moba_select
+from openmoba.ops.api import block_attention, merge_attention, moba_attention, moba_select
 from openmoba.ops.centroids import new_centroids
 from openmoba.ops.decode import moba_decode
+from openmoba.ops.explain import Explanation, explain
 from openmoba.ops.pages import complete_pages
 
 __version__ = "0.1.0"
@@ -12,8 +13,10 @@ __all__ = [
     "Explanation",
     "MobaConfig",
     "__version__",
+    "block_attention",
     "complete_pages",
     "explain",
+    "merge_attention",
     "moba_attention",
     "moba_decode",
     "moba_select",

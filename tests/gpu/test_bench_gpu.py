@@ -20,7 +20,7 @@ CASE = Case(2048, 128, 3, heads=8, kv_heads=2)
 FLEX = pytest.param("flex", marks=pytest.mark.filterwarnings("default"))
 
 
-@pytest.mark.parametrize("contender", ["sdpa_cudnn", "sdpa_flash", "moba", FLEX])
+@pytest.mark.parametrize("contender", ["sdpa_cudnn", "sdpa_flash", "moba", "given", FLEX])
 def test_time_and_memory_of_a_contender(contender: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SECONDS", 0.01)
     (row,) = run_benchmark((CASE,), (contender,), tmp_path / "bench.csv", device=torch.device("cuda"))
@@ -32,7 +32,7 @@ def test_time_and_memory_of_a_contender(contender: str, tmp_path: Path, monkeypa
     assert row.device == torch.cuda.get_device_name()
 
 
-@pytest.mark.parametrize("contender", ["moba", "sdpa_cudnn", "sdpa_flash", FLEX])
+@pytest.mark.parametrize("contender", ["moba", "given", "sdpa_cudnn", "sdpa_flash", FLEX])
 def test_contenders_compute_the_same_function_of_their_kind(contender: str) -> None:
     import openmoba
     from openmoba.bench.inputs import make_inputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from attending import run as run_moba
 from given import Given, assert_as_accurate_as_plain_pytorch, at_random, of_moba, on_lists_per_head, run
 from torch import Tensor
 
-from openmoba.ops.triton import attention, hopper, replay
+from openmoba import block_attention
+from openmoba.ops.triton import attention, hopper
 from openmoba.ops.triton.geometry import Geometry
+from openmoba.ops.triton.host import replay
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -130,6 +133,36 @@ def test_no_host_synchronisation(no_waiting):
     run(given)  # compiles
     with no_waiting():
         run(given)
+
+
+def differentiated(attend: Callable[..., tuple[Tensor, Tensor]], given: Given) -> tuple[Tensor, ...]:
+    """Results and gradients of the public function, or of what was made of it."""
+    case = given.case
+    inputs = [x.detach().requires_grad_() for x in (case.q, case.k, case.v)]
+    out, lse = attend(*inputs, given.blocks, block_size=case.block_size, return_lse=True)
+    return out.detach(), lse.detach(), *torch.autograd.grad((out, lse), inputs, (case.d_out, given.d_lse))
+
+
+def test_compiled_in_one_graph():
+    given = example()
+    assert_same_bits(differentiated(torch.compile(block_attention, fullgraph=True), given), run(given))
+
+
+def test_cuda_graph():
+    """A graph captured on some blocks replays on others, in lists of other lengths."""
+    given = example()
+    expected = run(replace(given, blocks=given.blocks.flip(-1).clamp(max=2)))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        differentiated(block_attention, given)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = differentiated(block_attention, given)
+    given.blocks.copy_(given.blocks.flip(-1).clamp(max=2))
+    graph.replay()
+    assert_same_bits(results, expected)
 
 
 @pytest.mark.parametrize("wrong", [-2, 1, 2**30])

@@ -27,8 +27,9 @@ _OTHERS = {
     "sdpa": (RED, "s"),
     "sdpa_flash": (GREY, "D"),
     "fa4": ("#EE3377", "P"),
+    "given": ("#117733", "<"),
     "flash_moba": ("#999933", "X"),
-    "flex": ("#BBBBBB", "<"),
+    "flex": ("#BBBBBB", ">"),
 }
 _LINES = ("-", "--", ":", "-.", (0, (5, 1)))
 

@@ -65,6 +65,15 @@ def _moba(case: Case, inputs: Inputs, _: Tensor | None) -> Call:
     return call
 
 
+def _given(case: Case, inputs: Inputs, selected_BTHR: Tensor | None) -> Call:
+    assert selected_BTHR is not None
+
+    def call() -> Tensor:
+        return openmoba.block_attention(inputs.q, inputs.k, inputs.v, selected_BTHR, block_size=case.block_size)
+
+    return call
+
+
 def _sdpa(backend: SDPBackend | None) -> Callable[[Case, Inputs, Tensor | None], Call]:
     def build(case: Case, inputs: Inputs, _: Tensor | None) -> Call:
         grouped = case.heads != case.kv_heads
@@ -160,6 +169,7 @@ CONTENDERS = {
         "FlashAttention 4", "dense", ("cuda",), _fa4, "flash_attn.cute", _package("flash-attn-4", "flash-attn")
     ),
     "moba": Contender("openmoba", "moba", ("cuda", "cpu"), _moba, "torch", _openmoba, None),
+    "given": Contender("openmoba, same choice", "mask", ("cuda", "cpu"), _given, "torch", _openmoba, None),
     "flash_moba": Contender(
         "FlashMoBA", "moba", ("cuda",), _flash_moba, "flash_moba", _package("flash-moba", "flash_moba"), None
     ),

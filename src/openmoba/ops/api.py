@@ -1,34 +1,37 @@
-"""The public operation: contract and checks. `openmoba.ops.backends` says what runs it."""
+"""The public verbs over whole sequences: choosing, attending, merging. Contract and checks.
+
+`openmoba.ops.reference` defines what they compute, `openmoba.ops.backends` says what runs them, and
+`openmoba.ops.attend` is where torch learns of them. Decoding is in `openmoba.ops.decode`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from openmoba.ops.attend import attend, select
+from openmoba.ops.autocast import autocast_dtype, lowered
 from openmoba.ops.backends import implementation
-from openmoba.ops.checks import check_call, check_scale, refuse_forward_mode
+from openmoba.ops.checks import check_call, check_given, check_lists, check_parts, check_scale, refuse_forward_mode
 from openmoba.ops.dense import dense_attention
-from openmoba.ops.reference import reference_attention, reference_select
+from openmoba.ops.explain import path_of
+from openmoba.ops.reference import reference_attention, reference_merge, reference_select
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """Which implementation a call runs, and why.
-
-    Attributes:
-        impl: "reference", "cpu" or "triton".
-        path: "mask" (dense mask, softmax in torch), "dense" (causal attention, the same function when `top_k`
-            covers all blocks), or "blocks" (only chosen blocks are read).
-        reason: one sentence.
-    """
-
-    impl: str
-    path: str
-    reason: str
+@overload
+def moba_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, block_size: int, top_k: int, cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None, scale: float | None = None, return_lse: Literal[False] = False,
+    impl: str = "auto",
+) -> Tensor: ...  # fmt: skip
+@overload
+def moba_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, block_size: int, top_k: int, cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None, scale: float | None = None, return_lse: Literal[True], impl: str = "auto",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def moba_attention(
@@ -41,9 +44,10 @@ def moba_attention(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
+    return_lse: bool = False,
     impl: str = "auto",
-) -> Tensor:
-    """Causal attention over each query's own block and its `top_k - 1` best past blocks.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute causal attention over each query's own block and its `top_k - 1` best past blocks.
 
     Query t scores a past block by the inner product with the block's mean key; one softmax runs over the
     keys of all blocks read. Keys read with 6 tokens, block_size=2, top_k=2:
@@ -62,12 +66,15 @@ def moba_attention(
         cu_seqlens_q: int32 `[sequences + 1]`, where each packed sequence starts in q; blocks restart there.
         cu_seqlens_k: the same for k and v.
         scale: factor on the logits, > 0, `D**-0.5` by default.
+        return_lse: also return the log-sum-exp of each query's scaled logits, natural, fp32 (fp64 for fp64)
+            `q.shape[:-1]`, for `merge_attention`; differentiable.
         impl: "auto", "reference", "cpu" or "triton"; an explicit choice never falls back.
 
     Under autocast the inputs are cast to its dtype, as `scaled_dot_product_attention` does.
 
     Returns:
-        The attention output, shape and dtype of q. Gradients flow to q, k and v, none through the choice.
+        The attention output, shape and dtype of q, or with `return_lse` output and log-sum-exp. Gradients flow
+        to q, k and v, none through the choice.
 
     Raises:
         ValueError: naming the argument, its value and the way out. On CUDA the values inside `cu_seqlens_*`
@@ -75,36 +82,130 @@ def moba_attention(
 
     Source: arXiv 2502.13189, equations 2 to 6.
     """
-    low = _autocast_dtype(q)
+    out, lse = _attention(
+        q, k, v, None, cu_seqlens_q, cu_seqlens_k, block_size, top_k, scale, return_lse=return_lse, impl=impl
+    )
+    return out if lse is None else (out, lse)
+
+
+@overload
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, block_size: int, cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None, scale: float | None = None, return_lse: Literal[False] = False,
+    impl: str = "auto",
+) -> Tensor: ...  # fmt: skip
+@overload
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, block_size: int, cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None, scale: float | None = None, return_lse: Literal[True], impl: str = "auto",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    *,
+    block_size: int,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute causal attention over each query's own block and the past blocks that a list names.
+
+    `moba_attention` is this with the blocks of `moba_select`. The list may come from anything else: a learned
+    indexer, a router of one's own.
+
+    Args:
+        q, k, v, block_size, cu_seqlens_q, cu_seqlens_k, scale, return_lse, impl: as in `moba_attention`.
+        blocks: int32 `[B, Tq, H or Hkv, m]`, or packed `[sum Tq, H or Hkv, m]`, any m >= 0: past blocks to read,
+            numbered within the sequence, per query head or per key/value head for the query heads that share it;
+            in any order, -1 for none. A repeated block counts once. The own block is always read and not listed.
+
+    Returns:
+        As `moba_attention`. Gradients flow to q, k and v; a list has none.
+
+    Raises:
+        ValueError: as `moba_attention`; and for a block that is the own one, a later one, or below -1. On CUDA
+            such a block is asserted against on the device, without waiting for it.
+    """
+    out, lse = _attention(
+        q, k, v, blocks, cu_seqlens_q, cu_seqlens_k, block_size, 1, scale, return_lse=return_lse, impl=impl
+    )
+    return out if lse is None else (out, lse)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    block_size: int,
+    top_k: int,
+    scale: float | None,
+    *,
+    return_lse: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Check a call and run it; the log-sum-exp is None unless asked for."""
+    low = autocast_dtype(q)
     if low is not None:
-        q, k, v = (_lowered(x, low) for x in (q, k, v))
+        q, k, v = (lowered(x, low) for x in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):  # precision inside is the implementation's own
-            return moba_attention(
-                q,
-                k,
-                v,
-                block_size=block_size,
-                top_k=top_k,
-                cu_seqlens_q=cu_seqlens_q,
-                cu_seqlens_k=cu_seqlens_k,
-                scale=scale,
-                impl=impl,
-            )
-    check_call(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
+            return _attention(q, k, v, blocks, cu_q, cu_k, block_size, top_k, scale, return_lse=return_lse, impl=impl)
+    if blocks is not None:
+        top_k = check_lists(q, k, blocks) + 1
+    check_call(q, k, v, cu_q, cu_k, block_size, top_k)
     run, _ = implementation(q, impl)
-    path = _path(run, k, cu_seqlens_k, block_size, top_k)
+    path = path_of(run, k, cu_k, block_size, top_k, given=blocks is not None)
     scale = check_scale(q, scale)
-    if path == "mask":
-        return reference_attention(q, k, v, None, cu_seqlens_q, cu_seqlens_k, block_size, top_k, scale)[0]
-    refuse_forward_mode(q, k, v)
+    if path != "mask":
+        refuse_forward_mode(q, k, v)
     if q.numel() == 0:
-        return q * (k.sum() + v.sum())  # empty, and every gradient exists
+        out = q * (k.sum() + v.sum())  # empty, and every gradient exists
+        return out, out.sum(-1, dtype=torch.promote_types(out.dtype, torch.float32)) if return_lse else None
+    if path == "mask":
+        if blocks is not None:
+            check_given(blocks, q, k, cu_q, cu_k, block_size)
+        out, lse = reference_attention(q, k, v, blocks, cu_q, cu_k, block_size, top_k, scale)
+        return out, lse if return_lse else None
     if path == "dense":
-        return dense_attention(q, k, v, scale)
+        if not return_lse:
+            return dense_attention(q, k, v, scale), None
+        block_size, top_k = k.shape[1], 1  # one block, which every query owns
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    if cu_seqlens_k is not None and top_k * block_size > k.shape[0]:
+    if blocks is None and cu_k is not None and top_k * block_size > k.shape[0]:
         top_k = -(-k.shape[0] // block_size)  # no sequence has more blocks to choose from
-    return attend(run, q, k, v, None, cu_seqlens_q, cu_seqlens_k, block_size, top_k, scale)[0]
+    out, lse, _ = attend(run, q, k, v, blocks, cu_q, cu_k, block_size, top_k, scale)
+    return out, lse if return_lse else None
+
+
+def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Merge the attention of the same queries over several sources of keys into that over all of them.
+
+        out = sum_i exp(lse_i - lse) out_i,   lse = log sum_i exp(lse_i)
+
+    Where no key is in two sources that is one softmax over the keys of all: of the chunks of a sequence that lies
+    over several processes, of a shared prompt and what follows it, of a cache and new tokens.
+
+    Args:
+        outs: outputs of one shape and dtype, `[..., H, D]`, at least one.
+        lses: their log-sum-exps `[..., H]`, fp32 or fp64, natural; `-inf` where a source has no key for a query.
+
+    Returns:
+        Output and log-sum-exp, in the dtypes of the first; zeros and `-inf` where no source has a key. Differentiable
+        any number of times.
+
+    Raises:
+        ValueError: naming the argument and its value.
+    """
+    check_parts(outs, lses)
+    return reference_merge(outs, lses)
 
 
 def moba_select(
@@ -117,15 +218,15 @@ def moba_select(
     cu_seqlens_k: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """The past blocks every query reads, best first: int32 `[..., H, top_k - 1]`, -1 for none.
+    """Choose the past blocks that every query reads, best first: int32 `[..., H, top_k - 1]`, -1 for none.
 
     Arguments as in `moba_attention`. Blocks are numbered within their sequence. Equal scores go to the later
     block. The own block is always read and not listed. Not differentiable. Under autocast it is the choice of
     `moba_attention`, among inputs in autocast's dtype.
     """
-    low = _autocast_dtype(q)
+    low = autocast_dtype(q)
     if low is not None:
-        q, k = _lowered(q, low), _lowered(k, low)
+        q, k = lowered(q, low), lowered(k, low)
         with torch.autocast(q.device.type, enabled=False):  # scores are summed in fp32
             return moba_select(
                 q,
@@ -144,63 +245,3 @@ def moba_select(
     if q.numel() == 0 or top_k == 1:
         return q.new_empty((*q.shape[:-1], top_k - 1), dtype=torch.int32)
     return select(run, q, k, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
-
-
-def explain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    block_size: int,
-    top_k: int,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    scale: float | None = None,
-    impl: str = "auto",
-) -> Explanation:
-    """Say which implementation `moba_attention` would run with these arguments, and why; runs nothing.
-
-    Under autocast that is of inputs in its dtype, as `moba_attention` casts them.
-    """
-    low = _autocast_dtype(q)
-    if low is not None:
-        q, k, v = (_lowered(x, low, torch.empty_like) for x in (q, k, v))
-    check_call(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
-    run, reason = implementation(q, impl)
-    path = _path(run, k, cu_seqlens_k, block_size, top_k)
-    if path == "dense":
-        blocks = -(-k.shape[1] // block_size)
-        reason += f"; top_k={top_k} covers all {blocks} blocks, where MoBA is causal attention"
-    elif path == "blocks":
-        reason += f"; each query reads at most {top_k} blocks of {block_size} keys"
-        if run == "triton":
-            reason += f"; {_kernels(q, k, v, cu_seqlens_q, block_size, top_k)}"
-    return Explanation(run, path, reason)
-
-
-def _autocast_dtype(q: Tensor) -> torch.dtype | None:
-    """What autocast has attention computed in on q's device; None where it is off, or q is no tensor."""
-    device = q.device.type if isinstance(q, Tensor) else "meta"
-    on = device != "meta" and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else None
-
-
-def _lowered(x: Tensor, dtype: torch.dtype, cast: Callable[..., Tensor] = Tensor.to) -> Tensor:
-    """What autocast makes of an input of SDPA: fp64, and what is no float, stay."""
-    lowers = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-    return cast(x, dtype=dtype) if lowers else x
-
-
-def _kernels(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> str:
-    """Which kernels attend to past blocks."""
-    from openmoba.ops.triton import families  # importing openmoba needs torch alone
-    from openmoba.ops.triton.geometry import Geometry
-
-    return families.explain(Geometry.of(q, k, cu_q, block_size, top_k), q, k, v)
-
-
-def _path(run: str, k: Tensor, cu_k: Tensor | None, block_size: int, top_k: int) -> str:
-    """`Explanation.path` of an implementation; without text, as lengths may be symbols of a compiler."""
-    if run == "reference":
-        return "mask"
-    return "dense" if cu_k is None and k.shape[1] <= top_k * block_size else "blocks"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from openmoba.ops.backends import Backend, backend
+from openmoba.ops.checks import check_given_values
 from openmoba.ops.operation import operation, refuse_second_derivatives
 
 
@@ -34,22 +35,27 @@ def _undefined_results(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     name, q, k, v, _blocks, cu_q, cu_k, *settings = inputs
     out, lse, choice = output
-    ctx.mark_non_differentiable(lse, choice)
-    ctx.set_materialize_grads(False)  # else every backward would fill gradients of lse and choice with zeros
+    ctx.mark_non_differentiable(choice)
+    ctx.set_materialize_grads(False)  # else every backward would fill the gradient of lse with zeros
     ctx.save_for_backward(q, k, v, out, lse, choice, cu_q, cu_k)
     ctx.name, ctx.settings = name, settings
 
 
-def _gradient(ctx: Any, d_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if d_out is None:
+def _gradient(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if d_out is None and d_lse is None:
         return (None,) * 10
-    gradients = attend_backward(ctx.name, d_out, None, *ctx.saved_tensors, *ctx.settings)
+    saved = ctx.saved_tensors
+    d_out = torch.zeros_like(saved[3]) if d_out is None else d_out
+    gradients = attend_backward(ctx.name, d_out, d_lse, *saved, *ctx.settings)
     return None, *gradients, *(None,) * 6
 
 
 @operation(Backend.forward, fake=_undefined_results, save=_save, gradient=_gradient)
 def attend(name: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp and choice; differentiable once in q, k and v, backward only."""
+    """Output, log-sum-exp and choice; the first two differentiable once in q, k and v, backward only."""
+    q, k, _, blocks, cu_q, cu_k, block_size, *_ = arguments
+    if blocks is not None and blocks.device.type == "cpu":  # on a GPU it is the kernels that look
+        check_given_values(blocks, q, k, cu_q, cu_k, block_size)
     return backend(name).forward(*arguments)
 
 

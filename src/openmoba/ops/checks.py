@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as are_transforms_active
+from torch._C import _DisableFuncTorch
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.autograd.forward_ad import unpack_dual
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from openmoba.config import check_blocks
 
@@ -32,8 +37,8 @@ def check_call(
     top_k: int,
 ) -> None:
     """Raise ValueError unless the tensors and settings describe one MoBA call."""
-    # A block that holds whole sequences is as long as a compiler's symbol of a length.
-    check_blocks(1 if isinstance(block_size, torch.SymInt) else block_size, top_k)
+    # A block that holds whole sequences, and lists of any number of blocks, are as long as a compiler's symbols.
+    check_blocks(*(1 if isinstance(x, torch.SymInt) else x for x in (block_size, top_k)))
     tensors = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
     _check_kind(tensors)
     _check_shapes(q, k, v, packed=cu_q is not None)
@@ -47,6 +52,96 @@ def check_call(
             f"q has {q.shape[1]} tokens but k only {k.shape[1]}; queries are the last positions of the keys, "
             "so k must hold at least as many tokens"
         )
+
+
+def check_lists(q: Tensor, k: Tensor, blocks: Tensor) -> int:
+    """Return how many blocks each list has; ValueError unless there is one per query and head, or key/value head."""
+    for name, x in (("q", q), ("k", k)):
+        if not isinstance(x, Tensor) or x.dim() not in (3, 4):
+            raise ValueError(f"{name} must be [batch, tokens, heads, dim] or packed [tokens, heads, dim]")
+    if not isinstance(blocks, Tensor):
+        raise ValueError(f"blocks must be a torch.Tensor, got {type(blocks).__name__}")
+    if blocks.dtype != torch.int32:
+        raise ValueError(f"blocks must be int32, got {blocks.dtype}; use .int()")
+    if blocks.device != q.device:
+        raise ValueError(f"blocks is on {blocks.device} but q is on {q.device}; move it there")
+    tokens, heads, kv_heads = q.shape[:-2], q.shape[-2], k.shape[-2]
+    if blocks.dim() != q.dim() or blocks.shape[:-2] != tokens or blocks.shape[-2] not in (heads, kv_heads):
+        raise ValueError(
+            f"blocks must be {[*tokens]} and then {heads} or {kv_heads} heads and any number of blocks, got "
+            f"{[*blocks.shape]}; a list per query head of q, or one per head of k"
+        )
+    return blocks.shape[-1]
+
+
+def check_given(
+    blocks: Tensor, q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int
+) -> None:
+    """Raise ValueError unless the lists name past blocks, or -1; assert it where values cannot be read yet."""
+    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or are_transforms_active()
+    if traced or blocks.device.type != "cpu" or type(blocks) is not Tensor or type(q) is not Tensor:
+        own_T11 = own_blocks(q, k, cu_q, cu_k, block_size)[:, None, None]
+        good = (blocks >= -1) & (blocks < own_T11)
+        _assert_all(good, "blocks must name past blocks, or -1 for none")
+    else:
+        check_given_values(blocks, q, k, cu_q, cu_k, block_size)
+
+
+def _assert_all(good: Tensor, message: str) -> None:
+    """Assert on the device, where a tracer sees it; for the batches of vmap, which knows no assertions, all at once."""
+    if not are_transforms_active():
+        torch._assert_async(good.all(), message)
+        return
+    while is_functorch_wrapped_tensor(good):
+        good = get_unwrapped(good)
+    with _DisableFuncTorch():
+        torch._assert_async(good.all(), message)
+
+
+def check_given_values(
+    blocks: Tensor, q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int
+) -> None:
+    """Raise ValueError unless the lists name past blocks, or -1."""
+    own_T11 = own_blocks(q, k, cu_q, cu_k, block_size)[:, None, None]
+    bad = (blocks < -1) | (blocks >= own_T11)
+    if bad.any():
+        place = bad.nonzero()[0].tolist()
+        own = int(own_T11[place[-3], 0, 0])
+        past = f"0 to {own - 1}, or -1 for none" if own else "-1: there is none"
+        raise ValueError(
+            f"blocks{place} is {int(blocks[tuple(place)])}, and the query's own block is {own}, which it reads anyway; "
+            f"its past blocks are {past}"
+        )
+
+
+def own_blocks(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int) -> Tensor:
+    """Return the block that each query lies in, int64 `[T]`: queries are the last positions of their keys."""
+    token_T = torch.arange(q.shape[-3], device=q.device)
+    if cu_q is None or cu_k is None:
+        return (token_T + k.shape[1] - q.shape[1]) // block_size
+    sequence_T = torch.searchsorted(cu_q[1:], token_T.int(), right=True)
+    before_S = cu_k.diff() - cu_q.diff() - cu_q[:-1]
+    return (token_T + before_S[sequence_T]) // block_size
+
+
+def check_parts(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
+    """Raise ValueError unless these are attention outputs and their log-sum-exps."""
+    if len(outs) == 0 or len(outs) != len(lses):
+        raise ValueError(f"merge_attention takes as many lses as outs, at least one, got {len(outs)} and {len(lses)}")
+    first, dtype = outs[0], lses[0].dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"lses must be float32 or float64, got {dtype}; a rounded log-sum-exp is a wrong weight")
+    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        if out.shape != first.shape or out.dtype != first.dtype:
+            raise ValueError(
+                f"outs[{i}] is {out.dtype} {tuple(out.shape)} but outs[0] {first.dtype} {tuple(first.shape)}; "
+                "they must be alike"
+            )
+        if lse.shape != first.shape[:-1] or lse.dtype != dtype:
+            raise ValueError(
+                f"lses[{i}] must be {dtype} {tuple(first.shape[:-1])}, the outputs' shape without the last dimension, "
+                f"got {lse.dtype} {tuple(lse.shape)}"
+            )
 
 
 def check_scale(q: Tensor, scale: float | None) -> float:

@@ -32,6 +32,7 @@ _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 
 # Bytes gathered for one call of the tile kernel; more fall out of the cache.
 BYTES_AT_ONCE = 2**22
+_ROW_TERM_COLUMNS = 16  # two would do, but a width with few factors of two is slow
 
 
 class _Workspace:
@@ -59,8 +60,7 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp and selection, as `openmoba.ops.backends.Backend` defines them."""
-    assert blocks is None
-    selected = select(q, k, cu_q, cu_k, block_size, top_k)
+    selected = select(q, k, cu_q, cu_k, block_size, top_k) if blocks is None else _once(blocks, q.shape[-2])
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
     q_TJGD, out_TJGD, lse_TJG, selected_TJGK = (
         _by_head(_packed(x, cu_q), k.shape[-2]) for x in (q, out, lse, selected)
@@ -93,7 +93,11 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; those of k and v are summed in fp32."""
-    assert d_lse is None
+    if d_lse is not None:
+        wider = _with_row_term(d_out, d_lse, q, k, v, out)
+        gradients = backward(wider[0], None, *wider[1:], lse, selected, cu_q, cu_k, block_size, top_k, scale)
+        dq, dk, dv = (x[..., : q.shape[-1]].contiguous() for x in gradients)
+        return dq, dk, dv
     dq = q.new_empty(q.shape)
     dk, dv = (k.new_zeros(k.shape, dtype=torch.float32) for _ in range(2))
     q_TJGD, d_out_TJGD, out_TJGD, lse_TJG, selected_TJGK, dq_TJGD = (
@@ -119,6 +123,32 @@ def choice_shape(
 ) -> tuple[int, ...]:
     """Shape of `selected`, the choice that the forward hands to the backward."""
     return (*q.shape[:-1], top_k - 1)
+
+
+def _once(blocks: Tensor, heads: int) -> Tensor:
+    """Given blocks per query head, `[..., H, m]`, in the order they were given in, -1 in the place of repeats."""
+    blocks = blocks.repeat_interleave(heads // blocks.shape[-2], dim=-2)
+    ordered, place = blocks.sort(dim=-1, stable=True)
+    repeats = torch.zeros_like(blocks, dtype=torch.bool)
+    repeats[..., 1:] = ordered[..., 1:] == ordered[..., :-1]
+    return blocks.masked_fill(torch.empty_like(repeats).scatter_(-1, place, repeats), -1)
+
+
+def _with_row_term(
+    d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same with more columns, so that the backward's row term, `sum(d_out * out)`, is less by `d_lse`.
+
+    That is all a gradient of the log-sum-exp changes: dS = P * (dP - sum(d_out * out) + d_lse). Values are zero in the
+    new columns, where the gradient of the output is one and the output is `-d_lse`, in two numbers of its precision.
+    """
+    high = d_lse.to(out.dtype)
+    low = (d_lse - high.float()).to(out.dtype)
+    columns = (0, _ROW_TERM_COLUMNS)
+    q, k, v, d_out, out = (torch.nn.functional.pad(x, columns) for x in (q, k, v, d_out, out))
+    d_out[..., -2:] = 1
+    out[..., -2], out[..., -1] = -high, -low
+    return d_out, q, k, v, out
 
 
 def _forward_part(

@@ -149,9 +149,10 @@ def attention_over(
     wide = accumulation_dtype(q_BTHD.dtype)
     k_BSHD, v_BSHD = (per_query_head(x, heads).to(wide) for x in (k_BSHD, v_BSHD))
     logit_BHTS = scale * torch.einsum("bthd,bshd->bhts", q_BTHD.to(wide), k_BSHD)
-    logit_BHTS = logit_BHTS.masked_fill(~mask_BHTS, -math.inf)
-    lse_BHT = logit_BHTS.logsumexp(-1)
-    weight_BHTS = logit_BHTS.masked_fill(~mask_BHTS.any(-1, keepdim=True), 0).softmax(-1).masked_fill(~mask_BHTS, 0)
+    some_BHT1 = mask_BHTS.any(-1, keepdim=True)
+    logit_BHTS = logit_BHTS.masked_fill(~mask_BHTS & some_BHT1, -math.inf)  # a softmax over none would be NaN
+    lse_BHT = logit_BHTS.logsumexp(-1).masked_fill(~some_BHT1[..., 0], -math.inf)
+    weight_BHTS = logit_BHTS.softmax(-1).masked_fill(~mask_BHTS, 0)
     out_BTHD = torch.einsum("bhts,bshd->bthd", weight_BHTS, v_BSHD)
     return out_BTHD.to(q_BTHD.dtype), lse_BHT.transpose(1, 2)
 
@@ -159,13 +160,15 @@ def attention_over(
 def reference_merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """`openmoba.merge_attention` by definition."""
     lse_NBTH = torch.stack(tuple(lses))
-    lse_BTH = lse_NBTH.logsumexp(0)
-    # Of a query that no source has a key for, exp(-inf - -inf) would be NaN.
-    weight_NBTH = (lse_NBTH - lse_BTH.masked_fill(lse_BTH == -math.inf, 0)).exp()
-    out_BTHD = sum(
-        (w_BTH[..., None] * o_BTHD.to(w_BTH.dtype) for w_BTH, o_BTHD in zip(weight_NBTH, outs, strict=True)),
-        start=torch.zeros_like(outs[0], dtype=lse_BTH.dtype),
-    )
+    # Neither -inf - -inf nor what differentiates it may arise: a source without keys has the weight 0.
+    none_NBTH = lse_NBTH == -math.inf
+    nowhere_BTH = none_NBTH.all(0)
+    top_BTH = lse_NBTH.detach().amax(0).masked_fill(nowhere_BTH, 0)
+    weight_NBTH = (lse_NBTH.masked_fill(none_NBTH, 0) - top_BTH).exp().masked_fill(none_NBTH, 0)
+    total_BTH = weight_NBTH.sum(0).masked_fill(nowhere_BTH, 1)
+    lse_BTH = (top_BTH + total_BTH.log()).masked_fill(nowhere_BTH, -math.inf)
+    weighted = [weight[..., None] * out.to(weight.dtype) for weight, out in zip(weight_NBTH, outs, strict=True)]
+    out_BTHD = torch.stack(weighted).sum(0) / total_BTH[..., None]
     return out_BTHD.to(outs[0].dtype), lse_BTH
 
 

@@ -15,7 +15,7 @@ from openmoba.lab.data.load import Data
 from openmoba.lab.measure.compute import Shape
 from openmoba.lab.progress import duration
 from openmoba.lab.train.plan import SHARE, in_bf16, matrix_rate, plan_of, this_device
-from openmoba.ops.api import explain
+from openmoba.ops.explain import explain
 from openmoba.records.provenance import device_name
 
 
