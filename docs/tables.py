@@ -15,6 +15,7 @@ from pathlib import Path
 
 import imports
 import measured
+import planned
 
 from openmoba.lab.study import results
 
@@ -119,6 +120,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "training_h200": partial(measured.training, machine="h200"),
     "longest_h200": partial(measured.longest, machine="h200"),
     "attention_cpu": measured.attention_cpu,
+    "costs": planned.costs,
+    "vocabulary": planned.vocabulary,
     "study": study,
     "experiments": experiments,
     "settings": settings,

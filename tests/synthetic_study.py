@@ -79,7 +79,7 @@ def train(config: RunConfig, folder: Path, *, progress: Progress | None = None, 
     rng = np.random.default_rng([config.train.seed, PARAMETERS[size], *arm.encode()])
     luck = np.exp(rng.normal(0, LUCK))
     rows = []
-    for step in np.linspace(0, config.train.steps, 9)[1:].astype(int):
+    for step in sorted({*np.linspace(0, config.train.steps, 9)[1:].astype(int), *config.evaluation_steps}):
         rows.append(_evaluation(config, int(step), luck, rng))
         if progress:
             progress.step(int(step), config.train.steps)

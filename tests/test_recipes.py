@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from openmoba.config import MobaConfig
 from openmoba.lab.arms import ArmConfig
-from openmoba.lab.model.build import SIZES
+from openmoba.lab.model.build import SIZES, build_model, set_attention
 from openmoba.lab.study.recipe import PlannedRun, read_recipe
 from openmoba.lab.train.plan import planned_shape
 
@@ -54,7 +56,8 @@ def test_the_study_keeps_to_one_regime(path: Path) -> None:
         config, stage = run.alone(), run.stage.name
         train, rate = config.train, 0.96 / SIZES[config.model.size].hidden
         assert (config.data.length, config.data.vocab_size, train.batch_size) == (32768, 4096, 1)
-        assert (config.model.family, config.model.overrides) == ("qwen3", {"rope_parameters.rope_theta": 1e6})
+        assert config.model.overrides["rope_parameters.rope_theta"] == 1e6
+        assert config.model.family == "qwen3" or stage == "rotation"
         assert 2e6 < planned_shape(config).non_embedding < 33e6
         assert train.steps <= 4 * windows
         if stage == "finetune":
@@ -62,6 +65,28 @@ def test_the_study_keeps_to_one_regime(path: Path) -> None:
         elif stage != "short":
             assert train.steps >= 3000, "models of this regime look back after 1,200 to 2,300"
             assert train.learning_rate == rate or stage in ("sweep", "context"), run.name
+
+
+def test_half_of_a_head_is_all_that_the_model_of_the_rotation_stage_lacks() -> None:
+    """With whole heads rotated it is the other stages' model, to the bit."""
+    turned, plain = (
+        next(run.alone().model for run in configs("candidates").values() if run.size == size)
+        for size in ("14m-half", "14m")
+    )
+    share = "rope_parameters.partial_rotary_factor"
+    half, whole, other = (
+        build_model(replace(model, size="nano"), 300, 64, 0)
+        for model in (turned, replace(turned, overrides=turned.overrides | {share: 1.0}), plain)
+    )
+    assert turned.overrides[share] == 0.5
+    for model in (half, whole):
+        model.load_state_dict(other.state_dict())
+    ids = torch.arange(64)[None]
+    for attention in (None, MobaConfig(8, 2)):
+        for model in (half, whole, other):
+            set_attention(model, attention)
+        assert torch.equal(whole(ids).logits, other(ids).logits)
+        assert not torch.allclose(half(ids).logits, other(ids).logits)
 
 
 def test_the_ladder_and_the_layers_have_their_arms() -> None:
@@ -84,7 +109,7 @@ def test_candidates_read_as_many_keys_or_are_as_sparse_as_the_reports_setting() 
         elif arm.name != "full":
             assert (arm.top_k - 1) * arm.block_size == 2 * 512, run.name
     for arm in ("full", "moba", "full-keys", "last-2-keys"):
-        assert {run.seed for run in runs if run.arm == arm} == {0, 1, 2}
+        assert {run.seed for run in runs if run.arm == arm and run.size == "14m"} == {0, 1, 2}
 
 
 def test_demo_needs_no_download_and_few_tokens() -> None:
