@@ -10,7 +10,6 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,8 @@ pytest.importorskip("transformers")
 import tyro
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from openmoba.cli import COMMANDS, main
+from openmoba.cli import commands as subcommands
+from openmoba.cli import main
 from openmoba.lab.data.tokenizer import byte_tokenizer
 from openmoba.lab.study.recipe import read_recipe
 
@@ -120,14 +120,13 @@ def run_command(words: list[str]) -> None:
 
 def parse(arguments: list[str]) -> Any:
     """Read a command's options without running it; recipes that it names, and runs of the demo, are there."""
-    name = " ".join(arguments[:2]) if " ".join(arguments[:2]) in COMMANDS else arguments[0]
-    module, _, kind = COMMANDS[name][0].partition(":")
+    name = " ".join(arguments[:2]) if " ".join(arguments[:2]) in subcommands() else arguments[0]
     for path in arguments:
         assert not path.startswith("recipes/") or (ROOT / path).exists(), path
         if path.startswith("runs/demo/"):
             demo = read_recipe(ROOT / "recipes" / "demo.toml")
             assert path.removeprefix("runs/demo/") in {run.name for run in demo.runs}, path
-    return tyro.cli(getattr(import_module(module), kind), args=arguments[len(name.split()) :])
+    return tyro.cli(subcommands()[name][0], args=arguments[len(name.split()) :])
 
 
 def test_checks_can_fail(capsys: Any) -> None:
@@ -151,7 +150,7 @@ def test_readme_shows_the_three_ways_and_every_command() -> None:
     assert all(name in text for name in ("moba_attention(", "configure(model", "openmoba study"))
     documents = ("README.md", "docs/laboratory.md", "docs/models.md")
     shown = {" ".join(words[1:]) for name in documents for words in shell(name) if words[0] == "openmoba"}
-    assert all(any(line.startswith(name) for line in shown) for name in COMMANDS), sorted(COMMANDS)
+    assert all(any(line.startswith(name) for line in shown) for name in subcommands())
 
 
 def shell(name: str) -> list[list[str]]:

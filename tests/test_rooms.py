@@ -73,7 +73,10 @@ def test_timing_attention_needs_torch_alone(tmp_path: Path) -> None:
         "small = cases.Case(64, 16, 2, head_dim=16, heads=1, kv_heads=1, dtype='float32', passes='forward')\n"
         "cases.GRIDS['cpu'] = (small,)\n"
         f"__main__.main(['attention', '--grid', 'cpu', '--out', {str(tmp_path / 'rows.csv')!r}])\n"
+        "from openmoba import cli; print(cli.main(['--version']), cli.main(['train', 'run']))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr.count(" ms")) == (0, 3), done.stderr
     assert "| 16 | 16/2 | 64 | forward |" in done.stdout
+    assert done.stdout.endswith("0 2\n"), "the version is said, and what training lacks"
+    assert "pip install 'openmoba[lab]' installs what the laboratory needs" in done.stderr

@@ -25,6 +25,7 @@ from openmoba.lab.config import DataConfig, EvalConfig, ModelConfig, RunConfig, 
 from openmoba.lab.model.build import SIZES, build_model, load_model
 from openmoba.lab.model.checkpoint import damage, newest_checkpoint
 from openmoba.lab.progress import Progress
+from openmoba.lab.train import callback
 from openmoba.lab.train import trainer as trainer_module
 from openmoba.lab.train.run import run_training
 from openmoba.lab.train.schedule import learning_rate_factor
@@ -482,7 +483,7 @@ def test_a_run_says_what_it_is_and_how_it_goes(config: RunConfig, tmp_path: Path
 def test_progress_is_told_between_two_records_too(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer_module, "SECONDS_PER_LINE", 0.0)
+    monkeypatch.setattr(callback, "SECONDS_PER_LINE", 0.0)
     heard = _Heard()
     run_training(replace(config, train=replace(TRAIN, steps=4)), tmp_path / "run", progress=heard)
     assert [step.split("/")[0] for step in heard.steps] == ["1", "2", "3", "4"]

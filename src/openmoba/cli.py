@@ -10,28 +10,48 @@ import sys
 import traceback
 from collections.abc import Sequence
 from functools import partial
-from importlib import import_module
+from typing import Any, Protocol
 
 from openmoba.errors import explain
 from openmoba.lab.errors import Terminated, on_sigterm
 
-COMMANDS = {
-    "corpus": ("openmoba.lab.data.commands:MakeCorpus", "say what documents a source holds, write them as Parquet"),
-    "train": ("openmoba.lab.train.commands:Train", "train one model, or go on with it"),
-    "evaluate": ("openmoba.lab.measure.commands:Evaluate", "LM, position-wise and trailing loss of a run or a model"),
-    "runs": ("openmoba.lab.train.runs:Runs", "list runs and compare them: state, losses, speed"),
-    "study": ("openmoba.lab.study.commands:Study", "train a recipe's runs, draw its charts, write its report"),
-    "fit": ("openmoba.lab.study.commands:Fit", "power laws of a study's runs, with intervals"),
-    "plot": ("openmoba.lab.study.commands:Plot", "draw a study's charts again, by any convention of compute"),
-    "evaluate needle": ("openmoba.lab.measure.commands:Needle", "needle in a haystack: depth-by-length heat map"),
-    "generate": ("openmoba.lab.measure.commands:Generate", "continue a text with a run's or a model's weights"),
-    "convert": ("openmoba.lab.model.commands:Convert", "make a MoBA checkpoint of a Llama, Qwen, Mistral ... one"),
-    "bench attention": ("openmoba.bench.attention:Attention", "time MoBA against dense attention and sparse peers"),
-    "bench decode": ("openmoba.bench.decode:Decode", "time decoding over a cache, and prefill in chunks"),
-    "bench training": ("openmoba.bench.training.command:Training", "time training steps by size, attention and length"),
-    "bench plot": ("openmoba.bench.commands:Plot", "figures and table of a benchmark"),
-}
-"""Subcommand -> (module:dataclass, what it does). The module is imported when the command is used."""
+
+class Command(Protocol):
+    """What a subcommand does; its fields are the options."""
+
+    def run(self) -> None:
+        """Do it."""
+
+
+def commands() -> dict[str, tuple[type[Command], str]]:
+    """Return subcommand -> (its dataclass, what it does); imported here, as `openmoba --version` needs torch alone."""
+    from openmoba.bench.attention import Attention
+    from openmoba.bench.commands import Plot as PlotBench
+    from openmoba.bench.decode import Decode
+    from openmoba.bench.training.command import Training
+    from openmoba.lab.data.commands import MakeCorpus
+    from openmoba.lab.measure.commands import Evaluate, Generate, Needle
+    from openmoba.lab.model.commands import Convert
+    from openmoba.lab.study.commands import Fit, Plot, Study
+    from openmoba.lab.train.commands import Train
+    from openmoba.lab.train.runs import Runs
+
+    return {
+        "corpus": (MakeCorpus, "say what documents a source holds, write them as Parquet"),
+        "train": (Train, "train one model, or go on with it"),
+        "evaluate": (Evaluate, "LM, position-wise and trailing loss of a run or a model"),
+        "runs": (Runs, "list runs and compare them: state, losses, speed"),
+        "study": (Study, "train a recipe's runs, draw its charts, write its report"),
+        "fit": (Fit, "power laws of a study's runs, with intervals"),
+        "plot": (Plot, "draw a study's charts again, by any convention of compute"),
+        "evaluate needle": (Needle, "needle in a haystack: depth-by-length heat map"),
+        "generate": (Generate, "continue a text with a run's or a model's weights"),
+        "convert": (Convert, "make a MoBA checkpoint of a Llama, Qwen, Mistral ... one"),
+        "bench attention": (Attention, "time MoBA against dense attention and sparse peers"),
+        "bench decode": (Decode, "time decoding over a cache, and prefill in chunks"),
+        "bench training": (Training, "time training steps by size, attention and length"),
+        "bench plot": (PlotBench, "figures and table of a benchmark"),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,32 +61,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     program, with a traceback; as shells say it 130 after Ctrl-C, 143 after SIGTERM, 141 when its output was cut off.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_usage())
-        return 0 if arguments else 2
+    try:
+        with on_sigterm():
+            return _run(arguments)
+    except (Exception, KeyboardInterrupt) as error:
+        return _report(error)
+
+
+def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         from openmoba.records.provenance import versions
 
         print(", ".join(f"{package} {version}" for package, version in versions().items()))
         return 0
-    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    known = commands()
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage(known))
+        return 0 if arguments else 2
+    words = 2 if " ".join(arguments[:2]) in known else 1
     name = " ".join(arguments[:words])
-    if name not in COMMANDS:
-        print(f"error: unknown command {name!r}\n\n{_usage()}", file=sys.stderr)
+    if name not in known:
+        print(f"error: unknown command {name!r}\n\n{_usage(known)}", file=sys.stderr)
         return 2
     import tyro
 
-    module, _, kind = COMMANDS[name][0].partition(":")
-    try:
-        with on_sigterm():
-            command = getattr(import_module(module), kind)
-            parse = partial(tyro.cli, command, args=arguments[words:], prog=f"openmoba {name}")
-            options = parse()
-            if hasattr(options, "as_stored"):
-                options = parse(default=options.as_stored())
-            options.run()
-    except (Exception, KeyboardInterrupt) as error:
-        return _report(error)
+    parse = partial(tyro.cli, known[name][0], args=arguments[words:], prog=f"openmoba {name}")
+    options: Any = parse()
+    if hasattr(options, "as_stored"):
+        options = parse(default=options.as_stored())
+    options.run()
     return 0
 
 
@@ -92,8 +115,8 @@ def _report(error: BaseException) -> int:
     return 1
 
 
-def _usage() -> str:
-    lines = [f"  {name:<16} {text}" for name, (_, text) in COMMANDS.items()]
+def _usage(known: dict[str, tuple[type[Command], str]]) -> str:
+    lines = [f"  {name:<16} {text}" for name, (_, text) in known.items()]
     return "\n".join(
         [
             "usage: openmoba COMMAND [OPTIONS]",

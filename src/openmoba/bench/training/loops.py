@@ -20,6 +20,7 @@ from torch import Tensor
 from openmoba.bench.training.cases import VOCABULARY, TrainingCase
 from openmoba.hf.releases import recompute_activations
 from openmoba.lab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from openmoba.lab.data.load import Data
 from openmoba.lab.data.store import TokenStore
 from openmoba.lab.data.windows import cut_windows
 from openmoba.lab.measure.compute import PFLOPS_DAY, Shape, training_compute
@@ -128,7 +129,8 @@ class TrainerLoop:
         tokens = np.random.default_rng(0).integers(VOCABULARY, size=_WINDOWS * case.tokens + 1, dtype=np.uint16)
         store = TokenStore(tokens, np.asarray([0, len(tokens)]), None)
         windows = cut_windows(store, np.asarray([0]), case.tokens)
-        return RunTrainer(config, folder, self.model, windows, windows, byte_tokenizer(), Progress(), (0.0, 0.0))
+        data = Data(windows, windows, byte_tokenizer(), {})
+        return RunTrainer(config, folder, self.model, data, Progress(), (0.0, 0.0))
 
 
 def make_loop(case: TrainingCase, device: torch.device) -> BareLoop | TrainerLoop:

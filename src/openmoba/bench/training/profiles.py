@@ -14,7 +14,7 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 # Kernels of dense attention by the names that their makers give them; the compiler's own are fused from anything.
 _DENSE_KERNEL = re.compile(r"^(?!triton_).*(sdpa|flash|fmha|attention|attn)", re.IGNORECASE)
 # Operations, for the CPU: registered ones, and the autograd functions of what goes around the dispatcher.
-_OPERATION = re.compile(r"^(openmoba::|_Attention|aten::(_?scaled_dot_product)|ScaledDotProduct)")
+_OPERATION = re.compile(r"^(openmoba::|Differentiable|aten::(_?scaled_dot_product)|ScaledDotProduct)")
 
 _RUNTIME = re.compile(r"cuda[A-Z]|cu[A-Z][a-z]+[A-Z]")
 

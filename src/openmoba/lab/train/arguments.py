@@ -39,7 +39,7 @@ def training_arguments(config: RunConfig, folder: Path) -> Any:
         fsdp=train.fsdp or None,
         parallelism_config=_parallelism(train, cuda),
         ddp_find_unused_parameters=False,
-        # The callback decides when; see _RunCallback.
+        # The callback decides when; see RunCallback.
         logging_strategy="no",
         eval_strategy="no",
         save_strategy="no",

@@ -50,7 +50,8 @@ class Train:
         """Train, and say where the result is."""
         import torch
 
-        from openmoba.lab.train.run import check_run, run_training
+        from openmoba.lab.train.check import check_run
+        from openmoba.lab.train.run import run_training
 
         if self.dry_run:
             from openmoba.lab.train.summary import plan_text

@@ -13,22 +13,26 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from openmoba.lab.config import RunConfig, changes, is_run, stored_config, to_dict
+from openmoba.lab.config import RunConfig, is_run, to_dict
 from openmoba.lab.data.identity import IDENTITY_FILE, OTHER_DOCUMENTS, Known, known_of_run, stored_identity
-from openmoba.lab.data.load import Data, load_data, validation_windows
+from openmoba.lab.data.load import load_data, validation_windows
 from openmoba.lab.errors import DivergenceError, Terminated, on_sigterm
-from openmoba.lab.model.build import build_model, check_model, load_model, model_folder, set_attention
-from openmoba.lab.model.checkpoint import checkpoint_step, checkpoints, newest_checkpoint, prune
+from openmoba.lab.model.build import build_model, load_model, model_folder, set_attention
+from openmoba.lab.model.checkpoint import checkpoint_step, newest_checkpoint, prune
 from openmoba.lab.progress import Progress
+from openmoba.lab.train.check import check_labels, check_run, check_start, check_vocabulary
 from openmoba.lab.train.clock import median_speed
 from openmoba.lab.train.history import FAILED_FILE, METRICS_FILE, RESULT_FILE, history, history_until, read_result
-from openmoba.lab.train.schedule import check_lengthening
 from openmoba.lab.train.summary import summary_of
 from openmoba.records import disk
 from openmoba.records.provenance import provenance
+
+if TYPE_CHECKING:
+    from openmoba.lab.train.trainer import RunTrainer
 
 Row = dict[str, Any]
 
@@ -58,12 +62,12 @@ def run_training(
         progress.note(f"{folder} is finished")
         return read_result(folder)[1]
     checkpoint = newest_checkpoint(folder, progress)
-    trainer, data = _prepare(config, folder, checkpoint, progress, known)
-    with _begun(config, data, folder):
+    trainer = _prepare(config, folder, checkpoint, progress, known)
+    with _begun(trainer):
         if checkpoint is not None:
             progress.note(f"{folder} goes on from step {checkpoint_step(checkpoint)}")
         if checkpoint is None or checkpoint_step(checkpoint) < config.train.steps:
-            progress.note(summary_of(config, folder, trainer, data))
+            progress.note(summary_of(trainer))
             with on_sigterm(trainer.stop):
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.stopping and trainer.state.global_step < config.train.steps:
@@ -72,23 +76,11 @@ def run_training(
     if not trainer.is_world_process_zero():
         return {}
     prune(folder, keep=1)
-    result = _result(config, folder, trainer, data)
+    result = _result(trainer)
     disk.write_json(folder / RESULT_FILE, result)
     if trainer.stopping:  # in the last step; a study must not begin the next run
         raise Terminated(f"{folder} is finished")
     return result
-
-
-def check_run(config: RunConfig, folder: Path) -> bool:
-    """Tell whether a shorter run of this configuration has begun in the folder; reads no data.
-
-    Raises:
-        ValueError: there can be no such run, or the folder is not free for it.
-    """
-    config.check()
-    longer = _check_folder(config, folder)
-    _check_model(config)
-    return longer
 
 
 def _is_first() -> bool:
@@ -98,29 +90,29 @@ def _is_first() -> bool:
 
 def _prepare(
     config: RunConfig, folder: Path, checkpoint: Path | None, progress: Progress, known: Sequence[Known]
-) -> tuple[Any, Data]:
+) -> RunTrainer:
     """Check all settings, read the data, and build the model and what trains it."""
-    # transformers.Trainer takes seconds to import
     from openmoba.lab.train.arguments import training_arguments
-    from openmoba.lab.train.trainer import RunTrainer
+    from openmoba.lab.train.trainer import RunTrainer  # transformers.Trainer takes seconds to import
 
     training_arguments(config, folder)  # refuses before the data are read
-    rows = _history(folder, config, checkpoint)
+    spent = _spent(folder, config, checkpoint)
     with _origin(config, progress) as source:
         # Documents that the run it starts from was trained on must not be validation documents of this one.
         origin = known_of_run(config.train.start_from, config.data, OTHER_DOCUMENTS, progress)
         known = [*_begun_with(folder, checkpoint, progress), *origin, *known]
-        model = None if source is None else _start(config, source)
+        model = None if source is None else load_model(source, config.model.overrides)
+        if source is not None:
+            check_start(config, model, source)
+            set_attention(model, config.arm.sparsest(config.train.steps))
         data = load_data(config.data, start_from=source, progress=progress, resumed=checkpoint, known=known)
-        valid = validation_windows(data.valid, config.eval.windows)
-        _check_labels(config, data)
+        data = replace(data, valid=validation_windows(data.valid, config.eval.windows))
+        check_labels(config, data)
     if model is None:
         model = build_model(config.model, len(data.tokenizer), config.data.length, config.train.seed)
         set_attention(model, config.arm.sparsest(config.train.steps))
-    _check_vocabulary(config, model, data)
-    trained = [row for row in rows if row["kind"] == "train"]
-    spent = (trained[-1]["seconds"], trained[-1]["compute"]["accelerator_seconds"]) if trained else (0.0, 0.0)
-    return RunTrainer(config, folder, model, data.train, valid, data.tokenizer, progress, spent), data
+    check_vocabulary(config, model, data)
+    return RunTrainer(config, folder, model, data, progress, spent)
 
 
 @contextmanager
@@ -134,13 +126,14 @@ def _origin(config: RunConfig, progress: Progress) -> Iterator[Path | str | None
 
 
 @contextmanager
-def _begun(config: RunConfig, data: Data, folder: Path) -> Iterator[None]:
+def _begun(trainer: RunTrainer) -> Iterator[None]:
     """Keep settings and data on the disk for the body of the `with`, and after it unless nothing came of it.
 
     A start that fails before its first record leaves what was there: settings that failed are no defaults of the next.
     But for divergence, which is the outcome of these settings: they stay, with what happened in failed.json.
     """
-    files = {folder / "config.json": to_dict(config), folder / IDENTITY_FILE: dict(data.identity)}
+    config, folder = to_dict(trainer.config), trainer.folder
+    files = {folder / "config.json": config, folder / IDENTITY_FILE: dict(trainer.data.identity)}
     begun = disk.has_begun(folder)
     before = {path: path.read_bytes() if path.exists() else None for path in files}
     if _is_first():
@@ -154,29 +147,12 @@ def _begun(config: RunConfig, data: Data, folder: Path) -> Iterator[None]:
         yield
     except DivergenceError as error:
         if _is_first():
-            disk.write_json(folder / FAILED_FILE, {"reason": str(error), "config": to_dict(config)})
+            disk.write_json(folder / FAILED_FILE, {"reason": str(error), "config": config})
         raise
     except Exception:
         if _is_first() and not begun and not disk.has_begun(folder):
             disk.restore(before)
         raise
-
-
-def _check_folder(config: RunConfig, folder: Path) -> bool:
-    """Tell whether a shorter run of this configuration has begun in the folder; ValueError if another one has."""
-    if not disk.has_begun(folder):
-        return False
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds records but no config.json; restore it or use another folder")
-    stored = stored_config(folder)
-    if not changes(stored, config):
-        return False
-    try:
-        newest = checkpoints(folder)
-        check_lengthening(stored, config, checkpoint_step(newest[0]) if newest else 0)
-    except ValueError as error:
-        raise ValueError(f"{folder} holds another run: {error}; use another folder") from error
-    return True
 
 
 def _begun_with(folder: Path, checkpoint: Path | None, progress: Progress) -> list[Known]:
@@ -191,70 +167,17 @@ def _begun_with(folder: Path, checkpoint: Path | None, progress: Progress) -> li
     return [Known(str(folder), identity, "restore it as it was, or train in another folder")]
 
 
-def _check_labels(config: RunConfig, data: Data) -> None:
-    """Raise ValueError if `train.loss_tokens` leaves a conversation without labels, whose mean loss would be 0/0."""
-    last = config.train.loss_tokens
-    if last is None or data.train.store.written is None:
-        return
-    unlabelled = int((~data.train.labelled(last)).sum())
-    if unlabelled:
-        raise ValueError(
-            f"train.loss_tokens={last}: {unlabelled} of {len(data.train)} training windows have none of the "
-            "assistant's tokens there, since conversations are padded at their end; leave train.loss_tokens out"
-        )
-
-
-def _start(config: RunConfig, source: Path | str) -> Any:
-    """Load the model of `source`, which has the positions and the layers that are asked for."""
-    model = load_model(source, config.model.overrides)
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and config.data.length > longest:
-        raise ValueError(
-            f"data.length={config.data.length} exceeds the {longest} positions of the model of {source}; shorten "
-            "it, or extend the model with model.overrides (max_position_embeddings, rope_parameters)"
-        )
-    set_attention(model, config.arm.sparsest(config.train.steps))
-    return model
-
-
-def _check_vocabulary(config: RunConfig, model: Any, data: Data) -> None:
-    entries = model.get_input_embeddings().weight.shape[0]
-    if len(data.tokenizer) > entries:
-        raise ValueError(
-            f"the tokenizer has {len(data.tokenizer)} entries, the model of {config.train.start_from} has {entries}; "
-            "use its own with data.tokenizer=auto"
-        )
-
-
-def _check_model(config: RunConfig) -> None:
-    """Raise ValueError if there is no such model, or the run that this one goes on from has another.
-
-    A run that goes on from another run says the same model, since its records carry that name.
-    """
-    if config.train.start_from is None:
-        check_model(config.model, config.data.length, config.arm.sparsest(config.train.steps))
-        return
-    start = Path(config.train.start_from)
-    if not is_run(start):
-        return
-    origin = stored_config(start).model
-    if (origin.family, origin.size) != (config.model.family, config.model.size):
-        raise ValueError(
-            f"train.start_from={start} is a run of model.family={origin.family} model.size={origin.size}, this one "
-            f"says {config.model.family} {config.model.size}; give the same"
-        )
-
-
-def _history(folder: Path, config: RunConfig, checkpoint: Path | None) -> list[Row]:
-    """Read the records up to the checkpoint; those after it are dropped, since they will be made again."""
-    step = 0 if checkpoint is None else checkpoint_step(checkpoint)
-    kept = history_until(folder, config, step)
+def _spent(folder: Path, config: RunConfig, checkpoint: Path | None) -> tuple[float, float]:
+    """Return the wall and accelerator seconds up to the checkpoint; records after it, to be made again, are dropped."""
+    kept = history_until(folder, config, 0 if checkpoint is None else checkpoint_step(checkpoint))
     if _is_first() and len(kept) < len(history(folder)):
         disk.keep(folder / METRICS_FILE, kept)
-    return kept
+    trained = [row for row in kept if row["kind"] == "train"]
+    return (trained[-1]["seconds"], trained[-1]["compute"]["accelerator_seconds"]) if trained else (0.0, 0.0)
 
 
-def _result(config: RunConfig, folder: Path, trainer: Any, data: Data) -> Row:
+def _result(trainer: RunTrainer) -> Row:
+    config, folder, data = trainer.config, trainer.folder, trainer.data
     rows = history_until(folder, config, config.train.steps)
     evaluation = next(row for row in reversed(rows) if row["kind"] == "eval")
     trained = [row for row in rows if row["kind"] == "train"]

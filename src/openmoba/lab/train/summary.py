@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from openmoba.config import MobaConfig
 from openmoba.lab.arms import FULL
 from openmoba.lab.columns import gigabytes, short
 from openmoba.lab.config import RunConfig
-from openmoba.lab.data.load import Data
 from openmoba.lab.measure.compute import Shape
 from openmoba.lab.progress import duration
 from openmoba.lab.train.plan import SHARE, in_bf16, matrix_rate, plan_of, this_device
 from openmoba.ops.explain import explain
 from openmoba.records.provenance import device_name
 
+if TYPE_CHECKING:
+    from openmoba.lab.train.trainer import RunTrainer
 
-def summary_of(config: RunConfig, folder: Path, trainer: Any, data: Data) -> str:
-    """Write the summary, several lines; `trainer` is the run's `RunTrainer`."""
-    shape, args = trainer.shape, trainer.args
+
+def summary_of(trainer: RunTrainer) -> str:
+    """Write the summary, several lines."""
+    config, folder, data, args = trainer.config, trainer.folder, trainer.data, trainer.args
     train, tokens = config.train, config.train.batch_size * config.data.length
     epochs = train.steps * train.batch_size / len(data.train)
     devices = f"{args.world_size} x {device_name(args.device)}" if args.world_size > 1 else device_name(args.device)
@@ -29,10 +29,10 @@ def summary_of(config: RunConfig, folder: Path, trainer: Any, data: Data) -> str
         devices += f", a window over {trainer.sharding.ranks} of them, by {trainer.sharding.way}"
     evaluations = len(config.evaluation_steps)
     rows = {
-        "model": f"{config.model.family} {config.model.size}, {parameters(shape)}",
-        "attention": _attention_path(config, shape, trainer.model, args),
+        "model": f"{config.model.family} {config.model.size}, {parameters(trainer.shape)}",
+        "attention": _attention_path(trainer),
         "data": f"{config.data.source}: {len(data.train):,} windows of {config.data.length:,} tokens, "
-        f"{len(trainer.valid):,} held out, vocabulary {len(data.tokenizer):,}",
+        f"{len(data.valid):,} held out, vocabulary {len(data.tokenizer):,}",
         "training": f"{train.steps:,} steps of {tokens:,} tokens in {train.batch_size} windows: "
         f"{config.tokens:,} tokens, {epochs:.2g} epochs",
         "device": f"{devices}, {'bf16' if args.bf16 else 'fp32'}",
@@ -72,20 +72,17 @@ def parameters(shape: Shape) -> str:
     return f"{short(shape.total)} parameters ({short(shape.non_embedding)} without embeddings)"
 
 
-def _attention_path(config: RunConfig, shape: Shape, model: Any, args: Any) -> str:
-    """Say what the run's layers attend with, and what of ours that runs."""
-    arm, steps = config.arm, config.train.steps
+def _attention_path(trainer: RunTrainer) -> str:
+    """Say what the run's layers attend with, and which implementation of MoBA runs, as `openmoba.explain` does."""
+    arm, steps, shape = trainer.config.arm, trainer.config.train.steps, trainer.shape
     attention, said = arm.sparsest(steps), arm.describe(shape.layers, steps)
-    return said if attention is None or arm.kind is FULL else f"{said}; {_path(attention, shape, model, args)}"
-
-
-def _path(attention: MobaConfig, shape: Shape, model: Any, args: Any) -> str:
-    """Say which implementation of MoBA runs, as `openmoba.explain` does."""
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    shared = getattr(model.config, "num_key_value_heads", None) or shape.heads
+    if attention is None or arm.kind is FULL:
+        return said
+    dtype = torch.bfloat16 if trainer.args.bf16 else torch.float32
+    shared = getattr(trainer.model.config, "num_key_value_heads", None) or shape.heads
     q, k, v = (
-        torch.empty(1, shape.length, heads, shape.head_dim, dtype=dtype, device=args.device)
+        torch.empty(1, shape.length, heads, shape.head_dim, dtype=dtype, device=trainer.args.device)
         for heads in (shape.heads, shared, shared)
     )
     found = explain(q, k, v, block_size=attention.block_size, top_k=attention.top_k)
-    return f"{found.impl} ({found.reason})"
+    return f"{said}; {found.impl} ({found.reason})"

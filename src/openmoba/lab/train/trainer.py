@@ -14,13 +14,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer
 from transformers.utils.logging import disable_progress_bar
 
 from openmoba.config import MobaConfig
 from openmoba.hf.meshes import same_batches, sequence_mesh
 from openmoba.lab.config import RunConfig
-from openmoba.lab.data.windows import IGNORED, TrainingWindows, Windows
+from openmoba.lab.data.load import Data
+from openmoba.lab.data.windows import IGNORED, TrainingWindows
 from openmoba.lab.errors import DivergenceError
 from openmoba.lab.measure.compute import Shape, training_compute
 from openmoba.lab.measure.evaluate import autocast, measure
@@ -30,8 +31,9 @@ from openmoba.lab.model.checkpoint import prune, seal
 from openmoba.lab.model.compile import compile_or_stay_eager
 from openmoba.lab.model.loss import attach_loss
 from openmoba.lab.model.split import SharedLosses, cut, in_force, sharding_of_windows
-from openmoba.lab.progress import SECONDS_PER_LINE, Progress, duration
+from openmoba.lab.progress import Progress, duration
 from openmoba.lab.train.arguments import training_arguments
+from openmoba.lab.train.callback import RunCallback
 from openmoba.lab.train.clock import Clock, Speedometer, peak_operations
 from openmoba.lab.train.schedule import learning_rate_factor
 from openmoba.parallel import Sharding
@@ -46,9 +48,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     Args:
         model: a decoder of the transformers library; its `forward` is replaced by `attach_loss`.
-        train: all training windows.
-        valid: the validation windows.
-        tokenizer: saved with every checkpoint.
+        data: all training windows, the validation windows to measure, and the tokenizer, saved with every checkpoint.
         spent: (wall seconds, accelerator seconds) of the earlier attempts at this run.
     """
 
@@ -57,27 +57,25 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         config: RunConfig,
         folder: Path,
         model: Any,
-        train: Windows,
-        valid: Windows,
-        tokenizer: Any,
+        data: Data,
         progress: Progress,
         spent: tuple[float, float],
     ) -> None:
-        self.config, self.folder, self.valid, self.progress = config, folder, valid, progress
+        self.config, self.folder, self.data, self.progress = config, folder, data, progress
         self.shape = Shape.of(model, config.data.length)
         attach_loss(model)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(model.config, name, getattr(tokenizer, name))
-            setattr(model.generation_config, name, getattr(tokenizer, name))
+            setattr(model.config, name, getattr(data.tokenizer, name))
+            setattr(model.generation_config, name, getattr(data.tokenizer, name))
         disable_progress_bar()  # of writing weights, in the middle of ours
         settings = config.train
-        order = TrainingWindows(train, settings.steps * settings.batch_size, settings.seed, settings.loss_tokens)
+        order = TrainingWindows(data.train, settings.steps * settings.batch_size, settings.seed, settings.loss_tokens)
         super().__init__(
             model=model,
             args=training_arguments(config, folder),
             train_dataset=order,
-            processing_class=tokenizer,
-            callbacks=[_RunCallback(self)],
+            processing_class=data.tokenizer,
+            callbacks=[RunCallback(self)],
         )
         self.sharding = self._share_windows()
         self.data_collator = _stack if self.sharding is None else partial(_stack, sharding=self.sharding)
@@ -134,6 +132,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def _try_out(self) -> None:
         """Train and evaluate on one batch of every shape, with every attention of the run; leaves nothing behind."""
         model, steps, evaluation = self.model_wrapped, self.config.train.steps, self.config.eval
+        sizes = {min(evaluation.batch_size, len(self.data.valid)), len(self.data.valid) % evaluation.batch_size}
         for step in sorted({0, steps - 1}):
             self.attend_as_configured(step)
             windows = [self.train_dataset[i] for i in range(self.args.per_device_train_batch_size)]
@@ -142,10 +141,10 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             self.training_step(model, self._prepare_inputs(batches[0]), num_items_in_batch=count)
             model.eval()
             with autocast(self.args.device, self.args.bf16):
-                for size in {min(evaluation.batch_size, len(self.valid)), len(self.valid) % evaluation.batch_size} - {
-                    0
-                }:
-                    window_losses(self._losses(model), self.valid.spread(size), evaluation.batch_size, self.args.device)
+                for size in sizes - {0}:
+                    window_losses(
+                        self._losses(model), self.data.valid.spread(size), evaluation.batch_size, self.args.device
+                    )
         model.train()
         model.zero_grad()
         self._unchecked.clear()
@@ -276,7 +275,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         model.eval()
         with autocast(self.args.device, self.args.bf16):
             last = self.state.global_step == self.config.train.steps
-            row = measure(self._losses(model), self.valid, self.config, self.args.device, each_window=last)
+            row = measure(self._losses(model), self.data.valid, self.config, self.args.device, each_window=last)
         self.record({"kind": "eval", **row})
         tail = "" if row["trailing_loss"] is None else f", last {row['trailing']:,} tokens {row['trailing_loss']:.4f}"
         self.progress.note(f"step {self.state.global_step:,}: held-out loss {row['lm_loss']:.4f}{tail}")
@@ -315,71 +314,6 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         # TrainingWindows are in their order already.
         return SequentialSampler(self.train_dataset)
-
-
-class _RunCallback(TrainerCallback):  # type: ignore[misc]
-    """Switches the attention, and decides when to log, evaluate and save."""
-
-    def __init__(self, trainer: RunTrainer) -> None:
-        self.trainer = trainer
-        self.evaluations = frozenset(trainer.config.evaluation_steps)
-        self._told, self._detail = time.monotonic(), ""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.compile_layers()
-        self.trainer.model_wrapped.train()
-        self.trainer.go_on()
-        self.trainer.start_clock()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.attend_as_configured(state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        config, step = self.trainer.config, state.global_step
-        last = step == config.train.steps
-        control.should_log = last or step % config.train.log_every == 0
-        control.should_evaluate = step in self.evaluations
-        control.should_training_stop = last or self.trainer.must_stop(control.should_log)
-        control.should_save = control.should_training_stop or step % config.train.checkpoint_every == 0
-        if control.should_log or control.should_evaluate or control.should_save:
-            self.trainer.check_loss()
-            self.trainer.clock.tick()
-        elif time.monotonic() - self._told >= SECONDS_PER_LINE:
-            self._tell(state)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        if "loss" not in logs:
-            return
-        trainer = self.trainer
-        if not math.isfinite(logs["grad_norm"]):
-            raise trainer.diverged("gradient", state.global_step)
-        compute = trainer.compute()["causal_exact"]
-        speed = trainer.speedometer.read(trainer.tokens, trainer.clock.trained, compute)
-        trainer.record(
-            {
-                "kind": "train",
-                "loss": logs["loss"],
-                "lr": logs["learning_rate"],
-                "grad_norm": logs["grad_norm"],
-                "seconds": trainer.clock.seconds,
-                **speed,
-                **({"mesh": trainer.mesh} if trainer.args.world_size > 1 else {}),
-            }
-        )
-        self._detail = _told(logs, speed)
-        self._tell(state)
-
-    def _tell(self, state: Any) -> None:
-        """Show how far the training is, with what the last record said."""
-        self._told = time.monotonic()
-        done, whole = (self.trainer.compute(step)["causal_exact"] for step in (state.global_step, state.max_steps))
-        self.trainer.progress.step(state.global_step, state.max_steps, self._detail, done / whole)
-
-
-def _told(logs: dict[str, float], speed: dict[str, float | None]) -> str:
-    """Say what progress tells of a step."""
-    mfu = "" if speed["mfu"] is None else f"  MFU {speed['mfu']:.0%}"
-    return f"loss {logs['loss']:.3f}  lr {logs['learning_rate']:.2g}  {speed['tokens_per_second']:,.0f} tokens/s{mfu}"
 
 
 def _stack(windows: list[dict[str, Tensor]], sharding: Sharding | None = None) -> dict[str, Any]:

@@ -1,0 +1,94 @@
+"""Whether there can be such a run: settings, folder and model, checked before data are read, and then the data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from openmoba.lab.config import RunConfig, changes, is_run, stored_config
+from openmoba.lab.data.load import Data
+from openmoba.lab.model.build import check_model
+from openmoba.lab.model.checkpoint import checkpoint_step, checkpoints
+from openmoba.lab.train.schedule import check_lengthening
+from openmoba.records import disk
+
+
+def check_run(config: RunConfig, folder: Path) -> bool:
+    """Tell whether a shorter run of this configuration has begun in the folder; reads no data.
+
+    Raises:
+        ValueError: there can be no such run, or the folder is not free for it.
+    """
+    config.check()
+    longer = _check_folder(config, folder)
+    _check_model(config)
+    return longer
+
+
+def check_start(config: RunConfig, model: Any, source: Path | str) -> None:
+    """Raise ValueError unless the model of `source`, from which the run starts, has as many positions as windows do."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and config.data.length > longest:
+        raise ValueError(
+            f"data.length={config.data.length} exceeds the {longest} positions of the model of {source}; shorten "
+            "it, or extend the model with model.overrides (max_position_embeddings, rope_parameters)"
+        )
+
+
+def check_labels(config: RunConfig, data: Data) -> None:
+    """Raise ValueError if `train.loss_tokens` leaves a conversation without labels, whose mean loss would be 0/0."""
+    last = config.train.loss_tokens
+    if last is None or data.train.store.written is None:
+        return
+    unlabelled = int((~data.train.labelled(last)).sum())
+    if unlabelled:
+        raise ValueError(
+            f"train.loss_tokens={last}: {unlabelled} of {len(data.train)} training windows have none of the "
+            "assistant's tokens there, since conversations are padded at their end; leave train.loss_tokens out"
+        )
+
+
+def check_vocabulary(config: RunConfig, model: Any, data: Data) -> None:
+    """Raise ValueError unless the model has an entry for every token."""
+    entries = model.get_input_embeddings().weight.shape[0]
+    if len(data.tokenizer) > entries:
+        raise ValueError(
+            f"the tokenizer has {len(data.tokenizer)} entries, the model of {config.train.start_from} has {entries}; "
+            "use its own with data.tokenizer=auto"
+        )
+
+
+def _check_folder(config: RunConfig, folder: Path) -> bool:
+    """Tell whether a shorter run of this configuration has begun in the folder; ValueError if another one has."""
+    if not disk.has_begun(folder):
+        return False
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds records but no config.json; restore it or use another folder")
+    stored = stored_config(folder)
+    if not changes(stored, config):
+        return False
+    try:
+        newest = checkpoints(folder)
+        check_lengthening(stored, config, checkpoint_step(newest[0]) if newest else 0)
+    except ValueError as error:
+        raise ValueError(f"{folder} holds another run: {error}; use another folder") from error
+    return True
+
+
+def _check_model(config: RunConfig) -> None:
+    """Raise ValueError if there is no such model, or the run that this one goes on from has another.
+
+    A run that goes on from another run says the same model, since its records carry that name.
+    """
+    if config.train.start_from is None:
+        check_model(config.model, config.data.length, config.arm.sparsest(config.train.steps))
+        return
+    start = Path(config.train.start_from)
+    if not is_run(start):
+        return
+    origin = stored_config(start).model
+    if (origin.family, origin.size) != (config.model.family, config.model.size):
+        raise ValueError(
+            f"train.start_from={start} is a run of model.family={origin.family} model.size={origin.size}, this one "
+            f"says {config.model.family} {config.model.size}; give the same"
+        )
