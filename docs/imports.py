@@ -1,5 +1,8 @@
 """Count what imports what, and draw it: folders, their files and lines, circles, and imports that hide in strings.
 
+Code is lines that are not blank, comments or docstrings; parameters are those of the longest function, constexprs of a
+kernel aside.
+
     python docs/imports.py [SRC]
 
 prints the map of the package below SRC, `src` by default. An older one's, of commit C:
@@ -32,11 +35,12 @@ def report(source: Path) -> str:
     found = modules(source)
     graph, hidden = imports(found), named(found)
     folders = by_folder(graph, found)
-    lines = ["| folder | files | lines | imports |", "| --- | --- | --- | --- |"]
+    lines = ["| folder | files | lines | code | parameters | imports |", "| --- | --- | --- | --- | --- | --- |"]
     for name in sorted(folders):
-        paths = [path for module, path in found.items() if folder(module, found) == name]
-        length = sum(len(path.read_text().splitlines()) for path in paths)
-        lines.append(f"| {name} | {len(paths)} | {length} | {', '.join(sorted(folders[name])) or '-'} |")
+        texts = [path.read_text() for module, path in found.items() if folder(module, found) == name]
+        sizes = (sum(map(len, map(str.splitlines, texts))), sum(map(code_lines, texts)), max(map(parameters, texts)))
+        cells = (name, len(texts), *sizes, ", ".join(sorted(folders[name])) or "-")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     circular = [
         f"{what}: {circle}" for what, of in (("modules", graph), ("folders", folders)) for circle in circles(of)
     ]
@@ -135,6 +139,29 @@ def _nodes(tree: ast.AST, everywhere: bool) -> Iterator[ast.AST]:
             continue
         yield node
         yield from _nodes(node, everywhere)
+
+
+def code_lines(text: str) -> int:
+    """Count the lines of a file that are neither blank nor comment nor docstring."""
+    tree = ast.parse(text)
+    words = {
+        line
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    lines = enumerate(text.splitlines(), 1)
+    return sum(bool(line.strip()) and not line.lstrip().startswith("#") and i not in words for i, line in lines)
+
+
+def parameters(text: str) -> int:
+    """Count the parameters of the longest signature in a file, constexprs aside."""
+    counts = [0]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            every = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            counts.append(sum(not (one.annotation and "constexpr" in ast.unparse(one.annotation)) for one in every))
+    return max(counts)
 
 
 def folder(module: str, found: Mapping[str, Path]) -> str:

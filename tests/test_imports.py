@@ -53,6 +53,11 @@ def test_circles_are_found() -> None:
     assert imports.circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b - c"]
 
 
+def test_code_and_parameters_are_counted() -> None:
+    text = '"""A file."""\n\n# Why.\ndef f(a, *, b, N: tl.constexpr):\n    """Do."""\n    return """a\n    b"""\n'
+    assert (imports.code_lines(text), imports.parameters(text)) == (3, 2)
+
+
 def test_the_drawing_leaves_out_what_others_imply(tmp_path: Path) -> None:
     texts = {
         "low/__init__": "",
@@ -70,5 +75,5 @@ def test_the_drawing_leaves_out_what_others_imply(tmp_path: Path) -> None:
         path.write_text(text)
     arrows = imports.drawing(tmp_path).splitlines()[2:-1]
     assert [arrow.strip() for arrow in arrows] == ["mid --> low", "top --> mid", "top -.-> late"]
-    assert "| top | 1 | 3 | low, mid |" in imports.report(tmp_path)
+    assert "| top | 1 | 3 | 3 | 0 | low, mid |" in imports.report(tmp_path)
     assert imports.report(tmp_path).endswith("Import by a string: openmoba.top of openmoba.late.three")
