@@ -4,6 +4,7 @@ from openmoba.config import MobaConfig
 from openmoba.ops.api import Explanation, explain, moba_attention, moba_select
 from openmoba.ops.centroids import new_centroids
 from openmoba.ops.decode import moba_decode
+from openmoba.ops.paged import complete_paged, moba_paged, new_paged_centroids
 from openmoba.ops.pages import complete_pages
 
 __version__ = "0.1.0"
@@ -12,10 +13,13 @@ __all__ = [
     "Explanation",
     "MobaConfig",
     "__version__",
+    "complete_paged",
     "complete_pages",
     "explain",
     "moba_attention",
     "moba_decode",
+    "moba_paged",
     "moba_select",
     "new_centroids",
+    "new_paged_centroids",
 ]
