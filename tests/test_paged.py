@@ -9,9 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from openmoba import complete_pages, moba_attention, moba_decode, new_centroids
+from openmoba import (
+    complete_paged,
+    complete_pages,
+    moba_attention,
+    moba_decode,
+    moba_paged,
+    new_centroids,
+    new_paged_centroids,
+)
 from openmoba.ops.decode import MAX_QUERIES
-from openmoba.ops.paged import complete_paged, moba_paged, new_paged_centroids
 
 HEADS, KV_HEADS, WIDTH = 6, 3, 8
 SIZES = pytest.mark.parametrize(

@@ -15,7 +15,6 @@ CPU, and as the specification of kernels.
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 import torch
@@ -27,10 +26,10 @@ from openmoba.ops.centroids import centroid_dtype
 from openmoba.ops.checks import check_scale, needs_gradient
 from openmoba.ops.decode import MAX_QUERIES
 from openmoba.ops.pages import complete_pages
-from openmoba.ops.reference import accumulation_dtype, choose_blocks
+from openmoba.ops.reference import decode_one, key_head_of
 
 # Z pages of the cache, P tokens of a page, B sequences, M pages of a sequence in the table, N new tokens of all
-# sequences, T those of one, C complete blocks, K blocks read, H query heads, Hkv key/value heads, D head width
+# sequences, T those of one, C complete blocks, S positions in a sequence, H query heads, Hkv key heads, D head width
 
 
 def new_paged_centroids(k_pages: Tensor, block_size: int) -> Tensor:
@@ -119,60 +118,59 @@ def moba_paged(
         raise ValueError(f"cu_seqlens_q must end at q's {q.shape[0]} tokens, got {starts[-1]}")
     out = torch.empty_like(q)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        for table_M, (length, new), start in zip(block_table, sequences, starts, strict=False):
-            q_THD, out_THD = (x[start : start + new] for x in (q, out))
+        for row, ((length, new), start) in enumerate(zip(sequences, starts, strict=False)):
+            table_1M = block_table[row : row + 1, : -(-length // k_pages.shape[1])]
+            cache, q_THD = (k_pages, v_pages, table_1M), q[start : start + new]
             if new > MAX_QUERIES:
-                pages_M = table_M[: -(-length // k_pages.shape[1])]
-                k_SHD, v_SHD = (x[pages_M].flatten(0, 1)[:length] for x in (k_pages, v_pages))
-                whole = moba_attention(
-                    q_THD[None], k_SHD[None], v_SHD[None], block_size=block_size, top_k=top_k, scale=scale
-                )
-                out_THD.copy_(whole[0])
+                out[start : start + new] = _prefill(q_THD, *cache, length, block_size, top_k, scale)
             elif new:
-                block_THK = _choose(q_THD, centroids, table_M, length, k_pages.shape[1], block_size, top_k)
-                for t in range(new):
-                    position_HS = _positions(block_THK[t], length - new + t, block_size)
-                    out_THD[t] = _attend(q_THD[t], k_pages, v_pages, table_M, position_HS, length - new + t, scale)
+                out[start : start + new] = _decode(q_THD, *cache, centroids, length, block_size, top_k, scale)
     return out
 
 
-def _choose(
-    q_THD: Tensor, centroids: Tensor, table_M: Tensor, length: int, page_size: int, block_size: int, top_k: int
+def _prefill(
+    q_THD: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table_1M: Tensor,
+    length: int,
+    block_size: int,
+    top_k: int,
+    scale: float,
 ) -> Tensor:
-    """Return the past blocks that the last T tokens read, int32 `[T, H, K - 1]`, -1 for none."""
-    block_C = torch.arange(length // block_size, device=q_THD.device)
-    page_1C, place_1C = _home(table_M[None], block_C[None], page_size, block_size)
-    wide, (tokens, _, width) = accumulation_dtype(q_THD.dtype), q_THD.shape
-    centroid_CHD = centroids[page_1C[0], place_1C[0]].to(wide)
-    q_THGD = q_THD.to(wide).reshape(tokens, centroid_CHD.shape[1], -1, width)
-    score_THC = torch.einsum("thgd,chd->thgc", q_THGD, centroid_CHD).flatten(1, 2)
-    own_T = torch.arange(length - tokens, length, device=q_THD.device) // block_size
-    past_TC = block_C < own_T[:, None]
-    return choose_blocks(score_THC.masked_fill(~past_TC[:, None], -math.inf)[None], top_k)[0]
+    """Attend for a chunk of one sequence's prompt, `[T, H, D]`, after its keys were copied side by side."""
+    k_1SHD, v_1SHD = (x[table_1M[0]].flatten(0, 1)[None, :length] for x in (k_pages, v_pages))
+    return moba_attention(q_THD[None], k_1SHD, v_1SHD, block_size=block_size, top_k=top_k, scale=scale)[0]
 
 
-def _positions(block_HK: Tensor, position: int, block_size: int) -> Tensor:
-    """Return the positions in the chosen blocks and in the own one, `[H, K * block_size]`; negative for none."""
-    own_H1 = block_HK.new_full((block_HK.shape[0], 1), position // block_size)
-    start_HK = torch.cat([block_HK, own_H1], 1).long() * block_size
-    return (start_HK[..., None] + torch.arange(block_size, device=block_HK.device)).flatten(1)
-
-
-def _attend(
-    q_HD: Tensor, k_pages: Tensor, v_pages: Tensor, table_M: Tensor, position_HS: Tensor, position: int, scale: float
+def _decode(
+    q_THD: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table_1M: Tensor,
+    centroids: Tensor,
+    length: int,
+    block_size: int,
+    top_k: int,
+    scale: float,
 ) -> Tensor:
-    """Attend for one query at `position`, which reads these positions as far as they are there: `[H, D]`."""
-    reads_HS = (position_HS >= 0) & (position_HS <= position)
-    page_HS, place_HS = _page_and_place(
-        table_M.expand(position_HS.shape[0], -1), position_HS.clamp(0, position), k_pages.shape[1]
-    )
-    group = q_HD.shape[0] // k_pages.shape[2]
-    head_H1 = (torch.arange(q_HD.shape[0], device=q_HD.device) // group)[:, None]
-    wide = accumulation_dtype(q_HD.dtype)
-    k_HSD, v_HSD = (x[page_HS, place_HS, head_H1].to(wide) for x in (k_pages, v_pages))
-    logit_HS = scale * (k_HSD @ q_HD.to(wide)[..., None])[..., 0]
-    weight_HS = logit_HS.masked_fill(~reads_HS, -math.inf).softmax(-1)
-    return (weight_HS[:, None] @ v_HSD)[:, 0].to(q_HD.dtype)
+    """Attend for one sequence's last few tokens, `[T, H, D]`, which read the blocks they choose where these lie."""
+    page_size, device = k_pages.shape[1], q_THD.device
+    block_1C = torch.arange(length // block_size, device=device)[None]
+    centroid_1CHD = centroids[_home(table_1M, block_1C, page_size, block_size)]
+
+    def at(position_1HS: Tensor) -> tuple[Tensor, Tensor]:
+        position_1N = position_1HS.clamp(0, length - 1).flatten(1)
+        page, place = (x.view_as(position_1HS) for x in _page_and_place(table_1M, position_1N, page_size))
+        where = page, place, key_head_of(q_THD, k_pages)
+        return k_pages[where], v_pages[where]
+
+    position_T = torch.arange(length - q_THD.shape[0], length, device=device)
+    rows = [
+        decode_one(q_HD[None], centroid_1CHD, position[None], at, block_size, top_k, scale)
+        for q_HD, position in zip(q_THD, position_T, strict=True)
+    ]
+    return torch.cat(rows)
 
 
 def _page_and_place(table_NM: Tensor, position_NS: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
@@ -224,7 +222,7 @@ def _check_cache(centroids: Tensor, k_pages: Tensor, block_table: Tensor, length
     if centroids.dtype != dtype or centroids.shape != shape:
         raise ValueError(
             f"centroids must be {dtype} {list(shape)}, got {centroids.dtype} {list(centroids.shape)}; "
-            "openmoba.ops.paged.new_paged_centroids makes them"
+            "openmoba.new_paged_centroids makes them"
         )
     if block_table.dtype != torch.int32 or block_table.dim() != 2:
         raise ValueError(

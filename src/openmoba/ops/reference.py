@@ -20,7 +20,7 @@ Source: MoBA technical report, arXiv 2502.13189, section 2.2. Memory is O(T * S)
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -184,34 +184,41 @@ def reference_decode(
     scale: float,
 ) -> Tensor:
     """`openmoba.moba_decode` by definition, one query token after the other."""
-    starts = torch.zeros_like(lengths) if starts is None else starts
+    starts_B = torch.zeros_like(lengths) if starts is None else starts
     queries = q.shape[1]
     position_BT = lengths[:, None] - queries + _range(q, queries)
+
+    def at(position_BHN: Tensor) -> tuple[Tensor, Tensor]:
+        slot_BHN = (starts_B[:, None, None] + position_BHN).clamp(0, k_cache.shape[1] - 1)
+        place = _range(q, q.shape[0])[:, None, None], slot_BHN, key_head_of(q, k_cache)
+        return k_cache[place], v_cache[place]
+
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         rows = [
-            _decode_one(q[:, t], k_cache, v_cache, centroids, position_B, starts, block_size, top_k, scale)
+            decode_one(q[:, t], centroids, position_B, at, block_size, top_k, scale)
             for t, position_B in enumerate(position_BT.unbind(1))
         ]
     return torch.stack(rows, 1)
 
 
-def _decode_one(
+def decode_one(
     q_BHD: Tensor,
-    k_BSHD: Tensor,
-    v_BSHD: Tensor,
     centroid_BPHD: Tensor,
     position_B: Tensor,
-    starts_B: Tensor,
+    at: Callable[[Tensor], tuple[Tensor, Tensor]],
     block_size: int,
     top_k: int,
     scale: float,
 ) -> Tensor:
-    """One query per row, at `position_B` within the row: `[B, H, D]`."""
+    """Attend for one query per row, at `position_B` within the row: `[B, H, D]`.
+
+    `at` gives keys and values `[B, H, N, D]` at positions `[B, H, N]` within rows, anything at those that are none.
+    """
     own_B = position_B // block_size
     page_BHK = _choose_pages(q_BHD, centroid_BPHD, own_B, top_k)
     position_BHN = (page_BHK[..., None] * block_size + _range(q_BHD, block_size)).flatten(2)
     read_BHN = (position_BHN >= 0) & (position_BHN <= position_B[:, None, None])
-    k_BHND, v_BHND = (_gather(x, starts_B, position_BHN, q_BHD.shape[1]) for x in (k_BSHD, v_BSHD))
+    k_BHND, v_BHND = at(position_BHN)
     wide = accumulation_dtype(q_BHD.dtype)
     logit_BHN = scale * (k_BHND.to(wide) @ q_BHD.to(wide)[..., None])[..., 0]
     weight_BHN = logit_BHN.masked_fill(~read_BHN, -math.inf).softmax(-1)
@@ -230,13 +237,10 @@ def _choose_pages(q_BHD: Tensor, centroid_BPHD: Tensor, own_B: Tensor, top_k: in
     return torch.cat([past_BHK, own_B.long()[:, None, None].expand(-1, heads, 1)], -1)
 
 
-def _gather(x_BSHD: Tensor, starts_B: Tensor, position_BHN: Tensor, heads: int) -> Tensor:
-    """Each query head's cache entries at `position_BHN` within the rows, `[B, H, N, D]`."""
-    batch, slots, kv_heads, _ = x_BSHD.shape
-    slot_BHN = (starts_B[:, None, None] + position_BHN).clamp(0, slots - 1)
-    row_B11 = _range(x_BSHD, batch)[:, None, None]
-    kv_head_H1 = (_range(x_BSHD, heads) // (heads // kv_heads))[:, None]
-    return x_BSHD[row_B11, slot_BHN, kv_head_H1]
+def key_head_of(q: Tensor, k: Tensor) -> Tensor:
+    """Return the key head of each query head, `[H, 1]`; heads are the last but one dimension of both."""
+    heads = q.shape[-2]
+    return (_range(q, heads) // (heads // k.shape[-2]))[:, None]
 
 
 @torch.no_grad()
