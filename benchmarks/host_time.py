@@ -119,7 +119,7 @@ def launch_nothing() -> None:
 
 
 def run_nothing(*arguments: Any) -> None:
-    """Stands for a launcher, which tells those who listen to Triton's launches."""
+    """Do nothing as a launcher, which tells those who listen to Triton's launches."""
     metadata, enter = arguments[6:8]
     if enter is not None:
         enter(metadata)

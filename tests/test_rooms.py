@@ -76,7 +76,8 @@ def test_timing_attention_needs_torch_alone(tmp_path: Path) -> None:
         "from openmoba import cli; print(cli.main(['--version']), cli.main(['train', 'run']))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stderr.count(" ms")) == (0, 3), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert {"sdpa", "moba", "sdpa_mask"} <= set(re.findall(r"^(\w+) .* ms$", done.stderr, re.MULTILINE)), done.stderr
     assert "| 16 | 16/2 | 64 | forward |" in done.stdout
     assert done.stdout.endswith("0 2\n"), "the version is said, and what training lacks"
     assert "pip install 'openmoba[lab]' installs what the laboratory needs" in done.stderr

@@ -19,7 +19,7 @@ def _undefined_gradients(_name: str, _d_out: Tensor, _d_lse: Any, *qkv: Any) -> 
 
 @operation(Backend.backward, fake=_undefined_gradients, gradient=refuse_second_derivatives)
 def attend_backward(name: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attend`, which differentiate no more."""
+    """Return the gradients of `attend`, which differentiate no more."""
     return backend(name).backward(*arguments)
 
 
@@ -52,7 +52,7 @@ def _gradient(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, _: None) -> 
 
 @operation(Backend.forward, fake=_undefined_results, save=_save, gradient=_gradient)
 def attend(name: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp and choice; the first two differentiable once in q, k and v, backward only."""
+    """Return output, log-sum-exp and choice; the first two differentiable once in q, k and v, backward only."""
     q, k, _, blocks, cu_q, cu_k, block_size, *_ = arguments
     if blocks is not None and blocks.device.type == "cpu":  # on a GPU it is the kernels that look
         check_given_values(blocks, q, k, cu_q, cu_k, block_size)
@@ -65,5 +65,5 @@ def _undefined_blocks(_name: str, q: Tensor, _k: Any, _cu_q: Any, _cu_k: Any, _b
 
 @operation(Backend.select, fake=_undefined_blocks)
 def select(name: str, *arguments: Any) -> Tensor:
-    """The chosen blocks."""
+    """Return the chosen blocks."""
     return backend(name).select(*arguments)

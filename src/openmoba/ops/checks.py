@@ -88,7 +88,7 @@ def check_given(
 
 
 def _assert_all(good: Tensor, message: str) -> None:
-    """Assert on the device, where a tracer sees it; for the batches of vmap, which knows no assertions, all at once."""
+    """Assert on the device, where a tracer sees it; all batches of vmap, which knows no assertions, at once."""
     if not are_transforms_active():
         torch._assert_async(good.all(), message)
         return
@@ -145,7 +145,7 @@ def check_parts(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
 
 
 def check_scale(q: Tensor, scale: float | None) -> float:
-    """The factor on the logits, `D**-0.5` if none is given; ValueError unless it is a positive finite number."""
+    """Return the factor on the logits, `D**-0.5` if none is given; ValueError unless it is positive and finite."""
     if scale is None:
         return float(q.shape[-1] ** -0.5)
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
@@ -233,7 +233,7 @@ def check_boundary_values(cu_q: Tensor, cu_k: Tensor, queries: int, keys: int) -
 
 
 def _assert_on_device(cu_q: Tensor, cu_k: Tensor, queries: int, keys: int) -> None:
-    """The same conditions as a device-side assertion: reading the values would wait for the GPU."""
+    """Assert the same conditions on the device: reading the values would wait for the GPU."""
     fits = (cu_q[0] == 0) & (cu_k[0] == 0) & (cu_q[-1] == queries) & (cu_k[-1] == keys)
     ordered = (cu_q.diff() >= 0).all() & (cu_q.diff() <= cu_k.diff()).all()
     torch._assert_async(
@@ -243,13 +243,13 @@ def _assert_on_device(cu_q: Tensor, cu_k: Tensor, queries: int, keys: int) -> No
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
-    """Whether a result of these would be differentiated, in either mode."""
+    """Tell whether a result of these would be differentiated, in either mode."""
     backward = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return backward or _has_tangent(*tensors)
 
 
 def refuse_forward_mode(*tensors: Tensor) -> None:
-    """NotImplementedError if a fast implementation would lose forward-mode derivatives of these, as 0."""
+    """Raise NotImplementedError if a fast implementation would lose forward-mode derivatives of these, as 0."""
     if _has_tangent(*tensors):
         raise NotImplementedError(NO_FORWARD_MODE)
 

@@ -42,7 +42,7 @@ class _Workspace:
         self.buffer = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def rows(self, count: int, width: int) -> Tensor:
-        """Uninitialised fp32 `[count, width]`, valid until the next call."""
+        """Return uninitialised fp32 `[count, width]`, valid until the next call."""
         if self.buffer.numel() < count * width:
             self.buffer = torch.empty(count * width, dtype=torch.float32, device="cpu")
         return self.buffer[: count * width].view(count, width)
@@ -59,7 +59,7 @@ def forward(
     top_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp and selection, as `openmoba.ops.backends.Backend` defines them."""
+    """Return output, log-sum-exp and selection, as `openmoba.ops.backends.Backend` defines them."""
     selected = select(q, k, cu_q, cu_k, block_size, top_k) if blocks is None else _once(blocks, q.shape[-2])
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
     q_TJGD, out_TJGD, lse_TJG, selected_TJGK = (
@@ -92,7 +92,7 @@ def backward(
     top_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; those of k and v are summed in fp32."""
+    """Return the gradients of q, k and v; those of k and v are summed in fp32."""
     if d_lse is not None:
         wider = _with_row_term(d_out, d_lse, q, k, v, out)
         gradients = backward(wider[0], None, *wider[1:], lse, selected, cu_q, cu_k, block_size, top_k, scale)
@@ -121,12 +121,12 @@ def backward(
 def choice_shape(
     q: Tensor, k: Tensor, blocks: Tensor | None, cu_q: Tensor | None, block_size: int, top_k: int
 ) -> tuple[int, ...]:
-    """Shape of `selected`, the choice that the forward hands to the backward."""
+    """Return the shape of `selected`, the choice that the forward hands to the backward."""
     return (*q.shape[:-1], top_k - 1)
 
 
 def _once(blocks: Tensor, heads: int) -> Tensor:
-    """Given blocks per query head, `[..., H, m]`, in the order they were given in, -1 in the place of repeats."""
+    """Return given blocks per query head, `[..., H, m]`, in the order they were given in, -1 for repeats."""
     blocks = blocks.repeat_interleave(heads // blocks.shape[-2], dim=-2)
     ordered, place = blocks.sort(dim=-1, stable=True)
     repeats = torch.zeros_like(blocks, dtype=torch.bool)
@@ -137,7 +137,7 @@ def _once(blocks: Tensor, heads: int) -> Tensor:
 def _with_row_term(
     d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same with more columns, so that the backward's row term, `sum(d_out * out)`, is less by `d_lse`.
+    """Add columns, so that the backward's row term, `sum(d_out * out)`, is less by `d_lse`.
 
     That is all a gradient of the log-sum-exp changes: dS = P * (dP - sum(d_out * out) + d_lse). Values are zero in the
     new columns, where the gradient of the output is one and the output is `-d_lse`, in two numbers of its precision.
@@ -154,7 +154,7 @@ def _with_row_term(
 def _forward_part(
     todo: Plan, q_QD: Tensor, kv_KD: Tensor, scale: float, workspace: _Workspace
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp, fp32, of a part's query rows."""
+    """Return output and log-sum-exp, fp32, of a part's query rows."""
     width = q_QD.shape[1]
     slot_D = workspace.rows(todo.slots + 1, width)
     slot_lse = q_QD.new_empty(todo.slots + 1, dtype=torch.float32)
@@ -177,7 +177,7 @@ def _forward_part(
 def _backward_part(
     todo: Plan, rows_QD: Tensor, lse_Q: Tensor, kv_KD: Tensor, scale: float, workspace: _Workspace
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients, fp32, of a part's query rows, keys and values; `rows_QD` is q, d_out and out side by side."""
+    """Return the fp32 gradients of a part's query rows, keys and values; `rows_QD` is q, d_out and out side by side."""
     width = rows_QD.shape[1] // 3
     slot_D = workspace.rows(todo.slots + 1, width)
     slot_D[-1] = 0
@@ -199,7 +199,7 @@ def _backward_part(
 
 
 def _batches(todo: Plan, row_bytes: int) -> Iterator[tuple[Tiles, Tensor, Tensor]]:
-    """Tiles a few at a time, in the order of their slots, with the query and key rows they gather."""
+    """Yield tiles a few at a time, in the order of their slots, with the query and key rows they gather."""
     threads = torch.get_num_threads()
     for tiles in todo.tiles:
         tile_bytes = (3 * tiles.row_LR.shape[1] + 2 * tiles.span) * row_bytes
@@ -210,7 +210,7 @@ def _batches(todo: Plan, row_bytes: int) -> Iterator[tuple[Tiles, Tensor, Tensor
 
 
 def _gather(x_QD: Tensor, row_LR: Tensor) -> Tensor:
-    """`x_QD[row_LR]` as one head per tile, `[L, 1, R, D]`."""
+    """Gather `x_QD[row_LR]` as one head per tile, `[L, 1, R, D]`."""
     return x_QD.index_select(0, row_LR.flatten()).view(len(row_LR), 1, row_LR.shape[1], -1)
 
 
@@ -228,17 +228,17 @@ def _parts(
 
 
 def _packed(x: Tensor, cu: Tensor | None) -> Tensor:
-    """A batch as a packed tensor; a view where the strides allow."""
+    """View a batch as a packed tensor, where the strides allow."""
     return x.flatten(0, 1) if cu is None else x
 
 
 def _by_head(x_THD: Tensor, kv_heads: int) -> Tensor:
-    """Query heads grouped by their key/value head, `[T, J, G, ...]`."""
+    """Group query heads by their key/value head, `[T, J, G, ...]`."""
     return torch.unflatten(x_THD, 1, (kv_heads, -1))
 
 
 def _rows(x_TJGD: Tensor, part: Part) -> Tensor:
-    """A part's share in the order of its query rows, `[J, T, G, ...]`, a view."""
+    """Return a part's share in the order of its query rows, `[J, T, G, ...]`, a view."""
     return x_TJGD[part.queries, part.heads].transpose(0, 1)
 
 
@@ -249,7 +249,7 @@ def _put_rows(x_TJGD: Tensor, part: Part, rows_QD: Tensor) -> None:
 
 
 def _with_padding(xs_JTGD: list[Tensor]) -> Tensor:
-    """Query rows side by side in one contiguous tensor, and a last row of zeros, which padding reads."""
+    """Lay query rows side by side in one contiguous tensor, and a last row of zeros, which padding reads."""
     rows, width = xs_JTGD[0].shape[:3].numel(), xs_JTGD[0].shape[3]
     joint = xs_JTGD[0].new_zeros((rows + 1, len(xs_JTGD) * width))
     for x_JTGD, column in zip(xs_JTGD, joint[:-1].chunk(len(xs_JTGD), dim=1), strict=True):
@@ -258,5 +258,5 @@ def _with_padding(xs_JTGD: list[Tensor]) -> Tensor:
 
 
 def _keys(xs_SJD: list[Tensor], part: Part) -> Tensor:
-    """Keys and values of a part side by side, in the order of its key rows."""
+    """Lay keys and values of a part side by side, in the order of its key rows."""
     return torch.cat([x[part.keys, part.heads].transpose(0, 1) for x in xs_SJD], dim=-1).flatten(0, 1)

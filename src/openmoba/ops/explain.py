@@ -82,7 +82,7 @@ def path_of(run: str, k: Tensor, cu_k: Tensor | None, block_size: int, top_k: in
 
 
 def _kernels(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> str:
-    """Which kernels attend to past blocks."""
+    """Tell which kernels attend to past blocks."""
     from openmoba.ops.triton import families  # importing openmoba needs torch alone
     from openmoba.ops.triton.geometry import Geometry
 

@@ -35,7 +35,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def block_centroids(k_BSHD: Tensor, block_size: int) -> Tensor:
-    """Mean key of every complete block, `[B, N, Hkv, D]`, in fp32 (fp64 for fp64 keys).
+    """Average the keys of every complete block, `[B, N, Hkv, D]`, in fp32 (fp64 for fp64 keys).
 
     The last incomplete block has none: it is the own block of every query that could have scored it.
     """
@@ -46,7 +46,7 @@ def block_centroids(k_BSHD: Tensor, block_size: int) -> Tensor:
 
 
 def block_scores(q_BTHD: Tensor, k_BSHD: Tensor, block_size: int) -> Tensor:
-    """`<q_t, c_n>` for every query and complete block, `[B, T, H, N]`; `-inf` where n is not a past block."""
+    """Score every query and complete block by `<q_t, c_n>`, `[B, T, H, N]`; `-inf` where n is not a past block."""
     centroid_BNHD = per_query_head(block_centroids(k_BSHD, block_size), q_BTHD.shape[2])
     score_BTHN = torch.einsum("bthd,bnhd->bthn", q_BTHD.to(centroid_BNHD.dtype), centroid_BNHD)
     own_T = query_positions(q_BTHD, k_BSHD) // block_size
@@ -56,7 +56,7 @@ def block_scores(q_BTHD: Tensor, k_BSHD: Tensor, block_size: int) -> Tensor:
 
 
 def choose_blocks(score_BTHN: Tensor, top_k: int) -> Tensor:
-    """The `top_k - 1` best past blocks per query, best first, int32 `[B, T, H, top_k - 1]`, -1 for none."""
+    """Choose the `top_k - 1` best past blocks per query, best first, int32 `[B, T, H, top_k - 1]`, -1 for none."""
     blocks = score_BTHN.shape[-1]
     wanted = min(top_k - 1, blocks)
     # A stable sort of the reversed blocks sends ties to the later block.
@@ -67,7 +67,7 @@ def choose_blocks(score_BTHN: Tensor, top_k: int) -> Tensor:
 
 
 def attention_mask(selected_BTHK: Tensor, keys: int, block_size: int) -> Tensor:
-    """Keys each query reads, bool `[B, H, T, S]`: past keys of its own block and of its selected blocks."""
+    """Return the keys each query reads, bool `[B, H, T, S]`: past ones of its own and its selected blocks."""
     queries = selected_BTHK.shape[1]
     key_S = torch.arange(keys, device=selected_BTHK.device)
     position_T = key_S[keys - queries :]
@@ -87,7 +87,7 @@ def reference_select(
     block_size: int,
     top_k: int,
 ) -> Tensor:
-    """`openmoba.moba_select` by definition."""
+    """Choose as `openmoba.moba_select`, by definition."""
     if cu_seqlens_q is None or cu_seqlens_k is None:
         with torch.no_grad():
             return choose_blocks(block_scores(q, k, block_size), top_k)
@@ -109,7 +109,7 @@ def reference_attention(
     top_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """`openmoba.block_attention` by definition, and `openmoba.moba_attention` if it has to choose the blocks.
+    """Attend as `openmoba.block_attention`, by definition, and `openmoba.moba_attention` if it is to choose the blocks.
 
     Output and log-sum-exp are differentiable in q, k and v, with the choice held fixed.
     """
@@ -134,14 +134,14 @@ def reference_attention(
 def attention_given_selection(
     q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, selected_BTHK: Tensor, block_size: int, scale: float
 ) -> Tensor:
-    """Softmax attention over the own block and the given past blocks, `[B, T, H, D]` in q's dtype."""
+    """Attend by softmax over the own block and the given past blocks, `[B, T, H, D]` in q's dtype."""
     return reference_attention(q_BTHD, k_BSHD, v_BSHD, selected_BTHK, None, None, block_size, 0, scale)[0]
 
 
 def attention_over(
     q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BHTS: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the keys that a mask allows, `[B, T, H, D]`, and its log-sum-exp, `[B, T, H]`.
+    """Attend by softmax over the keys that a mask allows, `[B, T, H, D]`; and its log-sum-exp, `[B, T, H]`.
 
     A query that reads no key gets zeros and a log-sum-exp of `-inf`.
     """
@@ -158,7 +158,7 @@ def attention_over(
 
 
 def reference_merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """`openmoba.merge_attention` by definition."""
+    """Merge as `openmoba.merge_attention`, by definition."""
     lse_NBTH = torch.stack(tuple(lses))
     # Neither -inf - -inf nor what differentiates it may arise: a source without keys has the weight 0.
     none_NBTH = lse_NBTH == -math.inf
@@ -183,7 +183,7 @@ def reference_decode(
     top_k: int,
     scale: float,
 ) -> Tensor:
-    """`openmoba.moba_decode` by definition, one query token after the other."""
+    """Decode as `openmoba.moba_decode`, by definition, one query token after the other."""
     starts_B = torch.zeros_like(lengths) if starts is None else starts
     queries = q.shape[1]
     position_BT = lengths[:, None] - queries + _range(q, queries)
@@ -227,7 +227,7 @@ def decode_one(
 
 
 def _choose_pages(q_BHD: Tensor, centroid_BPHD: Tensor, own_B: Tensor, top_k: int) -> Tensor:
-    """The own page and the `top_k - 1` best before it, int64 `[B, H, K]`; -1 for none."""
+    """Choose the own page and the `top_k - 1` best before it, int64 `[B, H, K]`; -1 for none."""
     heads, pages = q_BHD.shape[1], centroid_BPHD.shape[1]
     wide = accumulation_dtype(q_BHD.dtype)
     score_BHP = torch.einsum("bhd,bphd->bhp", q_BHD.to(wide), per_query_head(centroid_BPHD, heads).to(wide))
@@ -247,7 +247,7 @@ def key_head_of(q: Tensor, k: Tensor) -> Tensor:
 def reference_complete_pages(
     centroid_BPHD: Tensor, key_BSHD: Tensor, length_B: Tensor, start_B: Tensor | None, new: int, block_size: int
 ) -> None:
-    """`openmoba.complete_pages` by definition, see `openmoba.ops.centroids`."""
+    """Complete pages as `openmoba.complete_pages`, by definition, see `openmoba.ops.centroids`."""
     batch, pages, heads, width = centroid_BPHD.shape
     possible = min(pages, -(-new // block_size))
     if possible == 0:
@@ -277,25 +277,25 @@ def reference_complete_pages(
 
 
 def _at(key_BSHD: Tensor, start_B: Tensor, position_BN: Tensor) -> Tensor:
-    """Keys `[B, N, H, D]` at positions within the rows; anything beyond the cache."""
+    """Return keys `[B, N, H, D]` at positions within the rows; anything beyond the cache."""
     slot_BN = (start_B[:, None] + position_BN).clamp(max=key_BSHD.shape[1] - 1).long()
     return key_BSHD[_range(key_BSHD, start_B.shape[0])[:, None], slot_BN]
 
 
 def _power_of_two(x: Tensor) -> Tensor:
-    """The powers of two that take x > 0 into [2^4, 2^5); 1 for 0."""
+    """Return the powers of two that take x > 0 into [2^4, 2^5); 1 for 0."""
     exponent = (ROOM + 1 - torch.frexp(x).exponent).clamp(-126, 127).to(x.dtype)  # else powers are of the default dtype
     return torch.where(x > 0, torch.ldexp(torch.ones_like(x), exponent), 1.0)
 
 
 def query_positions(q_BTHD: Tensor, k_BSHD: Tensor) -> Tensor:
-    """Position of each query among the keys, int64 `[T]`: queries are the last T positions."""
+    """Return the position of each query among the keys, int64 `[T]`: queries are the last T positions."""
     queries, keys = q_BTHD.shape[1], k_BSHD.shape[1]
     return torch.arange(keys - queries, keys, device=q_BTHD.device)
 
 
 def split_sequences(x_THD: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
-    """The sequences of a packed tensor, each `[1, T_i, H, D]`."""
+    """Return the sequences of a packed tensor, each `[1, T_i, H, D]`."""
     return [x_THD[None, start:end] for start, end in pairwise(cu_seqlens.tolist())]
 
 
