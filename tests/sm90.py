@@ -266,6 +266,36 @@ def launcher_arguments() -> list[dict[str, Any]]:
     return seen
 
 
+def launched_on_amd() -> list[str]:
+    """The kernels of a forward and backward that Triton compiles for an AMD GPU, with their options, and launches.
+
+    Only in a process that has not imported the kernels yet.
+    """
+    with patch.object(torch.version, "hip", "6.4"):
+        from openmoba.ops.triton import attention
+
+        names: list[str] = []
+
+        def load(name: str, *_: Any) -> tuple[int, ...]:
+            names.append(name)
+            return 0, 1, 255, 0, 1024
+
+        utils = SimpleNamespace(get_device_properties=lambda _: {"max_shared_mem": 65536}, load_binary=load)
+        driver.set_active(
+            SimpleNamespace(
+                launcher_cls=lambda *_: lambda *_: None,
+                utils=utils,
+                get_current_device=lambda: 0,
+                get_current_stream=lambda _: 0,
+                get_current_target=lambda: GPUTarget("hip", "gfx942", 64),
+            )
+        )
+        q, k = (torch.empty(1, 300, heads, 64, dtype=torch.bfloat16) for heads in (4, 2))
+        out, lse, choice = attention.forward(q, k, k, None, None, None, 64, 3, 1.0)
+        attention.backward(out, None, q, k, k, out, lse, choice, None, None, 64, 3, 1.0)
+    return names
+
+
 def _members(values: Iterable[Any]) -> Iterator[Any]:
     """Values, with the members of structs in the place of these."""
     for x in values:
@@ -300,13 +330,13 @@ def _codes(launches: list[Launch]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    # Each argument is "plan", "launches", or "width,block_size,top_k", or with ",queries" a decoding step, then
-    # ":dtype" unless bf16, or ":hopper" for Hopper's own kernels, or ":given" for those where they serve and given
-    # blocks; one line of JSON each. A process of its own, since
-    # Triton decides at import whether kernels are interpreted.
+    # Each argument is "plan", "launches", "amd" alone, or "width,block_size,top_k", or with ",queries" a decoding step,
+    # then ":dtype" unless bf16, or ":hopper" for Hopper's own kernels, or ":given" for those where they serve and given
+    # blocks; one line of JSON each. A process of its own: Triton decides at import whether kernels are interpreted.
     for argument in sys.argv[1:]:
-        if argument in ("plan", "launches"):
-            print(json.dumps(plan_report() if argument == "plan" else launcher_arguments()), flush=True)
+        whole = {"plan": plan_report, "launches": launcher_arguments, "amd": launched_on_amd}
+        if argument in whole:
+            print(json.dumps(whole[argument]()), flush=True)
             continue
         numbers, _, variant = argument.partition(":")
         sizes = [int(size) for size in numbers.split(",")]

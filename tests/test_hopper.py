@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from openmoba import explain
 from openmoba.ops.triton import hopper
 from openmoba.ops.triton.geometry import Geometry
-from openmoba.ops.triton.host.device import nvidia_capability
+from openmoba.ops.triton.host.device import most_registers, nvidia_capability
 
 FP16 = torch.float16
 
@@ -65,6 +65,13 @@ def test_capability_is_that_of_nvidia_gpus(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert nvidia_capability.__wrapped__(torch.device("cuda:0")) == found
     assert nvidia_capability.__wrapped__(torch.device("cpu")) == (0, 0)
+
+
+def test_registers_are_held_down_by_nvidias_compiler_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert most_registers(None) == {}
+    assert most_registers(128) == {"maxnreg": 128}
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert most_registers(128) == {}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what runs without a GPU")

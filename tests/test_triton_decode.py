@@ -25,7 +25,7 @@ FP16, FP32 = torch.float16, torch.float32
 
 @pytest.fixture(autouse=True)
 def _no_plans_of_other_tests() -> None:
-    kernels._plan.cache_clear()
+    kernels._launches.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,7 @@ def attend_heads(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    """Attention of some query tokens in the query heads of some key/value heads, written into `out` and `lse`.
+    """Write the attention of some query tokens, in the query heads of some key/value heads, into `out` and `lse`.
 
     `tokens` are numbered over all sequences: all of them, or a range of one key/value head with its part of the plan
     (`split_plan`). No plan: own block only.

@@ -63,7 +63,7 @@ def forward(
     top_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp, and the plan (`choice_shape`) that the backward reads."""
+    """Return output, log-sum-exp, and the plan (`choice_shape`) that the backward reads."""
     geometry = Geometry.shared(q, k, cu_q, block_size, _most_read(k, block_size, top_k))
     _check_pairs(geometry)
     q = _near(q, geometry.group)
@@ -103,7 +103,7 @@ def backward(
     top_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, contiguous."""
+    """Return the gradients of q, k and v, contiguous."""
     geometry = Geometry.shared(q, k, cu_q, block_size, _most_read(k, block_size, top_k))
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     q, d_out = _near(q, geometry.group), _near(d_out, geometry.group)
@@ -118,20 +118,20 @@ def backward(
 
 
 def _near(x: Tensor, group: int) -> Tensor:
-    """`x`, copied if the heads of a group are further apart than int32, in which the kernels count, can say."""
+    """Return `x`, copied if the heads of a group are further apart than int32, in which the kernels count, can say."""
     return x.contiguous() if (group - 1) * x.stride(-2) >= 2**31 else x
 
 
 def choice_shape(
     q: Tensor, k: Tensor, blocks: Tensor | None, cu_q: Tensor | None, block_size: int, top_k: int
 ) -> tuple[int]:
-    """Elements of the plan of all heads: `pairs`, then `offsets`, then `counts` of given blocks (see `plan.Plan`)."""
+    """Return how long the plan of all heads is: `pairs`, `offsets`, then `counts` of given blocks (`plan.Plan`)."""
     geometry = Geometry.of(q, k, cu_q, block_size, _most_read(k, block_size, top_k))
     return (_choice_numbers(geometry, blocks is not None and top_k > 1),)
 
 
 def _most_read(k: Tensor, block_size: int, top_k: int) -> int:
-    """The most different blocks that a query can read: of more, `blocks` repeats some or says none."""
+    """Return the most different blocks that a query can read: of more, `blocks` repeats some or says none."""
     most: int = torch.sym_min(top_k, cdiv(k.shape[-3], block_size))
     return most
 
@@ -142,13 +142,13 @@ def _choice_numbers(geometry: Geometry, given: bool) -> int:
 
 
 def _counts(choice: Tensor, geometry: Geometry) -> Tensor | None:
-    """How many of its given blocks every row reads; None where MoBA chose."""
+    """Return how many of its given blocks every row reads; None where MoBA chose."""
     lists = _choice_numbers(geometry, given=False)
     return choice.narrow(0, lists, choice.shape[0] - lists) if choice.shape[0] > lists else None
 
 
 def heads_at_once(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> int:
-    """Key/value heads whose partial results fit in the workspace, forward and backward; at least one."""
+    """Return how many key/value heads' partial results fit in the workspace, forward and backward; at least one."""
     return _fitting_heads(geometry, dtype, *workspaces(device))
 
 
@@ -164,13 +164,13 @@ def _fitting_heads(geometry: Geometry, dtype: torch.dtype, forward_bytes: int, b
 
 
 def tokens_at_once(geometry: Geometry, heads: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Query tokens of all sequences whose forward partial results fit in the workspace, at least one."""
+    """Return how many query tokens' forward partial results fit in the workspace, at least one."""
     ranges = cdiv(heads * _head_bytes(geometry, dtype, shares=1), workspaces(device)[0])
     return cdiv(geometry.rows, max(1, ranges))
 
 
 def workspaces(device: torch.device) -> tuple[int, int]:
-    """The caps on partial results, forward and backward: OPENMOBA_WORKSPACE_MB, or by the device's memory."""
+    """Return the caps on partial results, forward and backward: OPENMOBA_WORKSPACE_MB, or by the device's memory."""
     asked = os.environ.get("OPENMOBA_WORKSPACE_MB")
     if asked is not None:
         if not asked.isdigit() or int(asked) == 0:
@@ -191,12 +191,12 @@ def _check_pairs(geometry: Geometry) -> None:
 
 
 def _head_bytes(geometry: Geometry, dtype: torch.dtype, shares: int) -> int:
-    """Partial results of one key/value head, their log-sum-exp, and the sort's keys and values."""
+    """Return the bytes of a head's partial results, their log-sum-exp, and the sort's keys and values."""
     return geometry.pairs * (geometry.width * dtype.itemsize * shares + 24)
 
 
 def _plans(choice: Tensor, geometry: Geometry, heads: int) -> Iterator[tuple[int, Plan | None]]:
-    """The chunks of key/value heads: the first head, and its plan as views of `choice` (none if top_k is 1)."""
+    """Yield the chunks of key/value heads: the first head, and its plan in `choice` (none if top_k is 1)."""
     pairs, lists, rows = geometry.pairs, geometry.block_slots + 1, geometry.rows * geometry.group
     first_offset = geometry.kv_heads * pairs
     counts = _counts(choice, geometry)

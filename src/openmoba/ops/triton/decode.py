@@ -34,7 +34,7 @@ from openmoba.ops.triton.host.device import most_registers, multiprocessors, nvi
 from openmoba.ops.triton.host.launch import REMEMBERED, TENSOR, Launch
 from openmoba.ops.triton.pages import complete_pages
 from openmoba.ops.triton.pool import scale_to
-from openmoba.ops.triton.rows import LOG2E, head_base, load_rows
+from openmoba.ops.triton.rows import LOG2E, SCORE_PRECISION, head_base, load_rows
 
 __all__ = ["complete_pages", "decode"]
 
@@ -64,18 +64,18 @@ def decode(
     top_k: int,
     scale: float,
 ) -> Tensor:
-    """`openmoba.ops.decode.moba_decode`, checked; the last dimension of all tensors is contiguous."""
-    plan = _plan(
+    """Do what `openmoba.ops.decode.moba_decode` says, checked; the last dimension of all tensors is contiguous."""
+    launches = _launches(
         *q.shape, *centroids.shape[1:3], block_size, top_k, scale, q.dtype, q.device,
         strides(q), strides(k_cache), strides(v_cache), strides(centroids),
     )  # fmt: skip
-    workspace = torch.empty(plan.numbers, dtype=torch.float32, device=q.device)
+    workspace = torch.empty(launches.numbers, dtype=torch.float32, device=q.device)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if plan.score is not None:
-        plan.score(q, centroids, workspace, lengths)
-    elif plan.shared:
-        workspace[: plan.counters].zero_()
-    plan.attend(q, k_cache, v_cache, workspace, out, lengths, starts)
+    if launches.score is not None:
+        launches.score(q, centroids, workspace, lengths)
+    elif launches.shared:
+        workspace[: launches.counters].zero_()
+    launches.attend(q, k_cache, v_cache, workspace, out, lengths, starts)
     return out
 
 
@@ -87,7 +87,7 @@ class Workspace(NamedTuple):
     padded: int
 
 
-class _Plan(NamedTuple):
+class _Launches(NamedTuple):
     """What does not depend on the tensors' contents.
 
     Attributes:
@@ -105,7 +105,7 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _plan(
+def _launches(
     batch: int,
     tokens: int,
     heads: int,
@@ -121,7 +121,7 @@ def _plan(
     k_strides: tuple[int, int, int],
     v_strides: tuple[int, int, int],
     centroid_strides: tuple[int, int, int],
-) -> _Plan:
+) -> _Launches:
     top_k = min(top_k, pages + 1)
     chooses = top_k > 1
     group = heads // kv_heads
@@ -175,7 +175,7 @@ def _plan(
         | most_registers(128)
         | ({"launch_pdl": True} if overlap else {}),
     )
-    return _Plan(
+    return _Launches(
         numbers=counters + rows * (padded + partials),
         counters=counters,
         score=score if chooses else None,
@@ -185,12 +185,12 @@ def _plan(
 
 
 def keys_per_tile(block_size: int, d: int, itemsize: int) -> int:
-    """Keys that a program of the attention works on at once."""
+    """Return how many keys a program of the attention works on at once."""
     return min(64, _TILE_BYTES // (d * itemsize), max(16, power_of_two(block_size)))
 
 
 def share_of(rows: int, block_size: int, top_k: int, tile: int, multiprocessors: int) -> tuple[int, int]:
-    """What one program attends to, for `rows` query rows in all: a number of pages, and keys of each of them."""
+    """Return what one program attends to, of `rows` query rows in all: a number of pages, and keys of each."""
     programs = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
     wanted = cdiv(programs, rows)
     if wanted <= top_k:
@@ -200,7 +200,7 @@ def share_of(rows: int, block_size: int, top_k: int, tile: int, multiprocessors:
 
 
 def overlaps(device: torch.device) -> bool:
-    """Whether a kernel can be started before the one it waits for has ended: programmatic dependent launch."""
+    """Say whether a kernel can be started before the one it waits for has ended: programmatic dependent launch."""
     return nvidia_capability(device) >= (9, 0)
 
 
@@ -221,7 +221,7 @@ def _score(
     W: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Scores of N pages for up to M query rows, times a power of two per row.
+    """Score N pages for up to M query rows, times a power of two per row.
 
     Those of the last query's past, which are all that are read.
     """
@@ -251,21 +251,21 @@ def _score(
     for d in tl.static_range(0, D, W):
         centroid_NW = load_rows(centroid_ptr + d, page_N, centroids.token, page_N < past, WIDTH - d, W)
         q_MW = load_rows(q_ptr + d, q_at_M, 1, row_M < ROWS, WIDTH - d, W).to(tl.float32) * scale_M[:, None]
-        score_NM = tl.dot(centroid_NW, tl.trans(q_MW.to(centroid_NW.dtype)), score_NM, input_precision="tf32x3")
+        score_NM = tl.dot(centroid_NW, tl.trans(q_MW.to(centroid_NW.dtype)), score_NM, input_precision=SCORE_PRECISION)
     at_NM = workspace.counters + flat_M[None, :].to(tl.int64) * workspace.padded + page_N[:, None]
     tl.store(workspace.ptr + at_NM, score_NM, mask=(row_M < ROWS)[None, :] & (page_N < past)[:, None])
 
 
 @triton.jit
 def _orders(score_ptr, page_L, past):
-    """The scores of `past` pages as integers that sort like them; the least integer for other pages."""
+    """Return the scores of `past` pages as integers that sort like them; the least integer for other pages."""
     bits_L = tl.load(score_ptr + page_L, mask=page_L < past, other=0.0).to(tl.int32, bitcast=True)
     return tl.where(page_L < past, bits_L ^ ((bits_L >> 31) & 0x7FFFFFFF), _TAKEN)
 
 
 @triton.jit
 def _next_page(score_ptr, past, order_L, below, IN_REGISTERS: tl.constexpr):
-    """The best of `past` pages that has not been chosen yet, the later one on a tie; and what is left.
+    """Return the best of `past` pages that has not been chosen yet, the later one on a tie; and what is left.
 
     What is left is `order_L` without that page, or, of more pages than L, the pages whose sort key is less than
     `below`: the score's order above, the page in 31 bits.
@@ -314,7 +314,7 @@ def _attend(
     STAGES: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """One query row's attention to one share: `ranks` of its pages, best first, and `piece` keys of each.
+    """Attend from one query row to one share: `ranks` of its pages, best first, and `piece` keys of each.
 
     The own page comes first.
     """
@@ -334,9 +334,9 @@ def _attend(
     d_D = tl.arange(0, D)
     q_ptr = head_base(q, batch, head * GROUP + member) + token.to(tl.int64) * q.token
     q_D = tl.load(q_ptr + d_D, mask=d_D < WIDTH, other=0.0).to(tl.float32) * (scale * LOG2E)
-    slot = 0 if start_ptr is None else tl.load(start_ptr + batch)
-    k_ptr = head_base(k, batch, head) + tl.cast(slot, tl.int64) * k.token
-    v_ptr = head_base(v, batch, head) + tl.cast(slot, tl.int64) * v.token
+    start_of_row = 0 if start_ptr is None else tl.load(start_ptr + batch)
+    k_ptr = head_base(k, batch, head) + tl.cast(start_of_row, tl.int64) * k.token
+    v_ptr = head_base(v, batch, head) + tl.cast(start_of_row, tl.int64) * v.token
 
     if OVERLAPS:
         gdc_wait()
@@ -393,7 +393,7 @@ def _attend(
 
 @triton.jit
 def _normalised(m_N, l_N, o_ND):
-    """One softmax out of N that have maximum m, sum l and weighted values o: the mean value, and the log-sum-exp.
+    """Make one softmax of N with maximum m, sum l and weighted values o: return its value and log-sum-exp.
 
     In base 2; zero and minus infinity where nothing was read.
     """
@@ -406,7 +406,7 @@ def _normalised(m_N, l_N, o_ND):
 
 @triton.jit
 def _merged(partial_ptr, lse_ptr, shares, WIDTH: tl.constexpr, D: tl.constexpr, C: tl.constexpr):
-    """The output of a query row, out of its shares'. Other programs wrote these: nothing is read from the L1 cache."""
+    """Merge a query row's shares. Other programs wrote these: nothing is read from the L1 cache."""
     d_D = tl.arange(0, D)
     m_C = tl.full([C], _LOWEST, tl.float32)
     l_C = tl.zeros([C], tl.float32)

@@ -76,7 +76,7 @@ class Family:
 
 
 def keys_per_share(geometry: Geometry, dtype: torch.dtype) -> int:
-    """Keys of a block that `key_gradients` works on at once, each time making one share of dQ per pair.
+    """Return how many keys of a block `key_gradients` works on at once, each time making one share of dQ per pair.
 
     All families do this alike: memory is planned before one is picked, and for both passes.
     """
@@ -87,7 +87,7 @@ def keys_per_share(geometry: Geometry, dtype: torch.dtype) -> int:
 
 
 def pairs_per_item(geometry: Geometry) -> int:
-    """The most pairs of an item of `key_gradients`; alike in all families, since its partials take memory.
+    """Return the most pairs of an item of `key_gradients`; alike in all families, since its partials take memory.
 
     Each item has fp32 partials of its whole block: with 8 pairs per key they take half as much as bf16 shares of dQ.
     """
@@ -95,10 +95,10 @@ def pairs_per_item(geometry: Geometry) -> int:
 
 
 def padded_keys(geometry: Geometry) -> int:
-    """Keys of a block as a tile holds them: a power of two, and enough for a matrix instruction."""
+    """Return the keys of a block as a tile holds them: a power of two, and enough for a matrix instruction."""
     return power_of_two(max(16, geometry.block_size))
 
 
 def float32_side(geometry: Geometry) -> int:
-    """Rows and keys per tile in fp32, whose products keep their operands in registers."""
+    """Return the rows and keys per tile in fp32, whose products keep their operands in registers."""
     return min(32 if geometry.padded_width <= 64 else 16, padded_keys(geometry))

@@ -51,7 +51,7 @@ class GateTile:
     registers: int | None = None
 
     def launch(self) -> dict[str, int]:
-        """The kernels' keyword arguments."""
+        """Return the kernels' keyword arguments."""
         sizes = {"M": self.m, "LANES": self.lanes, "num_warps": self.warps, "num_stages": self.stages}
         return sizes | most_registers(self.registers)
 
@@ -118,7 +118,7 @@ def _launches(
     out_stride_token: int,
     heads_per_sort: int,
 ) -> tuple[Launch, Launch | None]:
-    """The gate, and the second look unless one pass is sure of every row."""
+    """Return the gate, and the second look unless one pass is sure of every row."""
     tile = gate_tile(geometry, dtype)
     picks = geometry.top_k - 1
     per_lane = cdiv(geometry.longest - 1, tile.lanes)
@@ -155,7 +155,7 @@ def _launches(
 
 
 def gate_tile(geometry: Geometry, dtype: torch.dtype) -> GateTile:
-    """Tile shapes of the gate; any choice is correct. At 128 registers two programs share a multiprocessor."""
+    """Choose the gate's tile; any choice is correct. At 128 registers two programs share a multiprocessor."""
     width = geometry.padded_width
     if dtype == torch.float32:
         return GateTile(m=64, lanes=32 if width <= 64 else 16, warps=8, stages=1)
@@ -167,7 +167,7 @@ def gate_tile(geometry: Geometry, dtype: torch.dtype) -> GateTile:
 
 
 def second_look_tile(geometry: Geometry, dtype: torch.dtype) -> GateTile:
-    """Tile shapes of the second look; any choice is correct."""
+    """Choose the second look's tile; any choice is correct."""
     tile = gate_tile(geometry, dtype)
     return GateTile(m=64, lanes=min(32, tile.lanes), warps=8, stages=min(2, tile.stages))
 

@@ -21,17 +21,17 @@ from openmoba.ops.triton.host.launch import REMEMBERED
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b rounded up; Triton's own is several times slower on the host, which counts at short lengths."""
+    """Return a / b rounded up; Triton's own is several times slower on the host, which counts at short lengths."""
     return -(-a // b)
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two >= n."""
+    """Return the smallest power of two >= n."""
     return 1 << (n - 1).bit_length()
 
 
 def kernel_width(width: int) -> int:
-    """A head width as the kernels see it: a power of two, and enough for a matrix instruction."""
+    """Return a head width as the kernels see it: a power of two, and enough for a matrix instruction."""
     return max(16, power_of_two(width))
 
 
@@ -51,50 +51,50 @@ class Geometry:
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> Geometry:
-        """Of a call; its lengths may be symbols of a compiler."""
+        """Return that of a call; its lengths may be symbols of a compiler."""
         return cls(*_sizes(q, k, cu_q, block_size, top_k))
 
     @staticmethod
     def shared(q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> Geometry:
-        """The same for lengths that are numbers: one object per shape, which caches find by its identity."""
+        """Return the same for lengths that are numbers: one object per shape, found by its identity in caches."""
         return _shared(*_sizes(q, k, cu_q, block_size, top_k))
 
     @cached_property
     def group(self) -> int:
-        """Query heads per key/value head."""
+        """Return the query heads per key/value head."""
         return self.heads // self.kv_heads
 
     @cached_property
     def rows(self) -> int:
-        """Query tokens of all sequences."""
+        """Return the query tokens of all sequences."""
         return self.tokens_q if self.packed else self.sequences * self.tokens_q
 
     @cached_property
     def pairs(self) -> int:
-        """The most pairs of (query token, query head) and past block that one key/value head can have."""
+        """Return the most pairs of (query token, query head) and past block that one key/value head can have."""
         return self.rows * self.group * (self.top_k - 1)
 
     @cached_property
     def longest(self) -> int:
-        """Upper bound of the blocks in one sequence."""
+        """Return an upper bound of the blocks in one sequence."""
         return cdiv(self.tokens_k, self.block_size)
 
     @cached_property
     def padded_width(self) -> int:
-        """Head width as the kernels see it."""
+        """Return the head width as the kernels see it."""
         return kernel_width(self.width)
 
     @cached_property
     def block_slots(self) -> int:
-        """Block slots per key/value head."""
+        """Return the block slots per key/value head."""
         return self._slots(self.tokens_k, self.block_size)
 
     def query_slots(self, tile: int) -> int:
-        """Slots for tiles of `tile` query tokens."""
+        """Return the slots for tiles of `tile` query tokens."""
         return self._slots(self.tokens_q, tile)
 
     def own_slots(self, tokens: range) -> range:
-        """Block slots that hold these query tokens, numbered over all sequences; perhaps more in a packed batch."""
+        """Return the block slots that hold these query tokens of all sequences; perhaps more in a packed batch."""
         if self.packed:
             return range(self.block_slots)
         return range(self._own_slot(tokens[0]), self._own_slot(tokens[-1]) + 1)
@@ -130,7 +130,7 @@ def _sizes(q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top_k: in
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of batch (0 when packed), token and head; the last dimension is contiguous."""
+    """Return the strides of batch (0 when packed), token and head; the last dimension is contiguous."""
     *batch, token, head, last = x.stride()
     assert last == 1 or x.shape[-1] == 1
     return (batch[0] if batch else 0, token, head)
@@ -138,7 +138,7 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 
 @triton.jit
 def locate(slot, cu_ptr, sequences, tokens, tile, PACKED: tl.constexpr):
-    """The sequence that owns tile slot `slot`, and the tile's number within it."""
+    """Return the sequence that owns tile slot `slot`, and the tile's number within it."""
     if PACKED:
         low = 0
         high = sequences - 1
@@ -157,7 +157,7 @@ def locate(slot, cu_ptr, sequences, tokens, tile, PACKED: tl.constexpr):
 
 @triton.jit
 def span(sequence, cu_ptr, tokens, PACKED: tl.constexpr):
-    """First token of a sequence within its batch row, and its token count."""
+    """Return the first token of a sequence within its batch row, and its token count."""
     if PACKED:
         begin = tl.load(cu_ptr + sequence)
         return begin, tl.load(cu_ptr + sequence + 1) - begin
@@ -167,7 +167,7 @@ def span(sequence, cu_ptr, tokens, PACKED: tl.constexpr):
 
 @triton.jit
 def sequence_of(flat_M, call, PACKED: tl.constexpr):
-    """The sequence of each flat query token."""
+    """Return the sequence of each flat query token."""
     if PACKED:
         low_M = tl.zeros_like(flat_M)
         high_M = low_M + call.sequences - 1
@@ -185,7 +185,7 @@ def sequence_of(flat_M, call, PACKED: tl.constexpr):
 
 @triton.jit
 def first_slot(sequence, cu_ptr, tokens, tile, PACKED: tl.constexpr):
-    """The first tile slot of a sequence."""
+    """Return the first tile slot of a sequence."""
     if PACKED:
         return tl.load(cu_ptr + sequence) // tile + sequence
     else:
@@ -203,7 +203,7 @@ def first_row(sequence, call, PACKED: tl.constexpr):
 
 @triton.jit
 def query_base(q, kv_head, sequence, call, GROUP: tl.constexpr, PACKED: tl.constexpr):
-    """Where flat query token 0 would lie, in the first head of a group.
+    """Return where flat query token 0 would lie, in the first head of a group.
 
     Flat token numbers run over all sequences; in a batch they are counted back into their batch row.
     """

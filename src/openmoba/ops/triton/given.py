@@ -42,7 +42,7 @@ def given_keys(
     heads_per_sort: int,
     counts: Tensor,
 ) -> Tensor:
-    """Sort keys of given blocks, as `route` has them, `[Hkv, rows * group, top_k - 1]`; writes `counts`.
+    """Return the sort keys of given blocks, as `route` has them, `[Hkv, rows * group, top_k - 1]`; write `counts`.
 
     Args:
         blocks: int32 `[..., H or Hkv, m]`, numbers within the sequence, in any order and with any strides. On a GPU the
@@ -94,7 +94,7 @@ def _sort_given(
     M: tl.constexpr,
     L: tl.constexpr,
 ):
-    """M rows of one key/value head: the blocks they read, each once, in front of none; and how many they are."""
+    """Write the blocks that M rows of a key/value head read, each once, in front of none; and how many they are."""
     head = tl.program_id(1)
     row_M = tl.program_id(0) * M + tl.arange(0, M)
     exists_M = row_M < call.rows

@@ -30,13 +30,13 @@ _MOST_FUSED_TILES = 4
 
 
 def dq_pieces(geometry: Geometry, dtype: torch.dtype) -> int:
-    """Shares of dQ a pair gets from `key_gradients`, one per key tile of its block; 0: `query_gradients` runs."""
+    """Return how many shares of dQ a pair gets from `key_gradients`; 0: `query_gradients` runs."""
     tiles = cdiv(geometry.block_size, keys_per_share(geometry, dtype))
     return tiles if tiles <= _MOST_FUSED_TILES else 0
 
 
 def key_partial_bytes(geometry: Geometry) -> int:
-    """The fp32 partials of dK and dV of one key/value head, a block for each item, at most."""
+    """Return the bytes of one head's fp32 partials of dK and dV, a block for each item, at most."""
     if geometry.pairs == 0:
         return 0
     items = cdiv(geometry.pairs, pairs_per_item(geometry)) + geometry.block_slots
@@ -60,7 +60,7 @@ def heads_gradients(
     dk: Tensor,
     dv: Tensor,
 ) -> None:
-    """Gradients of some key/value heads and of their query heads, written into `dq`, `dk`, `dv` (contiguous)."""
+    """Write the gradients of some key/value heads and of their query heads into `dq`, `dk`, `dv` (contiguous)."""
     launches = _launches(
         geometry, q.dtype, family_of(geometry, d_out, q, k, v), scale, first_head, heads,
         (strides(d_out), strides(q), strides(k), strides(v)),

@@ -68,13 +68,13 @@ def make_plan(keys: Tensor, pairs: Tensor, offsets: Tensor, geometry: Geometry) 
 
 
 def _sequences(geometry: Geometry) -> int:
-    """Sequences whose pairs are known to lie apart without their lengths."""
+    """Return how many sequences' pairs are known to lie apart without their lengths."""
     return 1 if geometry.packed else geometry.sequences
 
 
 @lru_cache(maxsize=REMEMBERED)
 def _placing(geometry: Geometry, heads: int) -> tuple[Launch, Launch]:
-    """Counting and placing."""
+    """Return the launches that count and place."""
     slots, pairs, sequences = geometry.block_slots, geometry.pairs, _sequences(geometry)
     token_pairs = 0 if geometry.packed else geometry.group * (geometry.top_k - 1)
     before = (geometry.tokens_k - geometry.tokens_q) * token_pairs
@@ -92,7 +92,7 @@ def _writing(heads: int, block_slots: int, pairs: int) -> Launch:
 
 
 def split_plan(plan: Plan | None, geometry: Geometry, tokens: int) -> Iterator[tuple[range, Plan | None]]:
-    """The plan by ranges of `tokens` query tokens (flat numbers); one head, unless there is one range.
+    """Yield the plan by ranges of `tokens` query tokens (flat numbers); one head, unless there is one range.
 
     A list is in ascending order, so what it holds of a range is a stretch of it. Each range gets offsets as if these
     stretches lay one behind the other, and `skips` to where they are.
@@ -119,7 +119,7 @@ def _bordering(ranges: int, lists: int, pairs: int, step: int) -> Launch:
 
 
 def make_items(plan: Plan, geometry: Geometry, segment: int) -> Tensor:
-    """What each program works on, int32 `[items, 2]`: an item, and its list `head * block_slots + slot` (-1: none).
+    """Return what each program works on, int32 `[items, 2]`: an item, and its list, `head * block_slots + slot` or -1.
 
     List b owns the items from `start // segment + b` on, as sequences own tile slots in `geometry`.
     """
@@ -131,7 +131,7 @@ def make_items(plan: Plan, geometry: Geometry, segment: int) -> Tensor:
 
 
 def most_items(pairs: int, lists: int, segment: int) -> int:
-    """The most items that lists of so many pairs can make."""
+    """Return the most items that lists of so many pairs can make."""
     return pairs // segment + lists
 
 
@@ -144,14 +144,14 @@ def _ordering(lists: int, block_slots: int, items: int, segment: int) -> Launch:
 
 @triton.jit
 def list_bounds(offsets_ptr, list_id, block_slots):
-    """Start and end of a list in `pairs`."""
+    """Return the start and end of a list in `pairs`."""
     at = offsets_ptr + list_id + list_id // block_slots
     return tl.load(at), tl.load(at + 1)
 
 
 @triton.jit
 def item_bounds(items_ptr, offsets_ptr, program, block_slots, segment):
-    """A program's item, its list, and its pairs' start and end (empty for a surplus program)."""
+    """Return a program's item, its list, and its pairs' start and end (empty for a surplus program)."""
     item = tl.load(items_ptr + 2 * program)
     list_id = tl.load(items_ptr + 2 * program + 1)
     surplus = list_id < 0
@@ -163,7 +163,7 @@ def item_bounds(items_ptr, offsets_ptr, program, block_slots, segment):
 
 @triton.jit
 def skipped(begin, end, list_id, skips_ptr):
-    """An item's bounds where they are in `pairs` (`Plan.skips`)."""
+    """Return an item's bounds where they are in `pairs` (`Plan.skips`)."""
     if skips_ptr is not None:
         skip = tl.load(skips_ptr + list_id)
         begin += skip
@@ -173,7 +173,7 @@ def skipped(begin, end, list_id, skips_ptr):
 
 @triton.jit
 def block_of_list(list_id, call, PACKED: tl.constexpr):
-    """Of the block that a list is of: its head within the plan, its sequence, and its first key in the batch row."""
+    """Return, of a list's block, its head within the plan, its sequence, and its first key in the batch row."""
     slot = list_id % call.block_slots
     sequence, block = locate(slot, call.cu_k, call.sequences, call.tokens_k, call.block_size, PACKED)
     key_begin, _ = span(sequence, call.cu_k, call.tokens_k, PACKED)
@@ -182,7 +182,7 @@ def block_of_list(list_id, call, PACKED: tl.constexpr):
 
 @triton.jit
 def _choosing_pairs(slot, sequence_slots, sequence_pairs, block_pairs, pairs_before):
-    """The pairs of a head that may have chosen a block slot: of its sequence, and of queries behind it.
+    """Return which pairs of a head may have chosen a block slot: of its sequence, of queries behind it.
 
     `block_pairs` are those of a block's queries, and `pairs_before` those of the keys before the first query, had they
     queries; both are 0 in a packed batch, where one stretch holds all sequences.
@@ -194,7 +194,7 @@ def _choosing_pairs(slot, sequence_slots, sequence_pairs, block_pairs, pairs_bef
 
 @triton.jit
 def _chose(keys_ptr, at_M, end, wanted):
-    """1 where a pair's sort key is `wanted`, 0 elsewhere and from `end` on."""
+    """Return 1 where a pair's sort key is `wanted`, 0 elsewhere and from `end` on."""
     key_M = tl.load(keys_ptr + at_M, mask=at_M < end, other=-1).to(tl.int32)
     return (key_M == wanted).to(tl.int32)
 
@@ -211,7 +211,7 @@ def _count_pairs(
     pairs_before,
     M: tl.constexpr,
 ):
-    """How many pairs are in one list."""
+    """Count the pairs of one list."""
     slot = tl.program_id(0)
     head = tl.program_id(1)
     wanted = head * block_slots + slot
@@ -237,7 +237,7 @@ def _place_pairs(
     M: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """One list: where it starts, behind the head's lists before it, and its pairs. The last slot is the head's end."""
+    """Place one list behind the head's lists before it, and its pairs. The last slot is the head's end."""
     slot = tl.program_id(0)
     head = tl.program_id(1)
     wanted = head * block_slots + slot
@@ -261,7 +261,7 @@ def _place_pairs(
 def _write_plan(
     keys_ptr, order_ptr, pairs_ptr, offsets_ptr, heads, block_slots, pairs, COPIED: tl.constexpr, LANES: tl.constexpr
 ):
-    """pairs = order; offsets[h, b] = how many keys are below `h * block_slots + b`, by binary search."""
+    """Write pairs = order, and offsets[h, b] = how many keys are below `h * block_slots + b`, by binary search."""
     at = tl.program_id(0) * COPIED + tl.arange(0, COPIED)
     tl.store(pairs_ptr + at, tl.load(order_ptr + at, mask=at < pairs, other=0).to(tl.int32), mask=at < pairs)
     if tl.program_id(0) * LANES >= heads * (block_slots + 1):
@@ -283,7 +283,7 @@ def _write_plan(
 
 @triton.jit
 def _order_items(offsets_ptr, items_ptr, lists, block_slots, count, segment, LANES: tl.constexpr, SORTED: tl.constexpr):
-    """The items of the last SORTED lists by descending size, after those of the lists before in their order.
+    """Order the items of the last SORTED lists by descending size, after those of the lists before in their order.
 
     An item `i` is of the last list b with `start(b) // segment + b <= i`, found by binary search.
     """
@@ -311,7 +311,7 @@ def _order_items(offsets_ptr, items_ptr, lists, block_slots, count, segment, LAN
 def _sort_items(
     offsets_ptr, items_ptr, first_sorted, first_place, lists, block_slots, count, segment, SORTED: tl.constexpr
 ):
-    """Whole segments first, then what is left of each list, the longest first, then none."""
+    """Write whole segments first, then what is left of each list, the longest first, then none."""
     list_S = first_sorted + tl.arange(0, SORTED)
     start_S, end_S = list_bounds(offsets_ptr, tl.minimum(list_S, lists - 1), block_slots)
     length_S = tl.where(list_S < lists, end_S - start_S, 0)
@@ -340,7 +340,7 @@ def _store_items(items_ptr, place, item, list_id, mask):
 
 @triton.jit
 def _find_borders(pairs_ptr, offsets_ptr, borders_ptr, lists, pairs, step, LANES: tl.constexpr):
-    """borders[r, b] = where in `pairs` list b reaches pair number r * step, by binary search."""
+    """Write borders[r, b] = where in `pairs` list b reaches pair number r * step, by binary search."""
     list_id = tl.program_id(1) * LANES + tl.arange(0, LANES)
     exists = list_id < lists
     low = tl.load(offsets_ptr + list_id, mask=exists, other=0)

@@ -19,7 +19,7 @@ _ROOM = tl.constexpr(ROOM)
 
 
 def pool(k: Tensor, cu_k: Tensor | None, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """Centroids `[Hkv, block_slots, D]` and their norms, fp32 `[Hkv, block_slots]`.
+    """Return the centroids `[Hkv, block_slots, D]` and their norms, fp32 `[Hkv, block_slots]`.
 
     D is the width padded with zeros to a power of two. Centroids are fp16, fp32 for fp32 keys. Slots without a
     complete block stay undefined.
@@ -40,7 +40,7 @@ def _launch(geometry: Geometry, k_strides: tuple[int, int, int]) -> Launch:
 
 
 def centroid_sizes(block_size: int, width: int) -> dict[str, int]:
-    """The sizes that `block_centroid` is compiled for, of blocks of `block_size` keys of `width` numbers."""
+    """Return the sizes that `block_centroid` is compiled for, of blocks of `block_size` keys of `width` numbers."""
     anchor, d = min(ANCHOR_KEYS, block_size), kernel_width(width)
     return {
         "ANCHOR": anchor,
@@ -53,7 +53,7 @@ def centroid_sizes(block_size: int, width: int) -> dict[str, int]:
 
 @triton.jit
 def scale_to(x, TARGET: tl.constexpr):
-    """The power of two that takes x > 0 into [2^TARGET, 2^(TARGET + 1)); 1 for 0."""
+    """Return the power of two that takes x > 0 into [2^TARGET, 2^(TARGET + 1)); 1 for 0."""
     exponent = (x.to(tl.int32, bitcast=True) >> 23) & 255
     scale_bits = tl.minimum(tl.maximum(254 - exponent + TARGET, 1), 254) << 23
     return tl.where(x > 0, scale_bits.to(tl.float32, bitcast=True), 1.0)
@@ -72,7 +72,7 @@ def block_centroid(
     WIDTH: tl.constexpr,
     D: tl.constexpr,
 ):
-    """The centroid `[D]` of a complete block; `k_ptr` is where the sequence's keys of one head begin."""
+    """Return the centroid `[D]` of a complete block; `k_ptr` is where the sequence's keys of one head begin."""
     d_D = tl.arange(0, D)
     real_D = d_D < WIDTH
     key_A = tl.arange(0, ANCHOR_TILE)

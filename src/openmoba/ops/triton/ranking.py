@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from openmoba.ops.triton.pool import scale_to
+from openmoba.ops.triton.rows import SCORE_PRECISION
 
 # 1.5 * 2^23: adding it leaves a number below 2^22 in magnitude rounded to an integer in the low mantissa bits.
 _CENTER = tl.constexpr(12582912.0)
@@ -31,7 +32,7 @@ _ROW_EXPONENT = tl.constexpr(14)
 def load_scaled_rows(
     q_ptr, offset_M, live_M, largest_M, key_scale, DTYPE: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr
 ):
-    """Query rows in DTYPE, each scaled by a power of two (no ranking changes, bf16 fits fp16).
+    """Load query rows in DTYPE, each scaled by a power of two (no ranking changes, bf16 fits fp16).
 
     Also what takes their scores into the range of the fixed point, `key_scale / (|q| * largest |c|)`.
     """
@@ -46,7 +47,7 @@ def load_scaled_rows(
 
 @triton.jit
 def largest_norms(norm_ptr, past_M, fewest, most):
-    """The largest centroid norm among the first `past_M` blocks, `fewest <= past_M <= most`."""
+    """Return the largest centroid norm among the first `past_M` blocks, `fewest <= past_M <= most`."""
     CHUNK: tl.constexpr = 256
     NARROW: tl.constexpr = 16
     shared_C = tl.zeros([CHUNK], tl.float32)
@@ -64,7 +65,7 @@ def largest_norms(norm_ptr, past_M, fewest, most):
 
 @triton.jit
 def insert_pair(first_ML, second_ML, third_ML, x_ML, y_ML, KEEP: tl.constexpr):
-    """The KEEP largest of first >= second >= third and x, y, sorted."""
+    """Return the KEEP largest of first >= second >= third and x, y, sorted."""
     high_ML = tl.maximum(x_ML, y_ML)
     low_ML = tl.minimum(x_ML, y_ML)
     if KEEP == 3:
@@ -105,7 +106,7 @@ def _keep_tile(
         block_N = tl.minimum(block_N, most - 1 - first)
     tile_ptr = centroid_ptr + tl.cast(first, tl.int64) * D
     centroid_ND = tl.load(tile_ptr + block_N.to(tl.int64)[:, None] * D + tl.arange(0, D)[None, :])
-    score_MN = tl.dot(q_MD, tl.trans(centroid_ND), input_precision="tf32x3")
+    score_MN = tl.dot(q_MD, tl.trans(centroid_ND), input_precision=SCORE_PRECISION)
     fixed_MN = (score_MN * scale_M[:, None] + _CENTER).to(tl.int32, bitcast=True) * fixed.index_range
     # Halves, not neighbours, share a lane: neighbouring blocks are often chosen together.
     x_ML, y_ML = tl.split(tl.permute(tl.reshape(fixed_MN, [M, 2, LANES]), [0, 2, 1]))
@@ -136,7 +137,7 @@ def keep_best(
     KEEP: tl.constexpr,
     BELOW: tl.constexpr,
 ):
-    """One pass: the KEEP best keys of each lane (negative: none), below `ceiling_M` if BELOW."""
+    """Keep, in one pass, the KEEP best keys of each lane (negative: none), below `ceiling_M` if BELOW."""
     M: tl.constexpr = q_MD.shape[0]
     kept_1 = tl.full([M, LANES], -1, tl.int32)
     kept_2 = kept_1
@@ -158,7 +159,7 @@ def keep_best(
 
 @triton.jit
 def pop(kept_1, kept_2, kept_3, KEEP: tl.constexpr, COMPLETE: tl.constexpr):
-    """The best key of each row, and the lanes without it.
+    """Take the best key of each row out of its lanes.
 
     A last kept key may stay in its lane: nothing counts after it, unless lanes hide nothing (COMPLETE).
     """
@@ -186,7 +187,7 @@ def rank_once(
     LANES: tl.constexpr,
     COMPLETE: tl.constexpr,
 ):
-    """One pass: the best blocks of each row in its first PICKS lanes (-1: none), and whether a lane may hide one."""
+    """Rank in one pass: the best blocks in a row's first PICKS lanes (-1: none); may a lane hide one?"""
     lane_L = tl.arange(0, LANES)[None, :]
     kept_1, kept_2, kept_3 = keep_best(
         q_MD, scale_M, past_M, past_M, fewest, most, centroid_ptr, fixed, LANES, KEEP, False
@@ -222,7 +223,7 @@ def rank_repeatedly(
     LANES: tl.constexpr,
     COMPLETE: tl.constexpr,
 ):
-    """As many passes as live rows need, each over the keys below the last pick; up to ROUNDS picks per pass."""
+    """Rank in as many passes as live rows need, each over the keys below the last pick, up to ROUNDS each."""
     done_M = tl.zeros_like(past_M)
     ceiling_M = tl.full(past_M.shape, _NO_CEILING, tl.int32)
     while tl.max((live_M & (done_M < PICKS)).to(tl.int32), 0) > 0:

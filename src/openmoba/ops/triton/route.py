@@ -27,7 +27,7 @@ def route(
     geometry: Geometry,
     heads_per_sort: int,
 ) -> Tensor:
-    """Sort keys of the choice, `[Hkv, rows * group, top_k - 1]`, best first; `top_k >= 2`.
+    """Return the sort keys of the choice, `[Hkv, rows * group, top_k - 1]`, best first; `top_k >= 2`.
 
     Row r is `flat query token * group + head within the group`. Its value is `(kv_head % heads_per_sort) *
     block_slots + block slot`, and `heads_per_sort * block_slots` for none, which sorts last: int16 where that
@@ -40,14 +40,14 @@ def route(
 
 
 def new_keys(geometry: Geometry, heads_per_sort: int, device: torch.device) -> Tensor:
-    """Room for the sort keys that `route` describes."""
+    """Allocate the sort keys that `route` describes."""
     dtype = torch.int16 if heads_per_sort * geometry.block_slots < INT16_KEYS else torch.int32
     shape = (geometry.kv_heads, geometry.rows * geometry.group, geometry.top_k - 1)
     return torch.empty(shape, dtype=dtype, device=device)
 
 
 def select(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int, top_k: int) -> Tensor:
-    """`openmoba.moba_select` for `top_k >= 2`: int32 `[*q.shape[:-1], top_k - 1]`, -1 for none."""
+    """Do what `openmoba.moba_select` says, for `top_k >= 2`: int32 `[*q.shape[:-1], top_k - 1]`, -1 for none."""
     geometry = Geometry.shared(q, k, cu_q, block_size, top_k)
     selected = torch.empty((*q.shape[:-1], top_k - 1), dtype=torch.int32, device=q.device)
     picks = top_k - 1

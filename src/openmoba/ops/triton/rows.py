@@ -6,12 +6,16 @@ base 2.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from openmoba.ops.triton.geometry import locate, span
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+# Of scores of fp32 centroids; AMD's compiler has no products in three parts.
+SCORE_PRECISION: tl.constexpr = tl.constexpr("tf32x3" if torch.version.hip is None else "ieee")
 
 # A row's statistics take 16 bytes: with fewer elements than a warp group has threads, Triton 3.6 would load them once
 # per thread of the matrix layout instead of once per row, which more than doubles the inner loop's instructions.
@@ -20,7 +24,7 @@ STATISTICS = tl.constexpr(4)
 
 @triton.jit
 def load_rows(base, at, stride, valid, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Rows `at` of a strided matrix, `[len(at), D]`: zero where not `valid` (None: all are) and beyond WIDTH."""
+    """Load rows `at` of a strided matrix, `[len(at), D]`: zero where not `valid` (None: all are), beyond WIDTH."""
     d = tl.arange(0, D)
     pointers = base + at[:, None].to(tl.int64) * stride + d[None, :]
     if valid is None:
@@ -36,7 +40,7 @@ def load_rows(base, at, stride, valid, WIDTH: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def store_rows(base, at, stride, valid, x, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Inverse of `load_rows`."""
+    """Store what `load_rows` would load."""
     d = tl.arange(0, D)
     pointers = base + at[:, None].to(tl.int64) * stride + d[None, :]
     x = x.to(base.dtype.element_ty)
@@ -51,7 +55,7 @@ def store_rows(base, at, stride, valid, x, WIDTH: tl.constexpr, D: tl.constexpr)
 
 @triton.jit
 def dot(a, b, acc=None):
-    """Matrix product accumulated in fp32; fp32 operands are not rounded to TF32."""
+    """Multiply matrices, accumulated in fp32; fp32 operands are not rounded to TF32."""
     if a.dtype == tl.float32:
         product = _dot_float32(a, b)
         if acc is None:
@@ -64,7 +68,7 @@ def dot(a, b, acc=None):
 
 @triton.jit
 def _dot_float32(a, b):
-    """Sums of at most 64 products, added in pairs: the rounding error of one long sum grows with its length."""
+    """Add sums of at most 64 products in pairs: the rounding error of one long sum grows with its length."""
     if a.shape[1] > 64:
         a_even, a_odd = _columns(a)
         b_even, b_odd = _columns(tl.trans(b))
@@ -75,19 +79,19 @@ def _dot_float32(a, b):
 
 @triton.jit
 def _columns(x):
-    """The even and the odd columns."""
+    """Return the even and the odd columns."""
     return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
 
 
 @triton.jit
 def _add(x, y):
-    """x + y; as a plain sum, the compiler would let one product go on from where the other ends."""
+    """Return x + y; as a plain sum, the compiler would let one product go on from where the other ends."""
     return tl.fma(x, tl.full(x.shape, 1.0, tl.float32), y)
 
 
 @triton.jit
 def pair_rows(pairs_ptr, begin, end, head_rows, GROUP: tl.constexpr, PAST: tl.constexpr, M: tl.constexpr):
-    """M pairs of a list: pair, its flat query token, its head within the group, and which of them exist.
+    """Load M pairs of a list: pair, its flat query token, its head within the group, and which of them exist.
 
     Places beyond the end repeat the last pair: addresses need no mask, and the same result is stored twice.
     `head_rows` is the number of rows of the key/value heads before this one in the plan.
@@ -110,13 +114,13 @@ def online_softmax(s_MN, v_ND, m_M, l_M, o_MD, scale_log2):
 
 @triton.jit
 def head_base(x, sequence, head):
-    """Where a sequence's batch row begins, in one head of x."""
+    """Return where a sequence's batch row begins, in one head of x."""
     return x.ptr + sequence.to(tl.int64) * x.batch + head.to(tl.int64) * x.head
 
 
 @triton.jit
 def own_rows(slot, call, PACKED: tl.constexpr):
-    """Sequence and number of a block slot, its keys, and its queries.
+    """Find the sequence and number of a block slot, its keys, and its queries.
 
     Returns (sequence, block, first key of the block, its key count, first query of the sequence, `shift`), where
     key i of the block has query number `i + shift` in the sequence, absent if negative. Empty slots have no keys.
@@ -131,7 +135,7 @@ def own_rows(slot, call, PACKED: tl.constexpr):
 
 @triton.jit
 def reads(rank, count_M, valid):
-    """Which rows read a past block of this rank: all valid ones, or by `count_M`, which is 0 for rows not valid."""
+    """Say which rows read a past block of this rank: all valid ones, or by `count_M`, 0 for rows not valid."""
     if count_M is None:
         return valid
     else:
@@ -150,7 +154,7 @@ def load_queries(
     WIDTH: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Tiles of queries and output gradients with their base-2 LSE and delta; rows not `valid` get P = 0.
+    """Load queries and output gradients with their base-2 LSE and delta; rows not `valid` get P = 0.
 
     Their addresses must be readable all the same.
     """

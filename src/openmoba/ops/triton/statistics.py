@@ -16,7 +16,7 @@ from openmoba.ops.triton.rows import LOG2E, STATISTICS, load_rows
 
 
 def row_statistics(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, geometry: Geometry) -> Tensor:
-    """fp32 `[rows, H, 4]`: base-2 log-sum-exp, delta = <d_out, out> less the gradient of lse, and two unused."""
+    """Return fp32 `[rows, H, 4]`: base-2 log-sum-exp, delta = <d_out, out> less lse's gradient, two unused."""
     statistics = torch.empty((*lse.shape, STATISTICS.value), dtype=torch.float32, device=out.device)
     _launch(geometry, strides(d_out))(d_out, d_lse, out, lse, statistics)
     return statistics

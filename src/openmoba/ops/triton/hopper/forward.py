@@ -43,7 +43,7 @@ def _copy_queries(smem, pair_M, q, q_base, head_rows, GROUP: gl.constexpr, PAST:
 @gluon.jit
 def _store_partials(out_ptr, lse_ptr, smem, ring, tile, o_MD, m_M, l_M, WIDTH: gl.constexpr,
                     D: gl.constexpr, ROW: gl.constexpr, S_MN: gl.constexpr, O_MD: gl.constexpr):  # fmt: skip
-    """Output and log-sum-exp of a tile's pairs; the output goes through `smem`, the buffer of its queries."""
+    """Store output and log-sum-exp of a tile's pairs; the output goes through `smem`, its queries' buffer."""
     smem.store((o_MD * gl.convert_layout(1.0 / l_M, gl.SliceLayout(1, O_MD))[:, None]).to(smem.dtype))
     gl.store(lse_ptr + pairs_in(ring, tile, gl.SliceLayout(1, S_MN)), m_M + gl.log2(l_M))
     d = gl.arange(0, D, gl.SliceLayout(0, ROW))
@@ -74,7 +74,7 @@ def attend_past_resident(
     D: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """One item: rows that chose a block, against that block of N keys."""
+    """Attend the rows of one item, which chose a block, to the N keys of that block."""
     DTYPE: gl.constexpr = q.ptr.dtype.element_ty
     ROW: gl.constexpr = row_layout(D, gl.num_warps())
     LANE: gl.constexpr = lane_layout(M, gl.num_warps())
@@ -92,6 +92,8 @@ def attend_past_resident(
     q_base = query_base(q, kv_head, sequence, call, GROUP, PACKED)
     head_rows = head * call.rows
 
+    # Before the loop: the block, and the first STAGES tiles of queries, one group of copies per tile. The block is in
+    # the first group, which is the first to be waited for.
     keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
     k_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
     v_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
@@ -108,6 +110,7 @@ def attend_past_resident(
     zero_MN = gl.zeros([M, N], gl.float32, S_MN)
     zero_MD = gl.zeros([M, D], gl.float32, O_MD)
     tiles = gl.cdiv(end - begin, M)
+    # S of the first tile, which needs the oldest group alone; every tile finds its S done by the tile before.
     async_copy.wait_group(STAGES - 1)
     s = warpgroup_mma(q_smem.index(0), k_smem.permute((1, 0)), zero_MN, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, [s])
@@ -116,6 +119,7 @@ def attend_past_resident(
     late = pairs_of(lists.pairs, STAGES, begin, end, M, LANE)
     for tile in range(0, tiles):
         next_stage, _ = stages_around(stage, STAGES)
+        # S of the next tile runs while this tile is exponentiated.
         s_next = warpgroup_mma(q_smem.index(next_stage), k_smem.permute((1, 0)), zero_MN, use_acc=False, is_async=True)
         # A pair is loaded by one lane, which works out for all where its query is.
         pair = pairs_of(lists.pairs, tile, begin, end, M, LANE)
@@ -125,13 +129,16 @@ def attend_past_resident(
         p = gl.exp2(s * (scale * LOG2E) - m_M[:, None])
         l_M = gl.sum(p, 1)
         o = warpgroup_mma(gl.convert_layout(p.to(DTYPE), OPERAND), v_smem, zero_MD, use_acc=False, is_async=True)
+        # While P V and S run: where the queries are that this tile's buffer gets next.
         token, member = row_of(late, head_rows, GROUP, PAST)
         address_smem.store((token * q.token + member * q.head) // PIECE)
         ring.index(0).store(pair)
         o, s = warpgroup_mma_wait(0, [o, s_next])
+        # The tile's queries are read: their buffer is free, for its output and then for later queries.
         _store_partials(out_ptr, lse_ptr, q_smem.index(stage), ring, tile, o, m_M, l_M, WIDTH, D, ROW, S_MN, O_MD)
         if tile + STAGES < tiles:
             copy_rows(q_smem.index(stage), q_base, address_smem.load(gl.SliceLayout(1, ROW)) * PIECE, D, ROW)
+        # A group in every iteration, empty or not, so that the number waited for never changes.
         async_copy.commit_group()
         async_copy.wait_group(STAGES - 2)
         stage, late = next_stage, next_late
@@ -159,7 +166,7 @@ def attend_past_streaming(
     N: gl.constexpr,
     D: gl.constexpr,
 ):
-    """One item: rows that chose a block, against that block of a multiple of N keys, at least 2 N."""
+    """Attend the rows of one item, which chose a block, to that block: a multiple of N keys, at least 2 N."""
     DTYPE: gl.constexpr = q.ptr.dtype.element_ty
     ROW: gl.constexpr = row_layout(D, gl.num_warps())
     S_MN: gl.constexpr = product_layout(N, gl.num_warps(), 1)
@@ -188,6 +195,7 @@ def attend_past_streaming(
     k_at = n * k.token
     v_at = n * v.token
     pieces = call.block_size // N
+    # Two groups of copies before the loop: queries, their pairs and the first keys; the first values.
     pair = pairs_of(lists.pairs, 0, begin, end, M, gl.SliceLayout(1, ROW))
     _copy_queries(q_smem.index(0), pair, q, q_base, head_rows, GROUP, PAST, D, ROW)
     copy_pairs(ring, 0, lists.pairs, begin, end)
@@ -201,12 +209,14 @@ def attend_past_streaming(
     l_M = gl.zeros([M], gl.float32, gl.SliceLayout(1, S_MN))
     o = gl.zeros([M, D], gl.float32, O_MD)
     tile, piece = 0, 0
+    # One loop over all (tile of rows, piece of the block), so that copies go on from one tile to the next.
     for step in range(0, steps):
         next_piece = gl.where(piece + 1 == pieces, 0, piece + 1)
-        async_copy.wait_group(1)
+        async_copy.wait_group(1)  # for the keys; the values may still be on their way
         s = warpgroup_mma(
             q_smem.index(tile % 2), k_smem.index(step % 2).permute((1, 0)), zero_MN, use_acc=False, is_async=True
         )
+        # Beside S: the next keys. A tile's pairs come one piece before its queries, which need them.
         if step + 1 < steps:
             copy_rows(k_smem.index((step + 1) % 2), k_base, next_piece * N * k.token + k_at, D, ROW)
             if piece == 0:
@@ -223,9 +233,10 @@ def attend_past_streaming(
         m_M = m_new_M
         p = gl.convert_layout(p.to(DTYPE), OPERAND)
         o = o * gl.convert_layout(alpha_M, gl.SliceLayout(1, O_MD))[:, None]
-        async_copy.wait_group(1)
+        async_copy.wait_group(1)  # for the values; the next keys may still be on their way
         o = warpgroup_mma(p, v_smem, o, is_async=True)
         o = warpgroup_mma_wait(0, [o])
+        # The values are read: the next ones come beside the next S.
         if step + 1 < steps:
             copy_rows(v_smem, v_base, next_piece * N * v.token + v_at, D, ROW)
         async_copy.commit_group()

@@ -48,7 +48,7 @@ _ROWS_TOGETHER = gl.constexpr(2**16)  # 34 MB of queries and output gradients, w
 
 @gluon.jit
 def _allocate_rows(DTYPE: gl.constexpr, STAGES: gl.constexpr, M: gl.constexpr, D: gl.constexpr):
-    """Buffers for queries, output gradients, log-sum-exp and delta."""
+    """Allocate buffers for queries, output gradients, log-sum-exp and delta."""
     rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, D], DTYPE)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_smem = gl.allocate_shared_memory(DTYPE, [STAGES, M, D], rows)
@@ -72,7 +72,7 @@ def _copy_queries(rows_smem, stage, q_base, q_at_M, d_out_base, d_out_at_M, stat
 
 @gluon.jit
 def _allocate_addresses(M: gl.constexpr):
-    """Room for what `_find_rows` finds."""
+    """Allocate room for what `_find_rows` finds."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_at = gl.allocate_shared_memory(gl.int64, [M], flat)
     d_out_at = gl.allocate_shared_memory(gl.int64, [M], flat)
@@ -111,7 +111,7 @@ def _copy_found_rows(rows_smem, stage, addresses, first, q_base, d_out_base, sta
 
 @gluon.jit
 def _own_row(begin, count, shift, M: gl.constexpr, LAYOUT: gl.constexpr):
-    """Numbers within the block of a tile's queries; absent ones repeat a readable one, and are masked later."""
+    """Number a tile's queries within the block; absent ones repeat a readable one, and are masked later."""
     m = begin + gl.arange(0, M, LAYOUT)
     return (gl.minimum(gl.maximum(m, -shift), count - 1) + shift).to(gl.int64)
 
@@ -120,7 +120,7 @@ def _own_row(begin, count, shift, M: gl.constexpr, LAYOUT: gl.constexpr):
 def _copy_own_rows(rows_smem, stage, head, begin, count, shift, query_begin, flat, first_query_head, q, q_base, d_out,
                    d_out_base, statistics_ptr, HEADS: gl.constexpr, M: gl.constexpr, D: gl.constexpr,
                    ROW: gl.constexpr):  # fmt: skip
-    """The same for the block's own queries from number `begin` on, in a head of the group."""
+    """Begin the copies of the block's own queries from number `begin` on, in a head of the group."""
     member = gl.cast(head, gl.int64)
     token_M = query_begin + _own_row(begin, count, shift, M, gl.SliceLayout(1, ROW))
     flat_M = flat + _own_row(begin, count, shift, M, flat_layout(gl.num_warps()))
@@ -133,7 +133,7 @@ def _copy_own_rows(rows_smem, stage, head, begin, count, shift, query_begin, fla
 
 @gluon.jit
 def _next_tile(head, begin, first, count, M: gl.constexpr):
-    """Head and first query of the next tile: the tiles of a head from `first` to `count`, head after head."""
+    """Return the head and first query of the next tile: a head's tiles from `first` to `count`, head after head."""
     at_end = begin + M >= count
     return gl.where(at_end, head + 1, head), gl.where(at_end, first, begin + M)
 
@@ -149,7 +149,7 @@ def _begin_product(a_smem, b, S_NM: gl.constexpr):
 
 @gluon.jit
 def _begin_values(s_NM, dp_NM, lse_M, delta_smem, d_out, dv_ND, scale_log2, S_NM: gl.constexpr, DK_ND: gl.constexpr):
-    """With S there and dP under way: begin dV += P dO; returns dS in 16 bits meanwhile."""
+    """Begin dV += P dO, with S there and dP under way; return dS in 16 bits meanwhile."""
     DTYPE: gl.constexpr = d_out.dtype
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, DK_ND, 2)
     p_NM = gl.exp2(s_NM * scale_log2 - lse_M[None, :])
@@ -200,7 +200,7 @@ def key_gradients(
     D: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """N keys of a block against the rows of one item: partial dK / scale and dV, and dQ of the pairs if FUSED."""
+    """Work N keys of a block against an item's rows: partial dK / scale and dV, and the pairs' dQ if FUSED."""
     WARPS: gl.constexpr = gl.num_warps()
     DTYPE: gl.constexpr = q.ptr.dtype.element_ty
     ROW: gl.constexpr = row_layout(D, WARPS)
@@ -221,6 +221,8 @@ def key_gradients(
     d_out_base = query_base(d_out, kv_head, sequence, call, GROUP, PACKED)
     head_rows = head * call.rows
 
+    # Before the loop: keys and values, which stay, and STAGES - 1 tiles of rows, a group of copies per tile. Pairs are
+    # copied as far ahead again, since finding a row needs its pair.
     keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
     k_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
     v_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
@@ -251,11 +253,13 @@ def key_gradients(
         next_stage, late_stage = stages_around(stage, STAGES)
         q_MD = rows_smem[0].index(stage)
         d_out_MD = rows_smem[1].index(stage)
+        # S and dP, both needed at once; dP goes on while S becomes P.
         s = _begin_product(k_smem, q_MD, S_NM)
         dp = _begin_product(v_smem, d_out_MD, S_NM)
         # For the copies of this iteration, after the barrier.
         pair = pairs_in(ring, tile + STAGES - 1, LANE)
         _find_rows(addresses, pair, q, d_out, head_rows, wide_head * GROUP, HEADS, GROUP, PAST)
+        # dQ of the tile before leaves for memory beside them: its buffer is written again after the barrier.
         if FUSED and tile > 0:
             share = pairs_in(ring, tile - 1, gl.SliceLayout(1, ROW)).to(gl.int64) * SHARES + piece
             _store_shares(shares_ptr, dq_smem, share, WIDTH, D, ROW)
@@ -266,11 +270,13 @@ def key_gradients(
             ds_smem.store(ds)
             # The fence waits for the copies under way, too: later ones begin after it.
             fence_async_shared()
+        # All warps have stored dS and addresses, and have read the buffers that are filled next.
         thread_barrier()
         if FUSED:
             zero_MD = gl.zeros([M, D], gl.float32, DQ_MD)
             dq = warpgroup_mma(ds_smem.permute((1, 0)), k_smem, zero_MD, use_acc=False, is_async=True)
         dk = _begin_keys(ds, q_MD, dk, DK_ND)
+        # Beside dQ and dK: the rows of STAGES - 1 tiles on. Only dQ is waited for before it is stored.
         if tile + STAGES - 1 < tiles:
             first = begin - end + (tile + STAGES) * M
             _copy_found_rows(rows_smem, late_stage, addresses, first, q_base, d_out_base, statistics_ptr, M, D, ROW)
@@ -282,6 +288,7 @@ def key_gradients(
         dk, dv = warpgroup_mma_wait(0, [dk, dv])
         async_copy.wait_group(STAGES - 2)
         stage = next_stage
+    # dQ of the list's first rows, the last tile: places before the list go to a row that nobody reads.
     if FUSED:
         nowhere = gl.cast(all_pairs, gl.int64) * SHARES
         share = pairs_in(ring, tiles - 1, gl.SliceLayout(1, ROW)).to(gl.int64) * SHARES + piece
@@ -296,7 +303,7 @@ def key_gradients(
 
 @gluon.jit
 def _longest_first(call, pieces, together):
-    """Block slot and piece of a program.
+    """Return the block slot and piece of a program.
 
     A block's first keys have all its rows, its last ones few. In `together` blocks all first pieces come first, then
     all second ones, so that the multiprocessors finish together.
@@ -332,7 +339,7 @@ def own_key_gradients(
     D: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """N keys of a block: go through the block's own queries, add the partials of its items, write dK and dV."""
+    """Go through the own queries of N keys of a block, add the partials of its items, write dK and dV."""
     WARPS: gl.constexpr = gl.num_warps()
     DTYPE: gl.constexpr = q.ptr.dtype.element_ty
     ROW: gl.constexpr = row_layout(D, WARPS)
@@ -363,6 +370,7 @@ def own_key_gradients(
     key = key.to(gl.int64)
     copy_rows(k_smem, head_base(k, sequence, kv_head), key * k.token, D, ROW)
     copy_rows(v_smem, head_base(v, sequence, kv_head), key * v.token, D, ROW)
+    # The block's own queries, one head of the group after the other, STAGES - 1 tiles ahead.
     late_head, late_begin = 0, first
     for early in gl.static_range(STAGES - 1):
         if early < tiles:
@@ -383,6 +391,7 @@ def own_key_gradients(
         next_stage, late_stage = stages_around(stage, STAGES)
         q_MD = rows_smem[0].index(stage)
         d_out_MD = rows_smem[1].index(stage)
+        # Later rows are copied beside S and dP: the products of the tile before, whose buffer they get, are done.
         s = _begin_product(k_smem, q_MD, S_NM)
         dp = _begin_product(v_smem, d_out_MD, S_NM)
         if tile + STAGES - 1 < tiles:
@@ -404,6 +413,7 @@ def own_key_gradients(
         async_copy.wait_group(STAGES - 2)
         _, begin = _next_tile(0, begin, first, count, M)
         stage = next_stage
+    # The past's partials are added in list order, after the loop: always the same order, and no registers during it.
     list_begin, list_end, item = 0, 0, 0
     if offsets_ptr is not None:
         list_id = head * call.block_slots + slot

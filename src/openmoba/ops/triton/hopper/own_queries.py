@@ -18,7 +18,7 @@ from openmoba.ops.triton.rows import LOG2E, STATISTICS, head_base, own_rows
 
 @gluon.constexpr_function
 def _rank_layout(ranks, warps):
-    """Rows of `ranks` numbers, or of as many as a warp has lanes: one number per lane."""
+    """Lay out rows of `ranks` numbers, or of as many as a warp has lanes: one number per lane."""
     lanes = min(32, 1 << max(0, ranks - 1).bit_length())
     return gl.BlockedLayout([1, 1], [32 // lanes, lanes], [warps, 1], [1, 0])
 
@@ -32,13 +32,13 @@ def _copy_keys(smem, base, begin, count, token_stride, N: gl.constexpr, D: gl.co
 
 @gluon.jit
 def _readable(start, low, high, M: gl.constexpr, LAYOUT: gl.constexpr):
-    """Numbers of a tile's rows in the block; those outside `[low, high)` repeat one inside, and nothing is stored."""
+    """Number a tile's rows in the block; those outside `[low, high)` repeat one inside, and are not stored."""
     return gl.minimum(gl.maximum(start + gl.arange(0, M, LAYOUT), low), high - 1)
 
 
 @gluon.jit
 def _exist(start, low, high, M: gl.constexpr, LAYOUT: gl.constexpr):
-    """Which of a tile's rows are in `[low, high)`."""
+    """Say which of a tile's rows are in `[low, high)`."""
     m = start + gl.arange(0, M, LAYOUT)
     return (m >= low) & (m < high)
 
@@ -69,7 +69,7 @@ def attend_own(
     N: gl.constexpr,
     D: gl.constexpr,
 ):
-    """M queries of one head and block: attend to the own block causally, merge the partials, write output and LSE."""
+    """Attend M queries of a head to their own block causally, merge the partials, write output and LSE."""
     DTYPE: gl.constexpr = q.ptr.dtype.element_ty
     WARPS: gl.constexpr = gl.num_warps()
     ROW: gl.constexpr = row_layout(D, WARPS)
@@ -97,6 +97,7 @@ def attend_own(
     q_smem = gl.allocate_shared_memory(DTYPE, [M, D], gl.NVMMASharedLayout.get_default_for([M, D], DTYPE))
     k_smem = gl.allocate_shared_memory(DTYPE, [2, N, D], keys)
     v_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
+    # Two groups of copies before the loop: queries and the first keys; the first values.
     readable = _readable(start, low, high, M, gl.SliceLayout(1, ROW))
     copy_rows(q_smem, q_base, (query_begin + readable + shift).to(gl.int64) * q.token, D, ROW)
     _copy_keys(k_smem.index(0), k_base, 0, count, k.token, N, D, ROW)
@@ -112,7 +113,7 @@ def attend_own(
     o = gl.zeros([M, D], gl.float32, O_MD)
     pieces = gl.cdiv(gl.minimum(start + M, count), N)
     for piece in range(0, pieces):
-        async_copy.wait_group(1)
+        async_copy.wait_group(1)  # for the keys; the values may still be on their way
         s = warpgroup_mma(q_smem, k_smem.index(piece % 2).permute((1, 0)), zero_MN, use_acc=False, is_async=True)
         if piece + 1 < pieces:
             _copy_keys(k_smem.index((piece + 1) % 2), k_base, (piece + 1) * N, count, k.token, N, D, ROW)
@@ -127,13 +128,14 @@ def attend_own(
         m_M = m_new_M
         p = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(0, O_MD, 2))
         o = o * gl.convert_layout(alpha_M, gl.SliceLayout(1, O_MD))[:, None]
-        async_copy.wait_group(1)
+        async_copy.wait_group(1)  # for the values; the next keys may still be on their way
         o = warpgroup_mma(p, v_smem, o, is_async=True)
         o = warpgroup_mma_wait(0, [o])
         if piece + 1 < pieces:
             _copy_keys(v_smem, v_base, (piece + 1) * N, count, v.token, N, D, ROW)
         async_copy.commit_group()
 
+    # Past and own block are merged in the layout in which rows lie in memory: partials go straight to registers.
     own_M = gl.convert_layout(m_M + gl.log2(l_M), gl.SliceLayout(1, ROW))
     o = gl.convert_layout(o * gl.convert_layout(1.0 / l_M, gl.SliceLayout(1, O_MD))[:, None], ROW)
     flat = (first_flat + readable).to(gl.int64)
@@ -161,7 +163,7 @@ def attend_own(
 
 @gluon.jit
 def _load(pointers, mask, absent: gl.constexpr, eviction: gl.constexpr):
-    """What is there, and `absent` where the mask, unless it is None, says that nothing is."""
+    """Load what is there, and `absent` where the mask, unless it is None, says that nothing is."""
     if mask is None:
         return gl.load(pointers, eviction_policy=eviction)
     else:
@@ -170,7 +172,7 @@ def _load(pointers, mask, absent: gl.constexpr, eviction: gl.constexpr):
 
 @gluon.jit
 def _weigh(partial_lse_ptr, pair_M, past, count_M, own_M, PAST: gl.constexpr, ROW: gl.constexpr):
-    """Largest log-sum-exp of the own block and a row's partials, and the sum of all in units of that."""
+    """Return the largest log-sum-exp of the own block and a row's partials, and the sum of all in units of that."""
     RANKS: gl.constexpr = _rank_layout(PAST, gl.num_warps())
     WIDE: gl.constexpr = RANKS.threads_per_warp[1]
     rank = gl.arange(0, WIDE, gl.SliceLayout(0, RANKS))
@@ -214,7 +216,7 @@ def own_query_gradients(
     D: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """M queries of one head and block: the own block's dQ, the pairs' shares added, written to dQ."""
+    """Compute the own block's dQ of M queries of a head, add the pairs' shares, write dQ."""
     DTYPE: gl.constexpr = q.ptr.dtype.element_ty
     WARPS: gl.constexpr = gl.num_warps()
     ROW: gl.constexpr = row_layout(D, WARPS)
@@ -247,6 +249,7 @@ def own_query_gradients(
     token = (query_begin + readable + shift).to(gl.int64)
     copy_rows(q_smem, q_base, token * q.token, D, ROW)
     copy_rows(d_out_smem, d_out_base, token * d_out.token, D, ROW)
+    # One group of copies per piece of keys and values, STAGES of them ahead; the queries are in the first.
     pieces = gl.cdiv(high, N)
     for early in gl.static_range(STAGES):
         if early < pieces:
@@ -270,7 +273,7 @@ def own_query_gradients(
         dp = warpgroup_mma(
             d_out_smem, v_smem.index(piece % STAGES).permute((1, 0)), zero_MN, use_acc=False, is_async=True
         )
-        s = warpgroup_mma_wait(1, [s])
+        s = warpgroup_mma_wait(1, [s])  # dP goes on while S becomes P
         if (piece + 1) * N > start:
             s = gl.where((piece * N + n)[None, :] <= m[:, None], s, -float("inf"))
         p = gl.exp2(s * (scale * LOG2E) - lse_M[:, None])
@@ -278,12 +281,14 @@ def own_query_gradients(
         ds = (p * (dp - delta_M[:, None])).to(DTYPE)
         dq = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, DQ_MD, 2)), k_ND, dq, is_async=True)
         dq = warpgroup_mma_wait(0, [dq])
+        # dQ has read this piece's keys: its buffers are free.
         later = piece + STAGES
         if later < pieces:
             _copy_keys(k_smem.index(piece % STAGES), k_base, later * N, count, k.token, N, D, ROW)
             _copy_keys(v_smem.index(piece % STAGES), v_base, later * N, count, v.token, N, D, ROW)
         async_copy.commit_group()
 
+    # The pairs' shares are added last, in rank order, in the layout in which they lie in memory.
     dq = gl.convert_layout(dq, ROW)
     flat = (first_flat + readable).to(gl.int64)
     first_pair = (gl.cast(head, gl.int64) * call.rows + flat * GROUP + member) * PAST

@@ -28,20 +28,20 @@ copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_cop
 
 @gluon.constexpr_function
 def row_layout(width, warps):
-    """Rows of `width` 16-bit elements in pieces of 16 bytes, neighbouring lanes beside each other."""
+    """Lay out rows of `width` 16-bit elements in pieces of 16 bytes, neighbouring lanes beside each other."""
     lanes = width // 8
     return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [warps, 1], [1, 0])
 
 
 @gluon.constexpr_function
 def product_layout(columns, rows_of_warps, columns_of_warps):
-    """Accumulator of a matrix product, `columns` per instruction."""
+    """Lay out the accumulator of a matrix product, `columns` per instruction."""
     return gl.NVMMADistributedLayout([3, 0], [rows_of_warps, columns_of_warps], [16, columns, 16])
 
 
 @gluon.constexpr_function
 def lane_layout(rows, warps):
-    """One of `rows` rows per lane, each warp its own; lanes beyond them the same again."""
+    """Lay out one of `rows` rows per lane, each warp its own; lanes beyond them the same again."""
     each = rows // warps
     lanes = [[1 << i] if 1 << i < each else [0] for i in range(5)]
     return gl.DistributedLinearLayout([], lanes, [[each << i] for i in range(warps.bit_length() - 1)], [], [rows])
@@ -49,13 +49,13 @@ def lane_layout(rows, warps):
 
 @gluon.constexpr_function
 def flat_layout(warps):
-    """One element per thread."""
+    """Lay out one element per thread."""
     return gl.BlockedLayout([1], [32], [warps], [0])
 
 
 @gluon.jit
 def stages_around(stage, STAGES: gl.constexpr):
-    """The buffers after and before `stage` in a circle of STAGES; remainders would take registers in a loop."""
+    """Return the buffers after and before `stage` in a circle; remainders would take registers in a loop."""
     return gl.where(stage == STAGES - 1, 0, stage + 1), gl.where(stage == 0, STAGES - 1, stage - 1)
 
 
@@ -69,19 +69,19 @@ def copy_rows(smem, base, offset_M, D: gl.constexpr, ROW: gl.constexpr, exist_M=
 
 @gluon.jit
 def _places(tile, begin, end, M: gl.constexpr, LAYOUT: gl.constexpr):
-    """Where the pairs of a tile are; places before the list repeat its first one."""
+    """Return where the pairs of a tile are; places before the list repeat its first one."""
     return gl.maximum(end - (tile + 1) * M + gl.arange(0, M, LAYOUT), begin)
 
 
 @gluon.jit
 def pairs_of(pairs_ptr, tile, begin, end, M: gl.constexpr, LAYOUT: gl.constexpr):
-    """The pairs of a tile."""
+    """Load the pairs of a tile."""
     return gl.load(pairs_ptr + _places(tile, begin, end, M, LAYOUT))
 
 
 @gluon.jit
 def allocate_ring(RING: gl.constexpr, M: gl.constexpr):
-    """Room for the pairs of RING tiles, a power of two."""
+    """Allocate room for the pairs of RING tiles, a power of two."""
     return gl.allocate_shared_memory(gl.int32, [RING, M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
@@ -96,13 +96,13 @@ def copy_pairs(ring, tile, pairs_ptr, begin, end):
 
 @gluon.jit
 def pairs_in(ring, tile, LAYOUT: gl.constexpr):
-    """The pairs of a tile in the ring."""
+    """Load the pairs of a tile from the ring."""
     RING: gl.constexpr = ring.shape[0]
     return ring.index(tile & (RING - 1)).load(LAYOUT)
 
 
 @gluon.jit
 def row_of(pair_M, head_rows, GROUP: gl.constexpr, PAST: gl.constexpr):
-    """Flat query token and head within the group of each pair, both int64."""
+    """Return the flat query token and head within the group of each pair, both int64."""
     row_M = pair_M // PAST - head_rows
     return (row_M // GROUP).to(gl.int64), (row_M % GROUP).to(gl.int64)

@@ -15,7 +15,7 @@ WIDTHS = (64, 128)
 
 
 def attend_past(geometry: Geometry, dtype: torch.dtype) -> Tile:
-    """Past blocks, forward: a block of `KEYS` stays in shared memory, a longer one streams past a tile of rows."""
+    """Tile the past blocks, forward: a block of `KEYS` stays in shared memory, a longer one streams by."""
     if geometry.block_size == KEYS:
         return Tile(m=64, n=KEYS, d=geometry.width, warps=4, stages=3, segment=1024)
     m, n = (64, KEYS) if geometry.width == WIDTHS[0] else (128, 64)
@@ -23,26 +23,26 @@ def attend_past(geometry: Geometry, dtype: torch.dtype) -> Tile:
 
 
 def attend_own(geometry: Geometry, dtype: torch.dtype) -> Tile:
-    """Own block and merge."""
+    """Tile the own block and merge."""
     return Tile(m=64, n=64, d=geometry.width, warps=4, stages=2, registers=_registers(geometry))
 
 
 def key_gradients(geometry: Geometry, dtype: torch.dtype) -> Tile:
-    """Gradients of keys and values: N keys stay in shared memory, their rows stream by."""
+    """Tile the gradients of keys and values: N keys stay in shared memory, their rows stream by."""
     n, segment = keys_per_share(geometry, dtype), pairs_per_item(geometry)
     return Tile(m=64, n=n, d=geometry.width, warps=8, stages=3, segment=segment)
 
 
 def own_key_gradients(geometry: Geometry, dtype: torch.dtype) -> Tile:
-    """Gradients of keys and values from the own block, before the partials of the past."""
+    """Tile the gradients of keys and values from the own block, before the partials of the past."""
     return Tile(m=64, n=KEYS, d=geometry.width, warps=8, stages=3)
 
 
 def own_query_gradients(geometry: Geometry, dtype: torch.dtype) -> Tile:
-    """Gradients of queries from the own block, before the shares of the past."""
+    """Tile the gradients of queries from the own block, before the shares of the past."""
     return Tile(m=64, n=32, d=geometry.width, warps=4, stages=2, registers=_registers(geometry))
 
 
 def _registers(geometry: Geometry) -> int:
-    """Per thread, for three programs of four warps on a multiprocessor, or four of narrow heads."""
+    """Return how many a thread gets: for three programs of four warps on a multiprocessor, or four of narrow heads."""
     return 128 if geometry.width == WIDTHS[0] else 168

@@ -9,19 +9,19 @@ import torch
 
 @cache
 def memory_bytes(device: torch.device) -> int:
-    """All of a GPU's memory."""
+    """Return all of a GPU's memory."""
     return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Of this GPU; 1 for Triton's interpreter."""
+    """Return how many this GPU has; 1 for Triton's interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @cache
 def nvidia_capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability; (0, 0) for what is no NVIDIA GPU, since AMD's numbers mean other things."""
+    """Return the compute capability; (0, 0) for what is no NVIDIA GPU: AMD's numbers mean other things."""
     if device.type != "cuda" or torch.version.hip is not None:
         return 0, 0
     return torch.cuda.get_device_capability(device)

@@ -125,7 +125,7 @@ class Launch:
 
 
 def _members(arguments: tuple[Any, ...]) -> Iterator[Any]:
-    """Arguments, with the members of structs in the place of these."""
+    """Yield arguments, with the members of structs in the place of these."""
     for x in arguments:
         if isinstance(x, tuple):
             yield from _members(x)

@@ -35,7 +35,7 @@ def replayed(
     settings: tuple[float, ...],
     caps: tuple[int, ...],
 ) -> tuple[Tensor, ...]:
-    """`function(*inputs, *settings)`, which returns new contiguous tensors on the first input's device.
+    """Return `function(*inputs, *settings)`: new contiguous tensors on the first input's device.
 
     Its launches may depend on devices, dtypes, shapes and strides, on the settings, and on the caps on its memory in
     bytes. A call whose temporaries exceed them is not replayed, since it would hold all at once.
@@ -95,7 +95,7 @@ class _Tape:
         self._places, self.scratch = places.places, places.scratch
 
     def play(self, first: Tensor, pointers: list[int]) -> tuple[Tensor, ...]:
-        """The same on other tensors: the first input, and where all begin (0: absent)."""
+        """Launch the same on other tensors: the first input, and where all begin (0: absent)."""
         outputs = tuple([first.new_empty(shape, dtype=dtype) for shape, dtype in self._outputs])
         scratch = first.new_empty(self.scratch, dtype=torch.uint8)
         begins = [*pointers, *[x.data_ptr() for x in outputs], scratch.data_ptr()]
@@ -128,7 +128,7 @@ class _Places:
                 self._begins[_storage(x)] = number, x.data_ptr()
 
     def number(self, x: Tensor) -> int:
-        """The index in `places` of where a tensor begins."""
+        """Return the index in `places` of where a tensor begins."""
         place = self._place(x)
         if place not in self.places:
             self.places.append(place)
@@ -150,7 +150,7 @@ class _Places:
 def _record(
     function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor | None], settings: tuple[float, ...]
 ) -> tuple[tuple[Tensor, ...], _Tape | None]:
-    """Run the function; its results, and its tape if noted launches are all that it did."""
+    """Run the function; return its results, and its tape if noted launches are all that it did."""
     with _recording, noted_launches() as notes, _Watch() as watch:
         outputs = function(*inputs, *settings)
     all_noted = notes.counted == len(notes.launches) and all(launched.direct for launched in notes.launches)
@@ -160,7 +160,7 @@ def _record(
 
 
 def _repeat(inputs: Sequence[Tensor | None]) -> bool:
-    """Whether one tensor is several inputs: a launch would not tell which of them it reads."""
+    """Say whether one tensor is several inputs: a launch would not tell which of them it reads."""
     given = [id(x) for x in inputs if x is not None]
     return len(set(given)) < len(given)
 
@@ -176,5 +176,5 @@ class _Watch(TorchDispatchMode):
 
 
 def _storage(x: Tensor) -> int:
-    """The address of what x is a view of."""
+    """Return the address of what x is a view of."""
     return x.untyped_storage().data_ptr()

@@ -57,7 +57,7 @@ def _kernel(function: Any, tile: Tile, **constants: bool) -> Kernel:
 
 
 def _is_even(geometry: Geometry, tile: Tile) -> bool:
-    """Whether no tile of keys reaches beyond its block."""
+    """Say whether no tile of keys reaches beyond its block."""
     return geometry.block_size % tile.n == 0
 
 

@@ -54,7 +54,7 @@ def attend_past(
     N: tl.constexpr,
     D: tl.constexpr,
 ):
-    """One item: rows that chose a block, against that block. RESIDENT: its keys fit one tile and stay on chip."""
+    """Attend the rows of one item to the block they chose. RESIDENT: its keys fit one tile and stay on chip."""
     _, list_id, begin, end = item_bounds(lists.items, offsets_ptr, tl.program_id(0), call.block_slots, SEGMENT)
     if begin >= end:
         return
@@ -68,6 +68,7 @@ def attend_past(
     q_base = query_base(q, kv_head, sequence, call, GROUP, PACKED)
     n = tl.arange(0, N)
     scale_log2 = scale * LOG2E
+    # A resident block is loaded once, and its rows stream by; a larger one streams past each tile of rows.
     if RESIDENT:
         k_ND = load_rows(k_base, key_begin + n, k.token, n < call.block_size, WIDTH, D)
         v_ND = load_rows(v_base, key_begin + n, v.token, n < call.block_size, WIDTH, D)
@@ -125,7 +126,7 @@ def attend_own(
     N: tl.constexpr,
     D: tl.constexpr,
 ):
-    """M queries of one head and block: merge their partials, add the own block causally, write output and LSE."""
+    """Merge the partials of M queries of a head, add the own block causally, write output and LSE."""
     tl.static_assert(M % N == 0)  # the loop over earlier keys has no mask
     tiles = tl.cdiv(call.block_size, M)
     slot = first_slot + tl.program_id(0) // tiles
@@ -150,6 +151,7 @@ def attend_own(
     count_M = None
     if counts_ptr is not None:
         count_M = tl.load(counts_ptr + (head * call.rows + flat * GROUP + member), mask=valid, other=0)
+    # The past first: its loads depend on nothing here, and the softmax goes on from its maximum and sum.
     o_MD, m_M, l_M = _merge_partials(
         partials,
         (head * call.rows + (flat - first_token) * GROUP + member).to(tl.int64) * PAST,
@@ -163,12 +165,14 @@ def attend_own(
     k_base = head_base(k, sequence, kv_head)
     v_base = head_base(v, sequence, kv_head)
     scale_log2 = scale * LOG2E
+    # Keys before the tile's first query are read by all its rows: no mask.
     for at in range(0, start, N):
         n = at + tl.arange(0, N)
         k_ND = load_rows(k_base, key_begin + n, k.token, n < start, WIDTH, D)
         v_ND = load_rows(v_base, key_begin + n, v.token, n < start, WIDTH, D)
         s_MN = dot(q_MD, tl.trans(k_ND))
         m_M, l_M, o_MD = online_softmax(s_MN, v_ND, m_M, l_M, o_MD, scale_log2)
+    # On the diagonal, and at the end of the sequence.
     for at in range(start, tl.minimum(start + M, count), N):
         n = at + tl.arange(0, N)
         k_ND = load_rows(k_base, key_begin + n, k.token, n < count, WIDTH, D)

@@ -54,7 +54,7 @@ def key_gradients(
     N: tl.constexpr,
     D: tl.constexpr,
 ):
-    """N keys of a block against the rows of one item: partial dK / scale and dV, and dQ of the pairs if FUSED."""
+    """Work N keys of a block against an item's rows: partial dK / scale and dV, and the pairs' dQ if FUSED."""
     # The tiles of a block run side by side: they read the same rows.
     pieces = tl.cdiv(call.block_size, N)
     piece = tl.program_id(0) % pieces
@@ -76,6 +76,7 @@ def key_gradients(
     dk_ND = tl.zeros([N, D], tl.float32)
     dv_ND = tl.zeros([N, D], tl.float32)
     nowhere = tl.cast(all_pairs, tl.int64) * SHARES
+    # Rows stream by, gathered; keys, values and their gradients stay in registers and shared memory.
     for at in range(begin, end, M):
         pair, token, member, valid = pair_rows(lists.pairs, at, end, head * call.rows, GROUP, PAST, M)
         wide = token.to(tl.int64)
@@ -136,7 +137,7 @@ def own_key_gradients(
     N: tl.constexpr,
     D: tl.constexpr,
 ):
-    """N keys of a block: go through the block's own queries, add the partials of its items, write dK and dV."""
+    """Go through the own queries of N keys of a block, add the partials of its items, write dK and dV."""
     pieces = tl.cdiv(call.block_size, N)
     slot = tl.program_id(0) // pieces
     start = (tl.program_id(0) % pieces) * N
@@ -152,6 +153,7 @@ def own_key_gradients(
     v_base = head_base(v, sequence, kv_head)
     k_ND = load_rows(k_base, key_begin + n, k.token, n < count, WIDTH, D)
     v_ND = load_rows(v_base, key_begin + n, v.token, n < count, WIDTH, D)
+    # The block's own queries, head by head of the group, from the first that reads a key of this tile.
     flat = first_row(sequence, call, PACKED)
     first = tl.maximum(start, -shift) // M * M
     for member in range(GROUP):

@@ -59,7 +59,7 @@ def query_gradients(
     N: tl.constexpr,
     D: tl.constexpr,
 ):
-    """M pairs of one list against all keys of its block: the pairs' share of dQ."""
+    """Work M pairs of one list against all keys of its block: the pairs' share of dQ."""
     _, list_id, begin, end = item_bounds(lists.items, offsets_ptr, tl.program_id(0), call.block_slots, SEGMENT)
     if begin >= end:
         return
@@ -117,7 +117,7 @@ def own_query_gradients(
     N: tl.constexpr,
     D: tl.constexpr,
 ):
-    """M queries of one head and block: sum the pairs' shares of dQ, add the own block's, write dQ."""
+    """Sum the pairs' shares of dQ of M queries of a head, add the own block's, write dQ."""
     tiles = tl.cdiv(call.block_size, M)
     slot = tl.program_id(0) // tiles
     start = (tl.program_id(0) % tiles) * M
@@ -135,6 +135,7 @@ def own_query_gradients(
     count_M = None
     if counts_ptr is not None:
         count_M = tl.load(counts_ptr + (head * call.rows + flat * GROUP + member), mask=valid, other=0) * SHARES
+    # The past's shares first, in rank order: always the same order, so equal inputs give equal bits.
     dq_MD = tl.zeros([M, D], tl.float32)
     for share in tl.range(0, tl.minimum(block, PAST) * SHARES, num_stages=3):
         reads_M = reads(share, count_M, valid)

@@ -11,7 +11,7 @@ from openmoba.ops.triton.geometry import Geometry
 
 
 def attend_past(geometry: Geometry, dtype: torch.dtype) -> Tile:
-    """Past blocks, forward: keys stay on chip where they fit, else one row tile streams them."""
+    """Tile the past blocks, forward: keys stay on chip where they fit, else one row tile streams them."""
     d, keys = geometry.padded_width, padded_keys(geometry)
     if dtype == torch.float32:
         return _float32_tile(geometry, segment=128)
@@ -26,7 +26,7 @@ def attend_past(geometry: Geometry, dtype: torch.dtype) -> Tile:
 
 
 def attend_own(geometry: Geometry, dtype: torch.dtype) -> Tile:
-    """Own block and merge."""
+    """Tile the own block and merge."""
     d, keys = geometry.padded_width, padded_keys(geometry)
     if dtype == torch.float32:
         return _float32_tile(geometry)
@@ -36,7 +36,7 @@ def attend_own(geometry: Geometry, dtype: torch.dtype) -> Tile:
 
 
 def key_gradients(geometry: Geometry, dtype: torch.dtype) -> Tile:
-    """Gradients of keys and values: N keys stay on chip, their rows stream by."""
+    """Tile the gradients of keys and values: N keys stay on chip, their rows stream by."""
     d, keys, segment = geometry.padded_width, padded_keys(geometry), pairs_per_item(geometry)
     if dtype == torch.float32:
         return _float32_tile(geometry, segment)
@@ -47,7 +47,7 @@ def key_gradients(geometry: Geometry, dtype: torch.dtype) -> Tile:
 
 
 def query_gradients(geometry: Geometry, dtype: torch.dtype) -> Tile:
-    """Gradients of queries from past blocks: one row tile stays on chip, the keys stream by."""
+    """Tile the gradients of queries from past blocks: one row tile stays on chip, the keys stream by."""
     d, keys = geometry.padded_width, padded_keys(geometry)
     if dtype == torch.float32:
         tile = _float32_tile(geometry)
@@ -58,7 +58,7 @@ def query_gradients(geometry: Geometry, dtype: torch.dtype) -> Tile:
 
 
 def own_key_gradients(geometry: Geometry, dtype: torch.dtype) -> Tile:
-    """Gradients of keys and values from the own block, after the partials of the past."""
+    """Tile the gradients of keys and values from the own block, after the partials of the past."""
     d, keys = geometry.padded_width, padded_keys(geometry)
     if dtype == torch.float32:
         return _float32_tile(geometry)
@@ -68,12 +68,12 @@ def own_key_gradients(geometry: Geometry, dtype: torch.dtype) -> Tile:
 
 
 def own_query_gradients(geometry: Geometry, dtype: torch.dtype) -> Tile:
-    """Gradients of queries from the own block, after the shares of the past."""
+    """Tile the gradients of queries from the own block, after the shares of the past."""
     tile = query_gradients(geometry, dtype)
     return replace(tile, m=min(tile.m, padded_keys(geometry)), n=min(32, tile.n))
 
 
 def _float32_tile(geometry: Geometry, segment: int = 0) -> Tile:
-    """Products in fp32 take no matrix instructions: small tiles."""
+    """Tile small: products in fp32 take no matrix instructions."""
     side = float32_side(geometry)
     return Tile(m=side, n=side, d=geometry.padded_width, warps=8, stages=1, segment=segment)
