@@ -21,9 +21,10 @@ failed=$?
 tail -n 25 "$out/tests.txt"
 
 grid() {
-    python3 -m openmoba.bench attention --grid "$1" --minutes "$minutes" --out "$out/$2" --commit "$commit"
+    python3 -m openmoba.bench attention --grid "$1" --minutes "$minutes" --out "$out/$2" --commit "$commit" "${@:3}"
 }
 grid headline attention.csv
+grid peers attention.csv --contenders moba given  # side by side, before the slow ones
 python3 -m openmoba.bench decode --lengths 32768 131072 524288 --out "$out/decode.csv" --commit "$commit"
 grid short short.csv
 grid peers attention.csv
