@@ -93,10 +93,13 @@ def test_the_ladder_and_the_layers_have_their_arms() -> None:
     ladder = {(run.size, run.arm) for run in configs("chart-b").values() if run.stage.chart == "scaling"}
     arms = ("full", "moba", "last-2-keys", "full-keys")
     assert ladder == {(size, arm) for size in ("2m", "5m", "9m", "17m", "32m") for arm in arms}
-    for name in ("pretrain", "finetune"):
-        found = [run.alone().arm for run in configs("chart-a").values() if run.stage.name == name and run.seed == 0]
+    runs = [run for run in configs("chart-a").values() if run.seed == 0]
+    for names in (("pretrain", "hybrids"), ("finetune",)):
+        found = [run.alone().arm for run in runs if run.stage.name in names]
         layers = [len(arm.attention(0, 1).full_layer_indices(12)) if arm.name != "full" else 12 for arm in found]
         assert sorted(layers) == [0, 1, 3, 5, 10, 12]
+    origins = {run.arm: run.after for run in runs if run.stage.name == "finetune"}
+    assert origins == {arm: f"pretrain/15m-{'full' if arm == 'full' else 'moba'}-seed0" for arm in origins}
 
 
 def test_candidates_read_as_many_keys_or_are_as_sparse_as_the_reports_setting() -> None:

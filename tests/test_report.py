@@ -349,6 +349,30 @@ def test_the_context_cut_short_tells_what_counts(tmp_path: Path, monkeypatch: py
     assert "candidates-contexts.png" in shown
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_the_training_loss_around_a_switch_stands_beside_that_of_full_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(synthetic_study.LAWS, "time_hybrid", synthetic_study.LAWS["full"])
+    text = CANDIDATES.replace('last-1 = { name = "hybrid", full_layers = 1 }', 'last-1 = { name = "time_hybrid" }')
+    recipe = make(tmp_path, text)
+    for arm, after in (("full", 1.0), ("last-1", 3.0)):
+        rows = [
+            {"kind": "train", "step": step, "loss": 2.0 if step <= 360 else after, "seconds": 1.0,
+             "compute": {"accelerator_seconds": 1.0}}
+            for step in range(10, 401, 10)
+        ]  # fmt: skip
+        rows[36]["loss"] = after + 0.5
+        with (tmp_path / f"candidates/large-{arm}-seed0" / "metrics.jsonl").open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    write_report(recipe, tmp_path, "6nd")
+    assert (
+        "large, last-1, seed 0: the attention changes after step 360. Training loss of the 20 steps before and after "
+        "it: 2.0000 and 3.2500 nats (+1.2500), 3.5000 in its highest record; full attention on the same batches "
+        "2.0000 and 1.2500 nats (-0.7500), 1.5000 in its highest record."
+    ) in (tmp_path / "report.md").read_text()
+
+
 def test_records_with_a_mean_for_every_range_and_no_documents_are_read(tmp_path: Path) -> None:
     """As they were made before windows kept their documents and ranges."""
     recipe = make(tmp_path, CANDIDATES)

@@ -58,6 +58,7 @@ def test_the_page_runs_as_written(
         "granularity-14m-candidates",
         "switch-positions",
         "pretrain-scaling-law-equal-cost",
+        "hybrids-15m-layerwise-hybrid",
         "finetune-15m-layerwise-hybrid",
     }
     assert (

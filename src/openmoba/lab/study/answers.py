@@ -117,6 +117,23 @@ def reach(outcomes: Sequence[Outcome]) -> Iterator[str]:
                 yield _reach(own)
 
 
+def switches(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Say what the training loss does where an arm changes its attention, beside full attention on the same batches."""
+    for runs in by("size", outcomes).values():
+        full = {run.run.seed: run for run in of_kind(runs, FULL)}
+        for run in runs:
+            moba, steps = run.config.arm.moba_steps(run.config.train.steps), run.config.train.steps
+            for step in (moba.start, moba.stop):
+                around = _around(run, step) if moba and 0 < step < steps else None
+                if around is not None:
+                    beside = _around(full[run.run.seed], step) if run.run.seed in full else None
+                    same = "" if beside is None else f"; full attention on the same batches {beside[1]}"
+                    yield (
+                        f"{run.run.size}, {run.label}, seed {run.run.seed}: the attention changes after step {step:,}. "
+                        f"Training loss of the {around[0]:,} steps before and after it: {around[1]}{same}."
+                    )
+
+
 def use_of_context(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """Say what full attention gains from a longer context, and how much of it MoBA does not."""
     runs = list(by("size", outcomes).values())[-1]
@@ -139,6 +156,17 @@ def use_of_context(outcomes: Sequence[Outcome]) -> Iterator[str]:
             f"{_word(lost.resolved, lost.noise is not None)}. What lies above zero is what full attention gains from "
             "far context and MoBA does not."
         )
+
+
+def _around(run: Outcome, step: int) -> tuple[int, str] | None:
+    """How many steps before and after `step`, a twentieth of all, and their training loss; None without records."""
+    span = run.config.train.steps // 20
+    before = [loss for last, loss in run.trained.items() if step - span < last <= step]
+    after = [loss for last, loss in run.trained.items() if step < last <= step + span]
+    if not before or not after:
+        return None
+    first, second = (sum(losses) / len(losses) for losses in (before, after))
+    return span, f"{first:.4f} and {second:.4f} nats ({second - first:+.4f}), {max(after):.4f} in its highest record"
 
 
 def _gained(own: Sequence[Outcome]) -> str:

@@ -20,7 +20,7 @@ from openmoba.lab.model.build import SIZES
 from openmoba.lab.study.fit import Fit, fit_arms, fit_runs
 from openmoba.lab.study.recipe import PlannedRun, Recipe, Stage
 from openmoba.lab.study.same_data import RunData, check_same_data, origin
-from openmoba.lab.train.history import evaluations, read_result
+from openmoba.lab.train.history import evaluations, history, read_result
 from openmoba.records.disk import Row
 
 Named = Literal["trailing", "lm"]
@@ -41,12 +41,17 @@ or the trailing loss with the context cut short."""
 
 @dataclass(frozen=True)
 class Outcome:
-    """One finished run: its plan, its configuration, `result.json`, and its evaluations in order of steps."""
+    """One finished run: its plan, its configuration, `result.json`, its evaluations in order of steps, training losses.
+
+    Attributes:
+        trained: last step of a record -> mean training loss of the steps since the record before it.
+    """
 
     run: PlannedRun
     config: RunConfig
     result: Row
     evals: list[Row]
+    trained: dict[int, float]
 
     @property
     def final(self) -> Row:
@@ -162,7 +167,8 @@ def read_outcomes(recipe: Recipe, study: Path) -> list[Outcome]:
         folder = study / run.name
         if (folder / "result.json").exists():
             config, result = read_result(folder)
-            outcomes.append(Outcome(run, config, result, evaluations(folder, config, result)))
+            trained = {row["step"]: row["loss"] for row in history(folder) if row["kind"] == "train"}
+            outcomes.append(Outcome(run, config, result, evaluations(folder, config, result), trained))
     check_same_data(
         [
             RunData(str(study / o.run.name), o.config.data, origin(o.run, recipe, study), identity_in(o.result))

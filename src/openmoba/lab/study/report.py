@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 from openmoba.lab.arms import FULL
 from openmoba.lab.measure.compute import AXES, Axis
 from openmoba.lab.measure.resample import LEVEL, Interval
-from openmoba.lab.study.answers import LOSSES, answers, comparisons, reach, slopes, sweep, use_of_context
+from openmoba.lab.study.answers import LOSSES, answers, comparisons, reach, slopes, sweep, switches, use_of_context
 from openmoba.lab.study.candidates import standing_table, standings
 from openmoba.lab.study.charts import Chart, draw_charts
 from openmoba.lab.study.outcomes import (
@@ -112,7 +112,8 @@ def _report(
         for chart in (chart for chart in charts if chart.stage == stage):
             yield f"\n![{chart.caption}]({chart.files[0].relative_to(study)})\n\n*{chart.caption}*"
         yield from _without_trailing(stage, own)
-        for sentence in (*answers(stage, own, axis), *sweep(stage, outcomes), *use_of_context(own), *reach(own)):
+        said = (answers(stage, own, axis), sweep(stage, outcomes), switches(own), use_of_context(own), reach(own))
+        for sentence in chain(*said):
             yield f"\n{sentence}"
         if stage.chart == "compare":
             yield from _candidates(own)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openmoba.lab.arms import FULL
-from openmoba.lab.study.answers import answers, reach, sweep, use_of_context
+from openmoba.lab.study.answers import answers, reach, sweep, switches, use_of_context
 from openmoba.lab.study.candidates import percent, standing_table, standings, tokens_per_second
 from openmoba.lab.study.charts import FOLDER
 from openmoba.lab.study.outcomes import (
@@ -151,7 +151,8 @@ def _experiment(study: Study, page: Path) -> Iterator[str]:
         yield from (f"- {sentence}" for axis in axes for sentence in answers(stage, runs, axis))
         yield from (f"- {sentence}" for sentence in sweep(stage, study.outcomes))
         if stage.chart in ("positions", "compare"):
-            yield from (f"- {sentence}" for sentence in (*use_of_context(runs), *reach(of_kind(runs, FULL))))
+            said = (*switches(runs), *use_of_context(runs), *reach(of_kind(runs, FULL)))
+            yield from (f"- {sentence}" for sentence in said)
         yield ""
         if stage.chart == "compare":
             for own in by("size", runs).values():
