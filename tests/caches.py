@@ -172,8 +172,11 @@ def check_beams(model: Any, implementation: str | None) -> None:
         torch.testing.assert_close(score, total / 14, rtol=1e-4, atol=1e-4)
 
 
-def check_compiled_decoding(model: Any, padding: int, end: int, backend: str) -> None:
-    """A static cache keeps the decoding step one graph without a break, whatever the position up to `end`."""
+def check_compiled_decoding(model: Any, padding: int, end: int, backend: str, masks: Any = None) -> None:
+    """A static cache keeps the decoding step one graph without a break, whatever the position up to `end`.
+
+    `masks` makes the masks outside of the graph, as `transformers.masking_utils.create_masks_for_generate` does.
+    """
     torch._dynamo.reset()
     ids, cache, length = tokens(2, end), new_cache("static", model), 64
     mask = torch.ones_like(ids)
@@ -185,6 +188,9 @@ def check_compiled_decoding(model: Any, padding: int, end: int, backend: str) ->
     step = torch.compile(model, backend=graphs, fullgraph=True)
     for t in range(19, end):
         seen = torch.nn.functional.pad(mask[:, : t + 1], (0, length - t - 1))
+        if masks is not None:
+            embedded = model.get_input_embeddings()(ids[:, t : t + 1])
+            seen = masks(model.config, embedded, seen, cache, positions[:, t : t + 1])
         call = {"attention_mask": seen, "position_ids": positions[:, t : t + 1], "past_key_values": cache}
         torch.testing.assert_close(logits(step, ids[:, t : t + 1], **call)[:, 0], eager[:, t])
     assert graphs.frame_count == 1

@@ -26,7 +26,8 @@ from caches import (  # noqa: E402
     in_pieces,
     new_cache,
 )
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig  # noqa: E402
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig, Qwen3Config  # noqa: E402
+from transformers.masking_utils import create_masks_for_generate  # noqa: E402
 
 from openmoba import MobaConfig, complete_pages  # noqa: E402
 from openmoba.hf import configure  # noqa: E402
@@ -198,6 +199,16 @@ def test_greedy_generation(settings: MobaConfig) -> None:
     check_generation(configure(build(), settings), assistant)
 
 
+@pytest.mark.parametrize("config", [Qwen3Config, MistralConfig], ids=lambda c: c.model_type)
+def test_masks_by_kind_of_layer(config: Any) -> None:
+    """Qwen3 names kinds of layers: with a static cache, generate makes a mask for each before it calls the model."""
+    model, ids = configure(build(config(**SIZES, sliding_window=None)), HYBRID), tokens(2, 21)
+    ids[1, :6] = 0
+    expected = generate(model, ids)
+    assert generate(model, ids, cache_implementation="static").equal(expected)
+    assert expected[1, 6:].equal(generate(model, ids[1:, 6:])[0])
+
+
 def test_generation_equals_sdpa_when_all_blocks_are_read() -> None:
     model, ids = build(), tokens(2, 21)
     ids[1, :6] = 0
@@ -251,3 +262,8 @@ def test_a_prompt_of_inference_mode_goes_on_outside_it() -> None:
 
 def test_compiled_decoding() -> None:
     check_compiled_decoding(configure(build(), HYBRID), 5, 40, "aot_eager")
+
+
+def test_compiled_decoding_of_masks_by_kind_of_layer() -> None:
+    """As generate does it for Qwen3: the answer is found outside of the graph and read inside."""
+    check_compiled_decoding(configure(build(Qwen3Config(**SIZES)), HYBRID), 5, 25, "eager", create_masks_for_generate)

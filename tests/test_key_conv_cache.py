@@ -170,6 +170,17 @@ def test_gradients_through_a_cache(settings: MobaConfig) -> None:
         torch.testing.assert_close(got, wanted)
 
 
+@KINDS
+def test_tokens_that_came_without_it_are_not_passed_over(kind: str) -> None:
+    """The next token would be convolved with keys that lie before them."""
+    convolution, plain, ids = convolving(), configure(build(), PLAIN), tokens(1, 20)
+    cache = new_cache(kind, convolution)
+    for model, piece in ((convolution, ids[:, :9]), (plain, ids[:, 9:12])):
+        logits(model, piece, past_key_values=cache)
+    with pytest.raises(ValueError, match="filled without key convolution"):
+        logits(convolution, ids[:, 12:], past_key_values=cache)
+
+
 def test_caches_that_cannot_serve() -> None:
     """One filled without it, and one of a kind that cannot keep raw keys."""
     model, ids = configure(build(), PLAIN), tokens(1, 20)

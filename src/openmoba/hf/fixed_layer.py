@@ -34,6 +34,7 @@ class FixedLayer(StaticLayer):  # type: ignore[misc]
         self._lengths: Tensor | None = None  # tokens of each row whose pages have their centroids, int32 [B]
         self._unpooled = 0  # at most so many tokens were written since
         self._raw_keys: Tensor | None = None  # as many as the convolution reaches back, [B, reach, C]
+        self._convolved = 0  # new tokens whose raw keys are known, before their keys come
 
     @classmethod
     def of(cls, old: StaticLayer) -> FixedLayer:
@@ -52,6 +53,9 @@ class FixedLayer(StaticLayer):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write `[B, H, T, D]` keys and values into the next slots; return all slots."""
+        if self._convolved != key_states.shape[2]:
+            self._raw_keys = None  # not known of these tokens, nor of use without them
+        self._convolved = 0
         if self.block_size is not None:
             if self._centroids is None:
                 self._allocate(key_states, self.block_size)
@@ -95,6 +99,7 @@ class FixedLayer(StaticLayer):  # type: ignore[misc]
             self._raw_keys = keys_BTC.new_zeros(keys_BTC.shape[0], reach, keys_BTC.shape[2])
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(self._raw_keys)
+        self._convolved = keys_BTC.shape[1]
         self._raw_keys.copy_(torch.cat([self._raw_keys, keys_BTC[:, -reach:]], 1)[:, -reach:])
 
     def reset(self) -> None:

@@ -40,6 +40,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     _pooled: int  # slots whose pages have their centroids
     _raw_keys: Tensor | None  # the last ones, [B, at most KEPT, C]
     _reach: int  # how many of them the next token needs
+    _convolved: int  # new tokens whose raw keys are known, before their keys come
     _offloaded: torch.cuda.Event | None
 
     keys: Any
@@ -70,6 +71,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         before = self.get_seq_length()
         after = before + key_states.shape[2]
         new = (key_states, value_states)
+        if self._convolved != key_states.shape[2]:
+            self._raw_keys = None  # not known of these tokens, nor of use without them
+        self._convolved = 0
         if torch.is_grad_enabled():
             # Attention may have saved the stores for backward: they must not be written to.
             old = (self.keys, self.values)
@@ -120,7 +124,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         last, old = keys_BTC[:, -KEPT:], self._raw_keys
         # A copy, since a slice would keep the keys of a whole prompt alive.
         self._raw_keys = last.clone() if old is None else torch.cat([old, last], 1)[:, -KEPT:]
-        self._reach = reach
+        self._reach, self._convolved = reach, keys_BTC.shape[1]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens; pages that held them are completed anew.
@@ -180,7 +184,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def _forget(self) -> None:
         self._stores = []
         self._centroids = self._first = self._raw_keys = self._offloaded = None
-        self._pooled = self._reach = 0
+        self._pooled = self._reach = self._convolved = 0
 
     def _reserve(self, tokens: int, like: tuple[Tensor, Tensor]) -> None:
         """Make the stores hold `tokens`; the reserve keeps both their size and the copying down."""
