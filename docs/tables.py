@@ -15,6 +15,7 @@ from pathlib import Path
 
 import imports
 import measured
+import paper
 import planned
 
 from openmoba.lab.study import results
@@ -122,6 +123,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "attention_cpu": measured.attention_cpu,
     "costs": planned.costs,
     "vocabulary": planned.vocabulary,
+    "parallel_cost": partial(paper.cost, machine="h200"),
     "study": study,
     "experiments": experiments,
     "settings": settings,

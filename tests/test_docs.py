@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
+import held
 import picture
 import tables
 from synthetic_study import CANDIDATES, RECIPE, train
@@ -178,6 +179,12 @@ def test_tables_follow_their_files(tmp_path: Path) -> None:
         times = {"dense_ms": 300.0, "speedup": 4.0} if contender == "moba" else {}
         append_row(path, Row.of(contender, on_cpu, p50_ms=ms, commit="c", **times, **origin))
     assert "| float32 | 128 / 8 | 16K | 75.2 | 300 | 4.0x |" in table("attention_cpu")
+
+
+def test_the_picture_of_shards_is_that_of_shardings() -> None:
+    assert held.PICTURE.read_text() == held.picture(), "run python docs/held.py"
+    chunks = [owner for chunk, head, owner in held._owners(2) if head == 0]
+    assert chunks == [0, 1, 2, 2, 1, 0]
 
 
 def test_the_picture_shows_what_the_operation_reads() -> None:

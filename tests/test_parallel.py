@@ -10,7 +10,7 @@ from parallel_checks import all_checks
 from ranks import checked
 
 from openmoba.parallel import Sharding
-from openmoba.parallel.cost import choose_way, key_copies, values_sent
+from openmoba.parallel.cost import Call, choose_way, crossover, key_copies, predicted_seconds, values_sent
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,22 @@ def test_the_rule_takes_what_sends_less() -> None:
         by_rule = 2 * (group + key_copies(kv_heads, ranks)) <= 3 * ranks
         assert choose_way(heads, kv_heads, ranks) == ("heads" if by_rule or ranks == 1 else "keys")
         assert values_sent("heads", heads, kv_heads, 1) == values_sent("keys", heads, kv_heads, 1) == 0
+
+
+def test_the_cost_on_paper_hides_what_it_can() -> None:
+    """By hand: 8 ranks, G = 4, 8 key/value heads, 1,000 tokens, width 1, one byte; 8 s on one device."""
+    call = Call(1000, 8.0, 32, 8, 1, itemsize=1)
+    by_heads, by_keys = 2 * 2 * 40 / 8 * 7 / 8 * 1000, 3 * 16 * 7 / 8 * 1000
+    fast, slow = 1e9, 1e4
+    assert predicted_seconds("heads", call, 8, slow) == pytest.approx(1 + by_heads / slow)
+    assert predicted_seconds("keys", call, 8, slow) == pytest.approx(by_keys / slow)  # nothing left to hide behind
+    assert predicted_seconds("keys", call, 8, fast) == pytest.approx(1 + by_keys / fast / 8)
+    equal = crossover(call, 8)
+    assert equal is not None
+    ways = [predicted_seconds(way, call, 8, equal) for way in ("heads", "keys")]
+    assert ways[0] == pytest.approx(ways[1])
+    assert predicted_seconds("keys", call, 8, 2 * equal) < predicted_seconds("heads", call, 8, 2 * equal)
+    assert predicted_seconds("keys", call, 8, equal / 2) > predicted_seconds("heads", call, 8, equal / 2)
 
 
 def test_a_program_without_process_group_is_told_of_torchrun() -> None:

@@ -148,8 +148,9 @@ def test_readme_shows_the_three_ways_and_every_command() -> None:
     assert ["make", "demo"] in shell("README.md")
     assert ["make", "test"] in shell("README.md")
     assert all(name in text for name in ("moba_attention(", "configure(model", "openmoba study"))
-    documents = ("README.md", "docs/laboratory.md", "docs/models.md")
-    shown = {" ".join(words[1:]) for name in documents for words in shell(name) if words[0] == "openmoba"}
+    documents = ("README.md", "docs/laboratory.md", "docs/models.md", "docs/parallel.md")
+    lines = [" ".join(words) for name in documents for words in shell(name)]
+    shown = {line.partition(" -m openmoba.cli " if line.startswith("torchrun") else "openmoba ")[2] for line in lines}
     assert all(any(line.startswith(name) for line in shown) for name in subcommands())
 
 

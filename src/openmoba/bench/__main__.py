@@ -1,4 +1,4 @@
-"""`python -m openmoba.bench [attention | decode | training]`: the benchmarks without the package installed.
+"""`python -m openmoba.bench [attention | decode | parallel | training]`: the benchmarks without the package installed.
 
 Attention and decoding need torch alone, training what the laboratory needs.
 """
@@ -13,11 +13,13 @@ from typing import get_args, get_origin, get_type_hints
 
 from openmoba.bench.attention import Attention
 from openmoba.bench.decode import Decode
+from openmoba.bench.parallel.command import Parallel
 from openmoba.bench.training.command import Training
 
-BENCHMARKS: dict[str, type[Attention | Decode | Training]] = {
+BENCHMARKS: dict[str, type[Attention | Decode | Parallel | Training]] = {
     "attention": Attention,
     "decode": Decode,
+    "parallel": Parallel,
     "training": Training,
 }
 

@@ -60,8 +60,11 @@ class Measurement:
     backward_mb: float | None
 
 
-def measure(work: Work, device: torch.device) -> Measurement:
+def measure(work: Work, device: torch.device, agree: Callable[[list[float]], list[float]] = list) -> Measurement:
     """Time `work` on `device`.
+
+    Args:
+        agree: what several devices make of their times, so that all take as many samples; by default one's own.
 
     Raises:
         ArithmeticError: a result holds NaN or infinity.
@@ -74,13 +77,13 @@ def measure(work: Work, device: torch.device) -> Measurement:
     times_ms = _event_times if device.type == "cuda" else _wall_times
     peaks = _Peaks(device)
     if device.type == "cuda":
-        (first_ms,) = times_ms(lambda: peaks.watch(work), 1)
+        (first_ms,) = agree(times_ms(lambda: peaks.watch(work), 1))
     else:
         peaks.watch(work)  # apart, since the system takes its time to tell
-        (first_ms,) = times_ms(work.run, 1)
+        (first_ms,) = agree(times_ms(work.run, 1))
     samples = [first_ms]
     if first_ms < SLOW_MS or device.type != "cuda":
-        samples = times_ms(work.run, min(MOST, max(FEWEST, int(SECONDS * 1000 / first_ms))))
+        samples = agree(times_ms(work.run, min(MOST, max(FEWEST, int(SECONDS * 1000 / first_ms)))))
     forward_mb, backward_mb = (*peaks.megabytes, None, None)[:2]
     return Measurement(*quantiles(samples), len(samples), forward_mb, backward_mb)
 

@@ -12,9 +12,47 @@ Values that each rank sends per token of the whole sequence:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import gcd
 
 WAYS = ("auto", "heads", "keys")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention of one device, as it was measured, to be spread over several.
+
+    Attributes:
+        tokens: of the whole sequence.
+        seconds: of both passes on one device.
+        heads, kv_heads, head_dim: H, Hkv and D.
+        itemsize: bytes of a value.
+    """
+
+    tokens: int
+    seconds: float
+    heads: int
+    kv_heads: int
+    head_dim: int
+    itemsize: int = 2
+
+
+def predicted_seconds(way: str, call: Call, ranks: int, bandwidth: float) -> float:
+    """Estimate both passes over several devices: their share of the computation, and what of transfers it cannot hide.
+
+    By heads nothing hides, since attention begins when the last token has come. By keys the first turn's gather and the
+    last turn's sum stand alone, and of the others what takes longer than computing. Shards are balanced.
+
+    Args:
+        way: "heads" or "keys".
+        bandwidth: bytes a second that a device sends, measured: `gb_per_second` of `openmoba bench parallel`.
+    """
+    values = values_sent(way, call.heads, call.kv_heads, ranks) * call.head_dim * call.tokens
+    computing, sending = call.seconds / ranks, values * call.itemsize / bandwidth
+    if way == "heads":
+        return computing + sending
+    turn = sending / call.kv_heads
+    return max(computing, sending - turn) + turn
 
 
 def key_copies(kv_heads: int, ranks: int) -> int:
@@ -44,3 +82,22 @@ def choose_way(heads: int, kv_heads: int, ranks: int) -> str:
         return "keys"
     by_heads, by_keys = (values_sent(way, heads, kv_heads, ranks) for way in ("heads", "keys"))
     return "heads" if by_heads <= by_keys else "keys"
+
+
+def crossover(call: Call, ranks: int) -> float | None:
+    """Return the bandwidth at which both ways take as long, found by halving; None if one is faster at any.
+
+    Above it keys hide behind computing and are faster; below it what sends less is.
+    """
+
+    def keys_gain(bandwidth: float) -> float:
+        by_heads, by_keys = (predicted_seconds(way, call, ranks, bandwidth) for way in ("heads", "keys"))
+        return by_heads - by_keys
+
+    low, high = 1.0, 1e15
+    if (keys_gain(low) > 0) == (keys_gain(high) > 0):
+        return None
+    for _ in range(100):
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if keys_gain(middle) > 0 else (middle, high)
+    return high

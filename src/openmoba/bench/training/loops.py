@@ -115,17 +115,17 @@ class TrainerLoop:
     def loss(self) -> float | None:
         return None
 
+    def config(self) -> RunConfig:
+        """Return the run whose steps these are."""
+        case = self.case
+        data, model = DataConfig(length=case.tokens), ModelConfig(case.family, case.size)
+        return RunConfig(data=data, model=model, arm=case.arm, train=_settings(case))
+
     def _trainer(self, folder: Path) -> Any:
         from openmoba.lab.data.tokenizer import byte_tokenizer
         from openmoba.lab.train.trainer import RunTrainer
 
-        case = self.case
-        config = RunConfig(
-            data=DataConfig(length=case.tokens),
-            model=ModelConfig(case.family, case.size),
-            arm=case.arm,
-            train=_settings(case),
-        )
+        case, config = self.case, self.config()
         tokens = np.random.default_rng(0).integers(VOCABULARY, size=_WINDOWS * case.tokens + 1, dtype=np.uint16)
         store = TokenStore(tokens, np.asarray([0, len(tokens)]), None)
         windows = cut_windows(store, np.asarray([0]), case.tokens)

@@ -25,6 +25,7 @@ class Seen:
 
     Attributes:
         busy_ms: time in which a kernel ran, all steps; None on a CPU.
+        computing_ms: the part of it in which one ran that was no transfer between GPUs.
         kernel_ms: kernel -> its time, or operation -> its own time on a CPU, longest first, all steps.
         launches: kernel -> how often it ran.
         host_ms: call of the CUDA runtime -> its time on the host, longest first.
@@ -33,6 +34,7 @@ class Seen:
     """
 
     busy_ms: float | None
+    computing_ms: float | None
     kernel_ms: dict[str, float]
     launches: dict[str, int]
     host_ms: dict[str, float]
@@ -83,7 +85,8 @@ def _of_kernels(kernels: list[Any], events: list[Any]) -> Seen:
     calls = [event for event in events if event.device_type == DeviceType.CPU and _RUNTIME.match(event.name)]
     host_ms, _ = _sums((event.name, event.time_range.elapsed_us() / 1000) for event in calls)
     return Seen(
-        busy_ms=_covered_us((event.time_range.start, event.time_range.end) for event in kernels) / 1000,
+        busy_ms=_covered_ms(kernels),
+        computing_ms=_covered_ms(event for event in kernels if not event.name.startswith("nccl")),
         kernel_ms=kernel_ms,
         launches=launches,
         host_ms=host_ms,
@@ -97,7 +100,7 @@ def _of_operations(events: list[Any]) -> Seen:
     outermost = [event for event in events if _OPERATION.search(event.name) and not _inside(event)]
     attention_ms, _ = _sums((event.name, event.cpu_time_total / 1000) for event in outermost)
     name = next(iter(attention_ms), None)
-    return Seen(None, kernel_ms, launches, {}, sum(attention_ms.values()), name)
+    return Seen(None, None, kernel_ms, launches, {}, sum(attention_ms.values()), name)
 
 
 def _inside(event: Any) -> bool:
@@ -132,10 +135,10 @@ def _sums(pairs: Iterable[tuple[str, float]]) -> tuple[dict[str, float], dict[st
     return dict(sorted(sums.items(), key=lambda item: -item[1])), dict(counts)
 
 
-def _covered_us(ranges: Iterable[tuple[float, float]]) -> float:
-    """Return the length of the union of time ranges."""
-    covered, reached = 0.0, float("-inf")
-    for start, end in sorted(ranges):
-        covered += max(0.0, end - max(start, reached))
+def _covered_ms(events: Iterable[Any]) -> float:
+    """Return the time in which any of these ran."""
+    covered_us, reached = 0.0, float("-inf")
+    for start, end in sorted((event.time_range.start, event.time_range.end) for event in events):
+        covered_us += max(0.0, end - max(start, reached))
         reached = max(reached, end)
-    return covered
+    return covered_us / 1000

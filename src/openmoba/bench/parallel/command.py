@@ -1,0 +1,81 @@
+"""`torchrun --nproc-per-node N -m openmoba.bench parallel`: time one sequence over N devices, one CSV row a case."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from openmoba.bench.machine import Machine, failure, say
+from openmoba.bench.parallel.cases import GRIDS, ParallelCase, ParallelRow, compared, markdown
+from openmoba.bench.parallel.measure import measure_case
+from openmoba.bench.rows import append_row, read_rows
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Time one sequence over the devices of torchrun, and with one of them the whole; the same command goes on."""
+
+    grid: str = "headline"
+    """"headline" (attention and its transfers at 256K and 1M tokens, a step of a 545M hybrid at 512K), "step-LENGTH"
+    (such a step at another length, such as step-768K), or "cpu"."""
+    out: Path = Path("parallel.csv")
+    """CSV file that rows are added to; what it holds for this commit and device is not measured again."""
+    commit: str | None = None
+    """Recorded instead of the checkout's, for a copy of its files; by default what git says."""
+
+    def run(self) -> None:
+        """Measure, and print a table."""
+        if self.grid not in GRIDS:
+            raise ValueError(f"grid must be one of {', '.join(GRIDS)}, got {self.grid!r}")
+        if "RANK" not in os.environ:
+            raise ValueError("bench parallel is started by torchrun: torchrun --nproc-per-node 2 -m openmoba.bench ...")
+        on_gpu = self.grid != "cpu"
+        if on_gpu and not torch.cuda.is_available():
+            raise ValueError(f"grid {self.grid!r} needs GPUs; use the grid 'cpu'")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+        if on_gpu:
+            torch.cuda.set_device(device)
+        distributed.init_process_group("nccl" if on_gpu else "gloo")
+        rows = run_parallel_benchmark(GRIDS[self.grid], self.out, Machine(device, self.commit))
+        if distributed.get_rank() == 0:
+            print(markdown(rows))
+        distributed.destroy_process_group()
+
+
+def run_parallel_benchmark(cases: Sequence[ParallelCase], out: Path, machine: Machine) -> list[ParallelRow]:
+    """Measure on all devices what `out` does not hold yet; the first process appends it there.
+
+    Returns:
+        The rows of these cases, also those that were there.
+
+    Raises:
+        Exception: of the first case that fails, after its row: devices are out of step then. The same command goes on
+            behind it.
+    """
+    ranks, first = distributed.get_world_size(), distributed.get_rank() == 0
+    done = {row.key: row for row in read_rows(out, ParallelRow)}
+    distributed.barrier()  # before the first process adds to it
+    wanted = []
+    for case in dict.fromkeys(case.on(ranks) for case in cases if ranks > 1 or case.kind != "transfer"):
+        row = ParallelRow.of(case, ranks, **machine.machine)
+        if row.key not in done:
+            row = replace(row, time=datetime.now(UTC).isoformat(timespec="seconds"))
+            try:
+                row = compared(measure_case(case, row, machine.device), done.values())
+            except Exception as error:
+                if first:
+                    append_row(out, replace(row, error=failure(error)))
+                raise
+            if first:
+                append_row(out, row)
+                say(f"{case.words} on {ranks}: {row.p50_ms:.3f} ms")
+            done[row.key] = row
+            machine.tidy()
+        wanted.append(done[row.key])
+    return wanted

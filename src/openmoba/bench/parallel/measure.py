@@ -1,0 +1,97 @@
+"""Measuring one case on all devices at once: every one makes the same calls, and the slowest counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+import openmoba
+from openmoba import parallel
+from openmoba.bench.parallel.cases import ParallelCase, ParallelRow
+from openmoba.bench.timing import MB, Work, measure, quantiles
+from openmoba.parallel import Sharding
+from openmoba.parallel.collectives import exchange, gather
+
+STEPS = 5
+
+
+def measure_case(case: ParallelCase, row: ParallelRow, device: torch.device) -> ParallelRow:
+    """Fill in the row of a case; every device calls this."""
+    if case.kind == "step":
+        return _step(case, row, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    work, sent = (_attention if case.kind == "attention" else _transfer)(case, row.ranks, device)
+    found = measure(work, device, agree=lambda times: slowest(times, device))
+    row = replace(row, p20_ms=found.p20_ms, p50_ms=found.p50_ms, p80_ms=found.p80_ms, samples=found.samples)
+    if device.type == "cuda":
+        row = replace(row, peak_mb=slowest([torch.cuda.max_memory_allocated(device) / MB], device)[0])
+    return row if sent is None else replace(row, gb_per_second=sent / found.p50_ms / 1e6)
+
+
+def slowest(values: list[float], device: torch.device) -> list[float]:
+    """Return the largest of each value over all devices."""
+    largest = torch.tensor(values, dtype=torch.float64, device=device)
+    distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+    found: list[float] = largest.tolist()
+    return found
+
+
+def _attention(case: ParallelCase, ranks: int, device: torch.device) -> tuple[Work, None]:
+    """Return the call: over all devices, or of one the whole."""
+    backward = case.passes == "forward+backward"
+    sharding = Sharding.over(None, case.tokens, way="heads" if ranks == 1 else case.way, layout=case.layout)
+    size, top_k = case.block_size, case.top_k
+    q, k, v, d_out = (
+        _normal(sharding.local_tokens, heads, case, device, seed)
+        for seed, heads in enumerate((case.heads, case.kv_heads, case.kv_heads, case.heads))
+    )
+    for x in (q, k, v):
+        x.requires_grad_(backward)
+
+    def forward() -> Tensor:
+        if ranks == 1:
+            return openmoba.moba_attention(q, k, v, block_size=size, top_k=top_k)
+        return parallel.moba_attention(q, k, v, sharding, block_size=size, top_k=top_k)
+
+    return Work(forward, (q, k, v), d_out if backward else None), None
+
+
+def _transfer(case: ParallelCase, ranks: int, device: torch.device) -> tuple[Work, float]:
+    """Return one transfer of attention's forward pass, and the bytes that a device sends in it."""
+    heads = case.heads + 2 * case.kv_heads if case.way == "heads" else 2 * case.kv_heads
+    x = _normal(case.tokens // ranks, heads, case, device, 0)[0]
+    name = Sharding.over(None, case.tokens).group_name
+    send: Callable[[], Any] = (
+        (lambda: exchange(x, ranks, name)()) if case.way == "heads" else (lambda: gather(x, ranks, name)())
+    )
+    return Work(send), x.nbytes * ((ranks - 1) / ranks if case.way == "heads" else ranks - 1)
+
+
+def _normal(tokens: int, heads: int, case: ParallelCase, device: torch.device, seed: int) -> Tensor:
+    generator = torch.Generator(device).manual_seed(8 * distributed.get_rank() + seed)
+    shape = (1, tokens, heads, case.head_dim)
+    return torch.randn(shape, generator=generator, device=device, dtype=getattr(torch, case.dtype))
+
+
+def _step(case: ParallelCase, row: ParallelRow, device: torch.device) -> ParallelRow:
+    """Time steps of `openmoba train`, and see in a profile of one how long nothing but transfers ran."""
+    from openmoba.bench.parallel.steps import shared_loop
+    from openmoba.bench.training.profiles import read_profile
+    from openmoba.bench.training.watch import Watch
+
+    # A number of steps, not a time: every device has to make as many.
+    watch = Watch(device, warmup=2, seconds=0.0, fewest=STEPS, most=STEPS)
+    watch.run(shared_loop(case, row.ranks, device))
+    times = slowest(watch.times_ms, device)
+    p20, p50, p80 = quantiles(times)
+    row = replace(row, p20_ms=p20, p50_ms=p50, p80_ms=p80, samples=STEPS, tokens_per_second=1000 * case.tokens / p50)
+    computing_ms = read_profile(watch.profile).computing_ms
+    if computing_ms is None or watch.peak_mb is None:
+        return row
+    waiting, peak_mb = slowest([max(0.0, 1 - computing_ms / p50), watch.peak_mb], device)
+    return replace(row, waiting=waiting, peak_mb=peak_mb)
