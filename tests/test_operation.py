@@ -13,6 +13,7 @@ from torch.func import functionalize, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from openmoba import block_attention, complete_pages, moba_attention, moba_decode, moba_select, new_centroids
+from openmoba.ops.decode import decode
 from openmoba.ops.operation import is_plain
 
 SETTINGS = {"block_size": 4, "top_k": 2}
@@ -196,14 +197,21 @@ def test_the_registered_pages_write_in_batches():
     assert torch.equal(centroids, expected)
 
 
+def test_there_is_no_other_backend():
+    q, k, _ = qkv()
+    for call in (lambda: torch.ops.openmoba.select("gpu", q, k, None, None, 4, 2), lambda: decode("cpu", q, k)):
+        with pytest.raises(ValueError, match=r"there is no backend '[cg]pu'"):
+            call()
+
+
 def test_what_is_plain():
     x = torch.ones(2)
     assert is_plain(("cpu", x, None, torch.nn.Parameter(x), 1, 0.5))
-    assert not is_plain(("cpu", x.to("meta")))
+    assert not is_plain(("cpu", x.to("meta"), x))
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(x)
-        assert not is_plain(("cpu", x))
+        assert not is_plain(("cpu", x, x))
     assert not is_plain(("cpu", x, fake))
     seen = []
-    vmap(lambda y: seen.append(is_plain(("cpu", x))) or y)(x)
+    vmap(lambda y: seen.append(is_plain(("cpu", x, x))) or y)(x)
     assert seen == [False]

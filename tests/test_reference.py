@@ -7,7 +7,14 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from openmoba import moba_attention, moba_select
-from openmoba.ops.reference import attention_mask, block_centroids, block_scores, choose_blocks
+from openmoba.ops.reference import (
+    attention_mask,
+    attention_over,
+    block_centroids,
+    block_scores,
+    choose_blocks,
+    reference_merge,
+)
 
 REFERENCE = {"impl": "reference"}
 
@@ -108,3 +115,36 @@ def test_gradients_against_finite_differences(randn):
     assert torch.autograd.gradcheck(
         lambda q, k, v: moba_attention(q, k, v, block_size=2, top_k=2, **REFERENCE), (q, k, v)
     )
+
+
+def test_a_list_in_any_order_with_repeats_and_none():
+    """Six tokens in blocks of two; the last two queries list blocks 1, none, 1, 0 and none, 0, none, none."""
+    lists = torch.tensor([[-1, -1, -1, -1]] * 4 + [[1, -1, 1, 0], [-1, 0, -1, -1]], dtype=torch.int32)
+    mask = attention_mask(lists[None, :, None], 6, 2)[0, 0].int().tolist()
+    assert mask == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [0, 0, 1, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1, 1],
+    ]
+
+
+def test_the_log_sum_exp_and_merging_by_hand():
+    """Of logits 0, log 2 and log 5 the softmax is 1/8, 2/8, 5/8, over log 8; and so it is in two parts."""
+    q, k = torch.ones(1, 1, 1, 1), torch.tensor([1.0, 2.0, 5.0]).log()[None, :, None, None]
+    v = torch.tensor([8.0, 16.0, 24.0])[None, :, None, None]
+    masks = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 0], [0, 0, 0]]).bool()[:, None, None, None]
+    (out, lse), first, second, none = (attention_over(q, k, v, mask, 1.0) for mask in masks)
+    assert out.item() == pytest.approx(1 + 4 + 15)
+    assert lse.exp().item() == pytest.approx(8)
+    assert first[0].item() == pytest.approx((8 + 5 * 24) / 6)
+    assert first[1].exp().item() == pytest.approx(6)
+    assert (none[0].item(), none[1].item()) == (0, -math.inf)
+    for merged in (
+        reference_merge(*zip(first, second, strict=True)),
+        reference_merge(*zip(none, second, first, strict=True)),
+    ):
+        assert [x.item() for x in merged] == [pytest.approx(20), pytest.approx(math.log(8))]
+    assert [x.item() for x in reference_merge(*zip(none, none, strict=True))] == [0, -math.inf]

@@ -107,18 +107,21 @@ def backend(name: str) -> Backend:
         from openmoba.ops.triton import attention
 
         return attention
-    from openmoba.ops import cpu
+    if name == "cpu":
+        from openmoba.ops import cpu
 
-    return cpu
+        return cpu
+    raise ValueError(f"there is no backend {name!r}; use 'cpu' or 'triton'")
 
 
 @cache
 def decoder(name: str) -> Decoder:
     """Import the backend that decodes; torch operations do it in `openmoba.ops.reference`."""
-    assert name == "triton"
-    from openmoba.ops.triton import decode
+    if name == "triton":
+        from openmoba.ops.triton import decode
 
-    return decode
+        return decode
+    raise ValueError(f"there is no backend {name!r} that decodes; use 'triton'")
 
 
 def implementation(q: Tensor, impl: str, known: Sequence[str] = IMPLEMENTATIONS) -> tuple[str, str]:

@@ -38,7 +38,9 @@ def check_call(
 ) -> None:
     """Raise ValueError unless the tensors and settings describe one MoBA call."""
     # A block that holds whole sequences, and lists of any number of blocks, are as long as a compiler's symbols.
-    check_blocks(*(1 if isinstance(x, torch.SymInt) else x for x in (block_size, top_k)))
+    check_blocks(
+        1 if isinstance(block_size, torch.SymInt) else block_size, 1 if isinstance(top_k, torch.SymInt) else top_k
+    )
     tensors = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
     _check_kind(tensors)
     _check_shapes(q, k, v, packed=cu_q is not None)

@@ -67,7 +67,8 @@ def explain(
     elif path == "blocks":
         reason += f"; each query reads at most {top_k} blocks of {block_size} keys"
         if run == "triton":
-            reason += f"; {_kernels(q, k, v, cu_seqlens_q, block_size, top_k)}"
+            most = min(top_k, -(-k.shape[-3] // block_size))  # of more, a list repeats some or says none
+            reason += f"; {_kernels(q, k, v, cu_seqlens_q, block_size, most)}"
     return Explanation(run, path, reason)
 
 

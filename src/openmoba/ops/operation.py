@@ -90,10 +90,13 @@ def is_plain(arguments: tuple[Any, ...]) -> bool:
     """Tell whether kernels can be launched on these right away: they hold numbers, and nothing traces what is done."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or are_transforms_active():
         return False
-    if not _PLAIN.issuperset(map(type, arguments)) or arguments[1].is_meta:
+    if not _PLAIN.issuperset(map(type, arguments)):
         return False
-    # Batches of gradients (is_grads_batched) are plain by their type.
-    return not any(isinstance(x, Tensor) and is_legacy_batchedtensor(x) for x in arguments[1:3])
+    _, first, second, *_ = arguments
+    # Batches of gradients (is_grads_batched) are plain by their type; gradients come first.
+    return not (
+        first.is_meta or is_legacy_batchedtensor(first) or (second is not None and is_legacy_batchedtensor(second))
+    )
 
 
 def refuse_second_derivatives(ctx: Any, *_: Any) -> None:
