@@ -159,7 +159,7 @@ def use_of_context(outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 
 def _around(run: Outcome, step: int) -> tuple[int, str] | None:
-    """How many steps before and after `step`, a twentieth of all, and their training loss; None without records."""
+    """Return a twentieth of the steps, and their training loss before and after `step`; None without records."""
     span = run.config.train.steps // 20
     before = [loss for last, loss in run.trained.items() if step - span < last <= step]
     after = [loss for last, loss in run.trained.items() if step < last <= step + span]

@@ -21,7 +21,7 @@ from openmoba.ops.triton.pool import block_centroid, centroid_sizes
 def complete_pages(
     centroids: Tensor, keys: Tensor, lengths: Tensor, starts: Tensor | None, new: int, block_size: int
 ) -> None:
-    """`openmoba.ops.pages.complete_pages`, checked; the last dimension of both caches is contiguous."""
+    """Do what `openmoba.ops.pages.complete_pages` says, checked; the last dimension of both caches is contiguous."""
     possible = min(centroids.shape[1], cdiv(new, block_size))
     if possible > 0:
         launch = _launch(*centroids.shape, possible, new, block_size, strides(keys), strides(centroids))
