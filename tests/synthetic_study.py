@@ -83,7 +83,7 @@ def train(config: RunConfig, folder: Path, *, progress: Progress | None = None, 
         rows.append(_evaluation(config, int(step), luck, rng))
         if progress:
             progress.step(int(step), config.train.steps)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"checkpoint-{config.train.steps}").mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = {

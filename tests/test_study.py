@@ -371,6 +371,19 @@ def test_the_chosen_runs_of_a_command(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "--tflops 700 is for plans; add --dry-run" in capsys.readouterr().err
 
 
+def test_a_run_whose_origin_lost_its_weights_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    recipe = parse_recipe(RECIPE, title="t")
+    run_study(recipe, tmp_path, train, silent, recipe.chosen(["pretrain/large-moba-seed0"]))
+    origin = tmp_path / "pretrain/large-moba-seed0"
+    (origin / "checkpoint-400").rmdir()
+    message = (
+        rf"finetune/large-last-\d-seed0 starts from {origin}, which is finished but has no checkpoint here; bring it"
+    )
+    with pytest.raises(ValueError, match=message):
+        run_study(recipe, tmp_path, forbidden, silent)
+    assert run_study(recipe, tmp_path, train, silent, recipe.chosen(["pretrain/*"])) == 11
+
+
 def test_who_ends_last_writes_the_report_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While another process writes: it knows all runs, or one was finished after it began to read."""
     recipe = parse_recipe(RECIPE, title="t")

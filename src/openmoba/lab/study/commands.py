@@ -55,7 +55,7 @@ class Study:
 
         from openmoba.lab.study.overview import overview
         from openmoba.lab.study.recipe import read_recipe
-        from openmoba.lab.study.work import check_folders, check_models, failures, finished, run_study
+        from openmoba.lab.study.work import check_folders, check_models, check_origins, failures, finished, run_study
         from openmoba.lab.train.run import run_training
 
         recipe = read_recipe(self.recipe, self.source)
@@ -64,6 +64,7 @@ class Study:
         if self.dry_run:
             check_folders(recipe, out)
             check_models(recipe)
+            check_origins(part, out)
             print(overview(part, out, self.tflops))
             return
         start = time.monotonic()

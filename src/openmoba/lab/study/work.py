@@ -17,6 +17,7 @@ from pathlib import Path
 from openmoba.lab.config import RunConfig, changes, from_dict, stored_config, to_dict
 from openmoba.lab.errors import DivergenceError
 from openmoba.lab.model.build import check_model
+from openmoba.lab.model.checkpoint import checkpoints
 from openmoba.lab.progress import Progress, duration
 from openmoba.lab.study.recipe import RECIPE_FILE, PlannedRun, Recipe
 from openmoba.lab.study.same_data import begun, check_same_data, known_data
@@ -58,6 +59,7 @@ def run_study(
     remove_leftovers(study)
     write_text(study / RECIPE_FILE, recipe.text)
     wanted = part or recipe
+    check_origins(wanted, study)
     clock = StudyClock(wanted, study)
     trained = 0
     waiting = False
@@ -123,6 +125,23 @@ def check_folders(recipe: Recipe, study: Path) -> None:
                 "restore the recipe, choose another --out, or delete that folder to train it again"
             )
     check_same_data(begun(recipe, study))
+
+
+def check_origins(recipe: Recipe, study: Path) -> None:
+    """Raise ValueError if a run is to start from a finished one whose weights are not here."""
+    lost = {
+        run.after: run.name
+        for run in recipe.runs
+        if run.after is not None
+        and not finished(run, study)
+        and (study / run.after / RESULT_FILE).exists()
+        and not checkpoints(study / run.after)
+    }
+    for origin, name in lost.items():
+        raise ValueError(
+            f"{name} starts from {study / str(origin)}, which is finished but has no checkpoint here; bring it, delete "
+            "that folder to train the run again, or leave out with --runs what starts from it"
+        )
 
 
 def check_models(recipe: Recipe) -> None:
