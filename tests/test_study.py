@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from synthetic_study import RECIPE, train
+from tiny import curve
 
 from openmoba import cli
 from openmoba.lab.config import RunConfig, to_dict
@@ -56,16 +57,6 @@ RUNS = ["pretrain/nano-moba-seed0", "finetune/nano-moba-seed0", "finetune/nano-l
 
 def silent(label: str) -> Progress:
     return Progress()
-
-
-def curve(folder: Path) -> list[dict[str, Any]]:
-    """The records without measured time."""
-    rows = disk.read(folder / "metrics.jsonl")
-    for row in rows:
-        for name in ("seconds", "tokens_per_second", "mfu"):
-            row.pop(name, None)
-        row["compute"].pop("accelerator_seconds")
-    return rows
 
 
 def start(recipe: Path, out: Path) -> subprocess.Popen[bytes]:

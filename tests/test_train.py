@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import curve
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from openmoba import cli
@@ -58,16 +59,6 @@ def finished(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("finished") / "run"
     run_training(config, folder)
     return folder
-
-
-def curve(folder: Path) -> list[dict[str, Any]]:
-    """The records without measured time."""
-    rows = disk.read(folder / "metrics.jsonl")
-    for row in rows:
-        for name in ("seconds", "tokens_per_second", "mfu"):
-            row.pop(name, None)
-        row["compute"].pop("accelerator_seconds")
-    return rows
 
 
 def test_a_run_leaves_its_records(config: RunConfig, finished: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from openmoba.lab.arms import ArmConfig
 from openmoba.lab.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from openmoba.records import disk
 
 
 def write_texts(folder: Path, count: int = 8) -> None:
@@ -28,3 +29,13 @@ def tiny_config(root: Path, *, tokenizer: str = "bytes", **train: Any) -> RunCon
         train=TrainConfig(**settings),
         eval=EvalConfig(windows=4, trailing=8, position_range=16),
     )
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    """The records without measured time."""
+    rows = disk.read(folder / "metrics.jsonl")
+    for row in rows:
+        for name in ("seconds", "tokens_per_second", "mfu"):
+            row.pop(name, None)
+        row["compute"].pop("accelerator_seconds")
+    return rows

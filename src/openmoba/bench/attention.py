@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,8 +14,8 @@ import openmoba
 from openmoba.bench.cases import GRIDS, Case
 from openmoba.bench.contenders import CONTENDERS
 from openmoba.bench.inputs import Inputs, first_block_share, make_inputs
-from openmoba.bench.machine import Machine, failure, say
-from openmoba.bench.rows import append_row, read_rows
+from openmoba.bench.machine import Machine, failure, fill, say
+from openmoba.bench.rows import read_rows
 from openmoba.bench.table import Row, compared, markdown
 from openmoba.bench.timing import Work, measure
 from openmoba.limits import check_number
@@ -81,24 +80,12 @@ def run_benchmark(
     Returns:
         The rows of these cases and contenders, also those that were there.
     """
-    start = time.monotonic()
     session = Session(device, commit, read_rows(out, Row))
-    present = _present(contenders, device)
-    done = {row.key: row for row in session.rows}
-    wanted: dict[tuple[Any, ...], Row] = {}
-    for name, case in _tasks(list(cases), present):
-        asked = Row.of(name, case, **session.machine)
-        if asked.key not in done:
-            if minutes is not None and time.monotonic() - start > 60 * minutes:
-                say(f"stopped after {minutes:g} minutes; the same command goes on from here")
-                break
-            row = measure_row(name, case, session)
-            append_row(out, row)
-            session.rows.append(row)
-            done[row.key] = row
-            say(_progress(row))
-        wanted[asked.key] = done[asked.key]
-    return list(wanted.values())
+    tasks = (
+        (Row.of(name, case, **session.machine), partial(measure_row, name, case, session))
+        for name, case in _tasks(list(cases), _present(contenders, device))
+    )
+    return fill(out, session.rows, tasks, minutes=minutes, told=_progress)
 
 
 def measure_row(name: str, case: Case, session: Session) -> Row:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import openmoba
+from openmoba.bench.rows import R, append_row
 from openmoba.bench.timing import matrix_tflops
 from openmoba.records.provenance import device_name, provenance
 
@@ -53,6 +57,41 @@ class Machine:
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # raises if a failure broke the device: nothing after it would be true
             torch.cuda.empty_cache()
+
+
+def fill(
+    out: Path,
+    rows: list[R],
+    tasks: Iterable[tuple[R, Callable[[], R]]],
+    *,
+    minutes: float | None,
+    told: Callable[[R], str],
+) -> list[R]:
+    """Measure what a file does not hold yet, and append it there.
+
+    Args:
+        rows: those of `out`; what is measured is added.
+        tasks: for each row asked for one that has its key, and the call that measures it.
+        minutes: begin no measurement after this time; None for no limit.
+        told: what is said of a row that was measured.
+
+    Returns:
+        The rows asked for, also those that were there, each once.
+    """
+    start = time.monotonic()
+    done = {row.key: row for row in rows}
+    wanted = {}
+    for asked, measure in tasks:
+        if asked.key not in done:
+            if minutes is not None and time.monotonic() - start > 60 * minutes:
+                say(f"stopped after {minutes:g} minutes; the same command goes on from here")
+                break
+            row = done[asked.key] = measure()
+            append_row(out, row)
+            rows.append(row)
+            say(told(row))
+        wanted[asked.key] = done[asked.key]
+    return list(wanted.values())
 
 
 def failure(error: Exception) -> str:

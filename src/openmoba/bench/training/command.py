@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from openmoba.bench.machine import Machine, say
-from openmoba.bench.rows import append_row, read_rows
+from openmoba.bench.machine import Machine, fill
+from openmoba.bench.rows import read_rows
 from openmoba.bench.training.cases import GRIDS, TrainingCase, TrainingRow
 from openmoba.bench.training.table import markdown, outcome
 from openmoba.limits import check_number
@@ -86,18 +86,7 @@ def run_training_benchmark(
     """
     from openmoba.bench.training.measure import blank, measure_case  # needs transformers
 
-    start = time.monotonic()
-    done = {row.key: row for row in read_rows(out, TrainingRow)}
-    wanted = []
-    for number, case in enumerate(cases, 1):
-        row = blank(case, machine)
-        if row.key not in done:
-            if minutes is not None and time.monotonic() - start > 60 * minutes:
-                say(f"stopped after {minutes:g} minutes; the same command goes on from here")
-                break
-            row = measure_case(case, machine, step_seconds)
-            append_row(out, row)
-            done[row.key] = row
-            say(f"{number}/{len(cases)} {' '.join(case.words)}: {outcome(row)}")
-        wanted.append(done[row.key])
-    return wanted
+    names = {blank(case, machine).key: " ".join(case.words) for case in cases}
+    tasks = ((blank(case, machine), partial(measure_case, case, machine, step_seconds)) for case in cases)
+    rows = read_rows(out, TrainingRow)
+    return fill(out, rows, tasks, minutes=minutes, told=lambda row: f"{names[row.key]}: {outcome(row)}")

@@ -14,6 +14,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from openmoba.lab.study.figures import Level, arm_styles, error_bars
 from openmoba.records.figures import BLUE, GREY, RED, chart_style, legend_below, new_figure
 
+Numbers = np.ndarray[Any, Any]
+
 MOST_TICKS = 9
 PERCENT_TICKS = (-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50)
 TICK_ROOM = 0.09  # of the axis, for one number
@@ -54,28 +56,19 @@ def position_chart(
         losses: curve's name -> its loss in every range.
         differences: name of some of these curves -> what the lower panel shows of it in every range.
     """
+    edges = np.array([ranges[0][0], *(end for _, end in ranges)])
+    centre = (edges[1:] + edges[:-1]) / 2
+    barred = any(level.interval for levels in differences.values() for level in levels)
+    apart = min(0.13, 0.6 / max(1, len(differences))) * np.diff(edges) * barred
+    points = {
+        name: (centre + (place - (len(differences) - 1) / 2) * apart, levels)
+        for place, (name, levels) in enumerate(differences.items())
+    }
     with chart_style():
-        figure = new_figure(height=6.6)
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 3])
-        edges = np.array([ranges[0][0], *(end for _, end in ranges)])
-        centre = (edges[1:] + edges[:-1]) / 2
-        looks = {name: _look(*style) for name, style in arm_styles(losses).items()}
-        for name, loss in losses.items():
-            upper.plot(centre, loss, label=name, **looks[name])
-        lower.axhline(0, color=GREY, linewidth=1)
-        barred = any(level.interval for levels in differences.values() for level in levels)
-        apart = min(0.13, 0.6 / max(1, len(differences))) * np.diff(edges) * barred
-        for place, (name, levels) in enumerate(differences.items()):
-            beside = centre + (place - (len(differences) - 1) / 2) * apart
-            mean = [level.loss for level in levels]
-            lower.errorbar(beside, mean, yerr=error_bars(levels), capsize=2.5, elinewidth=1.2, **looks[name])
+        figure, upper, lower = _two_panels(centre, losses, points)
         upper.set(title=title, ylabel=loss_name)
         lower.set(xlabel="Position in the window (tokens)", ylabel=difference_name)
         _position_ticks(lower, edges)
-        for axes in (upper, lower):
-            axes.locator_params(axis="y", nbins=6)
-        figure.align_ylabels((upper, lower))
-        legend_below(figure, upper)
     return figure
 
 
@@ -95,27 +88,17 @@ def context_chart(
         losses: curve's name -> its loss with every context.
         lost: the same names -> loss with every context but the last, minus that with the last.
     """
+    points = {}
+    for place, (name, levels) in enumerate(lost.items()):
+        apart = 0.08 * (place - (len(lost) - 1) / 2)
+        beside = np.array([*(context * 2.0**apart for context in contexts[:-1]), contexts[-1]])
+        points[name] = (beside, [*levels, Level(0.0)])
     with chart_style():
-        figure = new_figure(height=6.6)
-        upper, lower = figure.subplots(2, 1, sharex=True)
-        looks = {name: _look(*style) for name, style in arm_styles(losses).items()}
-        for name, loss in losses.items():
-            upper.plot(contexts, loss, label=name, **looks[name])
-        lower.axhline(0, color=GREY, linewidth=1)
-        for place, (name, levels) in enumerate(lost.items()):
-            apart = 0.08 * (place - (len(lost) - 1) / 2)
-            beside = np.array([*(context * 2.0**apart for context in contexts[:-1]), contexts[-1]])
-            every = [*levels, Level(0.0)]
-            loss = [level.loss for level in every]
-            lower.errorbar(beside, loss, yerr=error_bars(every), capsize=2.5, elinewidth=1.2, **looks[name])
+        figure, upper, lower = _two_panels(np.array(contexts), losses, points)
         upper.set(title=title, ylabel=loss_name, xscale="log")
         lower.set(xlabel="Tokens in sight, up to the last one", ylabel=difference_name)
         lower.set_xticks(contexts, [f"{context:,}" for context in contexts])
         lower.xaxis.set_minor_locator(NullLocator())
-        for axes in (upper, lower):
-            axes.locator_params(axis="y", nbins=6)
-        figure.align_ylabels((upper, lower))
-        legend_below(figure, upper)
     return figure
 
 
@@ -160,11 +143,31 @@ def candidates_chart(
     return figure
 
 
+def _two_panels(
+    x: Numbers, losses: Mapping[str, Sequence[float]], points: Mapping[str, tuple[Numbers, Sequence[Level]]]
+) -> tuple[Figure, Axes, Axes]:
+    """Draw curves over `x`, and below them what is shown of some of them: its places, and levels with their bars."""
+    figure = new_figure(height=6.6)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    looks = {name: _look(*style) for name, style in arm_styles(losses).items()}
+    for name, loss in losses.items():
+        upper.plot(x, loss, label=name, **looks[name])
+    lower.axhline(0, color=GREY, linewidth=1)
+    for name, (beside, levels) in points.items():
+        mean = [level.loss for level in levels]
+        lower.errorbar(beside, mean, yerr=error_bars(levels), capsize=2.5, elinewidth=1.2, **looks[name])
+    for axes in (upper, lower):
+        axes.locator_params(axis="y", nbins=6)
+    figure.align_ylabels((upper, lower))
+    legend_below(figure, upper)
+    return figure, upper, lower
+
+
 def _look(colour: str, line: Any, marker: str) -> dict[str, Any]:
     return {"color": colour, "linestyle": line, "marker": marker, "markersize": 5, "linewidth": 1.5}
 
 
-def _position_ticks(axes: Axes, edges: np.ndarray[Any, Any]) -> None:
+def _position_ticks(axes: Axes, edges: Numbers) -> None:
     """Set a line at every edge of a range, and a number at few enough of them."""
     step = next(step for step in (1, 2, 4, 8, 16, 32, len(edges)) if (len(edges) - 1) / step < MOST_TICKS)
     axes.xaxis.set_major_locator(FixedLocator(edges[::step].tolist()))

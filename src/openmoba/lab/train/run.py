@@ -135,7 +135,7 @@ def _begun(trainer: RunTrainer) -> Iterator[None]:
     config, folder = to_dict(trainer.config), trainer.folder
     files = {folder / "config.json": config, folder / IDENTITY_FILE: dict(trainer.data.identity)}
     begun = disk.has_begun(folder)
-    before = {path: path.read_bytes() if path.exists() else None for path in files}
+    before = {path: path.read_bytes() if path.exists() else None for path in (*files, folder / FAILED_FILE)}
     if _is_first():
         if begun:  # longer than before, or moved: what its data are is said already
             (folder / RESULT_FILE).unlink(missing_ok=True)
