@@ -102,6 +102,26 @@ def packed(ranks: int, way: str, layout: str) -> None:
     compare(lambda *x: whole(*x, cu_seqlens_q=cu, cu_seqlens_k=cu), parallel.full_attention, inputs(61), sharding)
 
 
+def given_blocks(ranks: int, way: str, layout: str) -> None:
+    """Lists of blocks that somebody gives, per query head and per key/value head, of rows and of packed sequences."""
+    cu = torch.tensor([0, 17, 50, 61], dtype=torch.int32)
+    boundaries = {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
+    for shape, where, heads, kv_heads in (((2, 61), {}, 12, 6), ((2, 61), {}, 12, 4), ((61,), boundaries, 12, 2)):
+        whole = inputs(*shape, heads=heads, kv_heads=kv_heads)
+        sharding = Sharding.over(GROUPS[ranks], 61, way=way, layout=layout, cu_seqlens=cu if where else None)
+        every = openmoba.moba_select(*whole[:2], block_size=4, top_k=3, **where)
+        for lists in (every, every[..., :: heads // kv_heads, :]):
+            local = sharding.shard(lists, len(shape) - 1, padding=-1)
+
+            def one(q: Tensor, k: Tensor, v: Tensor, lists: Tensor = lists, where: Any = where) -> Tensor:
+                return openmoba.block_attention(q, k, v, lists, block_size=4, **where)
+
+            def many(q: Tensor, k: Tensor, v: Tensor, sharding: Sharding, local: Tensor = local) -> Tensor:
+                return parallel.block_attention(q, k, v, local, sharding, block_size=4)
+
+            compare(one, many, whole, sharding)
+
+
 def few_keys(ranks: int, way: str, layout: str) -> None:
     """Grouped heads with more ranks than key/value heads, and numbers that do not divide each other."""
     sharding = Sharding.over(GROUPS[ranks], 30, way=way, layout=layout)
@@ -209,6 +229,8 @@ def refusals(ranks: int, way: str, layout: str) -> None:
     refuses(lambda: many(q[:, 1:], k, v, sharding), "cut it with Sharding.shard")
     refuses(lambda: many(q[0], k[0], v[0], sharding), "need a sharding with cu_seqlens")
     refuses(lambda: many(q, k, v[:, :, 1:], sharding), "v must have k's shape")
+    lists = torch.full((1, q.shape[1] + 1, 5, 2), -1, dtype=torch.int32)
+    refuses(lambda: parallel.block_attention(q, k, v, lists, sharding, block_size=4), "do not fit q's")
     refuses(lambda: sharding.shard(q), "but the sharding is of 30")
     refuses(lambda: Sharding.over(group, 0), "at least 1 token, got 0")
     refuses(lambda: Sharding.over(group, 30, way="both"), "way must be one of auto, heads, keys, got 'both'")
@@ -226,7 +248,20 @@ def groups(*_: Any) -> None:
     GROUPS.update({n: distributed.new_group(range(n), timeout=PATIENCE) for n in range(2, ranks + 1)})
 
 
-CASES = (rows, full_rows, packed, few_keys, fast_paths, turns, checkpointed, compiled, autocast, volumes, refusals)
+CASES = (
+    rows,
+    full_rows,
+    packed,
+    given_blocks,
+    few_keys,
+    fast_paths,
+    turns,
+    checkpointed,
+    compiled,
+    autocast,
+    volumes,
+    refusals,
+)
 
 
 def all_checks() -> dict[str, Callable[[], Any]]:

@@ -45,6 +45,14 @@ def model(settings: MobaConfig = HYBRID, heads: int = 4, kv_heads: int = 2) -> A
     return configure(LlamaForCausalLM(config), settings)
 
 
+def compiled() -> Any:
+    """A model whose layers are compiled one by one, as the laboratory does it on GPUs."""
+    made = model()
+    for layer in made.model.layers:
+        layer.compile(dynamic=False, backend="aot_eager")
+    return made
+
+
 def rows(count: int = 8, length: int = LENGTH) -> list[dict[str, Any]]:
     """Token ids, some without label."""
     ids = torch.randint(64, (count, length), generator=torch.Generator().manual_seed(1))
@@ -127,6 +135,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "by keys": lambda: {"made": model(heads=4, kv_heads=1)},
     "full": lambda: {"made": model(MobaConfig(4, 2, full_layers="all"))},
     "checkpointed": lambda: {CHECKPOINTING: True},
+    "compiled": lambda: {"made": compiled()},
     "packed": packed,
     "flattened": flattened,
     "padded on the left": lambda: padded(True),
@@ -158,6 +167,9 @@ def refusals() -> None:
         ({"token_type_ids": [0] * LENGTH}, "the input token_type_ids cannot be split"),
     ):
         refuses(said, data=[row | add for row in rows()], remove_unused_columns=False)
+    rotating = model()
+    rotating.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    refuses("rope_type='dynamic' rotates by the highest position", made=rotating)
     # Models under a sharding that somebody else has put in force.
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     with sharded(Sharding.over(None, 8)):

@@ -73,6 +73,7 @@ class _Finder:
         if tokens is None:  # the model says itself what it misses
             return None
         if current_sharding() is not None:
+            _refuse_changing_rotation(module.config)
             return (), self._of_shard(inputs, tokens, mask, cache)
         given = inputs.get("cu_seq_lens_q") is not None or inputs.get("cu_seq_lens_k") is not None
         rows: Tensor | None = None
@@ -98,6 +99,17 @@ class _Finder:
     def _caches(module: Any, inputs: dict[str, Any]) -> bool:
         use_cache = inputs.get("use_cache")
         return bool(module.config.use_cache if use_cache is None else use_cache)
+
+
+def _refuse_changing_rotation(config: Any) -> None:
+    """Raise ValueError for frequencies that follow the highest position at hand: processes would rotate differently."""
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    for kind in kinds & {"dynamic", "longrope"}:
+        raise ValueError(
+            f"rope_type={kind!r} rotates by the highest position that a process sees, which differs between processes "
+            "that share a sequence; use 'yarn', 'llama3' or 'linear'"
+        )
 
 
 def boundaries_of_whole(tokens_BT: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:

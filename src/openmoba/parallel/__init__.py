@@ -1,7 +1,7 @@
 """Attention of one sequence over several devices, on `torch.distributed`."""
 
-from openmoba.parallel.api import full_attention, moba_attention, over_ranks
+from openmoba.parallel.api import block_attention, full_attention, moba_attention, over_ranks
 from openmoba.parallel.current import sharded
 from openmoba.parallel.sharding import Sharding
 
-__all__ = ["Sharding", "full_attention", "moba_attention", "over_ranks", "sharded"]
+__all__ = ["Sharding", "block_attention", "full_attention", "moba_attention", "over_ranks", "sharded"]

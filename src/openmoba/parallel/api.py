@@ -60,6 +60,32 @@ def moba_attention(
     return over_ranks(attend, q, k, v, sharding)
 
 
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    sharding: Sharding,
+    *,
+    block_size: int,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Compute `openmoba.block_attention` of a sequence that lies over several ranks; arguments as in `moba_attention`.
+
+    Args:
+        blocks: for this rank's queries, int32 `[B, S, H or Hkv, m]`, of packed sequences `[S, H or Hkv, m]`: past
+            blocks of the whole, numbered within the sequence, -1 for none. What stands at padding is not looked at.
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, lists: Tensor) -> Tensor:
+        return ops.block_attention(
+            q, k, v, lists, block_size=block_size, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, scale=scale, impl=impl
+        )
+
+    return over_ranks(attend, q, k, v, sharding, blocks)
+
+
 def full_attention(q: Tensor, k: Tensor, v: Tensor, sharding: Sharding, *, scale: float | None = None) -> Tensor:
     """Compute full causal attention of a sequence that lies over several ranks; arguments as in `moba_attention`."""
     factor = check_scale(q, scale)
@@ -72,23 +98,32 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, sharding: Sharding, *, scale
     return over_ranks(attend, q, k, v, sharding)
 
 
-def over_ranks(attend: Attend, q: Tensor, k: Tensor, v: Tensor, sharding: Sharding) -> Tensor:
+def over_ranks(
+    attend: Attend, q: Tensor, k: Tensor, v: Tensor, sharding: Sharding, lists: Tensor | None = None
+) -> Tensor:
     """Compute any attention, causal over whole sequences, of one that lies over several ranks.
 
     Args:
         attend: the attention of one device, `(q, k, v, cu_seqlens_q, cu_seqlens_k) -> out`, of rows where the
             boundaries are None. It is given some of the heads, or queries that are the last of their keys.
         q, k, v, sharding: as in `moba_attention`.
+        lists: what else there is for every query, `[B, S, H or Hkv, m]`; `attend` is given its part last.
     """
     packed = sharding.cu_seqlens is not None
     _check(q, k, v, sharding)
+    if lists is not None and (lists.shape[:-2] != q.shape[:-2] or lists.shape[-2] not in (q.shape[-2], k.shape[-2])):
+        raise ValueError(
+            f"lists of shape {tuple(lists.shape)} do not fit q's {tuple(q.shape)} and k's {k.shape[-2]} heads; give "
+            "every query one for each head, or for each key/value head"
+        )
     device = q.device.type
     if torch.is_autocast_enabled(device):  # half the bytes to send
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     if packed:
         q, k, v = (x[None] for x in (q, k, v))
+        lists = None if lists is None else lists[None]
     by_heads = sharding.resolved(q.shape[2], k.shape[2]) == "heads"
-    out = (attend_by_heads if by_heads else attend_by_keys)(attend, q, k, v, sharding)
+    out = (attend_by_heads if by_heads else attend_by_keys)(attend, q, k, v, sharding, lists)
     return out[0] if packed else out
 
 

@@ -22,29 +22,41 @@ from openmoba.parallel.collectives import exchanged
 from openmoba.parallel.cost import key_copies
 from openmoba.parallel.sharding import Sharding
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
-"""(q, k, v, cu_seqlens_q, cu_seqlens_k) -> out, as `openmoba.moba_attention`."""
+Attend = Callable[..., Tensor]
+"""(q, k, v, cu_seqlens_q, cu_seqlens_k) -> out, as `openmoba.moba_attention`; with lists of blocks, these follow."""
 
 # B batch, T tokens of the whole, S of a shard, N ranks, H heads, h heads of a rank, D head width
 
 
-def attend_by_heads(attend: Attend, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, sharding: Sharding) -> Tensor:
-    """Return attention over the whole sequence, `[B, S, H, D]`, of this rank's tokens."""
-    copies = key_copies(k_BSHD.shape[2], sharding.ranks)
+def attend_by_heads(
+    attend: Attend, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, sharding: Sharding, lists: Tensor | None = None
+) -> Tensor:
+    """Return attention over the whole sequence, `[B, S, H, D]`, of this rank's tokens.
+
+    Args:
+        lists: of past blocks, `[B, S, H or Hkv, m]`, where `attend` takes some.
+    """
+    kv_heads = k_BSHD.shape[2]
+    copies = key_copies(kv_heads, sharding.ranks)
     if copies > 1:
         k_BSHD, v_BSHD = (x.repeat_interleave(copies, 2) for x in (k_BSHD, v_BSHD))
+        if lists is not None and lists.shape[2] == kv_heads:
+            lists = lists.repeat_interleave(copies, 2)
+    given = () if lists is None else _to_heads((lists,), sharding)
     q_BThD, k_BThD, v_BThD = _to_heads((q_BSHD, k_BSHD, v_BSHD), sharding)
     cu = sharding.cu_seqlens
     if cu is None:
-        return _to_tokens(attend(q_BThD, k_BThD, v_BThD, None, None), sharding)
-    return _to_tokens(attend(q_BThD[0], k_BThD[0], v_BThD[0], cu, cu)[None], sharding)
+        return _to_tokens(attend(q_BThD, k_BThD, v_BThD, None, None, *given), sharding)
+    given = tuple(x[0] for x in given)
+    return _to_tokens(attend(q_BThD[0], k_BThD[0], v_BThD[0], cu, cu, *given)[None], sharding)
 
 
 def _to_heads(tensors: tuple[Tensor, ...], sharding: Sharding) -> tuple[Tensor, ...]:
     """Return all tokens `[B, T, h, D]` of this rank's heads, in one exchange."""
-    parts_BSNhD = [x.reshape(*x.shape[:2], sharding.ranks, -1, x.shape[3]) for x in tensors]
+    ranks = sharding.ranks
+    parts_BSNhD = [x.reshape(*x.shape[:2], ranks, x.shape[2] // ranks, x.shape[3]) for x in tensors]
     sent_NSBhD = torch.cat(parts_BSNhD, 3).permute(2, 1, 0, 3, 4)
-    got_TBhD = exchanged(sent_NSBhD, sharding.ranks, sharding.group_name).flatten(0, 1)
+    got_TBhD = exchanged(sent_NSBhD, ranks, sharding.group_name).flatten(0, 1)
     whole_BThD = sharding.in_order(got_TBhD)[: sharding.tokens].transpose(0, 1)
     return torch.split(whole_BThD, [x.shape[3] for x in parts_BSNhD], 2)
 

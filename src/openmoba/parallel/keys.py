@@ -28,9 +28,11 @@ BYTES_PER_TURN = 1 << 28
 
 
 @torch.compiler.disable(reason="it starts transfers ahead, and gathers again in the backward pass")  # type: ignore[no-untyped-call, untyped-decorator]
-def attend_by_keys(attend: Attend, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, sharding: Sharding) -> Tensor:
-    """Return attention over the whole sequence, `[B, S, H, D]`, of this rank's tokens."""
-    out: Tensor = _ByKeys.apply(attend, sharding, q_BSHD, k_BSHD, v_BSHD)  # type: ignore[no-untyped-call]
+def attend_by_keys(
+    attend: Attend, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, sharding: Sharding, lists: Tensor | None = None
+) -> Tensor:
+    """Return attention over the whole sequence, `[B, S, H, D]`, of this rank's tokens; arguments as by heads."""
+    out: Tensor = _ByKeys.apply(attend, sharding, lists, q_BSHD, k_BSHD, v_BSHD)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -41,7 +43,9 @@ class _ByKeys(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, attend: Attend, sharding: Sharding, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, attend: Attend, sharding: Sharding, lists: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
         ctx.sharding, ctx.saved, ctx.calls = sharding, _Saved(), []
         differentiate = any(ctx.needs_input_grad)
         out = torch.zeros_like(q)
@@ -49,13 +53,14 @@ class _ByKeys(torch.autograd.Function):
             ctx.saved.gathered = turn.kv_TB2KD
             for piece in _pieces(sharding):
                 inputs = q[:, piece.local, turn.heads], *turn.keys_until(piece.end)
+                given = turn.lists(lists, k, piece)
                 if differentiate:
                     with torch.enable_grad(), ctx.saved.hooks():
                         roots = _roots(*inputs)
-                        result = piece.attend(attend, sharding, *roots)
+                        result = piece.attend(attend, sharding, *roots, *given)
                     ctx.calls.append(_Call(*map(get_gradient_edge, (*roots, result))))
                 else:
-                    result = piece.attend(attend, sharding, *inputs)
+                    result = piece.attend(attend, sharding, *inputs, *given)
                 out[:, piece.local, turn.heads] = result.detach()
         ctx.save_for_backward(k, v, *ctx.saved.take())
         return out
@@ -81,7 +86,7 @@ class _ByKeys(torch.autograd.Function):
             under_way.add(turn.kv_heads, sum_parts(sharding.by_rank(dkv_TB2KD), sharding.ranks, sharding.group_name))
         under_way.finish()
         ctx.saved.take()
-        return None, None, dq, dk, dv
+        return None, None, None, dq, dk, dv
 
 
 class _Turn(NamedTuple):
@@ -95,6 +100,13 @@ class _Turn(NamedTuple):
         """Return keys and values `[B, end, K, D]` of the first tokens."""
         k_BTKD, v_BTKD = self.kv_TB2KD[:end].transpose(0, 1).unbind(2)
         return k_BTKD, v_BTKD
+
+    def lists(self, lists: Tensor | None, k_BSHD: Tensor, piece: _Piece) -> tuple[Tensor, ...]:
+        """Return the lists of a piece's queries, if there are any: per key/value head, or per query head."""
+        if lists is None:
+            return ()
+        shared = lists.shape[2] == k_BSHD.shape[2]
+        return (lists[:, piece.local, self.kv_heads if shared else self.heads],)
 
 
 def _turns(heads: int, k_BSHD: Tensor, v_BSHD: Tensor, sharding: Sharding) -> Iterator[_Turn]:
@@ -130,13 +142,13 @@ class _Piece(NamedTuple):
     start: int
     end: int
 
-    def attend(self, attend: Attend, sharding: Sharding, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, attend: Attend, sharding: Sharding, q: Tensor, k: Tensor, v: Tensor, *lists: Tensor) -> Tensor:
         """Attend with these queries, within the sequences that are among them."""
         if sharding.cu_seqlens is None:
-            return attend(q, k, v, None, None)
+            return attend(q, k, v, None, None, *lists)
         cu_k = sharding.cu_seqlens.clamp(max=self.end)
         cu_q = (cu_k - self.start).clamp(min=0)  # none of a sequence that ends before them
-        return attend(q[0], k[0], v[0], cu_q, cu_k)[None]
+        return attend(q[0], k[0], v[0], cu_q, cu_k, *(x[0] for x in lists))[None]
 
 
 def _pieces(sharding: Sharding) -> Iterator[_Piece]:

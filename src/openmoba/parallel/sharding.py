@@ -12,6 +12,7 @@ from the end, so all ranks have the same to do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -157,14 +158,15 @@ class Sharding:
 
     def in_order(self, x: Tensor) -> Tensor:
         """Bring what all ranks hold, rank by rank along dimension 0, into the order of the sequence."""
-        return self._chunks_of(x, self._rank_order(x).argsort()) if self.per_rank > 1 else x
+        return self._taken(x, sorted(range(len(self.chunks)), key=self.chunks.__getitem__))
 
     def by_rank(self, x: Tensor) -> Tensor:
         """Bring a padded whole along dimension 0 into the order of ranks; the inverse of `in_order`."""
-        return self._chunks_of(x, self._rank_order(x)) if self.per_rank > 1 else x
+        return self._taken(x, self.chunks)
 
-    def _rank_order(self, x: Tensor) -> Tensor:
-        return torch.tensor(self.chunks, device=x.device)
-
-    def _chunks_of(self, x: Tensor, order: Tensor) -> Tensor:
-        return x.reshape(-1, self.chunk, *x.shape[1:]).index_select(0, order).flatten(0, 1)
+    def _taken(self, x: Tensor, order: Sequence[int]) -> Tensor:
+        """Take chunks in this order; by slices, since an index would have to be copied to the device each time."""
+        if self.per_rank == 1:
+            return x
+        parts = torch.split(x, self.chunk)
+        return torch.cat([parts[i] for i in order])
