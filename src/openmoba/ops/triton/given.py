@@ -35,12 +35,7 @@ class GivenBlocks(NamedTuple):
 
 
 def given_keys(
-    blocks: Tensor,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    geometry: Geometry,
-    heads_per_sort: int,
-    counts: Tensor,
+    blocks: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, geometry: Geometry, heads_per_sort: int, counts: Tensor
 ) -> Tensor:
     """Return the sort keys of given blocks, as `route` has them, `[Hkv, rows * group, top_k - 1]`; write `counts`.
 

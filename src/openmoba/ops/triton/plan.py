@@ -201,15 +201,7 @@ def _chose(keys_ptr, at_M, end, wanted):
 
 @triton.jit
 def _count_pairs(
-    keys_ptr,
-    counts_ptr,
-    block_slots,
-    pairs,
-    sequence_slots,
-    sequence_pairs,
-    block_pairs,
-    pairs_before,
-    M: tl.constexpr,
+    keys_ptr, counts_ptr, block_slots, pairs, sequence_slots, sequence_pairs, block_pairs, pairs_before, M: tl.constexpr
 ):
     """Count the pairs of one list."""
     slot = tl.program_id(0)

@@ -20,12 +20,7 @@ INT16_KEYS = 2**15  # sort keys that int16 holds
 
 
 def route(
-    q: Tensor,
-    k: Tensor,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    geometry: Geometry,
-    heads_per_sort: int,
+    q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, geometry: Geometry, heads_per_sort: int
 ) -> Tensor:
     """Return the sort keys of the choice, `[Hkv, rows * group, top_k - 1]`, best first; `top_k >= 2`.
 

@@ -144,15 +144,7 @@ def reads(rank, count_M, valid):
 
 @triton.jit
 def load_queries(
-    d_out_base,
-    q_base,
-    statistics_ptr,
-    d_out_at,
-    q_at,
-    statistic_at,
-    valid,
-    WIDTH: tl.constexpr,
-    D: tl.constexpr,
+    d_out_base, q_base, statistics_ptr, d_out_at, q_at, statistic_at, valid, WIDTH: tl.constexpr, D: tl.constexpr
 ):
     """Load queries and output gradients with their base-2 LSE and delta; rows not `valid` get P = 0.
 
