@@ -119,7 +119,7 @@ def test_demo_needs_no_download_and_few_tokens() -> None:
     runs = [run.config(Path("study")) for run in configs("demo").values()]
     assert {run.data.source for run in runs} == {"stdlib"}
     assert {run.data.tokenizer for run in runs} == {"bpe"}
-    assert sum(run.tokens for run in runs) <= 6_500_000, "measured: two cores train some 11,000 tokens/s of these"
+    assert sum(run.tokens for run in runs) <= 7_900_000, "two cores train some 11,000 tokens/s: 12 minutes"
 
 
 def test_demo_draws_both_charts() -> None:
@@ -128,8 +128,5 @@ def test_demo_draws_both_charts() -> None:
     assert {(run.size, run.arm) for run in scaling} == {
         (size, arm) for size in ("nano", "micro", "tiny") for arm in ("full", "moba")
     }
-    layers = {run.arm: run.after for run in runs.values() if run.stage.chart == "layers"}
-    assert layers == {
-        "full": "pretrain/tiny-full-seed0",
-        **dict.fromkeys(("moba", "last-1", "last-2", "last-3"), "pretrain/tiny-moba-seed0"),
-    }
+    (hybrids,) = {run.stage.name: run.stage for run in runs.values() if run.stage.chart == "layers"}.values()
+    assert (hybrids.sizes, hybrids.arms, hybrids.beside) == (("tiny",), ("last-1", "last-2"), "pretrain")
