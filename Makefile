@@ -12,7 +12,7 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: install  ## Train small models, draw both charts into runs/demo (about ten minutes on two cores)
+demo: install  ## Train small models, draw both charts into runs/demo (about twelve minutes on two cores)
 	$(BIN)/openmoba study recipes/demo.toml --out runs/demo
 
 check: install  ## Format, lint, types
