@@ -136,6 +136,12 @@ def call(**changes):
     } | changes
 
 
+def packed_call(**changes):
+    cu = torch.tensor([0, 9], dtype=torch.int32)
+    one = {name: x[0] if isinstance(x, Tensor) else x for name, x in call().items()}
+    return one | {"cu_seqlens_q": cu, "cu_seqlens_k": cu} | changes
+
+
 def naming(block: int, token: int) -> Tensor:
     blocks = call()["blocks"].clone()
     blocks[0, token, 2, 0] = block
@@ -160,6 +166,9 @@ ILL_FORMED = {
     "q must be [batch, tokens, heads, dim] or packed": lambda: call(q=call()["q"][0, 0]),
     "block_size must be >= 1, got 0": lambda: call(block_size=0),
     "v must have k's shape": lambda: call(v=call()["v"][:, :3]),
+    "v must be a torch.Tensor, got NoneType": lambda: call(v=None),
+    "q is a sparse or nested tensor (torch.sparse_coo)": lambda: call(q=call()["q"].to_sparse()),
+    "cu_seqlens_q must be a torch.Tensor, got list": lambda: packed_call(cu_seqlens_q=[0, 9]),
 }
 
 
@@ -175,6 +184,23 @@ def test_ill_formed_calls_are_refused(message):
     for function in (block_attention, explain):
         with pytest.raises(ValueError, match=re.escape(message)):
             function(**ILL_FORMED[message]())
+
+
+def test_no_list_at_all_is_refused():
+    with pytest.raises(ValueError, match=r"blocks must be a torch.Tensor, got NoneType; moba_attention chooses"):
+        block_attention(**call(blocks=None))
+
+
+@pytest.mark.parametrize("scale", [1e-300, 10**400, True, "1"])
+def test_a_scale_that_is_none_in_single_precision_is_refused(scale):
+    with pytest.raises(ValueError, match="scale must be a positive finite number"):
+        block_attention(**call(scale=scale))
+
+
+def test_the_reference_makes_no_longer_lists_than_there_are_blocks():
+    inputs = {name: call()[name] for name in ("q", "k", "v")}
+    out = moba_attention(**inputs, block_size=4, top_k=2**31 - 1, impl="reference")
+    torch.testing.assert_close(out, moba_attention(**inputs, block_size=4, top_k=3, impl="reference"))
 
 
 def test_what_is_no_past_block_is_refused_in_packed_and_in_compiled_calls():
@@ -323,7 +349,27 @@ def test_what_cannot_be_merged_is_refused():
         ([out, out], [lse], "as many lses as outs, at least one, got 2 and 1"),
         ([out], [lse.half()], "lses must be float32 or float64, got torch.float16"),
         ([out, out.half()], [lse, lse], "outs[1] is torch.float16 (2, 3, 8) but outs[0] torch.float32 (2, 3, 8)"),
+        ([out, None], [lse, lse], "outs[1] must be a torch.Tensor, got NoneType"),
+        (out.int()[None], lse[None], "outs must be float64, float32, float16 or bfloat16, got torch.int32"),
+        ([out, out.to("meta")], [lse, lse], "outs[1] is on meta but outs[0] on cpu; move it there"),
+        (None, lse[None], "outs[0] must be a torch.Tensor, got NoneType"),
         ([out, out], [lse, lse[:1]], "lses[1] must be torch.float32 (2, 3), the outputs' shape without the last"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             merge_attention(outs, lses)
+
+
+def test_a_source_without_a_key_has_no_weight_even_where_its_output_is_nan():
+    """As a plain softmax over no key is."""
+    out, lse = torch.randn(2, 3, 8), torch.zeros(2, 3)
+    nan = torch.full_like(out, float("nan")).requires_grad_()
+    merged, _ = merge_attention([out, nan], [lse, lse - float("inf")])
+    torch.testing.assert_close(merged, out)
+    assert torch.autograd.grad(merged.sum(), nan)[0].count_nonzero() == 0
+
+
+def test_outputs_in_double_precision_are_merged_in_it():
+    first, second = torch.randn(2, 2, 3, 8, dtype=torch.float64)
+    lse = torch.zeros(2, 3)
+    merged, _ = merge_attention(iter([first, second]), iter([lse, lse]))
+    torch.testing.assert_close(merged, (first + second) / 2, rtol=1e-14, atol=1e-14)

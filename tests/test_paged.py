@@ -192,7 +192,10 @@ def wrong(name: str, change: Callable[[Tensor], Tensor], message: str) -> Any:
         wrong("block_table", lambda x: x + 200, "block_table names pages .* of sequence 0; there are 200"),
         wrong("lengths", lambda x: x[:1], r"lengths must be int32 \[2\]"),
         wrong("lengths", lambda x: x * 0, "sequence 0 has 0 tokens .*, 4 of them new"),
+        wrong("lengths", lambda x: x.tolist(), "lengths must be a torch.Tensor, got list"),
         wrong("cu_seqlens_q", lambda x: x[1:], r"cu_seqlens_q must be int32 \[3\]"),
+        wrong("cu_seqlens_q", lambda x: x.clamp(min=1), "cu_seqlens_q must start at 0, got 1"),
+        wrong("centroids", lambda x: x.to("meta"), "centroids must be on k_pages' device cpu, got meta"),
     ],
 )
 def test_bad_input(name: str, change: Callable[[Tensor], Tensor], message: str) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from parallel_checks import all_checks
 from ranks import checked
+from torch import Tensor, distributed
 
-from openmoba.parallel import Sharding
+from openmoba.parallel import Sharding, block_attention, moba_attention
 from openmoba.parallel.cost import Call, choose_way, crossover, key_copies, predicted_seconds, values_sent
 
 
@@ -72,3 +75,39 @@ def test_the_cost_on_paper_hides_what_it_can() -> None:
 def test_a_program_without_process_group_is_told_of_torchrun() -> None:
     with pytest.raises(ValueError, match="start the program with torchrun"):
         Sharding.over(None, 8)
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """One process is the whole group."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def qkv() -> dict[str, Tensor]:
+    return {name: torch.randn(1, 8, 2, 8) for name in ("q", "k", "v")}
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("way", ["heads", "keys"])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"blocks": None}, "blocks must be a torch.Tensor, got NoneType"),
+        ({"v": None}, "v must be a torch.Tensor, got NoneType"),
+        ({"q": qkv()["q"].half()}, "k has dtype torch.float32 but q has torch.float16"),
+    ],
+)
+def test_what_no_shard_can_be_is_refused(way: str, changed: dict[str, Any], message: str) -> None:
+    given = qkv() | {"blocks": torch.full((1, 8, 2, 1), -1).int()} | changed
+    with pytest.raises(ValueError, match=message):
+        block_attention(**given, sharding=Sharding.over(None, 8, way=way), block_size=4)
+
+
+@pytest.mark.usefixtures("alone")
+def test_double_precision_stays_under_autocast() -> None:
+    """As without processes."""
+    inputs = [x.double() for x in qkv().values()]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert moba_attention(*inputs, Sharding.over(None, 8), block_size=4, top_k=2).dtype == torch.float64

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Literal, overload
 
 import torch
@@ -132,8 +132,9 @@ def block_attention(
         ValueError: as `moba_attention`; and for a block that is the own one, a later one, or below -1. On CUDA
             such a block is asserted against on the device, without waiting for it.
     """
+    top_k = check_lists(q, k, blocks) + 1
     out, lse = _attention(
-        q, k, v, blocks, cu_seqlens_q, cu_seqlens_k, block_size, 1, scale, return_lse=return_lse, impl=impl
+        q, k, v, blocks, cu_seqlens_q, cu_seqlens_k, block_size, top_k, scale, return_lse=return_lse, impl=impl
     )
     return out if lse is None else (out, lse)
 
@@ -158,8 +159,6 @@ def _attention(
         q, k, v = (lowered(x, low) for x in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):  # precision inside is the implementation's own
             return _attention(q, k, v, blocks, cu_q, cu_k, block_size, top_k, scale, return_lse=return_lse, impl=impl)
-    if blocks is not None:
-        top_k = check_lists(q, k, blocks) + 1
     check_call(q, k, v, cu_q, cu_k, block_size, top_k)
     run, _ = implementation(q, impl)
     path = path_of(run, k, cu_k, block_size, top_k, given=blocks is not None)
@@ -172,6 +171,8 @@ def _attention(
     if path == "mask":
         if blocks is not None:
             check_given(blocks, q, k, cu_q, cu_k, block_size)
+        else:
+            top_k = min(top_k, 1 + k.shape[-3] // block_size)  # there are no more past blocks to list
         out, lse = reference_attention(q, k, v, blocks, cu_q, cu_k, block_size, top_k, scale)
         return out, lse if return_lse else None
     if path == "dense":
@@ -185,7 +186,7 @@ def _attention(
     return out, lse if return_lse else None
 
 
-def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def merge_attention(outs: Iterable[Tensor], lses: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Merge the attention of the same queries over several sources of keys into that over all of them.
 
         out = sum_i exp(lse_i - lse) out_i,   lse = log sum_i exp(lse_i)
@@ -195,7 +196,8 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
 
     Args:
         outs: outputs of one shape and dtype, `[..., H, D]`, at least one.
-        lses: their log-sum-exps `[..., H]`, fp32 or fp64, natural; `-inf` where a source has no key for a query.
+        lses: their log-sum-exps `[..., H]`, fp32 or fp64, natural; `-inf` where a source has no key for a query;
+            its output is not read there.
 
     Returns:
         Output and log-sum-exp, in the dtypes of the first; zeros and `-inf` where no source has a key. Differentiable
@@ -204,6 +206,7 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     Raises:
         ValueError: naming the argument and its value.
     """
+    outs, lses = (list(x) if isinstance(x, Iterable) else [x] for x in (outs, lses))
     check_parts(outs, lses)
     return reference_merge(outs, lses)
 
@@ -237,7 +240,7 @@ def moba_select(
                 cu_seqlens_k=cu_seqlens_k,
                 impl=impl,
             )
-    check_call(q, k, None, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
+    check_call(q, k, k, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
     run, _ = implementation(q, impl)
     q, k = (x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in (q, k))
     if run == "reference":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -24,13 +23,14 @@ NO_FORWARD_MODE = (
     "openmoba: this implementation has no forward-mode derivatives (jvp, jacfwd, linearize, hessian); "
     "use impl='reference', or reverse mode (grad, vjp, jacrev)"
 )
+_FP32 = torch.finfo(torch.float32)
 MIN_HEAD_WIDTH, MAX_HEAD_WIDTH = 8, 256
 
 
 def check_call(
     q: Tensor,
     k: Tensor,
-    v: Tensor | None,
+    v: Tensor,
     cu_q: Tensor | None,
     cu_k: Tensor | None,
     block_size: int,
@@ -41,8 +41,7 @@ def check_call(
     check_blocks(
         1 if isinstance(block_size, torch.SymInt) else block_size, 1 if isinstance(top_k, torch.SymInt) else top_k
     )
-    tensors = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
-    _check_kind(tensors)
+    _check_kind({"q": q, "k": k, "v": v})
     _check_shapes(q, k, v, packed=cu_q is not None)
     if (cu_q is None) != (cu_k is None):
         given, missing = ("cu_seqlens_q", "cu_seqlens_k") if cu_k is None else ("cu_seqlens_k", "cu_seqlens_q")
@@ -62,7 +61,9 @@ def check_lists(q: Tensor, k: Tensor, blocks: Tensor) -> int:
         if not isinstance(x, Tensor) or x.dim() not in (3, 4):
             raise ValueError(f"{name} must be [batch, tokens, heads, dim] or packed [tokens, heads, dim]")
     if not isinstance(blocks, Tensor):
-        raise ValueError(f"blocks must be a torch.Tensor, got {type(blocks).__name__}")
+        raise ValueError(
+            f"blocks must be a torch.Tensor, got {type(blocks).__name__}; moba_attention chooses blocks by itself"
+        )
     if blocks.dtype != torch.int32:
         raise ValueError(f"blocks must be int32, got {blocks.dtype}; use .int()")
     if blocks.device != q.device:
@@ -130,7 +131,14 @@ def check_parts(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
     """Raise ValueError unless these are attention outputs and their log-sum-exps."""
     if len(outs) == 0 or len(outs) != len(lses):
         raise ValueError(f"merge_attention takes as many lses as outs, at least one, got {len(outs)} and {len(lses)}")
+    for name, parts in (("outs", outs), ("lses", lses)):
+        check_tensors(**{f"{name}[{i}]": x for i, x in enumerate(parts)})
+        for i, x in enumerate(parts):
+            if x.device != outs[0].device:
+                raise ValueError(f"{name}[{i}] is on {x.device} but outs[0] on {outs[0].device}; move it there")
     first, dtype = outs[0], lses[0].dtype
+    if first.dtype not in DTYPES:
+        raise ValueError(f"outs must be float64, float32, float16 or bfloat16, got {first.dtype}")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"lses must be float32 or float64, got {dtype}; a rounded log-sum-exp is a wrong weight")
     for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
@@ -146,12 +154,38 @@ def check_parts(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
             )
 
 
+def check_tensors(**named: object) -> None:
+    """Raise ValueError unless these are tensors."""
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+
+
+def check_rows(lengths: Tensor, starts: Tensor | None, like: Tensor) -> None:
+    """Raise ValueError unless these are one number for each row of a cache, where the cache is."""
+    for name, x in (("lengths", lengths), ("starts", starts)):
+        if x is None and name == "starts":
+            continue
+        check_tensors(**{name: x})
+        assert x is not None
+        if x.device != like.device:
+            raise ValueError(f"{name} must be on the cache's device {like.device}, got {x.device}; move it there")
+        if x.dtype != torch.int32 or x.shape != like.shape[:1]:
+            raise ValueError(f"{name} must be int32 [{like.shape[0]}], got {x.dtype} {tuple(x.shape)}")
+
+
 def check_scale(q: Tensor, scale: float | None) -> float:
-    """Return the factor on the logits, `D**-0.5` if none is given; ValueError unless it is positive and finite."""
+    """Return the factor on the logits, `D**-0.5` if none is given; ValueError unless it is positive and finite.
+
+    So it must be in fp32, in which implementations take it: a smaller one would be 0, and masked logits NaN.
+    """
     if scale is None:
         return float(q.shape[-1] ** -0.5)
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
-        raise ValueError(f"scale must be a positive finite number, got {scale!r}; leave it out for head_dim ** -0.5")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not _FP32.tiny <= scale <= _FP32.max:
+        raise ValueError(
+            f"scale must be a positive finite number of single precision, got {scale!r}; "
+            "leave it out for head_dim ** -0.5"
+        )
     return float(scale)
 
 
@@ -167,10 +201,13 @@ def check_triton(q: Tensor) -> None:
 
 
 def _check_kind(tensors: dict[str, Tensor]) -> None:
+    check_tensors(**tensors)
     q = tensors["q"]
     for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.layout is not torch.strided or x.is_nested:
+            raise ValueError(
+                f"{name} is a sparse or nested tensor ({x.layout}); pack sequences with cu_seqlens_q and _k"
+            )
         if x.dtype not in DTYPES:
             raise ValueError(f"{name} has dtype {x.dtype}; use float64, float32, float16 or bfloat16")
         if x.dtype != q.dtype:
@@ -179,13 +216,13 @@ def _check_kind(tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} is on {x.device} but q is on {q.device}; move them to one device")
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor | None, packed: bool) -> None:
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
     dims, layout = (3, "[tokens, heads, dim]") if packed else (4, "[batch, tokens, heads, dim]")
     for name, x in (("q", q), ("k", k)):
         if x.dim() != dims:
             way_out = "drop cu_seqlens for a batch" if packed else "a packed batch needs cu_seqlens_q and _k"
             raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}; {way_out}")
-    if v is not None and v.shape != k.shape:
+    if v.shape != k.shape:
         raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q has head width {q.shape[-1]} but k has {k.shape[-1]}; they must be equal")
@@ -200,6 +237,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor | None, packed: bool) -> None:
 
 def _check_boundaries(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
     for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+        check_tensors(**{name: cu})
         if cu.dtype != torch.int32 or cu.dim() != 1 or cu.shape[0] < 1:
             raise ValueError(
                 f"{name} must be int32 of shape [sequences + 1], got {cu.dtype} {tuple(cu.shape)}; use .int()"

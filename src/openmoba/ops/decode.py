@@ -14,13 +14,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from openmoba.config import check_blocks
 from openmoba.ops.backends import DECODERS, Decoder, decoder, implementation
 from openmoba.ops.centroids import centroid_dtype
-from openmoba.ops.checks import check_scale, needs_gradient
+from openmoba.ops.checks import DTYPES, check_rows, check_scale, check_tensors, needs_gradient
 from openmoba.ops.operation import operation
 from openmoba.ops.reference import reference_decode
 
@@ -58,7 +57,8 @@ def moba_decode(
         k_cache: `[B, S, Hkv, D]`, any strides; the new tokens' keys already written.
         v_cache: the values, like k_cache.
         centroids: `[B, P, Hkv, D]`, any strides, kept by `openmoba.complete_pages`: fp16 for 16-bit caches,
-            else in their dtype. Page p of row b begins at slot `starts[b] + p * block_size`.
+            else in their dtype. Page p of row b begins at slot `starts[b] + p * block_size`. No row may have more
+            past pages than P, `(lengths[b] - 1) // block_size`: the others are not seen, and nobody looks.
         lengths: int32 `[B]`, tokens in the cache, the new ones included.
         starts: int32 `[B]`, first slot of each row; zeros by default.
         block_size, top_k, scale: as in `openmoba.moba_attention`.
@@ -102,6 +102,9 @@ def _check(
     top_k: int,
 ) -> None:
     check_blocks(block_size, top_k)
+    check_tensors(q=q, k_cache=k_cache, v_cache=v_cache, centroids=centroids)
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q has dtype {q.dtype}; use float64, float32, float16 or bfloat16")
     if q.dim() != 4 or not 1 <= q.shape[1] <= MAX_QUERIES:
         raise ValueError(
             f"q must be [batch, 1..{MAX_QUERIES} tokens, heads, dim], got {tuple(q.shape)}; "
@@ -113,19 +116,17 @@ def _check(
     if v_cache.shape != k_cache.shape:
         raise ValueError(f"v_cache must have k_cache's shape {tuple(k_cache.shape)}, got {tuple(v_cache.shape)}")
     kv_heads = k_cache.shape[2]
-    if heads % kv_heads:
+    if kv_heads == 0 or heads == 0 or heads % kv_heads:
         raise ValueError(f"q's {heads} heads must be a multiple of the cache's {kv_heads} heads")
     if not q.dtype == k_cache.dtype == v_cache.dtype:
         raise ValueError(f"q, k_cache and v_cache must share a dtype, got {q.dtype}, {k_cache.dtype}, {v_cache.dtype}")
-    shape = (centroids.shape[0], *centroids.shape[2:])
+    shape = (*centroids.shape[:1], *centroids.shape[2:])
     if centroids.dtype != centroid_dtype(q.dtype) or shape != (batch, kv_heads, width):
         raise ValueError(
             f"centroids must be {centroid_dtype(q.dtype)} [{batch}, pages, {kv_heads}, {width}], "
             f"got {centroids.dtype} {tuple(centroids.shape)}; openmoba.new_centroids makes them"
         )
-    for name, x in (("k_cache", k_cache), ("centroids", centroids), ("lengths", lengths), ("starts", starts)):
-        if x is not None and x.device != q.device:
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache), ("centroids", centroids)):
+        if x.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-    for name, x in (("lengths", lengths), ("starts", starts)):
-        if x is not None and (x.dtype != torch.int32 or x.shape != (batch,)):
-            raise ValueError(f"{name} must be int32 [{batch}], got {x.dtype} {tuple(x.shape)}")
+    check_rows(lengths, starts, q)

@@ -23,7 +23,7 @@ from torch import Tensor
 from openmoba.config import check_blocks
 from openmoba.ops.api import moba_attention
 from openmoba.ops.centroids import centroid_dtype
-from openmoba.ops.checks import check_scale, needs_gradient
+from openmoba.ops.checks import check_rows, check_scale, check_tensors, needs_gradient
 from openmoba.ops.decode import MAX_QUERIES
 from openmoba.ops.pages import complete_pages
 from openmoba.ops.reference import decode_one, key_head_of
@@ -187,9 +187,12 @@ def _home(table_NM: Tensor, block_NC: Tensor, page_size: int, block_size: int) -
 def _lengths(k_pages: Tensor, block_table: Tensor, lengths: Tensor, cu_seqlens_q: Tensor) -> list[tuple[int, int]]:
     """Return tokens in the cache and new tokens of each sequence; ValueError unless the table has room for them."""
     batch, pages = block_table.shape
+    check_tensors(cu_seqlens_q=cu_seqlens_q)
     if cu_seqlens_q.dtype != torch.int32 or cu_seqlens_q.shape != (batch + 1,):
         got = f"{cu_seqlens_q.dtype} {tuple(cu_seqlens_q.shape)}"
         raise ValueError(f"cu_seqlens_q must be int32 [{batch + 1}], one more than block_table has rows, got {got}")
+    if int(cu_seqlens_q[0]) != 0:
+        raise ValueError(f"cu_seqlens_q must start at 0, got {int(cu_seqlens_q[0])}")
     news = [end - start for start, end in pairwise(cu_seqlens_q.tolist())]
     found = list(zip(lengths.tolist(), news, strict=True))
     for row, (length, new) in enumerate(found):
@@ -214,7 +217,8 @@ def _check_sizes(page_size: int, block_size: int) -> None:
 
 
 def _check_cache(centroids: Tensor, k_pages: Tensor, block_table: Tensor, lengths: Tensor, block_size: int) -> None:
-    if k_pages.dim() != 4:
+    check_tensors(k_pages=k_pages, centroids=centroids, block_table=block_table, lengths=lengths)
+    if k_pages.dim() != 4 or 0 in k_pages.shape[1:]:
         raise ValueError(f"k_pages must be [pages, tokens of a page, heads, dim], got {tuple(k_pages.shape)}")
     pages, page_size, heads, width = k_pages.shape
     _check_sizes(page_size, block_size)
@@ -228,12 +232,14 @@ def _check_cache(centroids: Tensor, k_pages: Tensor, block_table: Tensor, length
         raise ValueError(
             f"block_table must be int32 [sequences, pages], got {block_table.dtype} {tuple(block_table.shape)}"
         )
-    if lengths.dtype != torch.int32 or lengths.shape != block_table.shape[:1]:
-        got = f"{lengths.dtype} {tuple(lengths.shape)}"
-        raise ValueError(f"lengths must be int32 [{block_table.shape[0]}], one of each row of block_table, got {got}")
+    check_rows(lengths, None, block_table)
+    for name, x in (("centroids", centroids), ("block_table", block_table)):
+        if x.device != k_pages.device:
+            raise ValueError(f"{name} must be on k_pages' device {k_pages.device}, got {x.device}")
 
 
 def _check_queries(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
+    check_tensors(q=q, v_pages=v_pages)
     if v_pages.shape != k_pages.shape:
         raise ValueError(f"v_pages must have k_pages' shape {tuple(k_pages.shape)}, got {tuple(v_pages.shape)}")
     _, _, heads, width = k_pages.shape

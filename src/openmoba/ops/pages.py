@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openmoba.config import check_blocks
+from openmoba.limits import check_count
 from openmoba.ops.backends import Decoder, decoder
 from openmoba.ops.centroids import centroid_dtype
+from openmoba.ops.checks import DTYPES, check_rows, check_tensors
 from openmoba.ops.operation import operation
 from openmoba.ops.reference import reference_complete_pages
 
@@ -45,12 +48,20 @@ def complete_pages(
     Raises:
         ValueError: naming the argument and its value.
     """
+    check_blocks(block_size, 1)
+    check_count("new", new, 0)
+    check_tensors(centroids=centroids, keys=keys)
+    if keys.dim() != 4 or keys.dtype not in DTYPES:
+        raise ValueError(f"keys must be a float cache [batch, slots, heads, dim], got {keys.dtype} {tuple(keys.shape)}")
     wanted = (keys.shape[0], *keys.shape[2:])
-    if (centroids.shape[0], *centroids.shape[2:]) != wanted or centroids.dtype != centroid_dtype(keys.dtype):
+    if (*centroids.shape[:1], *centroids.shape[2:]) != wanted or centroids.dtype != centroid_dtype(keys.dtype):
         raise ValueError(
             f"centroids must be {centroid_dtype(keys.dtype)} [{wanted[0]}, pages, {wanted[1]}, {wanted[2]}], "
             f"got {centroids.dtype} {tuple(centroids.shape)}; openmoba.new_centroids makes them"
         )
+    if centroids.device != keys.device:
+        raise ValueError(f"centroids must be on the cache's device {keys.device}, got {centroids.device}")
+    check_rows(lengths, starts, keys)
     if keys.is_cuda and keys.dtype != torch.float64:
         write_pages("triton", centroids, keys, lengths, starts, new, block_size)
     else:

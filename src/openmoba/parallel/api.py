@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from openmoba.ops import api as ops
-from openmoba.ops.checks import check_scale
+from openmoba.ops.autocast import lowered
+from openmoba.ops.checks import check_scale, check_tensors
 from openmoba.ops.varlen import dense_sequences
 from openmoba.parallel.heads import Attend, attend_by_heads
 from openmoba.parallel.keys import attend_by_keys
@@ -78,6 +79,8 @@ def block_attention(
             blocks of the whole, numbered within the sequence, -1 for none. What stands at padding is not looked at.
     """
 
+    check_tensors(blocks=blocks)
+
     def attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, lists: Tensor) -> Tensor:
         return ops.block_attention(
             q, k, v, lists, block_size=block_size, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, scale=scale, impl=impl
@@ -118,7 +121,7 @@ def over_ranks(
         )
     device = q.device.type
     if torch.is_autocast_enabled(device):  # half the bytes to send
-        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+        q, k, v = (lowered(x, torch.get_autocast_dtype(device)) for x in (q, k, v))
     if packed:
         q, k, v = (x[None] for x in (q, k, v))
         lists = None if lists is None else lists[None]
@@ -131,7 +134,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sharding: Sharding) -> None:
     """Raise ValueError unless these are this rank's shard: a wrong one would leave the others waiting."""
     packed = sharding.cu_seqlens is not None
     dims, layout = (3, "[tokens, heads, dim]") if packed else (4, "[batch, tokens, heads, dim]")
+    check_tensors(q=q, k=k, v=v)
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype} but q has {q.dtype}; cast them to one dtype")
         if x.dim() != dims:
             way_out = "the sharding has cu_seqlens" if packed else "packed sequences need a sharding with cu_seqlens"
             raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}; {way_out}")
