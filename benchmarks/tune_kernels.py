@@ -109,7 +109,7 @@ def show(label: str, call: Callable[[], Tensor]) -> None:
         print(f"{label}: {error}")
         return
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as recorded:
         for _ in range(REPEATS):
             call()
         torch.cuda.synchronize()

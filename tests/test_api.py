@@ -224,7 +224,7 @@ def test_plain_tensors_go_around_the_dispatcher():
         lambda *x: moba_attention(*x, **SETTINGS),
         lambda *x: torch.ops.openmoba.attend("cpu", *x, None, None, None, 4, 2, 8**-0.5)[0],
     ):
-        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as recorded:
             out = call(*inputs)
             results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
         dispatched = {event.name for event in recorded.events() if event.name.startswith("openmoba::")}
@@ -303,7 +303,7 @@ def test_backward_fills_no_gradients_of_what_has_none(monkeypatch, registered):
     monkeypatch.setattr(
         cpu, "backward", lambda _d_out, _d_lse, q, k, v, *rest: tuple(torch.empty_like(x) for x in (q, k, v))
     )
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as recorded:
         torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
     names = {event.name for event in recorded.events()}
     assert "aten::empty_like" in names

@@ -59,7 +59,7 @@ class Watch:
             self.peak_mb = torch.cuda.max_memory_allocated(self.device) / 1e6
         if self.profiled:
             activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA][: 2 if on_gpu else 1]
-            with profile(activities=activities) as self.profile:
+            with profile(activities=activities, acc_events=True) as self.profile:
                 for _ in range(self.profiled):
                     yield
                 self._wait()
