@@ -111,3 +111,18 @@ def test_double_precision_stays_under_autocast() -> None:
     inputs = [x.double() for x in qkv().values()]
     with torch.autocast("cpu", torch.bfloat16):
         assert moba_attention(*inputs, Sharding.over(None, 8), block_size=4, top_k=2).dtype == torch.float64
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [
+        ([0, 8], "cu_seqlens must be a torch.Tensor, got list"),
+        (torch.tensor([0, 8]), "cu_seqlens must be int32 .*, got torch.int64"),
+        (torch.tensor([0, 7]).int(), "must end at q's token count 8, got 7"),
+        (torch.tensor([0, 6, 4, 8]).int(), "must not decrease, got 6 then 4"),
+    ],
+)
+def test_boundaries_are_looked_at_where_all_ranks_see_the_same(starts: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sharding.over(None, 8, cu_seqlens=starts)

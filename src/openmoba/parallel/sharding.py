@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from openmoba.ops.checks import check_boundary_values, check_tensors
 from openmoba.parallel.collectives import gather, group_of
 from openmoba.parallel.cost import WAYS, choose_way
 
@@ -66,7 +67,8 @@ class Sharding:
             group: a `ProcessGroup`, a `DeviceMesh` of one dimension, or None for all processes.
 
         Raises:
-            ValueError: there is no process group, an unknown layout or way, or no token.
+            ValueError: there is no process group, an unknown layout or way, no token, or
+                boundaries that are not of so many tokens.
         """
         if layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
@@ -74,6 +76,13 @@ class Sharding:
             raise ValueError(f"way must be one of {', '.join(WAYS)}, got {way!r}")
         if tokens < 1:
             raise ValueError(f"a sharded sequence needs at least 1 token, got {tokens}")
+        if cu_seqlens is not None:
+            check_tensors(cu_seqlens=cu_seqlens)
+            if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+                got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+                raise ValueError(f"cu_seqlens must be int32 of shape [sequences + 1], got {got}; use .int()")
+            if cu_seqlens.device.type == "cpu":  # on a rank that has none of the wrong ones nothing would show
+                check_boundary_values(cu_seqlens, cu_seqlens, tokens, tokens)
         name, rank, ranks = group_of(group)
         return cls(tokens, rank, ranks, name, layout, way, cu_seqlens)
 
