@@ -40,6 +40,17 @@ def group_of(group: Any) -> tuple[str, int, int]:
     return group.group_name, rank, distributed.get_world_size(group)
 
 
+def leave_group() -> None:
+    """End this process's part in all groups, together with the others; nothing where there are none.
+
+    One of gloo's threads gives the tensors of a collective back some time after it, and asks for Python's lock to do
+    so; it aborts a process whose interpreter ends meanwhile. A barrier waits for all that and leaves nothing behind.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
 def gather(x: Tensor, ranks: int, group_name: str) -> Waiting:
     """Start to put the `x` of all ranks behind each other along dimension 0."""
     started = torch.ops._c10d_functional.all_gather_into_tensor(x, ranks, group_name)

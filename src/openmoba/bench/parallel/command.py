@@ -15,6 +15,7 @@ from openmoba.bench.machine import Machine, failure, say
 from openmoba.bench.parallel.cases import GRIDS, ParallelCase, ParallelRow, compared, markdown
 from openmoba.bench.parallel.measure import measure_case
 from openmoba.bench.rows import append_row, read_rows
+from openmoba.parallel.collectives import leave_group
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Parallel:
         rows = run_parallel_benchmark(GRIDS[self.grid], self.out, Machine(device, self.commit))
         if distributed.get_rank() == 0:
             print(markdown(rows))
-        distributed.destroy_process_group()
+        leave_group()
 
 
 def run_parallel_benchmark(cases: Sequence[ParallelCase], out: Path, machine: Machine) -> list[ParallelRow]:

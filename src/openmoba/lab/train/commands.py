@@ -48,10 +48,9 @@ class Train:
 
     def run(self) -> None:
         """Train, and say where the result is."""
-        import torch
-
         from openmoba.lab.train.check import check_run
         from openmoba.lab.train.run import run_training
+        from openmoba.parallel.collectives import leave_group
 
         if self.dry_run:
             from openmoba.lab.train.summary import plan_text
@@ -65,5 +64,4 @@ class Train:
             result = run_training(self._settings(), self.folder, progress=TerminalProgress(self.folder.name))
         if result:
             print(losses_table(result["eval"]), f"{self.folder / 'result.json'}", sep="\n")
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # whose threads must not outlive the interpreter
+        leave_group()
