@@ -41,7 +41,7 @@ def group_of(group: Any) -> tuple[str, int, int]:
 
 
 def leave_group() -> None:
-    """End this process's part in all groups, together with the others; nothing where there are none.
+    """Take down the process groups, together with the other processes; nothing where there are none.
 
     One of gloo's threads gives the tensors of a collective back some time after it, and asks for Python's lock to do
     so; it aborts a process whose interpreter ends meanwhile. A barrier waits for all that and leaves nothing behind.
