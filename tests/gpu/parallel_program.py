@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import openmoba
@@ -17,6 +17,7 @@ from openmoba import MobaConfig, parallel
 from openmoba.hf import configure
 from openmoba.hf.context_parallel import ContextParallel
 from openmoba.parallel import Sharding
+from openmoba.parallel.collectives import leave_group
 
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 LENGTH = 4000  # which 16 does not divide, so neither do the chunks of any layout
@@ -104,5 +105,4 @@ if __name__ == "__main__":
         found["errors"] = attention()
     if int(os.environ.get("RANK", "0")) == 0:
         out.write_text(json.dumps(found))
-    if RANKS > 1:
-        distributed.destroy_process_group()
+    leave_group()
