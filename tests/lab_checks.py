@@ -29,7 +29,7 @@ def tiny(root: Path) -> RunConfig:
     return tiny_config(root)
 
 
-def config(root: Path, kv_heads: int = 2, **train: Any) -> RunConfig:
+def config(root: Path, kv_heads: int = 2, key_conv: int | None = None, **train: Any) -> RunConfig:
     """A hybrid on windows of 37 tokens, which no number of processes divides."""
     plain = tiny(root)
     heads = {"num_key_value_heads": kv_heads}
@@ -39,13 +39,14 @@ def config(root: Path, kv_heads: int = 2, **train: Any) -> RunConfig:
         eval=replace(plain.eval, contexts=(16,)),
         data=replace(plain.data, length=37),
         model=replace(plain.model, overrides={**plain.model.overrides, **heads}),
-        arm=ArmConfig("hybrid", block_size=4, top_k=2, full_layers=1),
+        arm=ArmConfig("hybrid", block_size=4, top_k=2, full_layers=1, key_conv=key_conv),
     )
 
 
 CASES: dict[str, dict[str, Any]] = {
     "by heads": {},
     "by keys": {"kv_heads": 1},
+    "key convolution": {"key_conv": 4},
     "a mask of the loss, computed again": {"loss_tokens": 9, "gradient_checkpointing": True, "micro_batch_size": 1},
 }
 

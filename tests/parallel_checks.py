@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import openmoba
 from openmoba import parallel
 from openmoba.ops.dense import dense_attention
+from openmoba.ops.key_conv import key_convolution
 from openmoba.parallel import Sharding, collectives, keys
 from openmoba.parallel.cost import values_sent
 
@@ -152,6 +153,31 @@ def turns(ranks: int, way: str, layout: str) -> None:
         assert not gathered, [x.shape for x in gathered]
 
 
+def key_convolved(ranks: int, way: str, layout: str) -> None:
+    """Rows and packed sequences, of chunks longer and shorter than the convolution is wide; NaN crosses no border."""
+    cu = torch.tensor([0, 1, 10, 19, 19, 22, 61], dtype=torch.int32)
+    goes_on = ~torch.zeros(62, dtype=torch.bool).index_fill(0, cu.long(), True)[None, :61]
+    generator = torch.Generator().manual_seed(0)
+    for tokens, boundaries, width in ((61, None, 4), (61, cu, 4), (61, cu, 17), (7, None, 5), (2, None, 4)):
+        sharding = Sharding.over(GROUPS[ranks], tokens, way=way, layout=layout, cu_seqlens=boundaries)
+        k, upstream = torch.randn(2, 1, tokens, 6, generator=generator, dtype=torch.float64)
+        weight = torch.randn(6, width, generator=generator, dtype=torch.float64).requires_grad_()
+        whole = k.clone().requires_grad_()
+        expected = key_convolution(whole, weight, None if boundaries is None else goes_on)
+        wanted = torch.autograd.grad(expected, (whole, weight), upstream)
+        local = sharding.shard(k).requires_grad_()
+        out = parallel.key_convolution(local if boundaries is None else local[0], weight, sharding).view_as(local)
+        got = torch.autograd.grad(out, (local, weight), sharding.shard(upstream))
+        distributed.all_reduce(got[1], group=GROUPS[ranks])
+        found = (sharding.unshard(out.detach()), sharding.unshard(got[0]), got[1])
+        for x, y in zip((expected.detach(), *wanted), found, strict=True):
+            torch.testing.assert_close(y, x, rtol=1e-12, atol=1e-12)
+    sharding = Sharding.over(GROUPS[ranks], 61, way=way, layout=layout, cu_seqlens=cu)
+    poisoned = torch.where(torch.arange(61) < 22, torch.nan, 1.0)[:, None]
+    out = parallel.key_convolution(sharding.shard(poisoned, 0), torch.ones(1, 17), sharding)
+    assert sharding.unshard(out, 0)[22:].isfinite().all()
+
+
 def checkpointed(ranks: int, way: str, layout: str) -> None:
     """Computed again in the backward pass, twice over the same graph."""
     sharding = Sharding.over(GROUPS[ranks], 61, way=way, layout=layout)
@@ -169,15 +195,20 @@ def checkpointed(ranks: int, way: str, layout: str) -> None:
 
 
 def compiled(ranks: int, way: str, layout: str) -> None:
-    """In a compiled function; by heads without a break in its graph."""
+    """In a compiled function, after key convolution; by heads without a break in its graph."""
     sharding = Sharding.over(GROUPS[ranks], 61, way=way, layout=layout)
     one, many = moba()
+    weight = torch.randn(48, 4, generator=torch.Generator().manual_seed(1))
+
+    def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return one(q * 2, key_convolution(k.flatten(2), weight).view_as(k), v) + 1
 
     @torch.compile(backend="aot_eager", fullgraph=way == "heads", dynamic=False)
     def around(q: Tensor, k: Tensor, v: Tensor, sharding: Sharding) -> Tensor:
-        return many(q * 2, k, v, sharding) + 1
+        convolved = parallel.key_convolution(k.flatten(2), weight, sharding).view_as(k)
+        return many(q * 2, convolved, v, sharding) + 1
 
-    compare(lambda q, k, v: one(q * 2, k, v) + 1, around, inputs(1, 61, dtype=torch.float32), sharding, 2e-5)
+    compare(alone, around, inputs(1, 61, dtype=torch.float32), sharding, 2e-5)
 
 
 def autocast(ranks: int, way: str, layout: str) -> None:
@@ -231,6 +262,10 @@ def refusals(ranks: int, way: str, layout: str) -> None:
     refuses(lambda: many(q, k, v[:, :, 1:], sharding), "v must have k's shape")
     lists = torch.full((1, q.shape[1] + 1, 5, 2), -1, dtype=torch.int32)
     refuses(lambda: parallel.block_attention(q, k, v, lists, sharding, block_size=4), "do not fit q's")
+    keys_BSC, weight = k.flatten(2), torch.zeros(40, 4)
+    refuses(lambda: parallel.key_convolution(keys_BSC[:, 1:], weight, sharding), "k holds")
+    refuses(lambda: parallel.key_convolution(keys_BSC[0], weight, sharding), "need a sharding with cu_seqlens")
+    refuses(lambda: parallel.key_convolution(keys_BSC, weight[1:], sharding), "with k's 40 channels, got (39, 4)")
     refuses(lambda: sharding.shard(q), "but the sharding is of 30")
     refuses(lambda: Sharding.over(group, 0), "at least 1 token, got 0")
     refuses(lambda: Sharding.over(group, 30, way="both"), "way must be one of auto, heads, keys, got 'both'")
@@ -256,6 +291,7 @@ CASES = (
     few_keys,
     fast_paths,
     turns,
+    key_convolved,
     checkpointed,
     compiled,
     autocast,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from ranks import checked
 from tiny import tiny_config
 
 from openmoba.errors import explain
-from openmoba.lab.arms import ArmConfig
 from openmoba.lab.config import changes
 from openmoba.lab.train.run import run_training
 
@@ -44,8 +42,6 @@ def test_what_cannot_be_shared_is_said_before_data_are_read(tmp_path: Path) -> N
     plain = tiny_config(tmp_path, context_parallel=2)
     with pytest.raises(ValueError, match="do not divide the 1 there are; start a multiple of 2, as torchrun"):
         run_training(plain, tmp_path / "run")
-    with pytest.raises(ValueError, match="key_conv=4 does not run on windows that are shared"):
-        run_training(replace(plain, arm=ArmConfig("moba", key_conv=4)), tmp_path / "run")
     assert changes(plain, tiny_config(tmp_path)) == []
 
 

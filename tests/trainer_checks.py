@@ -30,7 +30,8 @@ class Split(ContextParallel, Trainer):
     """What a user writes."""
 
 
-def model(settings: MobaConfig = HYBRID, heads: int = 4, kv_heads: int = 2) -> Any:
+def model(settings: MobaConfig = HYBRID, heads: int = 4, kv_heads: int = 2, *, steep: bool = False) -> Any:
+    """A small decoder; a steep one has key convolutions that change its output by far."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -42,7 +43,10 @@ def model(settings: MobaConfig = HYBRID, heads: int = 4, kv_heads: int = 2) -> A
         head_dim=8,
         attn_implementation="sdpa",
     )
-    return configure(LlamaForCausalLM(config), settings)
+    made = configure(LlamaForCausalLM(config), settings)
+    for layer in made.model.layers if steep else ():
+        torch.nn.init.normal_(layer.self_attn.key_conv.weight)
+    return made
 
 
 def compiled() -> Any:
@@ -136,6 +140,10 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "full": lambda: {"made": model(MobaConfig(4, 2, full_layers="all"))},
     "checkpointed": lambda: {CHECKPOINTING: True},
     "compiled": lambda: {"made": compiled()},
+    "key convolution": lambda: {"made": model(replace(HYBRID, key_conv=3), steep=True)},
+    "key convolution, packed, by keys": lambda: (
+        packed() | {"made": model(replace(HYBRID, key_conv=3), 4, 1, steep=True)}
+    ),
     "packed": packed,
     "flattened": flattened,
     "padded on the left": lambda: padded(True),
@@ -160,7 +168,6 @@ def refusals() -> None:
     refuses("compute_metrics needs logits", compute_metrics=print)
     refuses("leave compute_loss_func and label", label_smoothing_factor=0.1)
     refuses("leave average_tokens_across_devices=True", average_tokens_across_devices=False)
-    refuses("key convolution does not run", made=model(replace(HYBRID, key_conv=3)))
     for add, said in (
         ({"attention_mask": [1] * 20 + [0] * 3 + [1] * 16}, "padding between the tokens of a sequence cannot be split"),
         ({"attention_mask": [[1] * LENGTH] * LENGTH}, "cannot be split over processes; give a padding mask of shape"),

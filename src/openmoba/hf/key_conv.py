@@ -19,6 +19,7 @@ from transformers import Cache, PreTrainedModel, initialization
 from openmoba.hf.cache import KeptLayer, kept_layer
 from openmoba.hf.layout import Layout
 from openmoba.hf.settings import NAME
+from openmoba.hf.shards import convolve_sharded
 from openmoba.hf.support import is_attention
 from openmoba.ops.key_conv import key_convolution
 from openmoba.parallel.current import current_sharding
@@ -38,7 +39,10 @@ class KeyConvolution(nn.Module):
         self.weight = nn.Parameter(torch.zeros(channels, width, dtype=dtype, device=device))
 
     def forward(self, keys_BTC: Tensor, goes_on_BT: Tensor | None, before_BPC: Tensor | None) -> Tensor:
-        """See `openmoba.ops.key_conv.key_convolution`."""
+        """See `openmoba.ops.key_conv.key_convolution`; under a sharding the keys are this process's part."""
+        sharding = current_sharding()
+        if sharding is not None:
+            return convolve_sharded(keys_BTC, self.weight, sharding)
         return key_convolution(keys_BTC, self.weight, goes_on_BT, before_BPC)
 
     def extra_repr(self) -> str:
@@ -130,8 +134,8 @@ class _WithKeys:
 
 def _convolved(module: Any, keys_BTC: Tensor, given: dict[str, Any]) -> Tensor:
     """Convolve the keys of one layer, each with those before it in its sequence, some of them in the cache."""
-    if current_sharding() is not None:
-        raise ValueError("key convolution does not run on sequences that are split over processes; leave key_conv out")
+    if current_sharding() is not None:  # which says where sequences begin; what else would, attention refuses
+        return cast(Tensor, module.key_conv(keys_BTC, None, None))
     past = next((x for x in given.values() if isinstance(x, Cache)), None)
     layer = None if past is None else _cached(past, module.layer_idx)
     reach = module.key_conv.weight.shape[1] - 1

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from openmoba.hf.find_layout import boundaries_of_whole
 from openmoba.hf.kinds import Kind
 from openmoba.hf.layout import Layout, Sequences
-from openmoba.parallel import Sharding, over_ranks
+from openmoba.parallel import Sharding, key_convolution, over_ranks
 
 IGNORED = -100
 """Label of a position without loss, as transformers has it."""
@@ -108,15 +108,25 @@ def attend_sharded(
         )
     if q_BSHD.shape[1] != k_BSHD.shape[1]:
         raise ValueError("a cache cannot be split over processes; run the model with use_cache=False")
-    packed = sharding.cu_seqlens is not None
-    if packed and q_BSHD.shape[0] != 1:
-        raise ValueError(f"packed sequences over processes lie in one row, got {q_BSHD.shape[0]}; put them in one")
 
     def attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> Tensor:
         if cu_q is None or cu_k is None:
             return kind.rows(q, k, v, scale)
         return kind.sequences(q, k, v, Sequences(cu_q, cu_k), scale)
 
-    q, k, v = (x[0] if packed else x for x in (q_BSHD, k_BSHD, v_BSHD))
-    out = over_ranks(attend, q, k, v, sharding)
-    return out[None] if packed else out
+    q, k, v = (_as_called(x, sharding) for x in (q_BSHD, k_BSHD, v_BSHD))
+    return over_ranks(attend, q, k, v, sharding).view_as(q_BSHD)
+
+
+def convolve_sharded(keys_BSC: Tensor, weight_CW: Tensor, sharding: Sharding) -> Tensor:
+    """Return one layer's convolved keys `[B, S, C]` under a sharding."""
+    return key_convolution(_as_called(keys_BSC, sharding), weight_CW, sharding).view_as(keys_BSC)
+
+
+def _as_called(x: Tensor, sharding: Sharding) -> Tensor:
+    """Return a layer's tensor as the operations take it, packed sequences without the batch; ValueError for several."""
+    if sharding.cu_seqlens is None:
+        return x
+    if x.shape[0] != 1:
+        raise ValueError(f"packed sequences over processes lie in one row, got {x.shape[0]}; put them in one")
+    return x[0]

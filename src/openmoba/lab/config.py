@@ -180,11 +180,6 @@ class RunConfig:
                 f"train.checkpoint_every={self.train.checkpoint_every} must be a multiple of train.log_every="
                 f"{self.train.log_every}, so that a resumed run continues with the same records"
             )
-        if self.train.context_parallel > 1 and self.arm.key_conv is not None:
-            raise ValueError(
-                f"arm.key_conv={self.arm.key_conv} does not run on windows that are shared "
-                f"(train.context_parallel={self.train.context_parallel}); leave one of them out"
-            )
         if self.eval.every is not None and self.eval.count is not None:
             raise ValueError(
                 f"eval.every={self.eval.every} and eval.count={self.eval.count} exclude each other; leave one out"

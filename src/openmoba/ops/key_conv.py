@@ -25,12 +25,13 @@ def key_convolution(
     Args:
         k_BTC: keys as projected, before norm and rotation.
         weight_CW: one filter per channel; column d weighs the key d tokens before. Cast to the keys' dtype.
-        goes_on_BT: bool `[B or 1, T]`, False where a token begins a sequence; None: each row is one sequence.
+        goes_on_BT: bool `[B or 1, T]`, False where a token begins a sequence; None: each row is one sequence. With
+            keys before the first token, `[B or 1, W - 1 + T]`, for these too.
         before_BPC: the W - 1 keys before the first token, zeros where there are none; None: all zeros.
     """
     reach = weight_CW.shape[1] - 1
     weights = weight_CW.to(k_BTC.dtype).unbind(1)
-    same = None if goes_on_BT is None else _same_sequence(goes_on_BT, reach)
+    same = None if goes_on_BT is None else [x[:, -k_BTC.shape[1] :] for x in _same_sequence(goes_on_BT, reach)]
     sum_BTC = k_BTC * weights[0]
     for d, past_BTC in enumerate(_shifted(k_BTC, reach, before_BPC), 1):
         if same is not None:
@@ -50,10 +51,7 @@ def _shifted(k_BTC: Tensor, reach: int, before_BPC: Tensor | None) -> list[Tenso
 
 
 def _same_sequence(goes_on_BT: Tensor, reach: int) -> list[Tensor]:
-    """Tell whether the token d before is of the same sequence, bool `[B or 1, T]` for d = 1 .. reach.
-
-    Tokens before the first one belong to the sequence that the first one goes on with.
-    """
+    """Tell whether the token d before is of the same sequence, bool as `goes_on_BT` for d = 1 .. reach."""
     same = [goes_on_BT]
     for _ in range(1, reach):
         same.append(goes_on_BT & pad(same[-1], (1, 0), value=True)[:, :-1])

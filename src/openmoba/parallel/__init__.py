@@ -2,6 +2,15 @@
 
 from openmoba.parallel.api import block_attention, full_attention, moba_attention, over_ranks
 from openmoba.parallel.current import sharded
+from openmoba.parallel.key_conv import key_convolution
 from openmoba.parallel.sharding import Sharding
 
-__all__ = ["Sharding", "block_attention", "full_attention", "moba_attention", "over_ranks", "sharded"]
+__all__ = [
+    "Sharding",
+    "block_attention",
+    "full_attention",
+    "key_convolution",
+    "moba_attention",
+    "over_ranks",
+    "sharded",
+]

@@ -141,11 +141,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sharding: Sharding) -> None:
         if x.dim() != dims:
             way_out = "the sharding has cu_seqlens" if packed else "packed sequences need a sharding with cu_seqlens"
             raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}; {way_out}")
-        if x.shape[-3] != sharding.local_tokens:
-            raise ValueError(
-                f"{name} holds {x.shape[-3]} tokens, but a shard of {sharding.tokens} tokens over {sharding.ranks} "
-                f"ranks holds {sharding.local_tokens}; cut it with Sharding.shard"
-            )
+        sharding.check_shard(name, x.shape[-3])
     if k.shape != v.shape or q.shape[-2] % max(1, k.shape[-2]):
         raise ValueError(
             f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}, and q's {q.shape[-2]} heads must be a "

@@ -121,17 +121,20 @@ class Sharding:
         return tuple(c for r in range(self.ranks) for c in ((r,) if self.per_rank == 1 else (r, last - r)))
 
     @property
+    def own_chunks(self) -> tuple[int, ...]:
+        """The chunks that this rank holds."""
+        return self.chunks[self.rank * self.per_rank : (self.rank + 1) * self.per_rank]
+
+    @property
     def stretches(self) -> tuple[tuple[int, int], ...]:
         """Where this rank's chunks begin and end in the whole, padding left out: [start, end)."""
-        mine = self.chunks[self.rank * self.per_rank : (self.rank + 1) * self.per_rank]
-        bounds = ((c * self.chunk, (c + 1) * self.chunk) for c in mine)
+        bounds = ((c * self.chunk, (c + 1) * self.chunk) for c in self.own_chunks)
         return tuple((min(start, self.tokens), min(end, self.tokens)) for start, end in bounds)
 
     @property
     def positions(self) -> Tensor:
         """Where each token of this rank's shard lies in the whole, int64; from `tokens` on it is padding."""
-        mine = self.chunks[self.rank * self.per_rank : (self.rank + 1) * self.per_rank]
-        return torch.cat([torch.arange(c * self.chunk, (c + 1) * self.chunk) for c in mine])
+        return torch.cat([torch.arange(c * self.chunk, (c + 1) * self.chunk) for c in self.own_chunks])
 
     def resolved(self, heads: int, kv_heads: int) -> str:
         """Return the way that attention of these heads takes: "heads" or "keys".
@@ -147,6 +150,14 @@ class Sharding:
                 "use way='keys', or a number of ranks that divides them"
             )
         return self.way
+
+    def check_shard(self, name: str, tokens: int) -> None:
+        """Raise ValueError unless a tensor of this name holds a shard: a wrong one would leave the others waiting."""
+        if tokens != self.local_tokens:
+            raise ValueError(
+                f"{name} holds {tokens} tokens, but a shard of {self.tokens} tokens over {self.ranks} ranks holds "
+                f"{self.local_tokens}; cut it with Sharding.shard"
+            )
 
     def shard(self, x: Tensor, dim: int = 1, padding: float = 0) -> Tensor:
         """Cut this rank's part out of the whole `x`, whose dimension `dim` is the tokens; `padding` fills it up."""
@@ -166,7 +177,11 @@ class Sharding:
         return self.in_order(gathered())[: self.tokens].movedim(0, dim)
 
     def in_order(self, x: Tensor) -> Tensor:
-        """Bring what all ranks hold, rank by rank along dimension 0, into the order of the sequence."""
+        """Bring what all ranks hold, rank by rank along dimension 0, into the order of the sequence.
+
+        Args:
+            x: shards, or as much of every chunk.
+        """
         return self._taken(x, sorted(range(len(self.chunks)), key=self.chunks.__getitem__))
 
     def by_rank(self, x: Tensor) -> Tensor:
@@ -177,5 +192,5 @@ class Sharding:
         """Take chunks in this order; by slices, since an index would have to be copied to the device each time."""
         if self.per_rank == 1:
             return x
-        parts = torch.split(x, self.chunk)
+        parts = torch.split(x, x.shape[0] // len(self.chunks))
         return torch.cat([parts[i] for i in order])
