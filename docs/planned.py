@@ -1,4 +1,4 @@
-"""Tables of docs/study.md: what its recipes cost on one GPU, and the vocabularies of its corpus."""
+"""Tables of docs/study.md: what its recipes and a search for needles cost on one GPU; vocabularies of its corpus."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from openmoba.bench.rows import markdown_table, read_rows
 from openmoba.bench.training.cases import TrainingRow
+from openmoba.lab.measure.commands import Needle
 from openmoba.lab.study.recipe import Recipe, read_recipe
 from openmoba.lab.train.plan import SHARE, planned_work
 
@@ -15,6 +16,8 @@ ORDER = ("context", "candidates", "chart-b", "chart-a", "context-novels")
 """The recipes in the order in which their questions build on each other."""
 EMBEDDING_WIDTHS = {"2 M": 192, "32 M": 512}
 """Parameters without embeddings -> width, of the smallest and the largest model of the ladder."""
+NEEDLE = ("14m", 2**15)
+"""Size of a model in which needles are looked for, and the longest of the lengths."""
 
 
 def costs(root: Path) -> str:
@@ -29,6 +32,24 @@ def costs(root: Path) -> str:
     cells = [_cost(path, read_recipe(path), rate) for path in recipes]
     return "\n".join(
         (*markdown_table(heads, cells), "", f"Minutes of one {rows[0].device}, compiling not counted.", "")
+    )
+
+
+def needle(root: Path) -> str:
+    """Say how many tokens a search for needles reads of one model, and how long that takes at the speed of training."""
+    file = root / "results" / "h200" / "training.csv"
+    rows = read_rows(file, TrainingRow) if file.exists() else []
+    same = [row for row in rows if (row.size, row.tokens, row.kind, row.block_size) == (*NEEDLE, "loop", None)]
+    rates = [row.tokens_per_second for row in same if row.tokens_per_second]
+    if not rates:
+        return ""
+    command = Needle(("a run",), lengths=tuple(NEEDLE[1] // part for part in (8, 4, 2, 1)))
+    examples = command.samples * (command.depths + 1)
+    return (
+        f"{command.samples} examples of each length at {command.depths} depths and without a needle are {examples} x "
+        f"{sum(command.lengths):,} tokens, {command.tokens / 1e6:.1f} M for one model. One of {NEEDLE[0][:-1]} M "
+        f"parameters with full attention reads them in {command.tokens / (3 * max(rates)):.0f} seconds at three times "
+        f"its speed of training on one {same[0].device}. Loading it and layers that are not compiled come on top.\n"
     )
 
 

@@ -122,6 +122,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "longest_h200": partial(measured.longest, machine="h200"),
     "attention_cpu": measured.attention_cpu,
     "costs": planned.costs,
+    "needle": planned.needle,
     "vocabulary": planned.vocabulary,
     "parallel_cost": partial(paper.cost, machine="h200"),
     "study": study,

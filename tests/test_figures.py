@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from openmoba.lab.measure.compute import AXES
-from openmoba.lab.measure.needle import Cell, write_needle
 from openmoba.lab.measure.resample import Interval
 from openmoba.lab.study.figures import Curve, Level, arm_styles, layers_chart, scaling_chart
 from openmoba.lab.study.fit import fit_arms
@@ -231,9 +230,3 @@ def test_dots_in_a_name_are_kept(tmp_path: Path) -> None:
     assert [path.name for path in files] == [
         "v1.0-scaling-law.png", "v1.0-scaling-law.svg", "v1.0-positions.png", "v1.0-positions.svg",
     ]  # fmt: skip
-
-
-def test_a_needle_grid_keeps_the_dots_of_its_name(tmp_path: Path) -> None:
-    files = write_needle([Cell(128, 0.0, 2, 0.5, 1.0, 8.0)], tmp_path / "ndl-3.1", title="t")
-    assert [path.name for path in files] == ["ndl-3.1.csv", "ndl-3.1.png", "ndl-3.1.svg"]
-    assert all(path.exists() for path in files)

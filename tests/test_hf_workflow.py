@@ -1,12 +1,10 @@
-"""From a checkpoint to MoBA and back to text: converting, continued training, generating, the needle test."""
+"""From a checkpoint to MoBA and back to text: converting, continued training, generating."""
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from test_hf_models import LAYERS, SIZES, build, logits
@@ -29,7 +27,6 @@ from openmoba.cli import main  # noqa: E402
 from openmoba.hf import configure  # noqa: E402
 from openmoba.hf.releases import CHECKPOINTING  # noqa: E402
 from openmoba.lab.data.tokenizer import byte_tokenizer  # noqa: E402
-from openmoba.lab.measure.needle import Cell, hide, needle_chart  # noqa: E402
 
 BYTES = SIZES | {"vocab_size": 320, "max_position_embeddings": 1024, "pad_token_id": 256, "eos_token_id": 256}
 
@@ -165,80 +162,3 @@ def test_generate_command(tmp_path: Path, capsys: Any) -> None:
     assert main(["generate", str(tmp_path / "model"), "--prompt", ""]) == 2
     assert "no tokens" in capsys.readouterr().err
     assert main(["generate", str(tmp_path / "nothing"), "--prompt", "x"]) == 2
-
-
-def test_needle_examples() -> None:
-    """The needle lies `depth` of the way into what is left of the document; the length stays."""
-    tokenizer = byte_tokenizer()
-    document = torch.tensor(tokenizer("x" * 300)["input_ids"])
-    for depth in (0.0, 0.5, 1.0):
-        example, answer = hide(tokenizer, document, depth, np.random.default_rng(3))
-        text = tokenizer.decode(example)
-        question, number = text[text.rindex("\nThe") : -answer], text[-answer:]
-        needle = f"{question}{number}.\n"
-        room = 300 - len(needle) - len(question) - len(number)
-        before = round(depth * room)
-        assert text == "x" * before + needle + "x" * (room - before) + question + number
-        assert len(number.strip()) == 5
-        assert number.strip().isdecimal()
-    with pytest.raises(ValueError, match="no room"):
-        hide(tokenizer, document[:60], 0.5, np.random.default_rng(3))
-
-
-def test_needle_command(tmp_path: Path, capsys: Any) -> None:
-    configure(save_model(tmp_path / "model"), MobaConfig(16, 3)).save_pretrained(tmp_path / "model")
-    (tmp_path / "texts").mkdir()
-    for i in range(6):
-        (tmp_path / "texts" / f"{i}.txt").write_text(" ".join(str(i * j * j) for j in range(150)))
-    options = ["--lengths", "128", "256", "--depths", "3", "--samples", "2", "--out", str(tmp_path / "grid")]
-    data = ["--data.source", "stdlib", "--data.valid", str(tmp_path / "texts"), "--data.cache", str(tmp_path / "cache")]
-    assert main(["evaluate", "needle", str(tmp_path / "model"), *options, *data]) == 0
-    rows = list(csv.DictReader((tmp_path / "grid.csv").read_text().splitlines()))
-    assert [(row["length"], row["depth"]) for row in rows] == [
-        (length, depth) for length in ("128", "256") for depth in ("0.0000", "0.5000", "1.0000")
-    ]
-    assert all(0 <= float(row["exact"]) <= 1 and 0 < float(row["loss"]) < 60 for row in rows)
-    assert (tmp_path / "grid.png").stat().st_size > 10_000
-    capsys.readouterr()
-    assert main(["evaluate", "needle", str(tmp_path / "model"), "--lengths", "9000", *data]) == 2
-    assert "9000" in capsys.readouterr().err
-
-
-def test_needle_scores_a_model_that_answers(monkeypatch: Any) -> None:
-    """A model that repeats what followed the same words before scores 1; one that cannot look back does not."""
-    from openmoba.lab.measure import needle
-
-    tokenizer = byte_tokenizer()
-
-    class Induction(torch.nn.Module):
-        device = torch.device("cpu")
-
-        def forward(self, ids: torch.Tensor, logits_to_keep: int, use_cache: bool) -> Any:
-            row = ids[0].tolist()
-            out = torch.zeros(1, logits_to_keep, 320)
-            for place in range(logits_to_keep):
-                end = len(row) - logits_to_keep + place + 1
-                context = row[end - 12 : end]
-                first = next(i for i in range(end) if row[i : i + 12] == context)
-                out[0, place, row[first + 12] if first + 12 < end else 0] = 50.0
-            return type("Output", (), {"logits": out})()
-
-    document = torch.tensor(tokenizer("the sea " * 60)["input_ids"])
-    example, answer = hide(tokenizer, document, 0.3, np.random.default_rng(0))
-    exact, loss = needle._score(Induction(), example, answer)
-    assert exact
-    assert loss < 1e-6
-    example[-1] = tokenizer("!")["input_ids"][0]
-    exact, loss = needle._score(Induction(), example, answer)
-    assert not exact
-    assert loss == pytest.approx(50 / answer, rel=1e-3)
-
-
-def test_needle_chart() -> None:
-    cells = [Cell(n, d, 4, d, 3 * d, 8.0) for n in (512, 1024) for d in (0.0, 0.5, 1.0)]
-    exact, loss = needle_chart(cells, title="a model").axes[:2]
-    assert exact.images[0].get_array().tolist() == [[0, 0], [0.5, 0.5], [1, 1]]
-    assert [text.get_text() for text in loss.texts] == ["0.00", "0.00", "1.50", "1.50", "3.00", "3.00"]
-    assert (loss.images[0].norm.vmin, loss.images[0].norm.vmax) == (0, 8.0), "one scale for all models: up to chance"
-    assert all(axes.images[0].colorbar is not None for axes in (exact, loss))
-    assert [label.get_text() for label in exact.get_xticklabels()] == ["512", "1,024"]

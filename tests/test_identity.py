@@ -16,7 +16,7 @@ from openmoba.lab.config import RunConfig
 from openmoba.lab.data import load as data_module
 from openmoba.lab.data.identity import Known, stored_identity
 from openmoba.lab.measure.evaluate import evaluate_source
-from openmoba.lab.measure.needle import measure_needle
+from openmoba.lab.measure.needle import measure_needles
 from openmoba.lab.model.checkpoint import newest_checkpoint
 from openmoba.lab.progress import Progress
 from openmoba.lab.study.outcomes import read_outcomes
@@ -96,7 +96,7 @@ def test_a_run_is_measured_on_the_documents_it_did_not_see(
     with pytest.raises(ValueError, match=r"run were others: validation documents .*has changed since; restore it"):
         evaluate_source(str(tmp_path / "run"))
     with pytest.raises(ValueError, match="validation documents"):
-        measure_needle(tmp_path / "run", lengths=(32,), depths=1, samples=1)
+        measure_needles([tmp_path / "run"], lengths=(32,), depths=1, samples=1)
     assert cli.main(["evaluate", str(tmp_path / "run"), "--data.length", "31"]) == 2, "only its windows are others"
     assert "validation documents" in capsys.readouterr().err
     shutil.copytree(tmp_path / "texts", tmp_path / "others")

@@ -21,7 +21,7 @@ from openmoba.lab.data import load as data_module
 from openmoba.lab.errors import DivergenceError
 from openmoba.lab.measure.evaluate import evaluate_source
 from openmoba.lab.measure.generate import generate_text
-from openmoba.lab.measure.needle import measure_needle
+from openmoba.lab.measure.needle import measure_needles
 from openmoba.lab.model.checkpoint import checkpoints, damage, newest_checkpoint, newest_held, prune, seal
 from openmoba.lab.progress import Progress
 from openmoba.lab.train import run as train_module
@@ -170,7 +170,7 @@ def test_weights_that_are_no_numbers_are_one_error(finished: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.norm\.weight holds NaN or infinity.*use an earlier checkpoint"):
         evaluate_source(str(finished))
     with pytest.raises(ValueError, match=r"model\.norm\.weight holds NaN"):
-        measure_needle(finished, lengths=(32,), depths=1, samples=1)
+        measure_needles([finished], lengths=(32,), depths=1, samples=1)
     with pytest.raises(ValueError, match=r"model\.norm\.weight holds NaN"):
         generate_text(finished, "2 times", max_new_tokens=2)
 

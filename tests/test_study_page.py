@@ -23,7 +23,9 @@ ROOT = Path(__file__).parent.parent
 def page_commands() -> list[list[str]]:
     """The commands of the page's shell blocks, as lists of words."""
     blocks = re.findall(r"^```sh\n(.*?)^```$", (ROOT / "docs" / "study.md").read_text(), re.DOTALL | re.MULTILINE)
-    return [words[1:] for block in blocks for line in block.splitlines() if (words := shlex.split(line))]
+    return [
+        words[1:] for block in blocks for line in block.replace("\\\n", "").splitlines() if (words := shlex.split(line))
+    ]
 
 
 def test_the_page_runs_as_written(

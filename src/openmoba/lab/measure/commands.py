@@ -11,7 +11,7 @@ from typing import Any
 import tyro
 
 from openmoba.lab.config import DataConfig, EvalConfig, is_run, stored_config
-from openmoba.lab.progress import TerminalProgress
+from openmoba.lab.progress import Progress, TerminalProgress
 from openmoba.limits import check_count, check_number
 from openmoba.records.disk import write_json
 
@@ -94,51 +94,70 @@ class Generate:
 
 @dataclass(frozen=True)
 class Needle:
-    """Needle in a haystack: a number hidden in real long documents, asked for at their end."""
+    """Needle in a haystack: a number hidden in real long documents, asked for at their end; one page for all models.
 
-    source: tyro.conf.Positional[str]
-    """A run's folder, a model's folder, or a model of the hub."""
+    All models must read the same tokens. Differences are taken from the first with full attention, else from the first.
+    """
+
+    sources: tyro.conf.Positional[tuple[str, ...]]
+    """Runs' folders, models' folders, or models of the hub; of a study's folder all runs whose weights are there."""
     lengths: tuple[int, ...] = (512, 1024)
     """Tokens of the examples."""
-    depths: int = 5
+    depths: int = 6
     """Places of the needle, evenly from the beginning of the document to its end."""
-    samples: int = 8
-    """Documents per length and depth."""
+    samples: int = 16
+    """Documents per length, the same at every depth."""
     seed: int = 0
     """Of the hidden numbers."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Validation documents; of a run, by default its own."""
+    """Validation documents; of runs, by default their own."""
     out: Path = Path("needle")
-    """Name of the table and the charts: OUT.csv, OUT.png, OUT.svg."""
+    """Name of what is written: OUT.md, a page, OUT.jsonl, the record, and the heat maps OUT.png and OUT.svg."""
 
     def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("name a run, a study's folder or a model to look for needles in")
         for length in self.lengths:
             check_count("--lengths", length, 2)
         check_count("--depths", self.depths, 1)
         check_count("--samples", self.samples, 1)
         check_count("--seed", self.seed, 0, 2**63 - 1)
 
-    def as_stored(self) -> Needle:
-        """Return the command with the documents of the run that is measured."""
-        from openmoba.lab.data.load import data_of_run
+    @property
+    def tokens(self) -> int:
+        """Tokens of the forward passes of one model; every length is read once more, without a needle."""
+        return sum(set(self.lengths)) * self.samples * (self.depths + 1)
 
-        return replace(self, data=data_of_run(self.source)) if is_run(self.source) else self
+    def as_stored(self) -> Needle:
+        """Return the command with the documents of the runs that are measured."""
+        from openmoba.lab.measure.needle import data_of_runs
+
+        data = data_of_runs(self._models(Progress()))
+        return self if data is None else replace(self, data=data)
 
     def run(self) -> None:
-        """Measure, and write the table and the charts."""
-        from openmoba.lab.measure.needle import measure_needle, write_needle
+        """Measure, and write the record, the page and the charts."""
+        from openmoba.lab.measure.needle import measure_needles
+        from openmoba.lab.measure.needle_page import needle_table, write_needles
 
         make_parent(self.out)
-        cells = measure_needle(
-            self.source,
+        progress = TerminalProgress("needle")
+        searches = measure_needles(
+            self._models(progress),
             lengths=self.lengths,
             depths=self.depths,
             samples=self.samples,
             data=self.data,
             seed=self.seed,
-            progress=TerminalProgress("needle"),
+            progress=progress,
         )
-        print(*write_needle(cells, self.out, title=f"Needle in a haystack, {self.source}"), sep="\n")
+        files = write_needles(searches, self.out)
+        print(*needle_table(searches), "", *files, sep="\n")
+
+    def _models(self, progress: Progress) -> list[str]:
+        from openmoba.lab.measure.needle import models_in
+
+        return list(dict.fromkeys(model for source in self.sources for model in models_in(source, progress)))
 
 
 def make_parent(out: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openmoba.lab.arms import FULL
+from openmoba.lab.measure.needle_page import chance, needle_sentences, read_needles
 from openmoba.lab.study.answers import answers, reach, sweep, switches, use_of_context
 from openmoba.lab.study.candidates import percent, standing_table, standings, tokens_per_second
 from openmoba.lab.study.charts import FOLDER
@@ -29,6 +30,8 @@ ORDER = ("positions", "compare", "scaling", "layers")
 """Charts in the order in which their questions build on each other."""
 LAWS = ("6nd", "causal_exact", "accelerator_seconds")
 """The conventions of compute by which laws are compared."""
+NEEDLES = "needle.jsonl"
+"""Record of `openmoba evaluate needle`, in a study's folder."""
 HEADLINES = {
     "scaling": "Trailing loss over compute, with the fitted laws of MoBA and full attention",
     "layers": "Trailing loss over the number of full layers, between MoBA and full attention",
@@ -158,6 +161,7 @@ def _experiment(study: Study, page: Path) -> Iterator[str]:
             for own in by("size", runs).values():
                 yield from standing_table(own, standings(own))
                 yield ""
+    yield from _needles(study, page)
     missing = len(study.recipe.runs) - len(study.outcomes)
     unfinished = f"; {missing} of {len(study.recipe.runs)} runs are not finished" if missing else ""
     report, recipe = (_link(study.folder / name, page) for name in (REPORT_FILE, RECIPE_FILE))
@@ -165,6 +169,17 @@ def _experiment(study: Study, page: Path) -> Iterator[str]:
         f"{len(study.outcomes)} runs{unfinished}: [report]({report}), [recipe]({recipe}), "
         f"`openmoba study RECIPE --out FOLDER`; {provenance(study.outcomes)}.\n"
     )
+
+
+def _needles(study: Study, page: Path) -> Iterator[str]:
+    """Show the heat maps of the study's search for needles, if there was one, with what each model finds."""
+    record = study.folder / NEEDLES
+    if record.exists():
+        searches = read_needles(record)
+        maps, report = (_link(record.with_suffix(suffix), page) for suffix in (".png", ".md"))
+        yield f"![Needle in a haystack, {len(searches)} models of {study.recipe.title}]({maps})\n"
+        yield from (f"- {sentence}" for sentence in needle_sentences(searches))
+        yield f"- A guess has a loss of {chance(searches):.2f} nats; every length stands in the [table]({report}).\n"
 
 
 def _most_arms(studies: Sequence[Study]) -> list[tuple[Study, list[Outcome]]]:
