@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from openmoba.ops.api import moba_attention
+
+# In some releases heads that share keys have to be announced. Asked once, since compilers do not trace the question.
+_SHARED_KEYS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def dense_sequences(
@@ -24,20 +27,12 @@ def dense_sequences(
         scale: factor on the logits.
     """
     if q_NHD.device.type == "cuda" and q_NHD.dtype in (torch.bfloat16, torch.float16):
-        out: Tensor = _varlen_attention(q_NHD.shape[1] != k_NHD.shape[1])(
-            q_NHD, k_NHD, v_NHD, cu_q, cu_k, longest, longest, scale=scale, window_size=(-1, 0)
+        shared = _SHARED_KEYS if q_NHD.shape[1] != k_NHD.shape[1] else {}
+        out: Tensor = varlen_attn(
+            q_NHD, k_NHD, v_NHD, cu_q, cu_k, longest, longest, scale=scale, window_size=(-1, 0), **shared
         )
         return out
     # One block that holds a whole sequence is every query's own.
     return moba_attention(
         q_NHD, k_NHD, v_NHD, block_size=longest, top_k=1, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, scale=scale
     )
-
-
-@cache
-def _varlen_attention(grouped: bool) -> Any:
-    """Call torch's attention of packed sequences; in some releases heads that share keys have to be announced."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    announced = grouped and "enable_gqa" in signature(varlen_attn).parameters
-    return partial(varlen_attn, enable_gqa=True) if announced else varlen_attn

@@ -138,7 +138,8 @@ def _most_read(k: Tensor, block_size: int, top_k: int) -> int:
 
 def _choice_numbers(geometry: Geometry, given: bool) -> int:
     lists = geometry.pairs + geometry.block_slots + 1 if geometry.top_k > 1 else 0
-    return geometry.kv_heads * (lists + given * geometry.rows * geometry.group)
+    counts = geometry.rows * geometry.group if given else 0
+    return geometry.kv_heads * (lists + counts)
 
 
 def _counts(choice: Tensor, geometry: Geometry) -> Tensor | None:
