@@ -119,7 +119,7 @@ def test_choice_is_that_of_fp64(normal, dtype, offset):
 
 def test_many_parts_add_up_in_fp32(normal, monkeypatch):
     """Sixty parts add to the keys of block 0; the sum is as exact as if it were rounded to bfloat16 once."""
-    monkeypatch.setattr(tiles, "SLOTS_AT_ONCE", 2**5)
+    monkeypatch.setattr(tiles, "PARTIALS_AT_ONCE", 2**5)
     monkeypatch.setattr(tiles, "ROWS_PER_BLOCK", 1)
     inputs, d_out = call(normal, 512, heads=1, kv_heads=1, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -219,7 +219,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_memory_is_linear_in_tokens(normal, monkeypatch):
     """Twice the tokens at most double the largest tensor; the scores of all blocks would quadruple."""
-    monkeypatch.setattr(tiles, "SLOTS_AT_ONCE", 2**10)
+    monkeypatch.setattr(tiles, "PARTIALS_AT_ONCE", 2**10)
     monkeypatch.setattr(tiles, "ROWS_PER_BLOCK", 4)
     monkeypatch.setattr(selection, "SCORES_AT_ONCE", 2**10)
     monkeypatch.setattr(cpu, "BYTES_AT_ONCE", 2**12)

@@ -86,7 +86,7 @@ def limits(tiny):
         yield
         return
     small = {
-        (tiles, "SLOTS_AT_ONCE"): 50,
+        (tiles, "PARTIALS_AT_ONCE"): 50,
         (tiles, "ROWS_PER_BLOCK"): 2,
         (tiles, "TILE_ROWS"): (8, 4, 2),
         (selection, "SCORES_AT_ONCE"): 60,

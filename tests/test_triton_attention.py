@@ -193,11 +193,11 @@ def test_ranges_of_queries_do_not_change_the_bits(monkeypatch, case, ranges):
     call = (case.q, case.k, case.v, None, case.cu_q, case.cu_k, case.block_size, case.top_k, 0.25)
     geometry = Geometry.of(case.q, case.k, case.cu_q, case.block_size, case.top_k)
     whole = attention.forward(*call)[:2]
-    pairs = geometry.rows * geometry.group * (case.top_k - 1)
+    pairs = geometry.rows * (case.top_k - 1)
     bytes_of_a_range = pairs * (geometry.width * case.q.dtype.itemsize + 24) // ranges + 1
     monkeypatch.setattr(attention, "workspaces", lambda _: (bytes_of_a_range, bytes_of_a_range))
     tokens = attention.tokens_at_once(geometry, 1, case.q.dtype, case.q.device)
-    assert tokens == -(-geometry.rows // ranges)
+    assert tokens == -(-geometry.query_tokens // ranges)
     for x, y in zip(whole, attention.forward(*call)[:2], strict=True):
         assert torch.equal(x, y)
 
@@ -206,15 +206,15 @@ def test_own_slots_are_those_of_the_tokens():
     geometry = Geometry(False, 3, 7, 10, 1, 1, 8, 4, 2)  # queries at 3 to 9 in the blocks 0, 1, 1, 1, 1, 2, 2
     slots = [sequence * 3 + block for sequence in range(3) for block in (0, 1, 1, 1, 1, 2, 2)]
     for first, end in ((0, 21), (0, 1), (1, 2), (5, 9), (20, 21)):
-        assert geometry.own_slots(range(first, end)) == range(slots[first], slots[end - 1] + 1)
-    assert replace(geometry, packed=True).own_slots(range(3, 5)) == range(geometry.tokens_k // 4 + 3)
+        assert geometry.own_block_slots(range(first, end)) == range(slots[first], slots[end - 1] + 1)
+    assert replace(geometry, packed=True).own_block_slots(range(3, 5)) == range(geometry.tokens_k // 4 + 3)
 
 
 @pytest.mark.parametrize("block_size", [100, 512, 4096, 8192])
 def test_partials_of_key_gradients_take_less_than_shares_of_query_gradients(block_size):
     """At a million tokens they do not decide what fits in memory."""
     geometry = Geometry(False, 1, 2**20, 2**20, 32, 8, 128, block_size, 8)
-    pairs = geometry.rows * geometry.group * 7
+    pairs = geometry.rows * 7
     items = pairs // pairs_per_item(geometry) + geometry.block_slots
     shares = max(1, gradients.dq_pieces(geometry, FP16))
     assert 2 * items * block_size * 128 * 4 < pairs * shares * 128 * 2

@@ -115,7 +115,7 @@ def test_strided_blocks_and_gradients():
 def test_more_blocks_than_int16_numbers(monkeypatch):
     given = at_random(batched(FP32, (1, 9, 25, 2, 1, 16), 8, 0), 3, 2)
     expected = run(given)
-    monkeypatch.setattr(route, "INT16_KEYS", 0)
+    monkeypatch.setattr(route, "INT16_SORT_KEYS", 0)
     assert_same_bits(run(given), expected)
 
 
@@ -140,7 +140,7 @@ def test_ranges_of_queries_do_not_change_the_bits(monkeypatch, case):
     whole = run(given)
     geometry = Geometry.of(case.q, case.k, case.cu_q, case.block_size, 3)
     monkeypatch.setattr(attention, "workspaces", lambda _: (attention._head_bytes(geometry, case.q.dtype, 1) // 3,) * 2)
-    assert attention.tokens_at_once(geometry, 1, case.q.dtype, case.q.device) < geometry.rows // 2
+    assert attention.tokens_at_once(geometry, 1, case.q.dtype, case.q.device) < geometry.query_tokens // 2
     assert_same_bits(run(given), whole)
 
 

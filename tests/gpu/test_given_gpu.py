@@ -123,7 +123,7 @@ def test_replay_on_other_blocks(monkeypatch):
     expected = run(other)
     replay.forget()
     run(given)
-    monkeypatch.setattr(attention, "given_keys", None)  # would be called again
+    monkeypatch.setattr(attention, "given_sort_keys", None)  # would be called again
     monkeypatch.setattr(attention, "heads_gradients", None)
     assert_same_bits(run(other), expected)
 

@@ -15,7 +15,14 @@ from torch import Tensor
 from openmoba.ops.attend import attend, select
 from openmoba.ops.autocast import autocast_dtype, lowered
 from openmoba.ops.backends import implementation
-from openmoba.ops.checks import check_call, check_given, check_lists, check_parts, check_scale, refuse_forward_mode
+from openmoba.ops.checks import (
+    check_call,
+    check_given,
+    check_given_shape,
+    check_parts,
+    check_scale,
+    refuse_forward_mode,
+)
 from openmoba.ops.dense import dense_attention
 from openmoba.ops.explain import path_of
 from openmoba.ops.reference import reference_attention, reference_merge, reference_select
@@ -132,7 +139,7 @@ def block_attention(
         ValueError: as `moba_attention`; and for a block that is the own one, a later one, or below -1. On CUDA
             such a block is asserted against on the device, without waiting for it.
     """
-    top_k = check_lists(q, k, blocks) + 1
+    top_k = check_given_shape(q, k, blocks) + 1
     out, lse = _attention(
         q, k, v, blocks, cu_seqlens_q, cu_seqlens_k, block_size, top_k, scale, return_lse=return_lse, impl=impl
     )

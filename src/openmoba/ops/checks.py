@@ -55,7 +55,7 @@ def check_call(
         )
 
 
-def check_lists(q: Tensor, k: Tensor, blocks: Tensor) -> int:
+def check_given_shape(q: Tensor, k: Tensor, blocks: Tensor) -> int:
     """Return how many blocks each list has; ValueError unless there is one per query and head, or key/value head."""
     for name, x in (("q", q), ("k", k)):
         if not isinstance(x, Tensor) or x.dim() not in (3, 4):

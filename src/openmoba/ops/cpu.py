@@ -1,14 +1,14 @@
 """MoBA on CPU in torch operations: only chosen blocks are read, memory is linear in tokens.
 
 Forward: every tile (see `openmoba.ops.tiles`) is one attention with output o_i and log-sum-exp l_i; with
-`l = log sum_i exp(l_i)`, the output is `sum_i exp(l_i - l) o_i`, a weighted bag of slots.
+`l = log sum_i exp(l_i)`, the output is `sum_i exp(l_i - l) o_i`, a weighted bag of the tiles' partials.
 Backward: under the softmax over all tiles, a tile's gradients need only the whole output and l, so tiles stay
-independent: dQ is a bag of slots, dK and dV are added up where the keys lie. All sums have a fixed order, so
+independent: dQ is a bag of partials, dK and dV are added up where the keys lie. All sums have a fixed order, so
 results repeat bit for bit.
 
 Suffixes: T query tokens, S key tokens, H query heads, J key/value heads, G query heads per key/value head,
-D head width, L tiles, R rows of a tile, M keys of a tile, C slots of a query row. Q counts query rows and K key rows of
-a part; in `selected_TJGK`, K = top_k - 1.
+D head width, L tiles, R rows of a tile, M keys of a tile, C partials of a query row. Q counts query rows and K key
+rows of a part; in `selected_TJGK`, K = top_k - 1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn.functional import embedding_bag
 
 from openmoba.ops.checks import check_boundary_values
 from openmoba.ops.selection import select
-from openmoba.ops.tiles import Part, Plan, Tiles, parts, plan, sequences_of
+from openmoba.ops.tiles import Part, Tiles, Tiling, parts, sequences_of, tiled
 
 __all__ = ["backward", "choice_shape", "forward", "select"]
 
@@ -36,7 +36,7 @@ _ROW_TERM_COLUMNS = 16  # two would do, but a width with few factors of two is s
 
 
 class _Workspace:
-    """One buffer for the slots of part after part: touching fresh memory costs as much as filling it."""
+    """One buffer for the partials of part after part: touching fresh memory costs as much as filling it."""
 
     def __init__(self) -> None:
         self.buffer = torch.empty(0, dtype=torch.float32, device="cpu")
@@ -68,10 +68,10 @@ def forward(
     k_SJD, v_SJD = _packed(k, cu_k), _packed(v, cu_k)
     workspace = _Workspace()
     for part in _parts(q, k, cu_q, cu_k, block_size, top_k):
-        todo = plan(part, _rows(selected_TJGK, part), block_size)
+        tiling = tiled(part, _rows(selected_TJGK, part), block_size)
         q_QD = _with_padding([_rows(q_TJGD, part)])
         kv_KD = _keys([k_SJD, v_SJD], part)
-        out_QD, lse_Q = _forward_part(todo, q_QD, kv_KD, scale, workspace)
+        out_QD, lse_Q = _forward_part(tiling, q_QD, kv_KD, scale, workspace)
         _put_rows(out_TJGD, part, out_QD)
         _put_rows(lse_TJG, part, lse_Q)
     return out, lse, selected
@@ -106,15 +106,15 @@ def backward(
     k_SJD, v_SJD, dk_SJD, dv_SJD = (_packed(x, cu_k) for x in (k, v, dk, dv))
     workspace = _Workspace()
     for part in _parts(q, k, cu_q, cu_k, block_size, top_k):
-        todo = plan(part, _rows(selected_TJGK, part), block_size)
+        tiling = tiled(part, _rows(selected_TJGK, part), block_size)
         rows_QD = _with_padding([_rows(x, part) for x in (q_TJGD, d_out_TJGD, out_TJGD)])
         lse_Q = _with_padding([_rows(lse_TJG, part)[..., None]])[:, 0]
         kv_KD = _keys([k_SJD, v_SJD], part)
-        dq_QD, dk_KD, dv_KD = _backward_part(todo, rows_QD, lse_Q, kv_KD, scale, workspace)
+        dq_QD, dk_KD, dv_KD = _backward_part(tiling, rows_QD, lse_Q, kv_KD, scale, workspace)
         _put_rows(dq_TJGD, part, dq_QD)
-        for whole_SJD, share_KD in ((dk_SJD, dk_KD), (dv_SJD, dv_KD)):
-            share_JSD = whole_SJD[part.keys, part.heads].transpose(0, 1)
-            share_JSD += share_KD.view(share_JSD.shape)
+        for whole_SJD, part_KD in ((dk_SJD, dk_KD), (dv_SJD, dv_KD)):
+            part_JSD = whole_SJD[part.keys, part.heads].transpose(0, 1)
+            part_JSD += part_KD.view(part_JSD.shape)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -152,38 +152,38 @@ def _with_row_term(
 
 
 def _forward_part(
-    todo: Plan, q_QD: Tensor, kv_KD: Tensor, scale: float, workspace: _Workspace
+    tiling: Tiling, q_QD: Tensor, kv_KD: Tensor, scale: float, workspace: _Workspace
 ) -> tuple[Tensor, Tensor]:
     """Return output and log-sum-exp, fp32, of a part's query rows."""
     width = q_QD.shape[1]
-    slot_D = workspace.rows(todo.slots + 1, width)
-    slot_lse = q_QD.new_empty(todo.slots + 1, dtype=torch.float32)
-    slot_D[-1], slot_lse[-1] = 0, -torch.inf
+    partial_D = workspace.rows(tiling.partials + 1, width)
+    partial_lse = q_QD.new_empty(tiling.partials + 1, dtype=torch.float32)
+    partial_D[-1], partial_lse[-1] = 0, -torch.inf
     start = 0
-    for tiles, row_LR, key_LM in _batches(todo, width * q_QD.itemsize):
+    for tiles, row_LR, key_LM in _batches(tiling, width * q_QD.itemsize):
         q_L1RD = _gather(q_QD, row_LR)
         k_L1MD, v_L1MD = _gather(kv_KD, key_LM).chunk(2, dim=-1)
         o_L1RD, lse_L1R = _attend(q_L1RD, k_L1MD, v_L1MD, 0.0, tiles.causal, scale=scale)
         end = start + row_LR.numel()
-        slot_D[start:end] = o_L1RD.reshape(-1, width)
-        slot_lse[start:end] = lse_L1R.flatten()
+        partial_D[start:end] = o_L1RD.reshape(-1, width)
+        partial_lse[start:end] = lse_L1R.flatten()
         start = end
-    lse_QC = slot_lse[todo.slot_of_row]
+    lse_QC = partial_lse[tiling.partials_of_row]
     lse_Q = lse_QC.logsumexp(1)
     weight_QC = (lse_QC - lse_Q[:, None]).exp_()
-    return embedding_bag(todo.slot_of_row, slot_D, mode="sum", per_sample_weights=weight_QC), lse_Q
+    return embedding_bag(tiling.partials_of_row, partial_D, mode="sum", per_sample_weights=weight_QC), lse_Q
 
 
 def _backward_part(
-    todo: Plan, rows_QD: Tensor, lse_Q: Tensor, kv_KD: Tensor, scale: float, workspace: _Workspace
+    tiling: Tiling, rows_QD: Tensor, lse_Q: Tensor, kv_KD: Tensor, scale: float, workspace: _Workspace
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the fp32 gradients of a part's query rows, keys and values; `rows_QD` is q, d_out and out side by side."""
     width = rows_QD.shape[1] // 3
-    slot_D = workspace.rows(todo.slots + 1, width)
-    slot_D[-1] = 0
+    partial_D = workspace.rows(tiling.partials + 1, width)
+    partial_D[-1] = 0
     dk_KD, dv_KD = (kv_KD.new_zeros((len(kv_KD), width), dtype=torch.float32) for _ in range(2))
     start = 0
-    for tiles, row_LR, key_LM in _batches(todo, width * rows_QD.itemsize):
+    for tiles, row_LR, key_LM in _batches(tiling, width * rows_QD.itemsize):
         q_L1RD, d_out_L1RD, out_L1RD = _gather(rows_QD, row_LR).chunk(3, dim=-1)
         k_L1MD, v_L1MD = _gather(kv_KD, key_LM).chunk(2, dim=-1)
         lse_L1R = lse_Q[row_LR][:, None]
@@ -191,17 +191,17 @@ def _backward_part(
             d_out_L1RD, q_L1RD, k_L1MD, v_L1MD, out_L1RD, lse_L1R, 0.0, tiles.causal, scale=scale
         )
         end = start + row_LR.numel()
-        slot_D[start:end] = dq.reshape(-1, width)
+        partial_D[start:end] = dq.reshape(-1, width)
         dk_KD.index_add_(0, key_LM.flatten(), dk.reshape(-1, width).float())
         dv_KD.index_add_(0, key_LM.flatten(), dv.reshape(-1, width).float())
         start = end
-    return embedding_bag(todo.slot_of_row, slot_D, mode="sum"), dk_KD, dv_KD
+    return embedding_bag(tiling.partials_of_row, partial_D, mode="sum"), dk_KD, dv_KD
 
 
-def _batches(todo: Plan, row_bytes: int) -> Iterator[tuple[Tiles, Tensor, Tensor]]:
-    """Yield tiles a few at a time, in the order of their slots, with the query and key rows they gather."""
+def _batches(tiling: Tiling, row_bytes: int) -> Iterator[tuple[Tiles, Tensor, Tensor]]:
+    """Yield tiles a few at a time, in the order of their partials, with the query and key rows they gather."""
     threads = torch.get_num_threads()
-    for tiles in todo.tiles:
+    for tiles in tiling.tiles:
         tile_bytes = (3 * tiles.row_LR.shape[1] + 2 * tiles.span) * row_bytes
         at_once = max(1, BYTES_AT_ONCE // tile_bytes // threads) * threads
         key_M = torch.arange(tiles.span, device="cpu")
@@ -223,8 +223,8 @@ def _parts(
         check_boundary_values(cu_q, cu_k, len(q), len(k))
         bounds = (cu.tolist() for cu in (cu_q, cu_k))
     kv_heads = k.shape[-2]
-    slots_per_query = q.shape[-2] // kv_heads * top_k
-    return parts(sequences_of(*bounds), kv_heads, slots_per_query, block_size)
+    partials_per_query = q.shape[-2] // kv_heads * top_k
+    return parts(sequences_of(*bounds), kv_heads, partials_per_query, block_size)
 
 
 def _packed(x: Tensor, cu: Tensor | None) -> Tensor:
@@ -238,14 +238,14 @@ def _by_head(x_THD: Tensor, kv_heads: int) -> Tensor:
 
 
 def _rows(x_TJGD: Tensor, part: Part) -> Tensor:
-    """Return a part's share in the order of its query rows, `[J, T, G, ...]`, a view."""
+    """Return what is in a part, in the order of its query rows, `[J, T, G, ...]`, a view."""
     return x_TJGD[part.queries, part.heads].transpose(0, 1)
 
 
 def _put_rows(x_TJGD: Tensor, part: Part, rows_QD: Tensor) -> None:
     """Write a part's query rows where `_rows` reads them."""
-    share_JTGD = _rows(x_TJGD, part)
-    share_JTGD.copy_(rows_QD.view(share_JTGD.shape))
+    part_JTGD = _rows(x_TJGD, part)
+    part_JTGD.copy_(rows_QD.view(part_JTGD.shape))
 
 
 def _with_padding(xs_JTGD: list[Tensor]) -> Tensor:

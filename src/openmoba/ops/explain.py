@@ -9,7 +9,7 @@ from torch import Tensor
 
 from openmoba.ops.autocast import autocast_dtype, lowered
 from openmoba.ops.backends import implementation
-from openmoba.ops.checks import check_call, check_lists
+from openmoba.ops.checks import check_call, check_given_shape
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def explain(
     if low is not None:
         q, k, v = (lowered(x, low, torch.empty_like) for x in (q, k, v))
     if blocks is not None:
-        top_k = check_lists(q, k, blocks) + 1
+        top_k = check_given_shape(q, k, blocks) + 1
     assert top_k is not None
     check_call(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
     run, reason = implementation(q, impl)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from openmoba.ops.checks import check_boundary_values
 
-# Scores computed at a time: 2 MB of int64 ranks stay in a core's L2 cache.
+# Scores computed at a time: 2 MB of int64 sort keys stay in a core's L2 cache.
 SCORES_AT_ONCE = 2**18
 _NONE = torch.iinfo(torch.int64).min
 _LOW_32_BITS = 2**32 - 1
-_NEGATIVE_INFINITY = ~0x7F800000  # the high half of its rank
+_NEGATIVE_INFINITY = ~0x7F800000  # the high half of its sort key
 
 
 def select(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int, top_k: int) -> Tensor:
@@ -49,10 +49,10 @@ def _select_batch(q_BTHD: Tensor, k_BSJD: Tensor, block_size: int, top_k: int) -
         # A matrix product sums in an order that depends on where an entry lies. Rounded from fp64, equal centroids get
         # equal scores wherever they lie, and a query the same scores however a sequence is cut.
         score_BJRN = (q_BJRD @ centroid_BJDN[..., :past]).float()
-        rank_BJTGN = torch.unflatten(_ranks(score_BJRN), 2, (end - start, -1))
+        sort_key_BJTGN = torch.unflatten(_sort_keys(score_BJRN), 2, (end - start, -1))
         own_T = torch.arange(offset + start, offset + end, device="cpu") // block_size
-        rank_BJTGN.masked_fill_((torch.arange(past, device="cpu") >= own_T[:, None])[:, None], _NONE)
-        best_BTJGK = rank_BJTGN.topk(wanted).values.permute(0, 2, 1, 3, 4)
+        sort_key_BJTGN.masked_fill_((torch.arange(past, device="cpu") >= own_T[:, None])[:, None], _NONE)
+        best_BTJGK = sort_key_BJTGN.topk(wanted).values.permute(0, 2, 1, 3, 4)
         selected_BTHK[:, start:end, :, :wanted] = _block_numbers(best_BTJGK).flatten(2, 3)
     return selected_BTHK
 
@@ -77,7 +77,7 @@ def _query_ranges(queries: int, offset: int, block_size: int, rows_per_query: in
         start = end
 
 
-def _ranks(score_BJRN: Tensor) -> Tensor:
+def _sort_keys(score_BJRN: Tensor) -> Tensor:
     """Return int64 that order like (score, block number): equal scores go to the later block, NaN counts as inf."""
     finite = score_BJRN.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf).add_(0.0)  # -0.0 is 0.0
     bits = finite.view(torch.int32)
@@ -85,6 +85,6 @@ def _ranks(score_BJRN: Tensor) -> Tensor:
     return (ordered.long() << 32).bitwise_or_(torch.arange(score_BJRN.shape[-1], device="cpu"))
 
 
-def _block_numbers(rank: Tensor) -> Tensor:
-    """Return the block number inside each rank, -1 where the score was -inf or the block not in the past."""
-    return (rank & _LOW_32_BITS).masked_fill_(rank >> 32 <= _NEGATIVE_INFINITY, -1).int()
+def _block_numbers(sort_key: Tensor) -> Tensor:
+    """Return the block number inside each sort key, -1 where the score was -inf or the block not in the past."""
+    return (sort_key & _LOW_32_BITS).masked_fill_(sort_key >> 32 <= _NEGATIVE_INFINITY, -1).int()

@@ -1,13 +1,13 @@
 """Query->block inversion on CPU: which query rows meet which keys, as batches of equally shaped tiles.
 
-A *part* is a share of the call small enough to work on at once: some key/value heads of some sequences, or of a
+A *part* of the call is small enough to work on at once: some key/value heads of some sequences, or of a
 range of queries of one sequence (which is chunked prefill: its keys end where its queries end). Inside a part,
 query rows are numbered `(head * queries + query) * group + member`, and key rows `head * keys + key`.
 
-A *tile* reads `span` consecutive key rows for a list of query rows. Every tile row owns a *slot*, which takes its
-partial result; `slot_of_row` lists, for each query row, the slots that make up its result.
+A *tile* reads `span` consecutive key rows for a list of query rows. Every tile row makes one
+*partial* result; `partials_of_row` lists, for each query row, those that make up its result.
 
-Suffixes: T queries, J key/value heads, G query heads per key/value head, K = top_k - 1, C slots of a query row,
+Suffixes: T queries, J key/value heads, G query heads per key/value head, K = top_k - 1, C partials of a query row,
 N complete blocks, L tiles, R rows of a tile.
 """
 
@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Slots worked on at once: what bounds the workspace.
-SLOTS_AT_ONCE = 2**17
+# Partials worked on at once: what bounds the workspace.
+PARTIALS_AT_ONCE = 2**17
 # A range of queries is long enough for this many rows per block on average, however many blocks there are.
 ROWS_PER_BLOCK = 1024
 # Rows of a tile over a past block. The kernel is fastest from 768 rows on; the rest of a block's rows go into
@@ -63,7 +63,7 @@ class Tiles(NamedTuple):
 
     Attributes:
         row_LR: query rows, int64; the number of query rows stands for padding.
-        rank: the column of `slot_of_row` that a tile row's slot goes to, `[L, R]` or one for all.
+        rank: the column of `partials_of_row` that a tile row's partial goes to, `[L, R]` or one for all.
         key_L: first key row of each tile, int64.
         span: keys of each tile.
         causal: whether row i of a tile reads only its first i + 1 keys.
@@ -76,38 +76,38 @@ class Tiles(NamedTuple):
     causal: bool
 
 
-class Plan(NamedTuple):
-    """Tiles in the order of their slots, and `slot_of_row` int32 `[rows, C]`, where `slots` stands for none."""
+class Tiling(NamedTuple):
+    """Tiles in the order of their partials, and `partials_of_row` int32 `[rows, C]`, `partials` standing for none."""
 
     tiles: list[Tiles]
-    slot_of_row: Tensor
-    slots: int
+    partials_of_row: Tensor
+    partials: int
 
 
-def parts(sequences: Iterable[Sequence], kv_heads: int, slots_per_query: int, block_size: int) -> Iterator[Part]:
-    """Cut a call into parts of about SLOTS_AT_ONCE slots, `slots_per_query` counted in one key/value head."""
-    limit = max(1, SLOTS_AT_ONCE // slots_per_query)
-    for together in _together(sequences, limit, slots_per_query, block_size):
+def parts(sequences: Iterable[Sequence], kv_heads: int, partials_per_query: int, block_size: int) -> Iterator[Part]:
+    """Cut a call into parts of about PARTIALS_AT_ONCE partials, `partials_per_query` counted in one key/value head."""
+    limit = max(1, PARTIALS_AT_ONCE // partials_per_query)
+    for together in _together(sequences, limit, partials_per_query, block_size):
         heads_at_once = max(1, limit // sum(sequence.queries for sequence in together))
         for head in range(0, kv_heads, heads_at_once):
             yield Part(together, slice(head, min(head + heads_at_once, kv_heads)))
 
 
-def plan(part: Part, selected_JTGK: Tensor, block_size: int) -> Plan:
-    """Make the tiles for the own blocks and the selected past blocks of a part, given its share of the selection."""
+def tiled(part: Part, selected_JTGK: Tensor, block_size: int) -> Tiling:
+    """Make the tiles for the own blocks and the selected past blocks of a part, given what was selected in it."""
     rows, ranks = selected_JTGK.shape[:3].numel(), selected_JTGK.shape[3]
     tiles = [*_past_tiles(part, selected_JTGK, block_size), *_own_tiles(part, selected_JTGK, block_size)]
-    slots = sum(t.row_LR.numel() for t in tiles)
+    partials = sum(t.row_LR.numel() for t in tiles)
     columns = ranks + 2
-    # One more row takes the slots of padding.
-    slot_of_row = torch.full((rows + 1, columns), slots, dtype=torch.int32, device="cpu")
+    # One more row takes the partials of padding.
+    partials_of_row = torch.full((rows + 1, columns), partials, dtype=torch.int32, device="cpu")
     start = 0
     for t in tiles:
         end = start + t.row_LR.numel()
         entry_LR = t.row_LR * columns + t.rank
-        slot_of_row.view(-1)[entry_LR.flatten()] = torch.arange(start, end, dtype=torch.int32, device="cpu")
+        partials_of_row.view(-1)[entry_LR.flatten()] = torch.arange(start, end, dtype=torch.int32, device="cpu")
         start = end
-    return Plan(tiles, slot_of_row[:rows], slots)
+    return Tiling(tiles, partials_of_row[:rows], partials)
 
 
 def sequences_of(cu_q: list[int], cu_k: list[int]) -> list[Sequence]:
@@ -120,13 +120,13 @@ def sequences_of(cu_q: list[int], cu_k: list[int]) -> list[Sequence]:
 
 
 def _together(
-    sequences: Iterable[Sequence], limit: int, slots_per_query: int, block_size: int
+    sequences: Iterable[Sequence], limit: int, partials_per_query: int, block_size: int
 ) -> Iterator[list[Sequence]]:
     """Group sequences that follow one another up to `limit` queries, cutting longer ones."""
     group: list[Sequence] = []
     queries = 0
     for sequence in sequences:
-        enough = ROWS_PER_BLOCK * (sequence.keys // block_size) // slots_per_query
+        enough = ROWS_PER_BLOCK * (sequence.keys // block_size) // partials_per_query
         for piece in _ranges(sequence, max(limit, enough), block_size):
             if group and queries + piece.queries > limit:
                 yield group

@@ -48,7 +48,7 @@ class Call(NamedTuple):
     def of(cls, geometry: Geometry) -> Call:
         """Return that of a call; the tensors are the boundaries of query and key sequences."""
         sizes = (geometry.sequences, geometry.tokens_q, geometry.tokens_k, geometry.block_size, geometry.block_slots)
-        return cls(TENSOR, TENSOR, *sizes, geometry.rows * geometry.group)
+        return cls(TENSOR, TENSOR, *sizes, geometry.rows)
 
 
 class Lists(NamedTuple):

@@ -52,16 +52,16 @@ def attend_heads(
     partial_lse = torch.empty(launches.pairs, dtype=torch.float32, device=q.device)
     if plan is not None:
         items = make_items(plan, geometry, launches.segment)
-        launches.past(q, k, v, partial, partial_lse, plan.pairs, items, plan.offsets, plan.skips, cu_q, cu_k)
+        launches.attend_past(q, k, v, partial, partial_lse, plan.pairs, items, plan.offsets, plan.skips, cu_q, cu_k)
     counts = None if plan is None else plan.counts
-    launches.own(q, k, v, partial, partial_lse, counts, out, lse, cu_q, cu_k)
+    launches.attend_own(q, k, v, partial, partial_lse, counts, out, lse, cu_q, cu_k)
 
 
 class _Launches(NamedTuple):
     """With the most pairs per item, and the most pairs there can be."""
 
-    past: Launch
-    own: Launch
+    attend_past: Launch
+    attend_own: Launch
     segment: int
     pairs: int
 
@@ -85,19 +85,19 @@ def _launches(
     constants = {"GROUP": geometry.group, "PAST": past, "WIDTH": geometry.width, "PACKED": geometry.packed}
     kernel, own = family.attend_past(geometry, dtype), family.attend_own(geometry, dtype)
     segment = kernel.tile.segment
-    slots, span = geometry.own_slots(tokens), (first_token, end_token)
+    block_slots, span = geometry.own_block_slots(tokens), (first_token, end_token)
     call, partials, qkv = Call.of(geometry), Results(TENSOR, TENSOR), [Rows.of(its) for its in qkv_strides]
     return _Launches(
-        past=Launch(
+        attend_past=Launch(
             kernel.function,
             (most_items(pairs, lists, segment),),
             (*qkv, partials, Lists(TENSOR, TENSOR), TENSOR, TENSOR, call, first_head, first_pair, scale),
             constants | kernel.constants | {"SEGMENT": segment},
         ),
-        own=Launch(
+        attend_own=Launch(
             own.function,
-            (len(slots) * cdiv(geometry.block_size, own.tile.m), heads * geometry.group),
-            (*qkv, partials, TENSOR, Results(TENSOR, TENSOR), call, first_head, slots.start, *span, scale),
+            (len(block_slots) * cdiv(geometry.block_size, own.tile.m), heads * geometry.group),
+            (*qkv, partials, TENSOR, Results(TENSOR, TENSOR), call, first_head, block_slots.start, *span, scale),
             constants | own.constants | {"HEADS": geometry.heads},
         ),
         segment=segment,

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from openmoba.ops.triton.attend import attend_heads
 from openmoba.ops.triton.geometry import Geometry, cdiv
-from openmoba.ops.triton.given import given_keys
+from openmoba.ops.triton.given import given_sort_keys
 from openmoba.ops.triton.gradients import dq_pieces, heads_gradients, key_partial_bytes
 from openmoba.ops.triton.host.device import memory_bytes
 from openmoba.ops.triton.host.launch import REMEMBERED
 from openmoba.ops.triton.host.replay import replayed
 from openmoba.ops.triton.plan import Plan, make_plan, split_plan
-from openmoba.ops.triton.route import INT16_KEYS, route, select
+from openmoba.ops.triton.route import INT16_SORT_KEYS, route, select
 from openmoba.ops.triton.statistics import row_statistics
 
 __all__ = ["backward", "choice_shape", "forward", "select"]
@@ -32,7 +32,7 @@ __all__ = ["backward", "choice_shape", "forward", "select"]
 F = TypeVar("F", bound=Callable[..., tuple[Tensor, ...]])
 
 _MOST_PAIRS = 2**30  # numbered in int32, and searched by halving sums of two places
-_FORWARD_SHARE, _BACKWARD_SHARE = 64, 48  # of the device's memory, by which it is divided
+_FORWARD_PART, _BACKWARD_PART = 64, 48  # of the device's memory, by which it is divided
 _SHORT = 2**28  # elements of queries and partial results; temporaries are held at once when replayed
 # Bytes of partial results. More of them make fewer launches with shorter tails; the forward has fewer per pair.
 _FORWARD_WORKSPACE, _BACKWARD_WORKSPACE = 3 * 2**28, 25 * 2**26
@@ -73,17 +73,16 @@ def forward(
     choice = torch.empty(_choice_numbers(geometry, blocks is not None), dtype=torch.int32, device=q.device)
     heads = heads_at_once(geometry, q.dtype, q.device)
     tokens = tokens_at_once(geometry, heads, q.dtype, q.device)
-    keys, counts = None, _counts(choice, geometry)
+    sort_keys, counts = None, _counts(choice, geometry)
     if blocks is not None and counts is not None:
-        keys = given_keys(blocks, cu_q, cu_k, geometry, heads, counts)
+        sort_keys = given_sort_keys(blocks, cu_q, cu_k, geometry, heads, counts)
     elif geometry.top_k > 1:
-        keys = route(q, k, cu_q, cu_k, geometry, heads)
-    for first, plan in _plans(choice, geometry, heads):
-        if keys is not None and plan is not None:
-            make_plan(keys[first : first + plan.heads], plan.pairs, plan.offsets, geometry)
-        count = min(heads, geometry.kv_heads - first)
-        for part, its_plan in split_plan(plan, geometry, tokens):
-            attend_heads(q, k, v, cu_q, cu_k, geometry, scale, first, count, part, its_plan, out, lse)
+        sort_keys = route(q, k, cu_q, cu_k, geometry, heads)
+    for first, together, plan in _plans(choice, geometry, heads):
+        if sort_keys is not None and plan is not None:
+            make_plan(sort_keys[first : first + together], plan.pairs, plan.offsets, geometry)
+        for its_tokens, its_plan in split_plan(plan, geometry, tokens):
+            attend_heads(q, k, v, cu_q, cu_k, geometry, scale, first, together, its_tokens, its_plan, out, lse)
     return out, lse, choice
 
 
@@ -111,9 +110,8 @@ def backward(
     d_lse = d_lse if d_lse is None or d_lse.is_contiguous() else d_lse.contiguous()
     statistics = row_statistics(d_out, d_lse, out, lse, geometry)
     heads = heads_at_once(geometry, q.dtype, q.device)
-    for first, plan in _plans(choice, geometry, heads):
-        count = min(heads, geometry.kv_heads - first)
-        heads_gradients(d_out, q, k, v, statistics, cu_q, cu_k, geometry, scale, first, count, plan, dq, dk, dv)
+    for first, together, plan in _plans(choice, geometry, heads):
+        heads_gradients(d_out, q, k, v, statistics, cu_q, cu_k, geometry, scale, first, together, plan, dq, dk, dv)
     return dq, dk, dv
 
 
@@ -138,8 +136,7 @@ def _most_read(k: Tensor, block_size: int, top_k: int) -> int:
 
 def _choice_numbers(geometry: Geometry, given: bool) -> int:
     lists = geometry.pairs + geometry.block_slots + 1 if geometry.top_k > 1 else 0
-    counts = geometry.rows * geometry.group if given else 0
-    return geometry.kv_heads * (lists + counts)
+    return geometry.kv_heads * (lists + (geometry.rows if given else 0))
 
 
 def _counts(choice: Tensor, geometry: Geometry) -> Tensor | None:
@@ -159,7 +156,7 @@ def _fitting_heads(geometry: Geometry, dtype: torch.dtype, forward_bytes: int, b
     backward_head = _head_bytes(geometry, dtype, shares) + key_partial_bytes(geometry)
     forward_heads = forward_bytes // max(1, _head_bytes(geometry, dtype, shares=1))
     backward_heads = backward_bytes // max(1, backward_head)
-    sortable = (INT16_KEYS - 1) // geometry.block_slots
+    sortable = (INT16_SORT_KEYS - 1) // geometry.block_slots
     chunks = cdiv(geometry.kv_heads, max(1, min(forward_heads, backward_heads, sortable)))
     return cdiv(geometry.kv_heads, chunks)
 
@@ -167,7 +164,7 @@ def _fitting_heads(geometry: Geometry, dtype: torch.dtype, forward_bytes: int, b
 def tokens_at_once(geometry: Geometry, heads: int, dtype: torch.dtype, device: torch.device) -> int:
     """Return how many query tokens' forward partial results fit in the workspace, at least one."""
     ranges = cdiv(heads * _head_bytes(geometry, dtype, shares=1), workspaces(device)[0])
-    return cdiv(geometry.rows, max(1, ranges))
+    return cdiv(geometry.query_tokens, max(1, ranges))
 
 
 def workspaces(device: torch.device) -> tuple[int, int]:
@@ -180,33 +177,34 @@ def workspaces(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda":
         return _FORWARD_WORKSPACE, _BACKWARD_WORKSPACE  # Triton's interpreter
     memory = memory_bytes(device)
-    return min(memory // _FORWARD_SHARE, _FORWARD_WORKSPACE), min(memory // _BACKWARD_SHARE, _BACKWARD_WORKSPACE)
+    return min(memory // _FORWARD_PART, _FORWARD_WORKSPACE), min(memory // _BACKWARD_PART, _BACKWARD_WORKSPACE)
 
 
 def _check_pairs(geometry: Geometry) -> None:
     if geometry.pairs >= _MOST_PAIRS:
         raise ValueError(
-            f"{geometry.rows} query tokens, {geometry.group} query heads per key/value head and top_k={geometry.top_k} "
-            f"make {geometry.pairs} pairs of query and block, 2^30 or more; attend to fewer query tokens per call"
+            f"{geometry.query_tokens} query tokens, {geometry.group} query heads per key/value head and "
+            f"top_k={geometry.top_k} make {geometry.pairs} pairs of query and block, 2^30 or more; "
+            "attend to fewer query tokens per call"
         )
 
 
 def _head_bytes(geometry: Geometry, dtype: torch.dtype, shares: int) -> int:
-    """Return the bytes of a head's partial results, their log-sum-exp, and the sort's keys and values."""
+    """Return the bytes of a head's partial results, their log-sum-exp, and what is sorted."""
     return geometry.pairs * (geometry.width * dtype.itemsize * shares + 24)
 
 
-def _plans(choice: Tensor, geometry: Geometry, heads: int) -> Iterator[tuple[int, Plan | None]]:
-    """Yield the chunks of key/value heads: the first head, and its plan in `choice` (none if top_k is 1)."""
-    pairs, lists, rows = geometry.pairs, geometry.block_slots + 1, geometry.rows * geometry.group
+def _plans(choice: Tensor, geometry: Geometry, heads: int) -> Iterator[tuple[int, int, Plan | None]]:
+    """Yield the chunks of key/value heads: the first, how many, and their plan in `choice` (none if top_k is 1)."""
+    pairs, lists, rows = geometry.pairs, geometry.block_slots + 1, geometry.rows
     first_offset = geometry.kv_heads * pairs
     counts = _counts(choice, geometry)
     for first in range(0, geometry.kv_heads, heads):
-        count = min(heads, geometry.kv_heads - first)
+        together = min(heads, geometry.kv_heads - first)
         if not pairs:
-            yield first, None
+            yield first, together, None
             continue
-        its_pairs = choice.narrow(0, first * pairs, count * pairs)
-        offsets = choice.narrow(0, first_offset + first * lists, count * lists)
-        its_counts = None if counts is None else counts.narrow(0, first * rows, count * rows)
-        yield first, Plan(its_pairs, offsets, count, count * pairs, counts=its_counts)
+        its_pairs = choice.narrow(0, first * pairs, together * pairs)
+        offsets = choice.narrow(0, first_offset + first * lists, together * lists)
+        its_counts = None if counts is None else counts.narrow(0, first * rows, together * rows)
+        yield first, together, Plan(its_pairs, offsets, together, together * pairs, counts=its_counts)

@@ -23,7 +23,7 @@ from openmoba.ops.triton.geometry import (
     Geometry,
     cdiv,
     first_row,
-    first_slot,
+    first_tile_slot,
     locate,
     power_of_two,
     sequence_of,
@@ -75,13 +75,13 @@ class Again(NamedTuple):
     """Rows for the second look, `[Hkv, rows]`, and how many there are of each key/value head."""
 
     rows: Any
-    counts: Any
+    lengths: Any
 
 
 class FixedPoint(NamedTuple):
-    """How a score becomes a key (`ranking`): the payload's scale, the index' range, and what keys would begin at."""
+    """How a score becomes a sort key (`ranking`): the payload's scale, the index' range, and where they begin."""
 
-    key_scale: float
+    payload_scale: float
     index_range: int
     index_base: int
 
@@ -100,13 +100,13 @@ def choose(
     """Write the choice into `out`: sort keys, or block numbers within the sequence if `heads_per_sort` is 0."""
     centroids, norms = pool(k, cu_k, geometry)
     first, second = _launches(geometry, q.dtype, strides(q), out_stride_head, out_stride_token, heads_per_sort)
-    again = count = None
+    again = lengths = None
     if second is not None:
-        again = torch.empty((geometry.kv_heads, geometry.rows * geometry.group), dtype=torch.int32, device=q.device)
-        count = torch.zeros(geometry.kv_heads, dtype=torch.int32, device=q.device)
+        again = torch.empty((geometry.kv_heads, geometry.rows), dtype=torch.int32, device=q.device)
+        lengths = torch.zeros(geometry.kv_heads, dtype=torch.int32, device=q.device)
     for launch in (first, second):
         if launch is not None:
-            launch(q, centroids, norms, out, again, count, cu_q, cu_k)
+            launch(q, centroids, norms, out, again, lengths, cu_q, cu_k)
 
 
 @lru_cache(maxsize=REMEMBERED)
@@ -143,7 +143,7 @@ def _launches(
         "COMPLETE": complete,
         "REPEAT": repeat,
     }
-    grid = (geometry.query_slots(tile.m // group_part), geometry.kv_heads * cdiv(geometry.group, group_part))
+    grid = (geometry.query_tile_slots(tile.m // group_part), geometry.kv_heads * cdiv(geometry.group, group_part))
     arguments = (*inputs, heads_per_sort, _fixed_point(geometry, tile.lanes))
     first = Launch(_gate, grid, arguments, constants | passes | tile.launch())
     if complete or repeat:
@@ -209,9 +209,9 @@ def _gate(
     PARTS: tl.constexpr = (GROUP + GROUP_PART - 1) // GROUP_PART
     TOKENS: tl.constexpr = M // GROUP_PART
     # Late tiles have the most blocks to score: they start first.
-    slot = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile_slot = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1) // PARTS
-    sequence, tile = locate(slot, call.cu_q, call.sequences, call.tokens_q, TOKENS, PACKED)
+    sequence, tile = locate(tile_slot, call.cu_q, call.sequences, call.tokens_q, TOKENS, PACKED)
     begin_q, length_q = span(sequence, call.cu_q, call.tokens_q, PACKED)
     _, length_k = span(sequence, call.cu_k, call.tokens_k, PACKED)
     if tile * TOKENS >= length_q:
@@ -231,12 +231,12 @@ def _gate(
     first_flat = first_row(sequence, call, PACKED) + tile * TOKENS
     out_ptr = out.ptr + head.to(tl.int64) * out.head + tl.cast(first_flat, tl.int64) * out.token
     out_M = row_M // GROUP_PART * out.token + member_M * PICKS
-    start = first_slot(sequence, call.cu_k, call.tokens_k, call.block_size, PACKED)
+    start = first_tile_slot(sequence, call.cu_k, call.tokens_k, call.block_size, PACKED)
     first = head * call.block_slots + start
     offset = 0 if LOCAL else head % heads_per_sort * call.block_slots + start
     none = -1 if LOCAL else heads_per_sort * call.block_slots
     largest_M = largest_norms(centroids.norms + first, past_M, fewest, most)
-    q_MD, scale_M = load_scaled_rows(q.ptr, q_offset_M, live_M, largest_M, fixed.key_scale, DTYPE, WIDTH, D)
+    q_MD, scale_M = load_scaled_rows(q.ptr, q_offset_M, live_M, largest_M, fixed.payload_scale, DTYPE, WIDTH, D)
     centroid_ptr = centroids.ptr + tl.cast(first, tl.int64) * D
     if REPEAT:
         rank_repeatedly(
@@ -252,9 +252,9 @@ def _gate(
         tl.store(out_ptr + (out_M[:, None] + lane_L), value_ML, mask=live_M[:, None] & (lane_L < PICKS))
         if not COMPLETE:
             again_M = again_M & live_M
-            at_M = tl.atomic_add(again.counts + head + tl.zeros([M], tl.int32), 1, mask=again_M, sem="relaxed")
-            list_ptr = again.rows + head.to(tl.int64) * call.rows
-            tl.store(list_ptr + at_M, (first_flat + row_M // GROUP_PART) * GROUP + member_M, mask=again_M)
+            at_M = tl.atomic_add(again.lengths + head + tl.zeros([M], tl.int32), 1, mask=again_M, sem="relaxed")
+            again_ptr = again.rows + head.to(tl.int64) * call.rows
+            tl.store(again_ptr + at_M, (first_flat + row_M // GROUP_PART) * GROUP + member_M, mask=again_M)
 
 
 @triton.jit
@@ -278,13 +278,13 @@ def _second_look(
 ):
     """Rank the listed rows again, in tiles of M gathered rows, with as many passes as they need."""
     head = tl.program_id(1)
-    count = tl.load(again.counts + head)
-    list_ptr = again.rows + head.to(tl.int64) * call.rows
-    for tile in range(tl.program_id(0), tl.cdiv(count, M), tl.num_programs(0)):
+    length = tl.load(again.lengths + head)
+    again_ptr = again.rows + head.to(tl.int64) * call.rows
+    for tile in range(tl.program_id(0), tl.cdiv(length, M), tl.num_programs(0)):
         at_M = tile * M + tl.arange(0, M)
-        listed_M = at_M < count
+        listed_M = at_M < length
         # Surplus rows repeat the last one, which widens no range.
-        row_M = tl.load(list_ptr + tl.minimum(at_M, count - 1))
+        row_M = tl.load(again_ptr + tl.minimum(at_M, length - 1))
         flat_M = row_M // GROUP
         member_M = row_M % GROUP
         sequence_M = sequence_of(flat_M, call, PACKED)
@@ -300,12 +300,12 @@ def _second_look(
             q_offset_M = (begin_q + token_M).to(tl.int64) * q.token + (head * GROUP + member_M).to(tl.int64) * q.head
             q_offset_M += tl.cast(sequence, tl.int64) * q.batch
             DTYPE: tl.constexpr = centroids.ptr.dtype.element_ty
-            start = first_slot(sequence, call.cu_k, call.tokens_k, call.block_size, PACKED)
+            start = first_tile_slot(sequence, call.cu_k, call.tokens_k, call.block_size, PACKED)
             first = head * call.block_slots + start
             offset = 0 if LOCAL else head % heads_per_sort * call.block_slots + start
             none = -1 if LOCAL else heads_per_sort * call.block_slots
             largest_M = largest_norms(centroids.norms + first, past_M, fewest, most)
-            q_MD, scale_M = load_scaled_rows(q.ptr, q_offset_M, live_M, largest_M, fixed.key_scale, DTYPE, WIDTH, D)
+            q_MD, scale_M = load_scaled_rows(q.ptr, q_offset_M, live_M, largest_M, fixed.payload_scale, DTYPE, WIDTH, D)
             rank_repeatedly(
                 q_MD, scale_M, past_M, live_M, fewest, most, centroids.ptr + tl.cast(first, tl.int64) * D,
                 out_M, offset, none, fixed, PICKS, PICKS, KEEP, LANES, False,

@@ -2,9 +2,9 @@
 
 A packed batch is cut into tiles without reading its lengths on the host. Sequence s, which starts at `cu[s]`,
 owns the tile slots from `cu[s] // tile + s` on. Since `b//t - a//t + 1 >= ceil((b-a) / t)`, that is room for all
-its tiles, so `total // tile + sequences` slots serve any lengths; a few stay empty and their programs return at
+its tiles, so `total // tile + sequences` tile slots serve any lengths; a few stay empty and their programs return at
 once. Key blocks are numbered by the same rule with `tile = block_size`; such a number is called a *block slot*.
-A batch of equal lengths is cut evenly and has no empty slots.
+A batch of equal lengths is cut evenly and has none that is empty.
 """
 
 from __future__ import annotations
@@ -65,14 +65,19 @@ class Geometry:
         return self.heads // self.kv_heads
 
     @cached_property
-    def rows(self) -> int:
+    def query_tokens(self) -> int:
         """Return the query tokens of all sequences."""
         return self.tokens_q if self.packed else self.sequences * self.tokens_q
 
     @cached_property
+    def rows(self) -> int:
+        """Return the rows, (query token, query head), of one key/value head."""
+        return self.query_tokens * self.group
+
+    @cached_property
     def pairs(self) -> int:
         """Return the most pairs of (query token, query head) and past block that one key/value head can have."""
-        return self.rows * self.group * (self.top_k - 1)
+        return self.rows * (self.top_k - 1)
 
     @cached_property
     def longest(self) -> int:
@@ -87,23 +92,23 @@ class Geometry:
     @cached_property
     def block_slots(self) -> int:
         """Return the block slots per key/value head."""
-        return self._slots(self.tokens_k, self.block_size)
+        return self._tile_slots(self.tokens_k, self.block_size)
 
-    def query_slots(self, tile: int) -> int:
-        """Return the slots for tiles of `tile` query tokens."""
-        return self._slots(self.tokens_q, tile)
+    def query_tile_slots(self, tile: int) -> int:
+        """Return the tile slots for tiles of `tile` query tokens."""
+        return self._tile_slots(self.tokens_q, tile)
 
-    def own_slots(self, tokens: range) -> range:
+    def own_block_slots(self, tokens: range) -> range:
         """Return the block slots that hold these query tokens of all sequences; perhaps more in a packed batch."""
         if self.packed:
             return range(self.block_slots)
-        return range(self._own_slot(tokens[0]), self._own_slot(tokens[-1]) + 1)
+        return range(self._own_block_slot(tokens[0]), self._own_block_slot(tokens[-1]) + 1)
 
-    def _own_slot(self, token: int) -> int:
+    def _own_block_slot(self, token: int) -> int:
         sequence, query = divmod(token, self.tokens_q)
         return sequence * self.longest + (query + self.tokens_k - self.tokens_q) // self.block_size
 
-    def _slots(self, tokens: int, tile: int) -> int:
+    def _tile_slots(self, tokens: int, tile: int) -> int:
         if self.packed:
             return tokens // tile + self.sequences
         return self.sequences * cdiv(tokens, tile)
@@ -137,22 +142,22 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 
 
 @triton.jit
-def locate(slot, cu_ptr, sequences, tokens, tile, PACKED: tl.constexpr):
-    """Return the sequence that owns tile slot `slot`, and the tile's number within it."""
+def locate(tile_slot, cu_ptr, sequences, tokens, tile, PACKED: tl.constexpr):
+    """Return the sequence that owns a tile slot, and the tile's number within it."""
     if PACKED:
         low = 0
         high = sequences - 1
         while low < high:
             middle = (low + high + 1) // 2
-            if tl.load(cu_ptr + middle) // tile + middle <= slot:
+            if tl.load(cu_ptr + middle) // tile + middle <= tile_slot:
                 low = middle
             else:
                 high = middle - 1
         first = tl.load(cu_ptr + low) // tile + low
-        return low, slot - first
+        return low, tile_slot - first
     else:
         tiles = tl.cdiv(tokens, tile)
-        return slot // tiles, slot % tiles
+        return tile_slot // tiles, tile_slot % tiles
 
 
 @triton.jit
@@ -184,7 +189,7 @@ def sequence_of(flat_M, call, PACKED: tl.constexpr):
 
 
 @triton.jit
-def first_slot(sequence, cu_ptr, tokens, tile, PACKED: tl.constexpr):
+def first_tile_slot(sequence, cu_ptr, tokens, tile, PACKED: tl.constexpr):
     """Return the first tile slot of a sequence."""
     if PACKED:
         return tl.load(cu_ptr + sequence) // tile + sequence

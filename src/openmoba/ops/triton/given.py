@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from openmoba.ops.triton.arguments import Call
-from openmoba.ops.triton.geometry import Geometry, cdiv, first_row, first_slot, power_of_two, sequence_of, span
+from openmoba.ops.triton.geometry import Geometry, cdiv, first_row, first_tile_slot, power_of_two, sequence_of, span
 from openmoba.ops.triton.host.launch import REMEMBERED, TENSOR, Launch
-from openmoba.ops.triton.route import new_keys
+from openmoba.ops.triton.route import new_sort_keys
 
 _TOGETHER = 1024  # given blocks of a tile
 
@@ -34,7 +34,7 @@ class GivenBlocks(NamedTuple):
     place: int
 
 
-def given_keys(
+def given_sort_keys(
     blocks: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, geometry: Geometry, heads_per_sort: int, counts: Tensor
 ) -> Tensor:
     """Return the sort keys of given blocks, as `route` has them, `[Hkv, rows * group, top_k - 1]`; write `counts`.
@@ -45,18 +45,18 @@ def given_keys(
         geometry: of the call, where `top_k - 1` is not less than the different past blocks that a row can have.
         counts: int32 `[Hkv * rows * group]`.
     """
-    keys = new_keys(geometry, heads_per_sort, blocks.device)
-    _launch(geometry, tuple(blocks.shape[-2:]), blocks.stride(), heads_per_sort)(blocks, keys, counts, cu_q, cu_k)
-    return keys
+    sort_keys = new_sort_keys(geometry, heads_per_sort, blocks.device)
+    _launch(geometry, tuple(blocks.shape[-2:]), blocks.stride(), heads_per_sort)(blocks, sort_keys, counts, cu_q, cu_k)
+    return sort_keys
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _launch(geometry: Geometry, lists: tuple[int, ...], strides: tuple[int, ...], heads_per_sort: int) -> Launch:
-    heads, given = lists
+def _launch(geometry: Geometry, shape: tuple[int, ...], strides: tuple[int, ...], heads_per_sort: int) -> Launch:
+    heads, given = shape
     *batch, token, head, place = strides
     # One list for all query heads of a group, or one for each.
     kv_head, member = (head, 0) if heads == geometry.kv_heads else (head * geometry.group, head)
-    rows, lanes = geometry.rows * geometry.group, power_of_two(given)
+    rows, lanes = geometry.rows, power_of_two(given)
     m = max(1, _TOGETHER // lanes)
     given_blocks = GivenBlocks(TENSOR, batch[0] if batch else 0, token, kv_head, member, place)
     arguments = (given_blocks, TENSOR, TENSOR, Call.of(geometry), heads_per_sort)
@@ -78,7 +78,7 @@ def _launch(geometry: Geometry, lists: tuple[int, ...], strides: tuple[int, ...]
 @triton.jit(do_not_specialize_on_alignment=["counts_ptr"])
 def _sort_given(
     blocks,
-    keys_ptr,
+    sort_keys_ptr,
     counts_ptr,
     call,
     heads_per_sort,
@@ -114,12 +114,12 @@ def _sort_given(
     reading_ML = reads_ML.to(tl.int32)
     count_M = tl.sum(reading_ML, 1)
     rank_ML = tl.cumsum(reading_ML, 1) - reading_ML
-    slot_M = first_slot(sequence_M, call.cu_k, call.tokens_k, call.block_size, PACKED)
-    slot_M += head % heads_per_sort * call.block_slots
-    keys_ptr += (head.to(tl.int64) * call.rows + row_M)[:, None] * PAST
-    DTYPE: tl.constexpr = keys_ptr.dtype.element_ty
-    tl.store(keys_ptr + rank_ML, (slot_M[:, None] + block_ML).to(DTYPE), mask=reads_ML)
+    block_slot_M = first_tile_slot(sequence_M, call.cu_k, call.tokens_k, call.block_size, PACKED)
+    block_slot_M += head % heads_per_sort * call.block_slots
+    sort_keys_ptr += (head.to(tl.int64) * call.rows + row_M)[:, None] * PAST
+    DTYPE: tl.constexpr = sort_keys_ptr.dtype.element_ty
+    tl.store(sort_keys_ptr + rank_ML, (block_slot_M[:, None] + block_ML).to(DTYPE), mask=reads_ML)
     none = tl.full([M, L], heads_per_sort * call.block_slots, tl.int32).to(DTYPE)
     absent_ML = (place_L[None, :] >= count_M[:, None]) & (place_L < PAST)[None, :]
-    tl.store(keys_ptr + place_L[None, :], none, mask=exists_M[:, None] & absent_ML)
+    tl.store(sort_keys_ptr + place_L[None, :], none, mask=exists_M[:, None] & absent_ML)
     tl.store(counts_ptr + head.to(tl.int64) * call.rows + row_M, count_M, mask=exists_M)

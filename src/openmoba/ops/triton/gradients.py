@@ -73,26 +73,27 @@ def heads_gradients(
         shape = (2, len(items), geometry.block_size, geometry.width)
         partial_dk, partial_dv = torch.empty(shape, dtype=torch.float32, device=q.device)
         inputs = (d_out, q, k, v, statistics)
-        launches.keys(*inputs, partial_dk, partial_dv, partial_dq, plan.pairs, items, offsets, cu_q, cu_k)
-        if launches.queries is not None:
+        launches.key_gradients(*inputs, partial_dk, partial_dv, partial_dq, plan.pairs, items, offsets, cu_q, cu_k)
+        if launches.query_gradients is not None:
             items = make_items(plan, geometry, launches.queries_segment)
-            launches.queries(*inputs, partial_dq, plan.pairs, items, offsets, cu_q, cu_k)
-    launches.own_keys(d_out, q, k, v, statistics, partial_dk, partial_dv, dk, dv, offsets, cu_q, cu_k)
-    launches.own_queries(d_out, q, k, v, statistics, partial_dq, counts, dq, cu_q, cu_k)
+            launches.query_gradients(*inputs, partial_dq, plan.pairs, items, offsets, cu_q, cu_k)
+    launches.own_key_gradients(d_out, q, k, v, statistics, partial_dk, partial_dv, dk, dv, offsets, cu_q, cu_k)
+    launches.own_query_gradients(d_out, q, k, v, statistics, partial_dq, counts, dq, cu_q, cu_k)
 
 
 class _Launches(NamedTuple):
-    """`queries`: None where `keys` also gives the shares of dQ. The segments are the most pairs per item.
+    """The steps; no `query_gradients` where `key_gradients` gives the shares of dQ, too.
 
-    `shares`: of dQ, of all pairs and of one more, for places outside a list.
+    The segments are the most pairs per item, `shares` those of dQ: of all pairs, and of one more for places outside a
+    list.
     """
 
-    keys: Launch
+    key_gradients: Launch
     keys_segment: int
-    queries: Launch | None
+    query_gradients: Launch | None
     queries_segment: int
-    own_keys: Launch
-    own_queries: Launch
+    own_key_gradients: Launch
+    own_query_gradients: Launch
     shares: int
 
 
@@ -106,8 +107,8 @@ def _launches(
     heads: int,
     all_strides: tuple[tuple[int, int, int], ...],
 ) -> _Launches:
-    slots = geometry.block_slots
-    pairs, lists = heads * geometry.pairs, heads * slots
+    block_slots = geometry.block_slots
+    pairs, lists = heads * geometry.pairs, heads * block_slots
     pieces = dq_pieces(geometry, dtype)
     shares = max(1, pieces)
     constants = {
@@ -128,20 +129,20 @@ def _launches(
     def tiles(size: int) -> int:
         return cdiv(geometry.block_size, size)
 
-    keys, own_keys = family.key_gradients(geometry, dtype), family.own_key_gradients(geometry, dtype)
-    queries, own_queries = family.query_gradients(geometry, dtype), family.own_query_gradients(geometry, dtype)
-    segment, queries_segment = keys.tile.segment, queries.tile.segment
+    of_keys, of_own_keys = family.key_gradients(geometry, dtype), family.own_key_gradients(geometry, dtype)
+    of_queries, of_own_queries = family.query_gradients(geometry, dtype), family.own_query_gradients(geometry, dtype)
+    segment, queries_segment = of_keys.tile.segment, of_queries.tile.segment
     items, queries_items = (most_items(pairs, lists, most) for most in (segment, queries_segment))
     past = (TENSOR, their_lists, TENSOR, call, first_head, pairs)
-    keys_grid, own_keys_grid = (items * tiles(keys.tile.n),), (slots * tiles(own_keys.tile.n), heads)
-    own_queries_grid = (slots * tiles(own_queries.tile.m), heads * geometry.group)
+    grid, own_grid = (items * tiles(of_keys.tile.n),), (block_slots * tiles(of_own_keys.tile.n), heads)
+    own_queries_grid = (block_slots * tiles(of_own_queries.tile.m), heads * geometry.group)
     own = (call, first_head)
     return _Launches(
-        keys=launch(keys, keys_grid, (dk_dv, *past), SEGMENT=segment, FUSED=pieces > 0),
+        key_gradients=launch(of_keys, grid, (dk_dv, *past), SEGMENT=segment, FUSED=pieces > 0),
         keys_segment=segment,
-        queries=None if pieces else launch(queries, (queries_items,), past, SEGMENT=queries_segment),
+        query_gradients=None if pieces else launch(of_queries, (queries_items,), past, SEGMENT=queries_segment),
         queries_segment=queries_segment,
-        own_keys=launch(own_keys, own_keys_grid, (dk_dv, dk_dv, TENSOR, *own), SEGMENT=segment),
-        own_queries=launch(own_queries, own_queries_grid, (TENSOR, TENSOR, TENSOR, *own)),
+        own_key_gradients=launch(of_own_keys, own_grid, (dk_dv, dk_dv, TENSOR, *own), SEGMENT=segment),
+        own_query_gradients=launch(of_own_queries, own_queries_grid, (TENSOR, TENSOR, TENSOR, *own)),
         shares=(pairs + 1) * shares,
     )

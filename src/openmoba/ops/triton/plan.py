@@ -52,19 +52,19 @@ class Plan:
     counts: Tensor | None = None
 
 
-def make_plan(keys: Tensor, pairs: Tensor, offsets: Tensor, geometry: Geometry) -> Plan:
+def make_plan(sort_keys: Tensor, pairs: Tensor, offsets: Tensor, geometry: Geometry) -> Plan:
     """Invert the choice of some heads (`route.route`) into `pairs` and `offsets`, which it overwrites."""
-    heads, block_slots = keys.shape[0], geometry.block_slots
-    count = pairs.numel()
-    if count // heads // _sequences(geometry) * block_slots <= _MOST_LOOKS:
-        counts = torch.empty(heads * block_slots, dtype=torch.int32, device=keys.device)
+    heads, block_slots = sort_keys.shape[0], geometry.block_slots
+    size = pairs.numel()
+    if size // heads // _sequences(geometry) * block_slots <= _MOST_LOOKS:
+        lengths = torch.empty(heads * block_slots, dtype=torch.int32, device=sort_keys.device)
         count_pairs, place_pairs = _placing(geometry, heads)
-        count_pairs(keys, counts)
-        place_pairs(keys, counts, pairs, offsets)
+        count_pairs(sort_keys, lengths)
+        place_pairs(sort_keys, lengths, pairs, offsets)
     else:
-        ordered, order = torch.sort(keys.view(-1), stable=True)
-        _writing(heads, block_slots, count)(ordered, order, pairs, offsets)
-    return Plan(pairs, offsets, heads, count)
+        ordered, order = torch.sort(sort_keys.view(-1), stable=True)
+        _writing(heads, block_slots, size)(ordered, order, pairs, offsets)
+    return Plan(pairs, offsets, heads, size)
 
 
 def _sequences(geometry: Geometry) -> int:
@@ -75,13 +75,22 @@ def _sequences(geometry: Geometry) -> int:
 @lru_cache(maxsize=REMEMBERED)
 def _placing(geometry: Geometry, heads: int) -> tuple[Launch, Launch]:
     """Return the launches that count and place."""
-    slots, pairs, sequences = geometry.block_slots, geometry.pairs, _sequences(geometry)
+    block_slots, pairs, sequences = geometry.block_slots, geometry.pairs, _sequences(geometry)
     token_pairs = 0 if geometry.packed else geometry.group * (geometry.top_k - 1)
     before = (geometry.tokens_k - geometry.tokens_q) * token_pairs
-    numbers = (slots, pairs, slots // sequences, pairs // sequences, geometry.block_size * token_pairs, before)
+    numbers = (
+        block_slots,
+        pairs,
+        block_slots // sequences,
+        pairs // sequences,
+        geometry.block_size * token_pairs,
+        before,
+    )
     constants = {"M": _LOOKED_AT, "num_warps": 4}
-    count = Launch(_count_pairs, (slots, heads), (TENSOR, TENSOR, *numbers), constants)
-    return count, Launch(_place_pairs, (slots + 1, heads), (*[TENSOR] * 4, *numbers), constants | {"LANES": _LANES})
+    count_pairs = Launch(_count_pairs, (block_slots, heads), (TENSOR, TENSOR, *numbers), constants)
+    return count_pairs, Launch(
+        _place_pairs, (block_slots + 1, heads), (*[TENSOR] * 4, *numbers), constants | {"LANES": _LANES}
+    )
 
 
 @lru_cache(maxsize=REMEMBERED)
@@ -97,36 +106,37 @@ def split_plan(plan: Plan | None, geometry: Geometry, tokens: int) -> Iterator[t
     A list is in ascending order, so what it holds of a range is a stretch of it. Each range gets offsets as if these
     stretches lay one behind the other, and `skips` to where they are.
     """
-    if plan is None or tokens >= geometry.rows:
-        yield range(geometry.rows), plan
+    if plan is None or tokens >= geometry.query_tokens:
+        yield range(geometry.query_tokens), plan
         return
     assert plan.heads == 1
-    step = tokens * geometry.group * (geometry.top_k - 1)
-    ranges, lists = cdiv(geometry.rows, tokens), geometry.block_slots
+    range_pairs = tokens * geometry.group * (geometry.top_k - 1)
+    ranges, lists = cdiv(geometry.query_tokens, tokens), geometry.block_slots
     borders_RN = torch.empty((ranges + 1, lists), dtype=torch.int32, device=plan.pairs.device)
-    _bordering(ranges, lists, plan.size, step)(plan.pairs, plan.offsets, borders_RN)
+    _bordering(ranges, lists, plan.size, range_pairs)(plan.pairs, plan.offsets, borders_RN)
     offsets_RN = pad(borders_RN.diff(dim=0).cumsum(1, dtype=torch.int32), (1, 0))
     skips_RN = borders_RN[:-1] - offsets_RN[:, :-1]
-    for i, first in enumerate(range(0, geometry.rows, tokens)):
-        part = replace(plan, offsets=offsets_RN[i], size=step, skips=skips_RN[i])
-        yield range(first, min(first + tokens, geometry.rows)), part
+    for i, first in enumerate(range(0, geometry.query_tokens, tokens)):
+        range_plan = replace(plan, offsets=offsets_RN[i], size=range_pairs, skips=skips_RN[i])
+        yield range(first, min(first + tokens, geometry.query_tokens)), range_plan
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _bordering(ranges: int, lists: int, pairs: int, step: int) -> Launch:
-    arguments = (TENSOR, TENSOR, TENSOR, lists, pairs, step)
+def _bordering(ranges: int, lists: int, pairs: int, range_pairs: int) -> Launch:
+    arguments = (TENSOR, TENSOR, TENSOR, lists, pairs, range_pairs)
     return Launch(_find_borders, (ranges + 1, cdiv(lists, _LANES)), arguments, {"LANES": _LANES})
 
 
 def make_items(plan: Plan, geometry: Geometry, segment: int) -> Tensor:
-    """Return what each program works on, int32 `[items, 2]`: an item, and its list, `head * block_slots + slot` or -1.
+    """Return what each program works on, int32 `[items, 2]`: an item, and its list or -1.
 
-    List b owns the items from `start // segment + b` on, as sequences own tile slots in `geometry`.
+    A list's number is `head * block_slots + block slot`. List b owns the items from `start // segment + b` on, as
+    sequences own tile slots in `geometry`.
     """
     lists = plan.heads * geometry.block_slots
-    count = most_items(plan.size, lists, segment)
-    items = torch.empty((count, 2), dtype=torch.int32, device=plan.pairs.device)
-    _ordering(lists, geometry.block_slots, count, segment)(plan.offsets, items)
+    size = most_items(plan.size, lists, segment)
+    items = torch.empty((size, 2), dtype=torch.int32, device=plan.pairs.device)
+    _ordering(lists, geometry.block_slots, size, segment)(plan.offsets, items)
     return items
 
 
@@ -174,86 +184,102 @@ def skipped(begin, end, list_id, skips_ptr):
 @triton.jit
 def block_of_list(list_id, call, PACKED: tl.constexpr):
     """Return, of a list's block, its head within the plan, its sequence, and its first key in the batch row."""
-    slot = list_id % call.block_slots
-    sequence, block = locate(slot, call.cu_k, call.sequences, call.tokens_k, call.block_size, PACKED)
+    block_slot = list_id % call.block_slots
+    sequence, block = locate(block_slot, call.cu_k, call.sequences, call.tokens_k, call.block_size, PACKED)
     key_begin, _ = span(sequence, call.cu_k, call.tokens_k, PACKED)
     return list_id // call.block_slots, sequence, key_begin + block * call.block_size
 
 
 @triton.jit
-def _choosing_pairs(slot, sequence_slots, sequence_pairs, block_pairs, pairs_before):
+def _choosing_pairs(block_slot, sequence_block_slots, sequence_pairs, block_pairs, pairs_before):
     """Return which pairs of a head may have chosen a block slot: of its sequence, of queries behind it.
 
     `block_pairs` are those of a block's queries, and `pairs_before` those of the keys before the first query, had they
     queries; both are 0 in a packed batch, where one stretch holds all sequences.
     """
-    begin = slot // sequence_slots * sequence_pairs
-    behind = tl.maximum((slot % sequence_slots + 1) * block_pairs - pairs_before, 0)
+    begin = block_slot // sequence_block_slots * sequence_pairs
+    behind = tl.maximum((block_slot % sequence_block_slots + 1) * block_pairs - pairs_before, 0)
     return begin + behind, begin + sequence_pairs
 
 
 @triton.jit
-def _chose(keys_ptr, at_M, end, wanted):
+def _chose(sort_keys_ptr, at_M, end, wanted):
     """Return 1 where a pair's sort key is `wanted`, 0 elsewhere and from `end` on."""
-    key_M = tl.load(keys_ptr + at_M, mask=at_M < end, other=-1).to(tl.int32)
-    return (key_M == wanted).to(tl.int32)
+    sort_key_M = tl.load(sort_keys_ptr + at_M, mask=at_M < end, other=-1).to(tl.int32)
+    return (sort_key_M == wanted).to(tl.int32)
 
 
 @triton.jit
 def _count_pairs(
-    keys_ptr, counts_ptr, block_slots, pairs, sequence_slots, sequence_pairs, block_pairs, pairs_before, M: tl.constexpr
+    sort_keys_ptr,
+    lengths_ptr,
+    block_slots,
+    pairs,
+    sequence_block_slots,
+    sequence_pairs,
+    block_pairs,
+    pairs_before,
+    M: tl.constexpr,
 ):
     """Count the pairs of one list."""
-    slot = tl.program_id(0)
+    block_slot = tl.program_id(0)
     head = tl.program_id(1)
-    wanted = head * block_slots + slot
-    begin, end = _choosing_pairs(slot, sequence_slots, sequence_pairs, block_pairs, pairs_before)
+    wanted = head * block_slots + block_slot
+    begin, end = _choosing_pairs(block_slot, sequence_block_slots, sequence_pairs, block_pairs, pairs_before)
     found_M = tl.zeros([M], tl.int32)
     for at in tl.range(begin, end, M, num_stages=4):
-        found_M += _chose(keys_ptr + head * pairs, at + tl.arange(0, M), end, wanted)
-    tl.store(counts_ptr + wanted, tl.sum(found_M, 0))
+        found_M += _chose(sort_keys_ptr + head * pairs, at + tl.arange(0, M), end, wanted)
+    tl.store(lengths_ptr + wanted, tl.sum(found_M, 0))
 
 
 @triton.jit
 def _place_pairs(
-    keys_ptr,
-    counts_ptr,
+    sort_keys_ptr,
+    lengths_ptr,
     pairs_ptr,
     offsets_ptr,
     block_slots,
     pairs,
-    sequence_slots,
+    sequence_block_slots,
     sequence_pairs,
     block_pairs,
     pairs_before,
     M: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Place one list behind the head's lists before it, and its pairs. The last slot is the head's end."""
-    slot = tl.program_id(0)
+    """Place one list behind the head's lists before it, and its pairs. The last program writes the head's end."""
+    block_slot = tl.program_id(0)
     head = tl.program_id(1)
-    wanted = head * block_slots + slot
+    wanted = head * block_slots + block_slot
     before_L = tl.zeros([LANES], tl.int32)
-    for first in range(0, slot, LANES):
+    for first in range(0, block_slot, LANES):
         list_L = first + tl.arange(0, LANES)
-        before_L += tl.load(counts_ptr + head * block_slots + list_L, mask=list_L < slot, other=0)
+        before_L += tl.load(lengths_ptr + head * block_slots + list_L, mask=list_L < block_slot, other=0)
     start = head * pairs + tl.sum(before_L, 0)
-    tl.store(offsets_ptr + head * (block_slots + 1) + slot, start)
-    if slot == block_slots:
+    tl.store(offsets_ptr + head * (block_slots + 1) + block_slot, start)
+    if block_slot == block_slots:
         return
-    begin, end = _choosing_pairs(slot, sequence_slots, sequence_pairs, block_pairs, pairs_before)
+    begin, end = _choosing_pairs(block_slot, sequence_block_slots, sequence_pairs, block_pairs, pairs_before)
     for at in tl.range(begin, end, M, num_stages=4):
         at_M = at + tl.arange(0, M)
-        here_M = _chose(keys_ptr + head * pairs, at_M, end, wanted)
+        here_M = _chose(sort_keys_ptr + head * pairs, at_M, end, wanted)
         tl.store(pairs_ptr + start + tl.cumsum(here_M, 0) - here_M, head * pairs + at_M, mask=here_M > 0)
         start += tl.sum(here_M, 0)
 
 
 @triton.jit
 def _write_plan(
-    keys_ptr, order_ptr, pairs_ptr, offsets_ptr, heads, block_slots, pairs, COPIED: tl.constexpr, LANES: tl.constexpr
+    sort_keys_ptr,
+    order_ptr,
+    pairs_ptr,
+    offsets_ptr,
+    heads,
+    block_slots,
+    pairs,
+    COPIED: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    """Write pairs = order, and offsets[h, b] = how many keys are below `h * block_slots + b`, by binary search."""
+    """Write pairs = order, and offsets[h, b] = how many sort keys are below `h * block_slots + b`, by binary search."""
     at = tl.program_id(0) * COPIED + tl.arange(0, COPIED)
     tl.store(pairs_ptr + at, tl.load(order_ptr + at, mask=at < pairs, other=0).to(tl.int32), mask=at < pairs)
     if tl.program_id(0) * LANES >= heads * (block_slots + 1):
@@ -266,7 +292,7 @@ def _write_plan(
     while span > 0:
         middle = (low + high) // 2
         open_ = low < high
-        below = (tl.load(keys_ptr + middle, mask=open_, other=0).to(tl.int32) < wanted) & open_
+        below = (tl.load(sort_keys_ptr + middle, mask=open_, other=0).to(tl.int32) < wanted) & open_
         low = tl.where(below, middle + 1, low)
         high = tl.where(below, high, middle)
         span = span // 2
@@ -274,7 +300,9 @@ def _write_plan(
 
 
 @triton.jit
-def _order_items(offsets_ptr, items_ptr, lists, block_slots, count, segment, LANES: tl.constexpr, SORTED: tl.constexpr):
+def _order_items(
+    offsets_ptr, items_ptr, lists, block_slots, all_items, segment, LANES: tl.constexpr, SORTED: tl.constexpr
+):
     """Order the items of the last SORTED lists by descending size, after those of the lists before in their order.
 
     An item `i` is of the last list b with `start(b) // segment + b <= i`, found by binary search.
@@ -283,7 +311,7 @@ def _order_items(offsets_ptr, items_ptr, lists, block_slots, count, segment, LAN
     first_start, _ = list_bounds(offsets_ptr, first_sorted, block_slots)
     first_place = first_start // segment + first_sorted
     if tl.program_id(0) == 0:
-        _sort_items(offsets_ptr, items_ptr, first_sorted, first_place, lists, block_slots, count, segment, SORTED)
+        _sort_items(offsets_ptr, items_ptr, first_sorted, first_place, lists, block_slots, all_items, segment, SORTED)
         return
     item = (tl.program_id(0) - 1) * LANES + tl.arange(0, LANES)
     low = tl.zeros([LANES], tl.int32)
@@ -301,7 +329,7 @@ def _order_items(offsets_ptr, items_ptr, lists, block_slots, count, segment, LAN
 
 @triton.jit
 def _sort_items(
-    offsets_ptr, items_ptr, first_sorted, first_place, lists, block_slots, count, segment, SORTED: tl.constexpr
+    offsets_ptr, items_ptr, first_sorted, first_place, lists, block_slots, all_items, segment, SORTED: tl.constexpr
 ):
     """Write whole segments first, then what is left of each list, the longest first, then none."""
     list_S = first_sorted + tl.arange(0, SORTED)
@@ -311,17 +339,17 @@ def _sort_items(
     whole_S = length_S // segment
     rest_S = length_S % segment
     place_S = first_place + tl.cumsum(whole_S, 0) - whole_S
-    for part in range(tl.max(whole_S, 0)):
-        _store_items(items_ptr, place_S + part, item_S + part, list_S, part < whole_S)
+    for nth in range(tl.max(whole_S, 0)):
+        _store_items(items_ptr, place_S + nth, item_S + nth, list_S, nth < whole_S)
     # Of equal lengths the earlier list comes first.
     order_S = rest_S * SORTED + (SORTED - 1 - tl.arange(0, SORTED))
-    rank_S = tl.sum(((order_S[None, :] > order_S[:, None]) & (rest_S > 0)[None, :]).to(tl.int32), 1)
+    nth_S = tl.sum(((order_S[None, :] > order_S[:, None]) & (rest_S > 0)[None, :]).to(tl.int32), 1)
     first_rest = first_place + tl.sum(whole_S, 0)
-    _store_items(items_ptr, first_rest + rank_S, item_S + whole_S, list_S, rest_S > 0)
+    _store_items(items_ptr, first_rest + nth_S, item_S + whole_S, list_S, rest_S > 0)
     first_surplus = first_rest + tl.sum((rest_S > 0).to(tl.int32), 0)
-    for begin in range(first_surplus, count, SORTED):
+    for begin in range(first_surplus, all_items, SORTED):
         place_S = begin + tl.arange(0, SORTED)
-        _store_items(items_ptr, place_S, place_S, tl.full([SORTED], -1, tl.int32), place_S < count)
+        _store_items(items_ptr, place_S, place_S, tl.full([SORTED], -1, tl.int32), place_S < all_items)
 
 
 @triton.jit
@@ -331,8 +359,8 @@ def _store_items(items_ptr, place, item, list_id, mask):
 
 
 @triton.jit
-def _find_borders(pairs_ptr, offsets_ptr, borders_ptr, lists, pairs, step, LANES: tl.constexpr):
-    """Write borders[r, b] = where in `pairs` list b reaches pair number r * step, by binary search."""
+def _find_borders(pairs_ptr, offsets_ptr, borders_ptr, lists, pairs, range_pairs, LANES: tl.constexpr):
+    """Write borders[r, b] = where in `pairs` list b reaches pair number r * range_pairs, by binary search."""
     list_id = tl.program_id(1) * LANES + tl.arange(0, LANES)
     exists = list_id < lists
     low = tl.load(offsets_ptr + list_id, mask=exists, other=0)
@@ -341,7 +369,7 @@ def _find_borders(pairs_ptr, offsets_ptr, borders_ptr, lists, pairs, step, LANES
     while span > 0:
         middle = (low + high) // 2
         open_ = low < high
-        below = (tl.load(pairs_ptr + middle, mask=open_, other=0) < tl.program_id(0) * step) & open_
+        below = (tl.load(pairs_ptr + middle, mask=open_, other=0) < tl.program_id(0) * range_pairs) & open_
         low = tl.where(below, middle + 1, low)
         high = tl.where(below, high, middle)
         span = span // 2

@@ -21,12 +21,12 @@ _ROOM = tl.constexpr(ROOM)
 def pool(k: Tensor, cu_k: Tensor | None, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """Return the centroids `[Hkv, block_slots, D]` and their norms, fp32 `[Hkv, block_slots]`.
 
-    D is the width padded with zeros to a power of two. Centroids are fp16, fp32 for fp32 keys. Slots without a
-    complete block stay undefined.
+    D is the width padded with zeros to a power of two. Centroids are fp16, fp32 for fp32 keys. Those of
+    block slots without a complete block stay undefined.
     """
-    slots = (geometry.kv_heads, geometry.block_slots)
-    centroids = torch.empty((*slots, geometry.padded_width), dtype=centroid_dtype(k.dtype), device=k.device)
-    norms = torch.empty(slots, dtype=torch.float32, device=k.device)
+    shape = (geometry.kv_heads, geometry.block_slots)
+    centroids = torch.empty((*shape, geometry.padded_width), dtype=centroid_dtype(k.dtype), device=k.device)
+    norms = torch.empty(shape, dtype=torch.float32, device=k.device)
     _launch(geometry, strides(k))(k, centroids, norms, cu_k)
     return centroids, norms
 
@@ -111,9 +111,9 @@ def _pool(
     D: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    slot = tl.program_id(0)
+    block_slot = tl.program_id(0)
     head = tl.program_id(1)
-    sequence, block = locate(slot, cu_k_ptr, sequences, tokens_k, block_size, PACKED)
+    sequence, block = locate(block_slot, cu_k_ptr, sequences, tokens_k, block_size, PACKED)
     begin, length = span(sequence, cu_k_ptr, tokens_k, PACKED)
     if (block + 1) * block_size > length:
         return
@@ -122,7 +122,7 @@ def _pool(
     centroid_D = block_centroid(
         k_ptr, block, block_size, k.token, centroid_ptr.dtype.element_ty, ANCHOR, ANCHOR_TILE, CHUNK, WIDTH, D
     )
-    out = head * block_slots + slot
+    out = head * block_slots + block_slot
     tl.store(centroid_ptr + out.to(tl.int64) * D + tl.arange(0, D), centroid_D)
     wide_D = centroid_D.to(tl.float32)
     tl.store(norm_ptr + out, tl.sqrt(tl.sum(wide_D * wide_D, 0)))

@@ -1,12 +1,12 @@
 """Exact streaming top-k: the device code that the gate and its second look share.
 
-A score of block j becomes an int32 *key* that is unique and sorts like the score, later blocks first among equals:
+A score of block j becomes an int32 *sort key*, unique, in the order of scores, later blocks first among equals:
 
-    key = fixed_point(score) * 2^b + j,   with payload and b bits of index together 31 bits
+    sort key = fixed_point(score) * 2^b + j,   with payload and b bits of index together 31 bits
 
-The fixed point spans +-|q| * max |c| over the past blocks of the row, a bound on the score that no later key changes.
-Lane l of a row keeps the KEEP best keys among the blocks j with j mod LANES = l. If a lane's last kept key is picked,
-the lane may hide a further candidate, and picking must stop there: the rest needs another pass over the keys below.
+The fixed point spans +-|q| * max |c| over the past blocks of the row, a bound on the score that no later block changes.
+Lane l of a row keeps the KEEP best sort keys of the blocks j with j mod LANES = l. If a lane's last kept one is picked,
+the lane may hide a further candidate, and picking must stop there: the rest needs another pass over those below.
 In both ranking functions `fewest <= past_M <= most` holds for live rows, a pick is written as `offset + block`, a
 missing one as `none`, best first.
 
@@ -30,11 +30,11 @@ _ROW_EXPONENT = tl.constexpr(14)
 
 @triton.jit
 def load_scaled_rows(
-    q_ptr, offset_M, live_M, largest_M, key_scale, DTYPE: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr
+    q_ptr, offset_M, live_M, largest_M, payload_scale, DTYPE: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr
 ):
     """Load query rows in DTYPE, each scaled by a power of two (no ranking changes, bf16 fits fp16).
 
-    Also what takes their scores into the range of the fixed point, `key_scale / (|q| * largest |c|)`.
+    Also what takes their scores into the range of the fixed point, `payload_scale / (|q| * largest |c|)`.
     """
     d_D = tl.arange(0, D)
     mask = live_M[:, None] & (d_D < WIDTH)
@@ -42,7 +42,7 @@ def load_scaled_rows(
     q_MD = (q_MD * scale_to(tl.max(tl.abs(q_MD), 1), _ROW_EXPONENT)[:, None]).to(DTYPE)
     wide_MD = q_MD.to(tl.float32)
     bound_M = tl.sqrt(tl.sum(wide_MD * wide_MD, 1)) * largest_M
-    return q_MD, key_scale / tl.where(bound_M > 0, bound_M, 1.0)
+    return q_MD, payload_scale / tl.where(bound_M > 0, bound_M, 1.0)
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def largest_norms(norm_ptr, past_M, fewest, most):
 
 
 @triton.jit
-def insert_pair(first_ML, second_ML, third_ML, x_ML, y_ML, KEEP: tl.constexpr):
+def insert_two(first_ML, second_ML, third_ML, x_ML, y_ML, KEEP: tl.constexpr):
     """Return the KEEP largest of first >= second >= third and x, y, sorted."""
     high_ML = tl.maximum(x_ML, y_ML)
     low_ML = tl.minimum(x_ML, y_ML)
@@ -96,7 +96,7 @@ def _keep_tile(
 ):
     """Score the blocks `[2 LANES tile, 2 LANES (tile + 1))` and keep the best per lane.
 
-    In these loops a key's index is `j // LANES`; the lane is appended once, at the end.
+    In these loops a sort key's index is `j // LANES`; the lane is appended once, at the end.
     """
     M: tl.constexpr = q_MD.shape[0]
     D: tl.constexpr = q_MD.shape[1]
@@ -120,7 +120,7 @@ def _keep_tile(
     if BELOW:
         x_ML = tl.where(x_ML * LANES + lane_L < ceiling_M[:, None], x_ML, -1)
         y_ML = tl.where(y_ML * LANES + lane_L < ceiling_M[:, None], y_ML, -1)
-    return insert_pair(kept_1, kept_2, kept_3, x_ML, y_ML, KEEP)
+    return insert_two(kept_1, kept_2, kept_3, x_ML, y_ML, KEEP)
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def keep_best(
     KEEP: tl.constexpr,
     BELOW: tl.constexpr,
 ):
-    """Keep, in one pass, the KEEP best keys of each lane (negative: none), below `ceiling_M` if BELOW."""
+    """Keep, in one pass, the KEEP best sort keys of each lane (negative: none), below `ceiling_M` if BELOW."""
     M: tl.constexpr = q_MD.shape[0]
     kept_1 = tl.full([M, LANES], -1, tl.int32)
     kept_2 = kept_1
@@ -159,9 +159,9 @@ def keep_best(
 
 @triton.jit
 def pop(kept_1, kept_2, kept_3, KEEP: tl.constexpr, COMPLETE: tl.constexpr):
-    """Take the best key of each row out of its lanes.
+    """Take the best sort key of each row out of its lanes.
 
-    A last kept key may stay in its lane: nothing counts after it, unless lanes hide nothing (COMPLETE).
+    A last kept one may stay in its lane: nothing counts after it, unless lanes hide nothing (COMPLETE).
     """
     best_M = tl.max(kept_1, 1)
     hit = kept_1 == best_M[:, None]
@@ -199,7 +199,7 @@ def rank_once(
         best_M, kept_1, kept_2, kept_3 = pop(kept_1, kept_2, kept_3, KEEP, COMPLETE)
         picked_ML = tl.where(lane_L == rank, best_M[:, None], picked_ML)
         if rank == PICKS - 2:
-            # A last kept key was picked, and not as the last pick.
+            # A last kept one was picked, and not as the last pick.
             hidden_M = hiding_M >= tl.maximum(best_M, 0)
     return tl.where(picked_ML < 0, -1, picked_ML & (fixed.index_range * LANES - 1)), hidden_M
 
@@ -223,7 +223,7 @@ def rank_repeatedly(
     LANES: tl.constexpr,
     COMPLETE: tl.constexpr,
 ):
-    """Rank in as many passes as live rows need, each over the keys below the last pick, up to ROUNDS each."""
+    """Rank in as many passes as live rows need, each over the sort keys below the last pick, up to ROUNDS each."""
     done_M = tl.zeros_like(past_M)
     ceiling_M = tl.full(past_M.shape, _NO_CEILING, tl.int32)
     while tl.max((live_M & (done_M < PICKS)).to(tl.int32), 0) > 0:

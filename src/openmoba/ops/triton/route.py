@@ -16,7 +16,7 @@ from torch import Tensor
 from openmoba.ops.triton.gate import choose
 from openmoba.ops.triton.geometry import Geometry
 
-INT16_KEYS = 2**15  # sort keys that int16 holds
+INT16_SORT_KEYS = 2**15  # sort keys that int16 holds
 
 
 def route(
@@ -28,16 +28,16 @@ def route(
     block_slots + block slot`, and `heads_per_sort * block_slots` for none, which sorts last: int16 where that
     fits, else int32.
     """
-    keys = new_keys(geometry, heads_per_sort, q.device)
-    _, rows, picks = keys.shape
-    choose(q, k, cu_q, cu_k, geometry, keys, rows * picks, geometry.group * picks, heads_per_sort)
-    return keys
+    sort_keys = new_sort_keys(geometry, heads_per_sort, q.device)
+    _, rows, picks = sort_keys.shape
+    choose(q, k, cu_q, cu_k, geometry, sort_keys, rows * picks, geometry.group * picks, heads_per_sort)
+    return sort_keys
 
 
-def new_keys(geometry: Geometry, heads_per_sort: int, device: torch.device) -> Tensor:
+def new_sort_keys(geometry: Geometry, heads_per_sort: int, device: torch.device) -> Tensor:
     """Allocate the sort keys that `route` describes."""
-    dtype = torch.int16 if heads_per_sort * geometry.block_slots < INT16_KEYS else torch.int32
-    shape = (geometry.kv_heads, geometry.rows * geometry.group, geometry.top_k - 1)
+    dtype = torch.int16 if heads_per_sort * geometry.block_slots < INT16_SORT_KEYS else torch.int32
+    shape = (geometry.kv_heads, geometry.rows, geometry.top_k - 1)
     return torch.empty(shape, dtype=dtype, device=device)
 
 

@@ -119,18 +119,18 @@ def head_base(x, sequence, head):
 
 
 @triton.jit
-def own_rows(slot, call, PACKED: tl.constexpr):
+def own_rows(block_slot, call, PACKED: tl.constexpr):
     """Find the sequence and number of a block slot, its keys, and its queries.
 
-    Returns (sequence, block, first key of the block, its key count, first query of the sequence, `shift`), where
-    key i of the block has query number `i + shift` in the sequence, absent if negative. Empty slots have no keys.
+    Returns (sequence, block, first key of the block, `block_keys`, first query of the sequence, `shift`): the block has
+    so many keys, an empty block slot none, and key i has query number `i + shift` in the sequence, absent if negative.
     """
     block_size = call.block_size
-    sequence, block = locate(slot, call.cu_k, call.sequences, call.tokens_k, block_size, PACKED)
+    sequence, block = locate(block_slot, call.cu_k, call.sequences, call.tokens_k, block_size, PACKED)
     key_begin, keys = span(sequence, call.cu_k, call.tokens_k, PACKED)
     query_begin, queries = span(sequence, call.cu_q, call.tokens_q, PACKED)
-    count = tl.minimum(keys - block * block_size, block_size)
-    return sequence, block, key_begin + block * block_size, count, query_begin, block * block_size + queries - keys
+    block_keys = tl.minimum(keys - block * block_size, block_size)
+    return sequence, block, key_begin + block * block_size, block_keys, query_begin, block * block_size + queries - keys
 
 
 @triton.jit

@@ -24,7 +24,7 @@ def row_statistics(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor
 
 @lru_cache(maxsize=REMEMBERED)
 def _launch(geometry: Geometry, d_out_strides: tuple[int, int, int]) -> Launch:
-    rows, m = geometry.rows * geometry.heads, 64
+    rows, m = geometry.query_tokens * geometry.heads, 64
     constants = {"HEADS": geometry.heads, "WIDTH": geometry.width, "M": m, "D": power_of_two(geometry.width)}
     arguments = (Rows.of(d_out_strides), TENSOR, Results(TENSOR, TENSOR), TENSOR, geometry.tokens_q, rows)
     return Launch(_row_statistics, (cdiv(rows, m),), arguments, constants)

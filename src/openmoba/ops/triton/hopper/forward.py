@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgro
 
 from openmoba.ops.triton.geometry import query_base
 from openmoba.ops.triton.hopper.tiles import (
-    PIECE,
+    VECTOR,
     allocate_ring,
     copy_pairs,
     copy_rows,
@@ -94,9 +94,9 @@ def attend_past_resident(
 
     # Before the loop: the block, and the first STAGES tiles of queries, one group of copies per tile. The block is in
     # the first group, which is the first to be waited for.
-    keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
-    k_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
-    v_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
+    KEYS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
+    k_smem = gl.allocate_shared_memory(DTYPE, [N, D], KEYS)
+    v_smem = gl.allocate_shared_memory(DTYPE, [N, D], KEYS)
     q_smem = gl.allocate_shared_memory(DTYPE, [STAGES, M, D], gl.NVMMASharedLayout.get_default_for([M, D], DTYPE))
     address_smem = gl.allocate_shared_memory(gl.int64, [M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ring = allocate_ring(1, M)
@@ -131,13 +131,13 @@ def attend_past_resident(
         o = warpgroup_mma(gl.convert_layout(p.to(DTYPE), OPERAND), v_smem, zero_MD, use_acc=False, is_async=True)
         # While P V and S run: where the queries are that this tile's buffer gets next.
         token, member = row_of(late, head_rows, GROUP, PAST)
-        address_smem.store((token * q.token + member * q.head) // PIECE)
+        address_smem.store((token * q.token + member * q.head) // VECTOR)
         ring.index(0).store(pair)
         o, s = warpgroup_mma_wait(0, [o, s_next])
         # The tile's queries are read: their buffer is free, for its output and then for later queries.
         _store_partials(out_ptr, lse_ptr, q_smem.index(stage), ring, tile, o, m_M, l_M, WIDTH, D, ROW, S_MN, O_MD)
         if tile + STAGES < tiles:
-            copy_rows(q_smem.index(stage), q_base, address_smem.load(gl.SliceLayout(1, ROW)) * PIECE, D, ROW)
+            copy_rows(q_smem.index(stage), q_base, address_smem.load(gl.SliceLayout(1, ROW)) * VECTOR, D, ROW)
         # A group in every iteration, empty or not, so that the number waited for never changes.
         async_copy.commit_group()
         async_copy.wait_group(STAGES - 2)
@@ -186,9 +186,9 @@ def attend_past_streaming(
     k_base = head_base(k, sequence, kv_head) + first_key * k.token
     v_base = head_base(v, sequence, kv_head) + first_key * v.token
 
-    keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
-    k_smem = gl.allocate_shared_memory(DTYPE, [2, N, D], keys)
-    v_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
+    KEYS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
+    k_smem = gl.allocate_shared_memory(DTYPE, [2, N, D], KEYS)
+    v_smem = gl.allocate_shared_memory(DTYPE, [N, D], KEYS)
     q_smem = gl.allocate_shared_memory(DTYPE, [2, M, D], gl.NVMMASharedLayout.get_default_for([M, D], DTYPE))
     ring = allocate_ring(2, M)
     n = gl.arange(0, N, gl.SliceLayout(1, ROW))
@@ -204,24 +204,24 @@ def attend_past_streaming(
     copy_rows(v_smem, v_base, v_at, D, ROW)
     async_copy.commit_group()
     zero_MN = gl.zeros([M, N], gl.float32, S_MN)
-    steps = gl.cdiv(end - begin, M) * pieces
+    turns = gl.cdiv(end - begin, M) * pieces
     m_M = gl.full([M], -float("inf"), gl.float32, gl.SliceLayout(1, S_MN))
     l_M = gl.zeros([M], gl.float32, gl.SliceLayout(1, S_MN))
     o = gl.zeros([M, D], gl.float32, O_MD)
     tile, piece = 0, 0
     # One loop over all (tile of rows, piece of the block), so that copies go on from one tile to the next.
-    for step in range(0, steps):
+    for turn in range(0, turns):
         next_piece = gl.where(piece + 1 == pieces, 0, piece + 1)
         async_copy.wait_group(1)  # for the keys; the values may still be on their way
         s = warpgroup_mma(
-            q_smem.index(tile % 2), k_smem.index(step % 2).permute((1, 0)), zero_MN, use_acc=False, is_async=True
+            q_smem.index(tile % 2), k_smem.index(turn % 2).permute((1, 0)), zero_MN, use_acc=False, is_async=True
         )
         # Beside S: the next keys. A tile's pairs come one piece before its queries, which need them.
-        if step + 1 < steps:
-            copy_rows(k_smem.index((step + 1) % 2), k_base, next_piece * N * k.token + k_at, D, ROW)
+        if turn + 1 < turns:
+            copy_rows(k_smem.index((turn + 1) % 2), k_base, next_piece * N * k.token + k_at, D, ROW)
             if piece == 0:
                 copy_pairs(ring, tile + 1, lists.pairs, begin, end)
-            if (piece == 1) & (step + pieces <= steps):
+            if (piece == 1) & (turn + pieces <= turns):
                 pair = pairs_in(ring, tile + 1, gl.SliceLayout(1, ROW))
                 _copy_queries(q_smem.index((tile + 1) % 2), pair, q, q_base, head_rows, GROUP, PAST, D, ROW)
         async_copy.commit_group()
@@ -237,7 +237,7 @@ def attend_past_streaming(
         o = warpgroup_mma(p, v_smem, o, is_async=True)
         o = warpgroup_mma_wait(0, [o])
         # The values are read: the next ones come beside the next S.
-        if step + 1 < steps:
+        if turn + 1 < turns:
             copy_rows(v_smem, v_base, next_piece * N * v.token + v_at, D, ROW)
         async_copy.commit_group()
         if next_piece == 0:

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from openmoba.ops.triton.geometry import first_row, query_base
 from openmoba.ops.triton.hopper.tiles import (
-    PIECE,
+    VECTOR,
     allocate_ring,
     copy_pairs,
     copy_rows,
@@ -49,12 +49,12 @@ _ROWS_TOGETHER = gl.constexpr(2**16)  # 34 MB of queries and output gradients, w
 @gluon.jit
 def _allocate_rows(DTYPE: gl.constexpr, STAGES: gl.constexpr, M: gl.constexpr, D: gl.constexpr):
     """Allocate buffers for queries, output gradients, log-sum-exp and delta."""
-    rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, D], DTYPE)
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_smem = gl.allocate_shared_memory(DTYPE, [STAGES, M, D], rows)
-    d_out_smem = gl.allocate_shared_memory(DTYPE, [STAGES, M, D], rows)
-    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, M], flat)
-    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, M], flat)
+    ROWS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, D], DTYPE)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_smem = gl.allocate_shared_memory(DTYPE, [STAGES, M, D], ROWS)
+    d_out_smem = gl.allocate_shared_memory(DTYPE, [STAGES, M, D], ROWS)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, M], FLAT)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, M], FLAT)
     return q_smem, d_out_smem, lse_smem, delta_smem
 
 
@@ -73,10 +73,10 @@ def _copy_queries(rows_smem, stage, q_base, q_at_M, d_out_base, d_out_at_M, stat
 @gluon.jit
 def _allocate_addresses(M: gl.constexpr):
     """Allocate room for what `_find_rows` finds."""
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_at = gl.allocate_shared_memory(gl.int64, [M], flat)
-    d_out_at = gl.allocate_shared_memory(gl.int64, [M], flat)
-    statistic_at = gl.allocate_shared_memory(gl.int64, [M], flat)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_at = gl.allocate_shared_memory(gl.int64, [M], FLAT)
+    d_out_at = gl.allocate_shared_memory(gl.int64, [M], FLAT)
+    statistic_at = gl.allocate_shared_memory(gl.int64, [M], FLAT)
     return q_at, d_out_at, statistic_at
 
 
@@ -85,8 +85,8 @@ def _find_rows(addresses, pair_M, q, d_out, head_rows, first_query_head, HEADS: 
                PAST: gl.constexpr):  # fmt: skip
     """Work out where the queries, output gradients and statistics of M pairs are, once for all who will copy them."""
     token_M, member_M = row_of(pair_M, head_rows, GROUP, PAST)
-    addresses[0].store((token_M * q.token + member_M * q.head) // PIECE)
-    addresses[1].store((token_M * d_out.token + member_M * d_out.head) // PIECE)
+    addresses[0].store((token_M * q.token + member_M * q.head) // VECTOR)
+    addresses[1].store((token_M * d_out.token + member_M * d_out.head) // VECTOR)
     addresses[2].store((token_M * HEADS + first_query_head + member_M) * STATISTICS)
 
 
@@ -102,28 +102,28 @@ def _copy_found_rows(rows_smem, stage, addresses, first, q_base, d_out_base, sta
     q_smem, d_out_smem, lse_smem, delta_smem = rows_smem
     q_at, d_out_at, statistic_at = addresses
     exist = gl.arange(0, M, gl.SliceLayout(1, ROW)) >= first
-    copy_rows(q_smem.index(stage), q_base, q_at.load(gl.SliceLayout(1, ROW)) * PIECE, D, ROW)
-    copy_rows(d_out_smem.index(stage), d_out_base, d_out_at.load(gl.SliceLayout(1, ROW)) * PIECE, D, ROW, exist)
+    copy_rows(q_smem.index(stage), q_base, q_at.load(gl.SliceLayout(1, ROW)) * VECTOR, D, ROW)
+    copy_rows(d_out_smem.index(stage), d_out_base, d_out_at.load(gl.SliceLayout(1, ROW)) * VECTOR, D, ROW, exist)
     statistic = statistics_ptr + statistic_at.load(FLAT)
     copy_to_shared(lse_smem.index(stage), statistic)
     copy_to_shared(delta_smem.index(stage), statistic + 1, gl.arange(0, M, FLAT) >= first)
 
 
 @gluon.jit
-def _own_row(begin, count, shift, M: gl.constexpr, LAYOUT: gl.constexpr):
+def _own_row(begin, block_keys, shift, M: gl.constexpr, LAYOUT: gl.constexpr):
     """Number a tile's queries within the block; absent ones repeat a readable one, and are masked later."""
     m = begin + gl.arange(0, M, LAYOUT)
-    return (gl.minimum(gl.maximum(m, -shift), count - 1) + shift).to(gl.int64)
+    return (gl.minimum(gl.maximum(m, -shift), block_keys - 1) + shift).to(gl.int64)
 
 
 @gluon.jit
-def _copy_own_rows(rows_smem, stage, head, begin, count, shift, query_begin, flat, first_query_head, q, q_base, d_out,
-                   d_out_base, statistics_ptr, HEADS: gl.constexpr, M: gl.constexpr, D: gl.constexpr,
+def _copy_own_rows(rows_smem, stage, head, begin, block_keys, shift, query_begin, flat, first_query_head, q, q_base,
+                   d_out, d_out_base, statistics_ptr, HEADS: gl.constexpr, M: gl.constexpr, D: gl.constexpr,
                    ROW: gl.constexpr):  # fmt: skip
     """Begin the copies of the block's own queries from number `begin` on, in a head of the group."""
     member = gl.cast(head, gl.int64)
-    token_M = query_begin + _own_row(begin, count, shift, M, gl.SliceLayout(1, ROW))
-    flat_M = flat + _own_row(begin, count, shift, M, flat_layout(gl.num_warps()))
+    token_M = query_begin + _own_row(begin, block_keys, shift, M, gl.SliceLayout(1, ROW))
+    flat_M = flat + _own_row(begin, block_keys, shift, M, flat_layout(gl.num_warps()))
     _copy_queries(
         rows_smem, stage, q_base, token_M * q.token + member * q.head,
         d_out_base, token_M * d_out.token + member * d_out.head,
@@ -132,9 +132,9 @@ def _copy_own_rows(rows_smem, stage, head, begin, count, shift, query_begin, fla
 
 
 @gluon.jit
-def _next_tile(head, begin, first, count, M: gl.constexpr):
-    """Return the head and first query of the next tile: a head's tiles from `first` to `count`, head after head."""
-    at_end = begin + M >= count
+def _next_tile(head, begin, first, block_keys, M: gl.constexpr):
+    """Return head and first query of the next tile: a head's tiles from `first` to `block_keys`, head after head."""
+    at_end = begin + M >= block_keys
     return gl.where(at_end, head + 1, head), gl.where(at_end, first, begin + M)
 
 
@@ -179,7 +179,7 @@ def key_gradients(
     k,
     v,
     statistics_ptr,
-    parts,
+    partials,
     shares_ptr,
     lists,
     offsets_ptr,
@@ -223,9 +223,9 @@ def key_gradients(
 
     # Before the loop: keys and values, which stay, and STAGES - 1 tiles of rows, a group of copies per tile. Pairs are
     # copied as far ahead again, since finding a row needs its pair.
-    keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
-    k_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
-    v_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
+    KEYS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
+    k_smem = gl.allocate_shared_memory(DTYPE, [N, D], KEYS)
+    v_smem = gl.allocate_shared_memory(DTYPE, [N, D], KEYS)
     rows_smem = _allocate_rows(DTYPE, STAGES, M, D)
     ds_smem = gl.allocate_shared_memory(DTYPE, [N, M], gl.NVMMASharedLayout.get_default_for([N, M], DTYPE))
     dq_smem = gl.allocate_shared_memory(DTYPE, [M, D], gl.NVMMASharedLayout.get_default_for([M, D], DTYPE))
@@ -297,8 +297,8 @@ def key_gradients(
     n = piece * N + gl.arange(0, N, gl.SliceLayout(1, DK_ND))
     d = gl.arange(0, D, gl.SliceLayout(0, DK_ND))
     at_ND = (item.to(gl.int64) * call.block_size + n)[:, None] * WIDTH + d[None, :]
-    gl.store(parts.dk + at_ND, dk)
-    gl.store(parts.dv + at_ND, dv)
+    gl.store(partials.dk + at_ND, dk)
+    gl.store(partials.dv + at_ND, dv)
 
 
 @gluon.jit
@@ -308,10 +308,10 @@ def _longest_first(call, pieces, together):
     A block's first keys have all its rows, its last ones few. In `together` blocks all first pieces come first, then
     all second ones, so that the multiprocessors finish together.
     """
-    first_slot = gl.program_id(0) // (together * pieces) * together
-    place = gl.program_id(0) - first_slot * pieces
-    here = gl.minimum(together, call.block_slots - first_slot)
-    return first_slot + place % here, place // here
+    first_block_slot = gl.program_id(0) // (together * pieces) * together
+    place = gl.program_id(0) - first_block_slot * pieces
+    here = gl.minimum(together, call.block_slots - first_block_slot)
+    return first_block_slot + place % here, place // here
 
 
 @gluon.jit(do_not_specialize=["first_head"])
@@ -321,7 +321,7 @@ def own_key_gradients(
     k,
     v,
     statistics_ptr,
-    parts,
+    partials,
     gradients,
     offsets_ptr,
     call,
@@ -346,11 +346,11 @@ def own_key_gradients(
     S_NM: gl.constexpr = product_layout(M, WARPS, 1)
     DK_ND: gl.constexpr = product_layout(D, WARPS, 1)
     block_size = call.block_size
-    slot, piece = _longest_first(call, block_size // N, gl.maximum(_ROWS_TOGETHER // (block_size * GROUP), 1))
+    block_slot, piece = _longest_first(call, block_size // N, gl.maximum(_ROWS_TOGETHER // (block_size * GROUP), 1))
     start = piece * N
     head = gl.program_id(1)
-    sequence, _, key_begin, count, query_begin, shift = own_rows(slot, call, PACKED)
-    if start >= count:
+    sequence, _, key_begin, block_keys, query_begin, shift = own_rows(block_slot, call, PACKED)
+    if start >= block_keys:
         return
     kv_head = first_head + head
     wide_head = kv_head.to(gl.int64)
@@ -358,15 +358,15 @@ def own_key_gradients(
     d_out_base = head_base(d_out, sequence, wide_head * GROUP)
     flat = first_row(sequence, call, PACKED)
     first = gl.maximum(start, -shift) // M * M
-    tiles_per_head = gl.cdiv(gl.maximum(count - first, 0), M)
+    tiles_per_head = gl.cdiv(gl.maximum(block_keys - first, 0), M)
     tiles = tiles_per_head * GROUP
 
-    keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
-    k_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
-    v_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
+    KEYS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
+    k_smem = gl.allocate_shared_memory(DTYPE, [N, D], KEYS)
+    v_smem = gl.allocate_shared_memory(DTYPE, [N, D], KEYS)
     rows_smem = _allocate_rows(DTYPE, STAGES, M, D)
     # Absent keys repeat the last one; nothing is stored for them.
-    key = key_begin + gl.minimum(start + gl.arange(0, N, gl.SliceLayout(1, ROW)), count - 1)
+    key = key_begin + gl.minimum(start + gl.arange(0, N, gl.SliceLayout(1, ROW)), block_keys - 1)
     key = key.to(gl.int64)
     copy_rows(k_smem, head_base(k, sequence, kv_head), key * k.token, D, ROW)
     copy_rows(v_smem, head_base(v, sequence, kv_head), key * v.token, D, ROW)
@@ -375,10 +375,10 @@ def own_key_gradients(
     for early in gl.static_range(STAGES - 1):
         if early < tiles:
             _copy_own_rows(
-                rows_smem, early, late_head, late_begin, count, shift, query_begin, flat, wide_head * GROUP, q,
+                rows_smem, early, late_head, late_begin, block_keys, shift, query_begin, flat, wide_head * GROUP, q,
                 q_base, d_out, d_out_base, statistics_ptr, HEADS, M, D, ROW,
             )  # fmt: skip
-        late_head, late_begin = _next_tile(late_head, late_begin, first, count, M)
+        late_head, late_begin = _next_tile(late_head, late_begin, first, block_keys, M)
         async_copy.commit_group()
     dk = gl.zeros([N, D], gl.float32, DK_ND)
     dv = gl.zeros([N, D], gl.float32, DK_ND)
@@ -396,14 +396,14 @@ def own_key_gradients(
         dp = _begin_product(v_smem, d_out_MD, S_NM)
         if tile + STAGES - 1 < tiles:
             _copy_own_rows(
-                rows_smem, late_stage, late_head, late_begin, count, shift, query_begin, flat, wide_head * GROUP,
+                rows_smem, late_stage, late_head, late_begin, block_keys, shift, query_begin, flat, wide_head * GROUP,
                 q, q_base, d_out, d_out_base, statistics_ptr, HEADS, M, D, ROW,
             )  # fmt: skip
-        late_head, late_begin = _next_tile(late_head, late_begin, first, count, M)
+        late_head, late_begin = _next_tile(late_head, late_begin, first, block_keys, M)
         async_copy.commit_group()
         m = begin + column
         lse = rows_smem[2].index(stage).load(gl.SliceLayout(0, S_NM))
-        lse = gl.where((m < count) & (m + shift >= 0), lse, float("inf"))
+        lse = gl.where((m < block_keys) & (m + shift >= 0), lse, float("inf"))
         s = warpgroup_mma_wait(1, [s])
         if begin < start + N:  # on the diagonal
             s = gl.where(row[:, None] <= m[None, :], s, -float("inf"))
@@ -411,21 +411,21 @@ def own_key_gradients(
         dk = _begin_keys(ds, q_MD, dk, DK_ND)
         dk, dv = warpgroup_mma_wait(0, [dk, dv])
         async_copy.wait_group(STAGES - 2)
-        _, begin = _next_tile(0, begin, first, count, M)
+        _, begin = _next_tile(0, begin, first, block_keys, M)
         stage = next_stage
     # The past's partials are added in list order, after the loop: always the same order, and no registers during it.
     list_begin, list_end, item = 0, 0, 0
     if offsets_ptr is not None:
-        list_id = head * call.block_slots + slot
+        list_id = head * call.block_slots + block_slot
         list_begin, list_end = list_bounds(offsets_ptr, list_id, call.block_slots)
         item = list_begin // SEGMENT + list_id
     n = start + gl.arange(0, N, gl.SliceLayout(1, DK_ND))
     d = gl.arange(0, D, gl.SliceLayout(0, DK_ND))
-    exists = (n < count)[:, None]
-    for part in range(gl.cdiv(list_end - list_begin, SEGMENT)):
-        at_ND = (gl.cast(item + part, gl.int64) * block_size + n)[:, None] * WIDTH + d[None, :]
-        dk += gl.load(parts.dk + at_ND, mask=exists, other=0.0)
-        dv += gl.load(parts.dv + at_ND, mask=exists, other=0.0)
+    exists = (n < block_keys)[:, None]
+    for partial in range(gl.cdiv(list_end - list_begin, SEGMENT)):
+        at_ND = (gl.cast(item + partial, gl.int64) * block_size + n)[:, None] * WIDTH + d[None, :]
+        dk += gl.load(partials.dk + at_ND, mask=exists, other=0.0)
+        dv += gl.load(partials.dv + at_ND, mask=exists, other=0.0)
     key_row = key_begin + n
     if not PACKED:
         key_row += sequence * call.tokens_k

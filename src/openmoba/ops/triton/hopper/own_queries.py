@@ -24,9 +24,9 @@ def _rank_layout(ranks, warps):
 
 
 @gluon.jit
-def _copy_keys(smem, base, begin, count, token_stride, N: gl.constexpr, D: gl.constexpr, ROW: gl.constexpr):
+def _copy_keys(smem, base, begin, block_keys, token_stride, N: gl.constexpr, D: gl.constexpr, ROW: gl.constexpr):
     """Begin to copy keys or values from number `begin` of the block on; absent ones repeat the last."""
-    n = gl.minimum(begin + gl.arange(0, N, gl.SliceLayout(1, ROW)), count - 1)
+    n = gl.minimum(begin + gl.arange(0, N, gl.SliceLayout(1, ROW)), block_keys - 1)
     copy_rows(smem, base, n.to(gl.int64) * token_stride, D, ROW)
 
 
@@ -44,7 +44,7 @@ def _exist(start, low, high, M: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit(
-    do_not_specialize=["first_head", "first_slot", "first_token", "end_token"],
+    do_not_specialize=["first_head", "first_block_slot", "first_token", "end_token"],
     do_not_specialize_on_alignment=["counts_ptr"],
 )
 def attend_own(
@@ -56,7 +56,7 @@ def attend_own(
     results,
     call,
     first_head,
-    first_slot,
+    first_block_slot,
     first_token,
     end_token,
     scale,
@@ -76,13 +76,13 @@ def attend_own(
     S_MN: gl.constexpr = product_layout(N, WARPS, 1)
     O_MD: gl.constexpr = product_layout(D, WARPS, 1)
     tiles = call.block_size // M
-    slot = first_slot + gl.program_id(0) // tiles
+    block_slot = first_block_slot + gl.program_id(0) // tiles
     start = gl.program_id(0) % tiles * M
-    sequence, block, key_begin, count, query_begin, shift = own_rows(slot, call, PACKED)
+    sequence, block, key_begin, block_keys, query_begin, shift = own_rows(block_slot, call, PACKED)
     first_query = first_row(sequence, call, PACKED)
     first_flat = first_query + shift
     low = gl.maximum(start, gl.maximum(first_token, first_query) - first_flat)
-    high = gl.minimum(gl.minimum(start + M, count), end_token - first_flat)
+    high = gl.minimum(gl.minimum(start + M, block_keys), end_token - first_flat)
     if low >= high:
         return
     head = gl.program_id(1) // GROUP
@@ -93,16 +93,16 @@ def attend_own(
     k_base = head_base(k, sequence, kv_head) + gl.cast(key_begin, gl.int64) * k.token
     v_base = head_base(v, sequence, kv_head) + gl.cast(key_begin, gl.int64) * v.token
 
-    keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
+    KEYS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
     q_smem = gl.allocate_shared_memory(DTYPE, [M, D], gl.NVMMASharedLayout.get_default_for([M, D], DTYPE))
-    k_smem = gl.allocate_shared_memory(DTYPE, [2, N, D], keys)
-    v_smem = gl.allocate_shared_memory(DTYPE, [N, D], keys)
+    k_smem = gl.allocate_shared_memory(DTYPE, [2, N, D], KEYS)
+    v_smem = gl.allocate_shared_memory(DTYPE, [N, D], KEYS)
     # Two groups of copies before the loop: queries and the first keys; the first values.
     readable = _readable(start, low, high, M, gl.SliceLayout(1, ROW))
     copy_rows(q_smem, q_base, (query_begin + readable + shift).to(gl.int64) * q.token, D, ROW)
-    _copy_keys(k_smem.index(0), k_base, 0, count, k.token, N, D, ROW)
+    _copy_keys(k_smem.index(0), k_base, 0, block_keys, k.token, N, D, ROW)
     async_copy.commit_group()
-    _copy_keys(v_smem, v_base, 0, count, v.token, N, D, ROW)
+    _copy_keys(v_smem, v_base, 0, block_keys, v.token, N, D, ROW)
     async_copy.commit_group()
 
     m = start + gl.arange(0, M, gl.SliceLayout(1, S_MN))
@@ -111,12 +111,12 @@ def attend_own(
     m_M = gl.full([M], -float("inf"), gl.float32, gl.SliceLayout(1, S_MN))
     l_M = gl.zeros([M], gl.float32, gl.SliceLayout(1, S_MN))
     o = gl.zeros([M, D], gl.float32, O_MD)
-    pieces = gl.cdiv(gl.minimum(start + M, count), N)
+    pieces = gl.cdiv(gl.minimum(start + M, block_keys), N)
     for piece in range(0, pieces):
         async_copy.wait_group(1)  # for the keys; the values may still be on their way
         s = warpgroup_mma(q_smem, k_smem.index(piece % 2).permute((1, 0)), zero_MN, use_acc=False, is_async=True)
         if piece + 1 < pieces:
-            _copy_keys(k_smem.index((piece + 1) % 2), k_base, (piece + 1) * N, count, k.token, N, D, ROW)
+            _copy_keys(k_smem.index((piece + 1) % 2), k_base, (piece + 1) * N, block_keys, k.token, N, D, ROW)
         async_copy.commit_group()
         s = warpgroup_mma_wait(0, [s])
         if (piece + 1) * N > start:
@@ -132,7 +132,7 @@ def attend_own(
         o = warpgroup_mma(p, v_smem, o, is_async=True)
         o = warpgroup_mma_wait(0, [o])
         if piece + 1 < pieces:
-            _copy_keys(v_smem, v_base, (piece + 1) * N, count, v.token, N, D, ROW)
+            _copy_keys(v_smem, v_base, (piece + 1) * N, block_keys, v.token, N, D, ROW)
         async_copy.commit_group()
 
     # Past and own block are merged in the layout in which rows lie in memory: partials go straight to registers.
@@ -152,8 +152,8 @@ def attend_own(
         weight_M = gl.exp2(_load(partials.lse + first_pair + rank, reads_M, -float("inf"), "") - top_M)
         at_MD = (first_pair + rank)[:, None] * WIDTH + d[None, :]
         reads_MD = None if count_M is None else (rank < count_M)[:, None] & (d >= 0)[None, :]
-        part = _load(partials.out + at_MD, reads_MD, 0.0, "evict_first")
-        o += part.to(gl.float32) * weight_M[:, None]
+        partial = _load(partials.out + at_MD, reads_MD, 0.0, "evict_first")
+        o += partial.to(gl.float32) * weight_M[:, None]
     exists = _exist(start, low, high, M, gl.SliceLayout(1, ROW))
     o = (o * (1.0 / l_M)[:, None]).to(DTYPE)
     at_M = flat * HEADS + head_index
@@ -177,17 +177,17 @@ def _weigh(partial_lse_ptr, pair_M, past, count_M, own_M, PAST: gl.constexpr, RO
     WIDE: gl.constexpr = RANKS.threads_per_warp[1]
     rank = gl.arange(0, WIDE, gl.SliceLayout(0, RANKS))
     at_M = gl.convert_layout(pair_M, gl.SliceLayout(1, RANKS))
-    count = past if count_M is None else gl.convert_layout(count_M, gl.SliceLayout(1, RANKS))[:, None]
+    ranks = past if count_M is None else gl.convert_layout(count_M, gl.SliceLayout(1, RANKS))[:, None]
     top_M = own_M
     for begin in range(0, past, WIDE):
         rank_here = (begin + rank)[None, :]
-        lse_MR = gl.load(partial_lse_ptr + at_M[:, None] + rank_here, mask=rank_here < count, other=-float("inf"))
+        lse_MR = gl.load(partial_lse_ptr + at_M[:, None] + rank_here, mask=rank_here < ranks, other=-float("inf"))
         top_M = gl.maximum(top_M, gl.convert_layout(gl.max(lse_MR, 1), gl.SliceLayout(1, ROW)))
     l_M = gl.exp2(own_M - top_M)
     top_here_M = gl.convert_layout(top_M, gl.SliceLayout(1, RANKS))
     for begin in range(0, past, WIDE):
         rank_here = (begin + rank)[None, :]
-        lse_MR = gl.load(partial_lse_ptr + at_M[:, None] + rank_here, mask=rank_here < count, other=-float("inf"))
+        lse_MR = gl.load(partial_lse_ptr + at_M[:, None] + rank_here, mask=rank_here < ranks, other=-float("inf"))
         l_M += gl.convert_layout(gl.sum(gl.exp2(lse_MR - top_here_M[:, None]), 1), gl.SliceLayout(1, ROW))
     return top_M, l_M
 
@@ -223,11 +223,11 @@ def own_query_gradients(
     S_MN: gl.constexpr = product_layout(N, WARPS, 1)
     DQ_MD: gl.constexpr = product_layout(D, WARPS, 1)
     tiles = call.block_size // M
-    slot = gl.program_id(0) // tiles
+    block_slot = gl.program_id(0) // tiles
     start = gl.program_id(0) % tiles * M
-    sequence, block, key_begin, count, query_begin, shift = own_rows(slot, call, PACKED)
+    sequence, block, key_begin, block_keys, query_begin, shift = own_rows(block_slot, call, PACKED)
     low = gl.maximum(start, -shift)
-    high = gl.minimum(start + M, count)
+    high = gl.minimum(start + M, block_keys)
     if low >= high:
         return
     head = gl.program_id(1) // GROUP
@@ -239,12 +239,12 @@ def own_query_gradients(
     k_base = head_base(k, sequence, kv_head) + gl.cast(key_begin, gl.int64) * k.token
     v_base = head_base(v, sequence, kv_head) + gl.cast(key_begin, gl.int64) * v.token
 
-    row_shape: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, D], DTYPE)
-    keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
-    q_smem = gl.allocate_shared_memory(DTYPE, [M, D], row_shape)
-    d_out_smem = gl.allocate_shared_memory(DTYPE, [M, D], row_shape)
-    k_smem = gl.allocate_shared_memory(DTYPE, [STAGES, N, D], keys)
-    v_smem = gl.allocate_shared_memory(DTYPE, [STAGES, N, D], keys)
+    ROWS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, D], DTYPE)
+    KEYS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
+    q_smem = gl.allocate_shared_memory(DTYPE, [M, D], ROWS)
+    d_out_smem = gl.allocate_shared_memory(DTYPE, [M, D], ROWS)
+    k_smem = gl.allocate_shared_memory(DTYPE, [STAGES, N, D], KEYS)
+    v_smem = gl.allocate_shared_memory(DTYPE, [STAGES, N, D], KEYS)
     readable = _readable(start, low, high, M, gl.SliceLayout(1, ROW))
     token = (query_begin + readable + shift).to(gl.int64)
     copy_rows(q_smem, q_base, token * q.token, D, ROW)
@@ -253,8 +253,8 @@ def own_query_gradients(
     pieces = gl.cdiv(high, N)
     for early in gl.static_range(STAGES):
         if early < pieces:
-            _copy_keys(k_smem.index(early), k_base, early * N, count, k.token, N, D, ROW)
-            _copy_keys(v_smem.index(early), v_base, early * N, count, v.token, N, D, ROW)
+            _copy_keys(k_smem.index(early), k_base, early * N, block_keys, k.token, N, D, ROW)
+            _copy_keys(v_smem.index(early), v_base, early * N, block_keys, v.token, N, D, ROW)
         async_copy.commit_group()
 
     m = start + gl.arange(0, M, gl.SliceLayout(1, S_MN))
@@ -284,8 +284,8 @@ def own_query_gradients(
         # dQ has read this piece's keys: its buffers are free.
         later = piece + STAGES
         if later < pieces:
-            _copy_keys(k_smem.index(piece % STAGES), k_base, later * N, count, k.token, N, D, ROW)
-            _copy_keys(v_smem.index(piece % STAGES), v_base, later * N, count, v.token, N, D, ROW)
+            _copy_keys(k_smem.index(piece % STAGES), k_base, later * N, block_keys, k.token, N, D, ROW)
+            _copy_keys(v_smem.index(piece % STAGES), v_base, later * N, block_keys, v.token, N, D, ROW)
         async_copy.commit_group()
 
     # The pairs' shares are added last, in rank order, in the layout in which they lie in memory.
@@ -299,8 +299,8 @@ def own_query_gradients(
         count_M = gl.load(counts_ptr + gl.cast(head, gl.int64) * call.rows + flat * GROUP + member)
     for rank in range(0, gl.minimum(block, PAST)):
         reads_MD = None if count_M is None else (rank < count_M)[:, None] & (d >= 0)[None, :]
-        for part in gl.static_range(SHARES):
-            dq += _load(share + part * WIDTH, reads_MD, 0.0, "evict_first").to(gl.float32)
+        for its_piece in gl.static_range(SHARES):
+            dq += _load(share + its_piece * WIDTH, reads_MD, 0.0, "evict_first").to(gl.float32)
         share += SHARES * WIDTH
     exists = _exist(start, low, high, M, gl.SliceLayout(1, ROW))
     at_MD = ((flat * HEADS + head_index) * WIDTH)[:, None] + d[None, :]

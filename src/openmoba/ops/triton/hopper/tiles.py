@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 # Elements of 16 bytes, which all strides are multiples of. Addresses in shared memory are counted in them, so that the
 # compiler sees aligned addresses.
-PIECE = gl.constexpr(8)
+VECTOR = gl.constexpr(8)
 
 # Names that changed between releases of Triton: since 3.7, and since 3.8.
 thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier

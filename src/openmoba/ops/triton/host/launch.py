@@ -84,7 +84,7 @@ def _count(_: Any) -> None:
 
 
 class Launch:
-    """A kernel with everything but its tensors.
+    """A kernel with everything but its tensors: a fixed launch.
 
     Args:
         kernel: of `triton.jit` or `gluon.jit`, with its constants last among the parameters.

@@ -83,14 +83,14 @@ class _Tape:
 
     def __init__(self, launches: Sequence[Launched], places: _Places, outputs: Sequence[Tensor]) -> None:
         self._outputs = [(x.shape, x.dtype) for x in outputs]
-        self._steps = []
+        self._launches = []
         known: dict[tuple[type, float], int] = {}
         for direct, tensors, numbers in launches:
             assert direct is not None
             begins = [x if x is None else places.number(x) for x in tensors]
             # Addresses come first among the values, numbers from the end: how many there are shows at the end.
             where = [*begins, *[~known.setdefault((type(x), x), len(known)) for x in numbers]]
-            self._steps.append((direct.launch, itemgetter(*[where[place] for place in direct.places])))
+            self._launches.append((direct.launch, itemgetter(*[where[place] for place in direct.places])))
         self._numbers = [number for _, number in reversed(known)]
         self._places, self.scratch = places.places, places.scratch
 
@@ -101,7 +101,7 @@ class _Tape:
         begins = [*pointers, *[x.data_ptr() for x in outputs], scratch.data_ptr()]
         values = [*[begins[tensor] + offset for tensor, offset in self._places], *self._numbers]
         stream = current_stream(first.get_device())
-        for launch, pick in self._steps:
+        for launch, pick in self._launches:
             launch(stream, pick(values))
         return outputs
 

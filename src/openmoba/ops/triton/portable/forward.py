@@ -101,7 +101,7 @@ def attend_past(
 
 
 @triton.jit(
-    do_not_specialize=["first_head", "first_slot", "first_token", "end_token"],
+    do_not_specialize=["first_head", "first_block_slot", "first_token", "end_token"],
     do_not_specialize_on_alignment=["counts_ptr"],
 )
 def attend_own(
@@ -113,7 +113,7 @@ def attend_own(
     results,
     call,
     first_head,
-    first_slot,
+    first_block_slot,
     first_token,
     end_token,
     scale,
@@ -129,15 +129,15 @@ def attend_own(
     """Merge the partials of M queries of a head, add the own block causally, write output and LSE."""
     tl.static_assert(M % N == 0)  # the loop over earlier keys has no mask
     tiles = tl.cdiv(call.block_size, M)
-    slot = first_slot + tl.program_id(0) // tiles
+    block_slot = first_block_slot + tl.program_id(0) // tiles
     start = (tl.program_id(0) % tiles) * M
-    sequence, block, key_begin, count, query_begin, shift = own_rows(slot, call, PACKED)
+    sequence, block, key_begin, block_keys, query_begin, shift = own_rows(block_slot, call, PACKED)
     first_query = first_row(sequence, call, PACKED)
     first_flat = first_query + shift
     # Rows of the tile: of the block, of the sequence, of the range of tokens. No maximum of three with a negated term:
     # the ptxas of CUDA 12.8 loses the sign.
     low = tl.maximum(start, tl.maximum(first_token, first_query) - first_flat)
-    high = tl.minimum(tl.minimum(start + M, count), end_token - first_flat)
+    high = tl.minimum(tl.minimum(start + M, block_keys), end_token - first_flat)
     if low >= high:
         return
     head = tl.program_id(1) // GROUP
@@ -173,10 +173,10 @@ def attend_own(
         s_MN = dot(q_MD, tl.trans(k_ND))
         m_M, l_M, o_MD = online_softmax(s_MN, v_ND, m_M, l_M, o_MD, scale_log2)
     # On the diagonal, and at the end of the sequence.
-    for at in range(start, tl.minimum(start + M, count), N):
+    for at in range(start, tl.minimum(start + M, block_keys), N):
         n = at + tl.arange(0, N)
-        k_ND = load_rows(k_base, key_begin + n, k.token, n < count, WIDTH, D)
-        v_ND = load_rows(v_base, key_begin + n, v.token, n < count, WIDTH, D)
+        k_ND = load_rows(k_base, key_begin + n, k.token, n < block_keys, WIDTH, D)
+        v_ND = load_rows(v_base, key_begin + n, v.token, n < block_keys, WIDTH, D)
         s_MN = tl.where(n[None, :] <= m[:, None], dot(q_MD, tl.trans(k_ND)), -float("inf"))
         m_M, l_M, o_MD = online_softmax(s_MN, v_ND, m_M, l_M, o_MD, scale_log2)
     head_index = kv_head * GROUP + member
@@ -202,7 +202,7 @@ def _merge_partials(partials, first_M, most, count_M, valid, WIDTH: tl.constexpr
         weight_M = tl.exp2(tl.load(partials.lse + first_M + rank, mask=reads_M, other=0.0) - m_M)
         if count_M is not None:
             weight_M = tl.where(reads_M, weight_M, 0.0)
-        part_MD = load_rows(partials.out, first_M + rank, WIDTH, reads_M, WIDTH, D)
-        o_MD += part_MD.to(tl.float32) * weight_M[:, None]
+        partial_MD = load_rows(partials.out, first_M + rank, WIDTH, reads_M, WIDTH, D)
+        o_MD += partial_MD.to(tl.float32) * weight_M[:, None]
         l_M += weight_M
     return o_MD, m_M, l_M

@@ -14,7 +14,7 @@ from openmoba.ops.triton.rows import LOG2E, dot, head_base, load_queries, load_r
 
 
 @triton.jit
-def _key_step(k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, reads_NM, dk_ND, dv_ND, scale_log2, MASKED: tl.constexpr):
+def _add_rows(k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, reads_NM, dk_ND, dv_ND, scale_log2, MASKED: tl.constexpr):
     """Add the contribution of M rows to dK / scale and dV; also returns dS transposed, `[N, M]`."""
     p_NM = tl.exp2(dot(k_ND, tl.trans(q_MD)) * scale_log2 - lse_M[None, :])
     if MASKED:
@@ -33,7 +33,7 @@ def key_gradients(
     k,
     v,
     statistics_ptr,
-    parts,
+    partials,
     shares_ptr,
     lists,
     offsets_ptr,
@@ -91,7 +91,7 @@ def key_gradients(
             WIDTH,
             D,
         )
-        dk_ND, dv_ND, ds_NM = _key_step(
+        dk_ND, dv_ND, ds_NM = _add_rows(
             k_ND,
             v_ND,
             q_MD,
@@ -109,8 +109,8 @@ def key_gradients(
             share = tl.where(valid, pair.to(tl.int64) * SHARES, nowhere)
             store_rows(shares_ptr, share, WIDTH, None, dq_MD, WIDTH, D)
     at = item.to(tl.int64) * call.block_size + n
-    store_rows(parts.dk, at, WIDTH, n < call.block_size, dk_ND, WIDTH, D)
-    store_rows(parts.dv, at, WIDTH, n < call.block_size, dv_ND, WIDTH, D)
+    store_rows(partials.dk, at, WIDTH, n < call.block_size, dk_ND, WIDTH, D)
+    store_rows(partials.dv, at, WIDTH, n < call.block_size, dv_ND, WIDTH, D)
 
 
 @triton.jit(do_not_specialize=["first_head"])
@@ -120,7 +120,7 @@ def own_key_gradients(
     k,
     v,
     statistics_ptr,
-    parts,
+    partials,
     gradients,
     offsets_ptr,
     call,
@@ -139,11 +139,11 @@ def own_key_gradients(
 ):
     """Go through the own queries of N keys of a block, add the partials of its items, write dK and dV."""
     pieces = tl.cdiv(call.block_size, N)
-    slot = tl.program_id(0) // pieces
+    block_slot = tl.program_id(0) // pieces
     start = (tl.program_id(0) % pieces) * N
     head = tl.program_id(1)
-    sequence, _, key_begin, count, query_begin, shift = own_rows(slot, call, PACKED)
-    if start >= count:
+    sequence, _, key_begin, block_keys, query_begin, shift = own_rows(block_slot, call, PACKED)
+    if start >= block_keys:
         return
     kv_head = first_head + head
     n = start + tl.arange(0, N)
@@ -151,8 +151,8 @@ def own_key_gradients(
     dv_ND = tl.zeros([N, D], tl.float32)
     k_base = head_base(k, sequence, kv_head)
     v_base = head_base(v, sequence, kv_head)
-    k_ND = load_rows(k_base, key_begin + n, k.token, n < count, WIDTH, D)
-    v_ND = load_rows(v_base, key_begin + n, v.token, n < count, WIDTH, D)
+    k_ND = load_rows(k_base, key_begin + n, k.token, n < block_keys, WIDTH, D)
+    v_ND = load_rows(v_base, key_begin + n, v.token, n < block_keys, WIDTH, D)
     # The block's own queries, head by head of the group, from the first that reads a key of this tile.
     flat = first_row(sequence, call, PACKED)
     first = tl.maximum(start, -shift) // M * M
@@ -160,16 +160,16 @@ def own_key_gradients(
         q_head_index = (kv_head * GROUP + member).to(tl.int64)
         q_base = head_base(q, sequence, q_head_index)
         d_out_base = head_base(d_out, sequence, q_head_index)
-        for at in range(first, count, M):
+        for at in range(first, block_keys, M):
             m = at + tl.arange(0, M)
-            valid = (m < count) & (m + shift >= 0)
+            valid = (m < block_keys) & (m + shift >= 0)
             token = tl.where(valid, query_begin + m + shift, 0).to(tl.int64)
             statistic = tl.where(valid, flat + m + shift, 0).to(tl.int64) * HEADS + q_head_index
             q_MD, d_out_MD, lse_M, delta_M = load_queries(
                 d_out_base, q_base, statistics_ptr, token * d_out.token, token * q.token, statistic, valid, WIDTH, D
             )
             reads_NM = n[:, None] <= m[None, :]
-            dk_ND, dv_ND, _ds_NM = _key_step(
+            dk_ND, dv_ND, _ds_NM = _add_rows(
                 k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, reads_NM, dk_ND, dv_ND, scale * LOG2E, True
             )
     kv_heads = HEADS // GROUP
@@ -178,15 +178,15 @@ def own_key_gradients(
         key_row += sequence * call.tokens_k
     list_begin, list_end, item = 0, 0, 0
     if offsets_ptr is not None:
-        list_id = head * call.block_slots + slot
+        list_id = head * call.block_slots + block_slot
         list_begin, list_end = list_bounds(offsets_ptr, list_id, call.block_slots)
         item = list_begin // SEGMENT + list_id
     # One sum after the other, and after the loop: both at once would not fit in the registers.
-    for part in range(tl.cdiv(list_end - list_begin, SEGMENT)):
-        at = tl.cast(item + part, tl.int64) * call.block_size + n
-        dk_ND += load_rows(parts.dk, at, WIDTH, n < count, WIDTH, D)
-    store_rows(gradients.dk + kv_head * WIDTH, key_row, kv_heads * WIDTH, n < count, dk_ND * scale, WIDTH, D)
-    for part in range(tl.cdiv(list_end - list_begin, SEGMENT)):
-        at = tl.cast(item + part, tl.int64) * call.block_size + n
-        dv_ND += load_rows(parts.dv, at, WIDTH, n < count, WIDTH, D)
-    store_rows(gradients.dv + kv_head * WIDTH, key_row, kv_heads * WIDTH, n < count, dv_ND, WIDTH, D)
+    for partial in range(tl.cdiv(list_end - list_begin, SEGMENT)):
+        at = tl.cast(item + partial, tl.int64) * call.block_size + n
+        dk_ND += load_rows(partials.dk, at, WIDTH, n < block_keys, WIDTH, D)
+    store_rows(gradients.dk + kv_head * WIDTH, key_row, kv_heads * WIDTH, n < block_keys, dk_ND * scale, WIDTH, D)
+    for partial in range(tl.cdiv(list_end - list_begin, SEGMENT)):
+        at = tl.cast(item + partial, tl.int64) * call.block_size + n
+        dv_ND += load_rows(partials.dv, at, WIDTH, n < block_keys, WIDTH, D)
+    store_rows(gradients.dv + kv_head * WIDTH, key_row, kv_heads * WIDTH, n < block_keys, dv_ND, WIDTH, D)

@@ -24,7 +24,7 @@ from openmoba.ops.triton.rows import (
 
 
 @triton.jit
-def _query_step(k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, reads_MN, dq_MD, scale_log2, MASKED: tl.constexpr):
+def _add_keys(k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, reads_MN, dq_MD, scale_log2, MASKED: tl.constexpr):
     """Add the contribution of N keys to dQ / scale."""
     p_MN = tl.exp2(dot(q_MD, tl.trans(k_ND)) * scale_log2 - lse_M[:, None])
     if MASKED:
@@ -87,7 +87,7 @@ def query_gradients(
         n = at + tl.arange(0, N)
         k_ND = load_rows(k_base, key_begin + n, k.token, n < call.block_size, WIDTH, D)
         v_ND = load_rows(v_base, key_begin + n, v.token, n < call.block_size, WIDTH, D)
-        dq_MD = _query_step(
+        dq_MD = _add_keys(
             k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, (n < call.block_size)[None, :], dq_MD, scale * LOG2E, not EVEN
         )
     nowhere = tl.cast(all_pairs, tl.int64) * SHARES
@@ -119,17 +119,17 @@ def own_query_gradients(
 ):
     """Sum the pairs' shares of dQ of M queries of a head, add the own block's, write dQ."""
     tiles = tl.cdiv(call.block_size, M)
-    slot = tl.program_id(0) // tiles
+    block_slot = tl.program_id(0) // tiles
     start = (tl.program_id(0) % tiles) * M
-    sequence, block, key_begin, count, query_begin, shift = own_rows(slot, call, PACKED)
-    if (start >= count) | (start + M + shift <= 0):
+    sequence, block, key_begin, block_keys, query_begin, shift = own_rows(block_slot, call, PACKED)
+    if (start >= block_keys) | (start + M + shift <= 0):
         return
     head = tl.program_id(1) // GROUP
     member = tl.program_id(1) % GROUP
     kv_head = first_head + head
     q_head_index = (kv_head * GROUP + member).to(tl.int64)
     m = start + tl.arange(0, M)
-    valid = (m < count) & (m + shift >= 0)
+    valid = (m < block_keys) & (m + shift >= 0)
     flat = first_row(sequence, call, PACKED) + m + shift
     first_M = (head * call.rows + flat * GROUP + member).to(tl.int64) * (PAST * SHARES)
     count_M = None
@@ -154,10 +154,10 @@ def own_query_gradients(
         WIDTH,
         D,
     )
-    for at in range(0, tl.minimum(start + M, count), N):
+    for at in range(0, tl.minimum(start + M, block_keys), N):
         n = at + tl.arange(0, N)
-        k_ND = load_rows(k_base, key_begin + n, k.token, n < count, WIDTH, D)
-        v_ND = load_rows(v_base, key_begin + n, v.token, n < count, WIDTH, D)
+        k_ND = load_rows(k_base, key_begin + n, k.token, n < block_keys, WIDTH, D)
+        v_ND = load_rows(v_base, key_begin + n, v.token, n < block_keys, WIDTH, D)
         reads_MN = n[None, :] <= m[:, None]
-        dq_MD = _query_step(k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, reads_MN, dq_MD, scale * LOG2E, True)
+        dq_MD = _add_keys(k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, reads_MN, dq_MD, scale * LOG2E, True)
     store_rows(dq_ptr + q_head_index * WIDTH, flat, HEADS * WIDTH, valid, dq_MD * scale, WIDTH, D)
