@@ -1,10 +1,14 @@
-"""Docstrings of functions open with a verb, as who scans a file expects: "Return the ...", not "The ..."."""
+"""Docstrings of functions open with a verb, as who scans a file expects; phases of long kernels say why.
+
+"Return the ...", not "The ...".
+"""
 
 from __future__ import annotations
 
 import ast
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -48,3 +52,46 @@ def test_other_openings_are_found() -> None:
         '    def m(self):\n        """Whether it is."""\n'
     )
     assert [name for name, word in openings(text) if not VERBS.fullmatch(word)] == ["f", "g", "m"]
+
+
+KERNELS = sorted((ROOT / "src/openmoba/ops/triton").rglob("*.py"))
+LONG, UNEXPLAINED = 20, 18
+"""Statements from which on a kernel is long, and the most of them in a row without a comment."""
+
+
+def unexplained(text: str) -> Iterator[tuple[str, int]]:
+    """Yield name and longest run of statements without a comment, of every long kernel of a file."""
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(of) for of in node.decorator_list):
+            inside = [one for one in ast.walk(node) if isinstance(one, ast.stmt) and one is not node]
+            statements = sorted({one.lineno for one in inside if not _is_text(one)})
+            run = longest = 0
+            for before, at in pairwise([statements[0], *statements]):
+                run = 1 if any(_is_comment(line) for line in lines[before:at]) else run + 1
+                longest = max(longest, run)
+            if len(statements) >= LONG:
+                yield node.name, longest
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def _is_comment(line: str) -> bool:
+    return "# " in line and "# fmt:" not in line and "# noqa" not in line
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in KERNELS if not path.stem.startswith("decode")], ids=lambda path: str(path.name)
+)
+def test_long_kernels_say_why(path: Path) -> None:
+    assert [(name, run) for name, run in unexplained(path.read_text()) if run > UNEXPLAINED] == []
+
+
+def test_unexplained_statements_are_counted() -> None:
+    plain = "@jit\ndef f(x):\n    " + "x += 1\n    " * 24
+    assert list(unexplained(plain)) == [("f", 24)]
+    assert list(unexplained(plain.replace("x += 1\n    " * 12, "x += 1\n    " * 12 + "# Why.\n    ", 1))) == [("f", 12)]
+    assert list(unexplained(plain.replace("@jit\n", ""))) == []
+    assert sum(len(list(unexplained(path.read_text()))) for path in KERNELS) > 10

@@ -216,10 +216,13 @@ def _gate(
     _, length_k = span(sequence, call.cu_k, call.tokens_k, PACKED)
     if tile * TOKENS >= length_q:
         return
+    # The heads of a group share centroids, so a tile has all of them, and fewer tokens; where a group does not divide
+    # M, or is split over several programs, some rows are nobody's.
     row_M = tl.arange(0, M)
     token_M = tile * TOKENS + row_M // GROUP_PART
     member_M = tl.program_id(1) % PARTS * GROUP_PART + row_M % GROUP_PART
     live_M = (token_M < length_q) & (row_M < TOKENS * GROUP_PART) & (member_M < GROUP)
+    # Rows of a tile differ in how many blocks they have before them: those that all of them have are scored unmasked.
     past_M = (token_M + length_k - length_q) // call.block_size
     last_token = tl.minimum((tile + 1) * TOKENS, length_q) - 1
     fewest = (tile * TOKENS + length_k - length_q) // call.block_size
@@ -228,6 +231,8 @@ def _gate(
     q_offset_M = (begin_q + token_M).to(tl.int64) * q.token + (head * GROUP + member_M).to(tl.int64) * q.head
     q_offset_M += tl.cast(sequence, tl.int64) * q.batch
     DTYPE: tl.constexpr = centroids.ptr.dtype.element_ty
+    # What is written: block slots, counted through the heads that are sorted together, so that one sort of one integer
+    # brings the pairs into the order of lists; or, for whoever asks which blocks, numbers within the sequence (LOCAL).
     first_flat = first_row(sequence, call, PACKED) + tile * TOKENS
     out_ptr = out.ptr + head.to(tl.int64) * out.head + tl.cast(first_flat, tl.int64) * out.token
     out_M = row_M // GROUP_PART * out.token + member_M * PICKS
@@ -235,9 +240,13 @@ def _gate(
     first = head * call.block_slots + start
     offset = 0 if LOCAL else head % heads_per_sort * call.block_slots + start
     none = -1 if LOCAL else heads_per_sort * call.block_slots
+    # The range of the fixed point has to be known before the first score is: a bound by the norms costs one pass over
+    # these, where the largest score would cost one over all centroids.
     largest_M = largest_norms(centroids.norms + first, past_M, fewest, most)
     q_MD, scale_M = load_scaled_rows(q.ptr, q_offset_M, live_M, largest_M, fixed.payload_scale, DTYPE, WIDTH, D)
     centroid_ptr = centroids.ptr + tl.cast(first, tl.int64) * D
+    # Many picks may not fit in a row's lanes: they are stored one by one, in as many passes as it takes. Few are ranked
+    # in one pass, and the rows that it may be wrong about are listed for `_second_look`, whose tiles are full of them.
     if REPEAT:
         rank_repeatedly(
             q_MD, scale_M, past_M, live_M, fewest, most, centroid_ptr, out_ptr + out_M, offset, none,
@@ -251,6 +260,7 @@ def _gate(
         value_ML = tl.where(block_ML < 0, none, offset + block_ML).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + (out_M[:, None] + lane_L), value_ML, mask=live_M[:, None] & (lane_L < PICKS))
         if not COMPLETE:
+            # The list's order differs from run to run; what is written for its rows does not depend on it.
             again_M = again_M & live_M
             at_M = tl.atomic_add(again.lengths + head + tl.zeros([M], tl.int32), 1, mask=again_M, sem="relaxed")
             again_ptr = again.rows + head.to(tl.int64) * call.rows
@@ -289,12 +299,14 @@ def _second_look(
         member_M = row_M % GROUP
         sequence_M = sequence_of(flat_M, call, PACKED)
         out_M = out.ptr + head.to(tl.int64) * out.head + flat_M.to(tl.int64) * out.token + member_M * PICKS
+        # Rows of several sequences may meet in a tile, and each sequence has centroids of its own: one after the other.
         for sequence in range(tl.min(sequence_M, 0), tl.max(sequence_M, 0) + 1):
             live_M = listed_M & (sequence_M == sequence)
             begin_q, length_q = span(sequence, call.cu_q, call.tokens_q, PACKED)
             _, length_k = span(sequence, call.cu_k, call.tokens_k, PACKED)
             token_M = flat_M - first_row(sequence, call, PACKED)
             past_M = tl.where(live_M, (token_M + length_k - length_q) // call.block_size, 0)
+            # Rows of other sequences must not widen the range of blocks that is scored.
             most = tl.max(past_M, 0)
             fewest = tl.min(tl.where(live_M, past_M, most), 0)
             q_offset_M = (begin_q + token_M).to(tl.int64) * q.token + (head * GROUP + member_M).to(tl.int64) * q.head
@@ -304,6 +316,7 @@ def _second_look(
             first = head * call.block_slots + start
             offset = 0 if LOCAL else head % heads_per_sort * call.block_slots + start
             none = -1 if LOCAL else heads_per_sort * call.block_slots
+            # A row's bound depends on its own blocks alone, whatever rows stand beside it.
             largest_M = largest_norms(centroids.norms + first, past_M, fewest, most)
             q_MD, scale_M = load_scaled_rows(q.ptr, q_offset_M, live_M, largest_M, fixed.payload_scale, DTYPE, WIDTH, D)
             rank_repeatedly(

@@ -100,6 +100,7 @@ def _sort_given(
     token_M = flat_M - first_row(sequence_M, call, PACKED)
     own_M = (token_M + length_k - length_q) // call.block_size
 
+    # A group of one list reads it once per query head, by a stride of zero: nothing is copied on the host.
     at_M = sequence_M.to(tl.int64) * blocks.batch + (begin_q + token_M).to(tl.int64) * blocks.token
     at_M += head.to(tl.int64) * blocks.kv_head + (row_M % GROUP).to(tl.int64) * blocks.member
     place_L = tl.arange(0, L)
@@ -107,6 +108,9 @@ def _sort_given(
     block_ML = tl.load(blocks.ptr + at_ML, mask=exists_M[:, None] & (place_L < GIVEN)[None, :], other=-1)
     tl.device_assert((block_ML >= -1) & (block_ML < own_M[:, None]), "blocks must name past blocks, or -1 for none")
 
+    # What is asserted against is left out as well: where assertions are off, no row reads what it must not. Of equal
+    # blocks the first stays, in the order that the caller gave. They are loaded again, one place after the other, since
+    # comparing all with all would take M x L x L registers.
     reads_ML = (block_ML >= 0) & (block_ML < own_M[:, None])
     for place in range(GIVEN - 1):
         before_M = tl.load(blocks.ptr + at_M + tl.cast(place, tl.int64) * blocks.place, mask=exists_M, other=-1)
@@ -114,6 +118,7 @@ def _sort_given(
     reading_ML = reads_ML.to(tl.int32)
     count_M = tl.sum(reading_ML, 1)
     rank_ML = tl.cumsum(reading_ML, 1) - reading_ML
+    # What is read stands in front, none behind: its sort key comes after those of all lists, so that it is in no list.
     block_slot_M = first_tile_slot(sequence_M, call.cu_k, call.tokens_k, call.block_size, PACKED)
     block_slot_M += head % heads_per_sort * call.block_slots
     sort_keys_ptr += (head.to(tl.int64) * call.rows + row_M)[:, None] * PAST

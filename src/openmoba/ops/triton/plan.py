@@ -225,6 +225,7 @@ def _count_pairs(
     block_slot = tl.program_id(0)
     head = tl.program_id(1)
     wanted = head * block_slots + block_slot
+    # A block is chosen by later queries of its own sequence alone: in a batch half of these pairs need no look.
     begin, end = _choosing_pairs(block_slot, sequence_block_slots, sequence_pairs, block_pairs, pairs_before)
     found_M = tl.zeros([M], tl.int32)
     for at in tl.range(begin, end, M, num_stages=4):
@@ -251,6 +252,7 @@ def _place_pairs(
     block_slot = tl.program_id(0)
     head = tl.program_id(1)
     wanted = head * block_slots + block_slot
+    # Every program adds up the lengths before its own: a scan by one program would be another launch to wait for.
     before_L = tl.zeros([LANES], tl.int32)
     for first in range(0, block_slot, LANES):
         list_L = first + tl.arange(0, LANES)
@@ -260,6 +262,7 @@ def _place_pairs(
     if block_slot == block_slots:
         return
     begin, end = _choosing_pairs(block_slot, sequence_block_slots, sequence_pairs, block_pairs, pairs_before)
+    # In the order of their numbers, with a running sum instead of atomics: a list is the same in every run.
     for at in tl.range(begin, end, M, num_stages=4):
         at_M = at + tl.arange(0, M)
         here_M = _chose(sort_keys_ptr + head * pairs, at_M, end, wanted)
@@ -284,6 +287,8 @@ def _write_plan(
     tl.store(pairs_ptr + at, tl.load(order_ptr + at, mask=at < pairs, other=0).to(tl.int32), mask=at < pairs)
     if tl.program_id(0) * LANES >= heads * (block_slots + 1):
         return
+    # Sort keys are in order, so a list begins where they reach its number. A head has one more offset than lists: its
+    # end, which is the next head's beginning, so that a list's end is always the number behind its start.
     out = tl.program_id(0) * LANES + tl.arange(0, LANES)
     wanted = out - out // (block_slots + 1)
     low = tl.zeros([LANES], tl.int32)
@@ -310,9 +315,11 @@ def _order_items(
     first_sorted = tl.maximum(lists - SORTED, 0)
     first_start, _ = list_bounds(offsets_ptr, first_sorted, block_slots)
     first_place = first_start // segment + first_sorted
+    # One program ranks the last lists, which needs no other's result; the rest finds its items meanwhile.
     if tl.program_id(0) == 0:
         _sort_items(offsets_ptr, items_ptr, first_sorted, first_place, lists, block_slots, all_items, segment, SORTED)
         return
+    # Where an item's list is follows from its number alone, so that items need no scan over lists either.
     item = (tl.program_id(0) - 1) * LANES + tl.arange(0, LANES)
     low = tl.zeros([LANES], tl.int32)
     high = tl.zeros([LANES], tl.int32) + lists - 1
@@ -338,6 +345,7 @@ def _sort_items(
     item_S = start_S // segment + list_S
     whole_S = length_S // segment
     rest_S = length_S % segment
+    # Whole segments are the longest there are, and equal: they need no ranking.
     place_S = first_place + tl.cumsum(whole_S, 0) - whole_S
     for nth in range(tl.max(whole_S, 0)):
         _store_items(items_ptr, place_S + nth, item_S + nth, list_S, nth < whole_S)
@@ -346,6 +354,7 @@ def _sort_items(
     nth_S = tl.sum(((order_S[None, :] > order_S[:, None]) & (rest_S > 0)[None, :]).to(tl.int32), 1)
     first_rest = first_place + tl.sum(whole_S, 0)
     _store_items(items_ptr, first_rest + nth_S, item_S + whole_S, list_S, rest_S > 0)
+    # The grid is for the most items there can be: what is left of it is told that there is nothing to do.
     first_surplus = first_rest + tl.sum((rest_S > 0).to(tl.int32), 0)
     for begin in range(first_surplus, all_items, SORTED):
         place_S = begin + tl.arange(0, SORTED)

@@ -73,6 +73,7 @@ def block_centroid(
     D: tl.constexpr,
 ):
     """Return the centroid `[D]` of a complete block; `k_ptr` is where the sequence's keys of one head begin."""
+    # The anchor is the sequence's, not the block's: every program works it out again, which saves a launch.
     d_D = tl.arange(0, D)
     real_D = d_D < WIDTH
     key_A = tl.arange(0, ANCHOR_TILE)
@@ -82,6 +83,7 @@ def block_centroid(
     spread = tl.max(tl.max(tl.where(anchor_mask, tl.abs(first_AD - anchor_D), 0.0), 1), 0)
     scale = scale_to(tl.maximum(spread, tl.max(tl.abs(anchor_D), 0) / 64), _ROOM)
 
+    # The anchor is taken off in fp32: in 16 bits the mean would have lost what blocks differ in.
     key_C = tl.arange(0, CHUNK)
     sum_D = tl.zeros([D], tl.float32)
     for start in range(0, block_size, CHUNK):

@@ -104,6 +104,7 @@ def _keep_tile(
     block_N = tl.arange(0, 2 * LANES)
     if MASKED:  # stay within what the pool wrote
         block_N = tl.minimum(block_N, most - 1 - first)
+    # One integer holds score and block, so that comparing two candidates is one instruction, and ties are none.
     tile_ptr = centroid_ptr + tl.cast(first, tl.int64) * D
     centroid_ND = tl.load(tile_ptr + block_N.to(tl.int64)[:, None] * D + tl.arange(0, D)[None, :])
     score_MN = tl.dot(q_MD, tl.trans(centroid_ND), input_precision=SCORE_PRECISION)
@@ -112,6 +113,7 @@ def _keep_tile(
     x_ML, y_ML = tl.split(tl.permute(tl.reshape(fixed_MN, [M, 2, LANES]), [0, 2, 1]))
     x_ML += 2 * tile - fixed.index_base
     y_ML += 2 * tile + 1 - fixed.index_base
+    # -1 is below every sort key: what a row must not choose loses against all else.
     lane_L = tl.arange(0, LANES)[None, :]
     if MASKED:
         past_M = past_M - first
@@ -142,6 +144,8 @@ def keep_best(
     kept_1 = tl.full([M, LANES], -1, tl.int32)
     kept_2 = kept_1
     kept_3 = kept_1
+    # Tiles that all rows have whole are the many and need no mask: a loop of their own, pipelined. The others, in which
+    # rows end, are few, and get no buffers.
     whole = fewest // (2 * LANES)
     for tile in tl.range(whole, tl.cdiv(most, 2 * LANES), num_stages=1):
         kept_1, kept_2, kept_3 = _keep_tile(
@@ -192,6 +196,8 @@ def rank_once(
     kept_1, kept_2, kept_3 = keep_best(
         q_MD, scale_M, past_M, past_M, fewest, most, centroid_ptr, fixed, LANES, KEEP, False
     )
+    # A lane that kept three may have dropped a fourth, which is less than its third: only if that third is picked, and
+    # something after it, can the fourth be missing.
     hiding_M = tl.max(kept_3, 1)
     hidden_M = hiding_M < -1
     picked_ML = tl.full(kept_1.shape, -1, tl.int32)
@@ -226,6 +232,7 @@ def rank_repeatedly(
     """Rank in as many passes as live rows need, each over the sort keys below the last pick, up to ROUNDS each."""
     done_M = tl.zeros_like(past_M)
     ceiling_M = tl.full(past_M.shape, _NO_CEILING, tl.int32)
+    # A pass is exact as far as it gets: the next one looks only below the last pick, so nothing is picked twice.
     while tl.max((live_M & (done_M < PICKS)).to(tl.int32), 0) > 0:
         kept_1, kept_2, kept_3 = keep_best(
             q_MD, scale_M, past_M, ceiling_M, fewest, most, centroid_ptr, fixed, LANES, KEEP, True
@@ -239,5 +246,7 @@ def rank_repeatedly(
             ceiling_M = tl.where(picking_M, best_M, ceiling_M)
             done_M += picking_M.to(tl.int32)
             picking_M = picking_M & (done_M < PICKS)
+            # A row stops where a lane's last kept one was picked, since that lane may hide the next pick. A row that
+            # has none left goes on, and writes that for the rest of its picks.
             if not COMPLETE:
                 picking_M = picking_M & ((best_M > hiding_M) | (best_M < 0))

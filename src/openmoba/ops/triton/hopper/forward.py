@@ -182,6 +182,7 @@ def attend_past_streaming(
     kv_head = first_head + head
     q_base = query_base(q, kv_head, sequence, call, GROUP, PACKED)
     head_rows = head * call.rows
+    # Within a block 32 bits are enough (`why_not`): the loop counts in them.
     first_key = key_begin.to(gl.int64)
     k_base = head_base(k, sequence, kv_head) + first_key * k.token
     v_base = head_base(v, sequence, kv_head) + first_key * v.token
@@ -226,6 +227,7 @@ def attend_past_streaming(
                 _copy_queries(q_smem.index((tile + 1) % 2), pair, q, q_base, head_rows, GROUP, PAST, D, ROW)
         async_copy.commit_group()
         s = warpgroup_mma_wait(0, [s])
+        # O is scaled before P V is added to it: the product accumulates in place.
         m_new_M = gl.maximum(m_M, gl.max(s, 1) * (scale * LOG2E))
         alpha_M = gl.exp2(m_M - m_new_M)
         p = gl.exp2(s * (scale * LOG2E) - m_new_M[:, None])
@@ -240,6 +242,7 @@ def attend_past_streaming(
         if turn + 1 < turns:
             copy_rows(v_smem, v_base, next_piece * N * v.token + v_at, D, ROW)
         async_copy.commit_group()
+        # The tile has met the whole block; the next one's first keys are already on their way.
         if next_piece == 0:
             _store_partials(
                 out_ptr, lse_ptr, q_smem.index(tile % 2), ring, tile, o, m_M, l_M, WIDTH, D, ROW, S_MN, O_MD

@@ -208,6 +208,7 @@ def key_gradients(
     DK_ND: gl.constexpr = product_layout(D, WARPS, 1)
     DQ_MD: gl.constexpr = product_layout(D * M // (16 * WARPS), M // 16, WARPS * 16 // M)
     LANE: gl.constexpr = lane_layout(M, WARPS)
+    # The pieces of a block run side by side: they read the same rows.
     pieces = call.block_size // N
     piece = gl.program_id(0) % pieces
     program = gl.program_id(0) // pieces
@@ -236,6 +237,7 @@ def key_gradients(
     key = (key_begin + piece * N + gl.arange(0, N, gl.SliceLayout(1, ROW))).to(gl.int64)
     copy_rows(k_smem, head_base(k, sequence, kv_head), key * k.token, D, ROW)
     copy_rows(v_smem, head_base(v, sequence, kv_head), key * v.token, D, ROW)
+    # The ring is eight tiles long, so that a pair is still there when its dQ is stored.
     for early in gl.static_range(2 * STAGES - 2):
         copy_pairs(ring, early, lists.pairs, begin, end)
     for early in gl.static_range(STAGES - 1):
@@ -294,6 +296,7 @@ def key_gradients(
         share = pairs_in(ring, tiles - 1, gl.SliceLayout(1, ROW)).to(gl.int64) * SHARES + piece
         share = gl.where(end - tiles * M + m >= begin, share, nowhere)
         _store_shares(shares_ptr, dq_smem, share, WIDTH, D, ROW)
+    # In fp32 and by item: the own block's kernel sums them in list order, whichever program was done first.
     n = piece * N + gl.arange(0, N, gl.SliceLayout(1, DK_ND))
     d = gl.arange(0, D, gl.SliceLayout(0, DK_ND))
     at_ND = (item.to(gl.int64) * call.block_size + n)[:, None] * WIDTH + d[None, :]
@@ -349,6 +352,7 @@ def own_key_gradients(
     block_slot, piece = _longest_first(call, block_size // N, gl.maximum(_ROWS_TOGETHER // (block_size * GROUP), 1))
     start = piece * N
     head = gl.program_id(1)
+    # The rows that read these keys: from their own number on, in every head of the group, none before the first query.
     sequence, _, key_begin, block_keys, query_begin, shift = own_rows(block_slot, call, PACKED)
     if start >= block_keys:
         return
@@ -380,6 +384,7 @@ def own_key_gradients(
             )  # fmt: skip
         late_head, late_begin = _next_tile(late_head, late_begin, first, block_keys, M)
         async_copy.commit_group()
+    # Sums of all heads of the group in one pair of registers, since they share the keys.
     dk = gl.zeros([N, D], gl.float32, DK_ND)
     dv = gl.zeros([N, D], gl.float32, DK_ND)
     column = gl.arange(0, M, gl.SliceLayout(0, S_NM))
@@ -401,6 +406,7 @@ def own_key_gradients(
             )  # fmt: skip
         late_head, late_begin = _next_tile(late_head, late_begin, first, block_keys, M)
         async_copy.commit_group()
+        # Absent rows have P = 0 by an infinite log-sum-exp: their copies repeat a present row.
         m = begin + column
         lse = rows_smem[2].index(stage).load(gl.SliceLayout(0, S_NM))
         lse = gl.where((m < block_keys) & (m + shift >= 0), lse, float("inf"))

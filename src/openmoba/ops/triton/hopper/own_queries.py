@@ -79,6 +79,8 @@ def attend_own(
     block_slot = first_block_slot + gl.program_id(0) // tiles
     start = gl.program_id(0) % tiles * M
     sequence, block, key_begin, block_keys, query_begin, shift = own_rows(block_slot, call, PACKED)
+    # Rows of the tile: of the block, of the sequence, of the range of tokens. In an order that the assembler gets
+    # right, see the portable `attend_own`.
     first_query = first_row(sequence, call, PACKED)
     first_flat = first_query + shift
     low = gl.maximum(start, gl.maximum(first_token, first_query) - first_flat)
@@ -105,6 +107,7 @@ def attend_own(
     _copy_keys(v_smem, v_base, 0, block_keys, v.token, N, D, ROW)
     async_copy.commit_group()
 
+    # The online softmax, in the layout of the products, so that nothing crosses threads but a row's maximum and sum.
     m = start + gl.arange(0, M, gl.SliceLayout(1, S_MN))
     n = gl.arange(0, N, gl.SliceLayout(0, S_MN))
     zero_MN = gl.zeros([M, N], gl.float32, S_MN)
@@ -119,7 +122,7 @@ def attend_own(
             _copy_keys(k_smem.index((piece + 1) % 2), k_base, (piece + 1) * N, block_keys, k.token, N, D, ROW)
         async_copy.commit_group()
         s = warpgroup_mma_wait(0, [s])
-        if (piece + 1) * N > start:
+        if (piece + 1) * N > start:  # on the diagonal; the pieces before it are read by all rows, without a mask
             s = gl.where((piece * N + n)[None, :] <= m[:, None], s, -float("inf"))
         m_new_M = gl.maximum(m_M, gl.max(s, 1) * (scale * LOG2E))
         alpha_M = gl.exp2(m_M - m_new_M)
@@ -226,6 +229,7 @@ def own_query_gradients(
     block_slot = gl.program_id(0) // tiles
     start = gl.program_id(0) % tiles * M
     sequence, block, key_begin, block_keys, query_begin, shift = own_rows(block_slot, call, PACKED)
+    # Absent rows, before the first query or behind the end, repeat a present one: copies need no mask.
     low = gl.maximum(start, -shift)
     high = gl.minimum(start + M, block_keys)
     if low >= high:
@@ -239,6 +243,7 @@ def own_query_gradients(
     k_base = head_base(k, sequence, kv_head) + gl.cast(key_begin, gl.int64) * k.token
     v_base = head_base(v, sequence, kv_head) + gl.cast(key_begin, gl.int64) * v.token
 
+    # The M queries stay; STAGES pieces of keys and values are on their way at once.
     ROWS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, D], DTYPE)
     KEYS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
     q_smem = gl.allocate_shared_memory(DTYPE, [M, D], ROWS)
@@ -259,6 +264,7 @@ def own_query_gradients(
 
     m = start + gl.arange(0, M, gl.SliceLayout(1, S_MN))
     n = gl.arange(0, N, gl.SliceLayout(0, S_MN))
+    # Statistics go straight to registers: each thread has those of its rows of S and dP.
     first_flat = first_row(sequence, call, PACKED) + shift
     flat_M = (first_flat + _readable(start, low, high, M, gl.SliceLayout(1, S_MN))).to(gl.int64)
     statistic = statistics_ptr + (flat_M * HEADS + head_index) * STATISTICS

@@ -59,10 +59,12 @@ def attend_past(
     if begin >= end:
         return
     begin, end = skipped(begin, end, list_id, skips_ptr)
+    # Partials of a range of tokens begin at its first pair (`split_plan`); pairs are numbered through all tokens.
     out_ptr = partials.out - tl.cast(first_pair, tl.int64) * WIDTH
     lse_ptr = partials.lse - first_pair
     head, sequence, key_begin = block_of_list(list_id, call, PACKED)
     kv_head = first_head + head
+    # Rows are found by flat numbers through all sequences, keys by their place in the block's own.
     k_base = head_base(k, sequence, kv_head)
     v_base = head_base(v, sequence, kv_head)
     q_base = query_base(q, kv_head, sequence, call, GROUP, PACKED)
@@ -73,6 +75,7 @@ def attend_past(
         k_ND = load_rows(k_base, key_begin + n, k.token, n < call.block_size, WIDTH, D)
         v_ND = load_rows(v_base, key_begin + n, v.token, n < call.block_size, WIDTH, D)
     for at in range(begin, end, M):
+        # Rows beyond the list's end repeat its last one and store the same again: no mask in the loop.
         pair, token, member, _exists = pair_rows(lists.pairs, at, end, head * call.rows, GROUP, PAST, M)
         q_MD = load_rows(q_base, token.to(tl.int64) * q.token + member * q.head, 1, None, WIDTH, D)
         if RESIDENT:
@@ -84,6 +87,7 @@ def attend_past(
             l_M = tl.sum(p_MN, 1)
             o_MD = dot(p_MN.to(v_ND.dtype), v_ND)
         else:
+            # No row sees all keys at once: maximum and sum are kept up to date.
             m_M = tl.full([M], -float("inf"), tl.float32)
             l_M = tl.zeros([M], tl.float32)
             o_MD = tl.zeros([M, D], tl.float32)
@@ -95,6 +99,7 @@ def attend_past(
                 if not EVEN:
                     s_MN = tl.where(inside[None, :], s_MN, -float("inf"))
                 m_M, l_M, o_MD = online_softmax(s_MN, v_ND, m_M, l_M, o_MD, scale_log2)
+        # Normalised here, so that partials are of the inputs' magnitude and 16 bits hold them.
         o_MD = o_MD * (1.0 / l_M)[:, None]
         store_rows(out_ptr, pair, WIDTH, None, o_MD, WIDTH, D)
         tl.store(lse_ptr + pair, m_M + tl.log2(l_M))

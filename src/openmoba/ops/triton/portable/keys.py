@@ -63,6 +63,7 @@ def key_gradients(
     item, list_id, begin, end = item_bounds(lists.items, offsets_ptr, program, call.block_slots, SEGMENT)
     if begin >= end:
         return
+    # All pairs of a list are of one block, so that its sequence and keys are found once.
     head, sequence, key_begin = block_of_list(list_id, call, PACKED)
     n = piece * N + tl.arange(0, N)
     key = key_begin + n
@@ -71,6 +72,7 @@ def key_gradients(
     v_base = head_base(v, sequence, kv_head)
     q_base = query_base(q, kv_head, sequence, call, GROUP, PACKED)
     d_out_base = query_base(d_out, kv_head, sequence, call, GROUP, PACKED)
+    # Loaded once per item: an item's partials cost memory, so that items are long.
     k_ND = load_rows(k_base, key, k.token, n < call.block_size, WIDTH, D)
     v_ND = load_rows(v_base, key, v.token, n < call.block_size, WIDTH, D)
     dk_ND = tl.zeros([N, D], tl.float32)
@@ -79,6 +81,7 @@ def key_gradients(
     # Rows stream by, gathered; keys, values and their gradients stay in registers and shared memory.
     for at in range(begin, end, M):
         pair, token, member, valid = pair_rows(lists.pairs, at, end, head * call.rows, GROUP, PAST, M)
+        # Addresses in 64 bits: tokens times strides go beyond 2^31 at 1M tokens.
         wide = token.to(tl.int64)
         q_MD, d_out_MD, lse_M, delta_M = load_queries(
             d_out_base,
@@ -108,6 +111,7 @@ def key_gradients(
             dq_MD = dot(tl.trans(ds_NM), k_ND)
             share = tl.where(valid, pair.to(tl.int64) * SHARES, nowhere)
             store_rows(shares_ptr, share, WIDTH, None, dq_MD, WIDTH, D)
+    # In fp32 and by item: the own block's kernel sums them in list order, whichever program was done first.
     at = item.to(tl.int64) * call.block_size + n
     store_rows(partials.dk, at, WIDTH, n < call.block_size, dk_ND, WIDTH, D)
     store_rows(partials.dv, at, WIDTH, n < call.block_size, dv_ND, WIDTH, D)
@@ -145,6 +149,7 @@ def own_key_gradients(
     sequence, _, key_begin, block_keys, query_begin, shift = own_rows(block_slot, call, PACKED)
     if start >= block_keys:
         return
+    # Keys, values and both sums stay on chip, for all heads of the group: they share the keys, so they share the sums.
     kv_head = first_head + head
     n = start + tl.arange(0, N)
     dk_ND = tl.zeros([N, D], tl.float32)
@@ -172,6 +177,7 @@ def own_key_gradients(
             dk_ND, dv_ND, _ds_NM = _add_rows(
                 k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, reads_NM, dk_ND, dv_ND, scale * LOG2E, True
             )
+    # What the past gave: the items of a list have neighbouring numbers, the first of which follows from its start.
     kv_heads = HEADS // GROUP
     key_row = key_begin + n
     if not PACKED:

@@ -69,6 +69,7 @@ def query_gradients(
     v_base = head_base(v, sequence, kv_head)
     q_base = query_base(q, kv_head, sequence, call, GROUP, PACKED)
     d_out_base = query_base(d_out, kv_head, sequence, call, GROUP, PACKED)
+    # An item is one tile of rows here (`tuning`), so that there is one loop, over keys.
     pair, token, member, valid = pair_rows(lists.pairs, begin, end, head * call.rows, GROUP, PAST, M)
     wide = token.to(tl.int64)
     q_MD, d_out_MD, lse_M, delta_M = load_queries(
@@ -82,6 +83,7 @@ def query_gradients(
         WIDTH,
         D,
     )
+    # Rows stay, keys stream by: one share per pair, whatever the block's size, where a share per piece would be many.
     dq_MD = tl.zeros([M, D], tl.float32)
     for at in range(0, call.block_size, N):
         n = at + tl.arange(0, N)
@@ -90,6 +92,7 @@ def query_gradients(
         dq_MD = _add_keys(
             k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, (n < call.block_size)[None, :], dq_MD, scale * LOG2E, not EVEN
         )
+    # Places beyond the list's end must not write a pair's share again, since their gradients are zero.
     nowhere = tl.cast(all_pairs, tl.int64) * SHARES
     store_rows(shares_ptr, tl.where(valid, pair, nowhere), WIDTH, None, dq_MD, WIDTH, D)
 
@@ -124,6 +127,7 @@ def own_query_gradients(
     sequence, block, key_begin, block_keys, query_begin, shift = own_rows(block_slot, call, PACKED)
     if (start >= block_keys) | (start + M + shift <= 0):
         return
+    # With fewer queries than keys a block may begin before the first query: rows there are not valid.
     head = tl.program_id(1) // GROUP
     member = tl.program_id(1) % GROUP
     kv_head = first_head + head
@@ -154,6 +158,7 @@ def own_query_gradients(
         WIDTH,
         D,
     )
+    # Up to the tile's last query: later keys are in nobody's past.
     for at in range(0, tl.minimum(start + M, block_keys), N):
         n = at + tl.arange(0, N)
         k_ND = load_rows(k_base, key_begin + n, k.token, n < block_keys, WIDTH, D)
