@@ -114,6 +114,19 @@ def test_layers_are_compiled_where_a_case_says_so(monkeypatch: pytest.MonkeyPatc
     steps.run(make_loop(replace(SMALL, kind="trainer"), CPU))
 
 
+def test_graphed_steps_need_a_gpu_and_a_row_says_so(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop that was asked for a graph makes no step without one, and a trainer's steps are no graphs unknown."""
+    monkeypatch.setattr(loops, "compile_layers", lambda model: None)
+    monkeypatch.setattr("openmoba.lab.train.trainer.compile_or_stay_eager", lambda *_: None)
+    row = measure.measure_case(replace(MOBA, layers="graphed"), machine, 1.0)
+    assert "only GPUs have graphs" in row.error
+    row = measure.measure_case(replace(MOBA, layers="graphed", kind="trainer"), machine, 1.0)
+    assert "could not be compiled" in row.error  # on a CPU "auto" compiles nothing
+    monkeypatch.setattr(loops, "_COMPILE", {"graphed": "layers"})
+    row = measure.measure_case(replace(MOBA, layers="graphed", kind="trainer"), machine, 1.0)
+    assert "could not be made CUDA graphs" in row.error
+
+
 def test_a_limit_of_recompilations_is_an_error_and_not_an_eager_row(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

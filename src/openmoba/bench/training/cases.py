@@ -9,7 +9,7 @@ from openmoba.bench.rows import CsvRow, length_name
 from openmoba.lab.arms import ArmConfig
 
 VOCABULARY = 8192
-LAYERS = ("compiled", "eager")
+LAYERS = ("graphed", "compiled", "eager")
 KINDS = ("loop", "trainer", "longest")
 
 
@@ -22,7 +22,8 @@ class TrainingCase:
         batch: windows of a micro-batch; a step has one.
         block_size, top_k: MoBA's; None for full attention.
         tokens: of a window; of kind "longest", where the search begins.
-        layers: "compiled" (each decoder layer on its own, and the loss) or "eager".
+        layers: "eager", "compiled" (each decoder layer on its own, and the loss), or "graphed" (that, and forward and
+            backward of a micro-batch launched as one CUDA graph).
         kind: "loop" (forward, backward, clip and optimizer, nothing else), "trainer" (the steps of
             `openmoba train`), or "longest" (the loop, with ever longer windows until one does not fit).
         checkpointing: whether activations are computed again in the backward pass.
@@ -169,7 +170,8 @@ _HEADLINE = _arms(*_MODELS)
 GRIDS: dict[str, tuple[TrainingCase, ...]] = {
     "headline": _HEADLINE,
     "eager": tuple(replace(case, layers="eager") for case in _HEADLINE),
-    "trainer": tuple(replace(case, kind="trainer") for case in _HEADLINE),
+    "graphed": tuple(replace(case, layers="graphed") for case in _HEADLINE),
+    "trainer": tuple(replace(case, layers="graphed", kind="trainer") for case in _HEADLINE),
     "sizes": _arms(*(TrainingCase(size, batch) for size, batch in _LADDER)),
     "lengths": _arms(
         *(TrainingCase("14m", max(1, 128 // k), tokens=k * _K) for k in _LENGTHS),

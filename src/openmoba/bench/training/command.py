@@ -21,8 +21,9 @@ class Training:
     """Time training, optimizer included, by size, attention and length; the same command goes on where it stopped."""
 
     grid: str = "headline"
-    """"headline" (five models, compiled layers), "eager" and "trainer" (the same, eager, and as `openmoba train`
-    makes steps), "sizes", "lengths" or "longest" (the longest window that fits) on a GPU; or "cpu"."""
+    """"headline" (five models, compiled layers), "eager", "graphed" and "trainer" (the same, eager, with micro-batches
+    launched as CUDA graphs, and as `openmoba train` makes steps), "sizes", "lengths" or "longest" (the longest window
+    that fits) on a GPU; or "cpu"."""
     only: tuple[str, ...] = ()
     """Only cases with all of these words in their name, such as 14m 4x32K 512/3 qwen3."""
     trace: Path | None = None

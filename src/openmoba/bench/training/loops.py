@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from openmoba.bench.training.cases import VOCABULARY, TrainingCase
 from openmoba.hf.releases import recompute_activations
+from openmoba.hf.step_graph import StepGraph
 from openmoba.lab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from openmoba.lab.data.load import Data
 from openmoba.lab.data.store import TokenStore
@@ -56,7 +57,7 @@ class BareLoop:
         attach_loss(self.model)
         if case.checkpointing:
             recompute_activations(self.model)
-        if case.layers == "compiled":
+        if case.layers != "eager":
             compile_layers(self.model)  # after the loss is attached, which calls the model
         settings = _settings(case)
         self.clip = settings.clip
@@ -75,6 +76,7 @@ class BareLoop:
         ids_BT = torch.randint(VOCABULARY, (self.case.batch, tokens + 1), generator=generator).to(self.device)
         self.windows = {"input_ids": ids_BT[:, :-1].contiguous(), "labels": ids_BT[:, 1:].contiguous()}
         self.count = torch.tensor(self.case.batch * tokens, device=self.device)
+        self._graph: StepGraph | None = None
 
     def run(self, watch: Iterator[None]) -> None:
         for _ in watch:
@@ -82,13 +84,22 @@ class BareLoop:
 
     def step(self) -> None:
         """Make one step."""
-        with autocast(self.device, self.device.type == "cuda"):
-            loss: Tensor = self.model(**self.windows, count=self.count, places=slice(None))  # every label counts
-        loss.backward()  # type: ignore[no-untyped-call]
+        batch = {**self.windows, "count": self.count, "places": slice(None)}  # every label counts
+        if self.case.layers == "graphed":
+            self._graph = self._graph or StepGraph(self.model, batch, self._forward)
+            self._loss = self._graph(batch)
+        else:
+            loss = self._forward(**batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._loss = loss.detach()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._loss = loss.detach()
+
+    def _forward(self, **batch: Any) -> Tensor:
+        with autocast(self.device, self.device.type == "cuda"):
+            loss: Tensor = self.model(**batch)
+        return loss
 
     def loss(self) -> float | None:
         if not self._loss.isfinite():
@@ -109,8 +120,10 @@ class TrainerLoop:
             trainer.add_callback(_callback(watch))
             trainer.train()
             trainer.check_loss()
-            if trainer.compiled != (self.case.layers == "compiled"):
+            if trainer.compiled != (self.case.layers != "eager"):
                 raise RuntimeError("the layers could not be compiled")
+            if trainer.graphs.on != (self.case.layers == "graphed"):
+                raise RuntimeError("the steps could not be made CUDA graphs")
 
     def loss(self) -> float | None:
         return None
@@ -133,6 +146,10 @@ class TrainerLoop:
         return RunTrainer(config, folder, self.model, data, Progress(), (0.0, 0.0))
 
 
+_COMPILE: dict[str, Literal["auto", "layers", "off"]] = {"graphed": "auto", "compiled": "layers", "eager": "off"}
+"""`train.compile` by the word for it here; "auto" graphs steps on a GPU alone."""
+
+
 def make_loop(case: TrainingCase, device: torch.device) -> BareLoop | TrainerLoop:
     """Make the loop of a case's kind."""
     return TrainerLoop(case, device) if case.kind == "trainer" else BareLoop(case, device)
@@ -152,7 +169,7 @@ def _settings(case: TrainingCase) -> TrainConfig:
         learning_rate=LEARNING_RATE,
         checkpoint_every=10**6,
         gradient_checkpointing=case.checkpointing,
-        compile="layers" if case.layers == "compiled" else "off",
+        compile=_COMPILE[case.layers],
     )
 
 

@@ -37,7 +37,7 @@ def measure_case(case: TrainingCase, machine: Machine, step_seconds: float) -> T
             row = _longest(case, machine, row, step_seconds) if case.kind == "longest" else _steps(case, machine, row)
         except Exception as error:  # whatever kind a model or a compiler raises, other cases can still be timed
             row = replace(row, error=failure(error))
-        row = replace(row, graphs=counters["stats"]["unique_graphs"] if case.layers == "compiled" else None)
+        row = replace(row, graphs=counters["stats"]["unique_graphs"] if case.layers != "eager" else None)
     machine.tidy()
     return row
 

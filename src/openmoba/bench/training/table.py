@@ -50,6 +50,10 @@ class _Model(NamedTuple):
     tokens: int
 
 
+_OTHERS = (("eager", "loop"), ("graphed", "loop"), ("graphed", "trainer"), ("compiled", "trainer"))
+"""Layers and kind of what stands beside compiled loops; the last two are `openmoba train`, now and before graphs."""
+
+
 def comparison(rows: Sequence[TrainingRow]) -> Table:
     """Write a line per model: tokens per second of full attention and of `ARMS`, and what explains them."""
     found = {
@@ -58,13 +62,13 @@ def comparison(rows: Sequence[TrainingRow]) -> Table:
         if not (row.error or row.checkpointing)
     }
     head = ("model", "micro-batch", "full", *(f"MoBA {arm}" for arm in ARMS), "gain", "MFU", "attention's share",
-            "GPU busy", "GB", "MoBA, eager layers", "MoBA, `openmoba train`")  # fmt: skip
+            "GPU busy", "GB", "MoBA, eager layers", "MoBA, CUDA graphs", "MoBA, `openmoba train`")  # fmt: skip
     lines = []
     for model in dict.fromkeys(key[0] for key in found):
         full, *sparse = (found.get((model, arm, "compiled", "loop")) for arm in ("full", *ARMS))
         if full and sparse[0]:
-            others = (found.get((model, ARMS[0], *kind)) for kind in (("eager", "loop"), ("compiled", "trainer")))
-            lines.append(_compared(model, full, sparse, others))
+            eager, graphed, trained, stepwise = (found.get((model, ARMS[0], *kind)) for kind in _OTHERS)
+            lines.append(_compared(model, full, sparse, (eager, graphed, trained or stepwise)))
     return head, lines
 
 

@@ -24,6 +24,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.compile_layers()
+        self.trainer.graph_steps()
         self.trainer.model_wrapped.train()
         self.trainer.go_on()
         self.trainer.start_clock()

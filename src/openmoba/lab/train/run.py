@@ -191,6 +191,7 @@ def _result(trainer: RunTrainer) -> Row:
         "seed": config.train.seed,
         "params": trainer.shape.parameters,
         "compiled": trainer.compiled,
+        "graphed": trainer.graphs.on,
         **({"mesh": trainer.mesh} if trainer.args.world_size > 1 else {}),
         "tokens": config.tokens,
         "compute": evaluation["compute"],

@@ -35,6 +35,7 @@ from openmoba.lab.progress import Progress, duration
 from openmoba.lab.train.arguments import training_arguments
 from openmoba.lab.train.callback import RunCallback
 from openmoba.lab.train.clock import Clock, Speedometer, peak_operations
+from openmoba.lab.train.graphs import StepGraphs, reason_against, wanted
 from openmoba.lab.train.schedule import learning_rate_factor
 from openmoba.parallel import Sharding
 from openmoba.records import disk
@@ -85,6 +86,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.speedometer = Speedometer(peak_operations(self.args.device, self.args.bf16, self.args.world_size))
         self._unchecked: list[tuple[int, Tensor]] = []
         self.compiled = False
+        self.graphs = StepGraphs(progress)
         self.stopping = False
         self._attention: MobaConfig | str | None = "unset"
 
@@ -111,15 +113,16 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def attend_as_configured(self, step: int) -> None:
         """Give the model the attention of step `step` (from 0)."""
-        wanted = self.config.arm.attention(step, self.config.train.steps)
-        if wanted != self._attention:
-            set_attention(self.accelerator.unwrap_model(self.model), wanted)
-            self._attention = wanted
+        attention = self.config.arm.attention(step, self.config.train.steps)
+        if attention != self._attention:
+            self.graphs.forget()
+            set_attention(self.accelerator.unwrap_model(self.model), attention)
+            self._attention = attention
 
     def compile_layers(self) -> None:
         """Compile the layers if the run says so, with all graphs that it needs: before its time is measured."""
-        wanted = self.config.train.compile
-        self.compiled = wanted == "layers" or (wanted == "auto" and self.args.device.type == "cuda")
+        setting = self.config.train.compile
+        self.compiled = setting == "layers" or (setting == "auto" and self.args.device.type == "cuda")
         if not self.compiled:
             return
         start = time.perf_counter()
@@ -127,27 +130,49 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.compiled = problem is None
         seconds = duration(time.perf_counter() - start)
         outcome = f"layers compiled in {seconds}" if self.compiled else f"layers run eagerly, not compiled: {problem}"
-        self.progress.note(f"{outcome} (train.compile={wanted})")
+        self.progress.note(f"{outcome} (train.compile={setting})")
+
+    def graph_steps(self) -> None:
+        """Have micro-batches launched as CUDA graphs if the run says so and it can be: before its time is measured."""
+        if not wanted(self.config, self.args.device.type):
+            return
+        reason = reason_against(self.config, self.args.world_size, self.data.train.store.written is not None)
+        if reason is not None:
+            self.graphs.stop(reason)
+            return
+        start, self.graphs.on = time.perf_counter(), True
+        try:
+            # The optimizer's two moments, which come with the first step and have to find room too.
+            moments = torch.empty(8 * self.shape.total, dtype=torch.uint8, device=self.args.device)
+            self._try_out()
+            del moments
+        except torch.OutOfMemoryError:
+            self.graphs.stop("there is no memory for it beside evaluation")
+        if self.graphs.on:
+            seconds = duration(time.perf_counter() - start)
+            self.progress.note(f"a micro-batch is one CUDA graph, captured in {seconds} (train.compile=auto)")
 
     def _try_out(self) -> None:
         """Train and evaluate on one batch of every shape, with every attention of the run; leaves nothing behind."""
         model, steps, evaluation = self.model_wrapped, self.config.train.steps, self.config.eval
         sizes = {min(evaluation.batch_size, len(self.data.valid)), len(self.data.valid) % evaluation.batch_size}
-        for step in sorted({0, steps - 1}):
-            self.attend_as_configured(step)
-            windows = [self.train_dataset[i] for i in range(self.args.per_device_train_batch_size)]
-            batches, count = self.get_batch_samples(iter([self.data_collator(windows)]), 1, self.args.device)
+        try:
+            for step in sorted({0, steps - 1}):
+                self.attend_as_configured(step)
+                windows = [self.train_dataset[i] for i in range(self.args.per_device_train_batch_size)]
+                batches, count = self.get_batch_samples(iter([self.data_collator(windows)]), 1, self.args.device)
+                model.train()
+                self.training_step(model, self._prepare_inputs(batches[0]), num_items_in_batch=count)
+                model.eval()
+                with autocast(self.args.device, self.args.bf16):
+                    for size in sizes - {0}:
+                        window_losses(
+                            self._losses(model), self.data.valid.spread(size), evaluation.batch_size, self.args.device
+                        )
+        finally:
             model.train()
-            self.training_step(model, self._prepare_inputs(batches[0]), num_items_in_batch=count)
-            model.eval()
-            with autocast(self.args.device, self.args.bf16):
-                for size in sizes - {0}:
-                    window_losses(
-                        self._losses(model), self.data.valid.spread(size), evaluation.batch_size, self.args.device
-                    )
-        model.train()
-        model.zero_grad()
-        self._unchecked.clear()
+            model.zero_grad()
+            self._unchecked.clear()
 
     def stop(self) -> None:
         """Stop after this step, with a checkpoint."""
@@ -220,6 +245,13 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     # What Trainer calls.
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as Trainer does, and keep nothing that only training needs."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.graphs.forget()
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         """Return the micro-batches of one step, and their labelled positions over all devices."""
         batches = list(islice(epoch_iterator, num_batches))
@@ -236,6 +268,10 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
         Does without what Trainer does here for other devices and optimizers: it took 1 ms of the host.
         """
+        found = self.graphs.launch(model, {**inputs, "count": num_items_in_batch})
+        if found is not None:
+            self._unchecked.append((self.state.global_step + 1, found))
+            return found
         with in_force(self.sharding):  # in the backward pass too, for layers that are computed again
             loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             loss.backward()  # type: ignore[no-untyped-call]
