@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -116,6 +117,20 @@ def test_other_tensors(y):
     assert call.runs == 1
     for out, wanted in kept:
         assert torch.equal(out, wanted)
+
+
+def test_what_was_written_down_holds_no_tensor():
+    """A call may be written down while a CUDA graph is captured, whose memory is another graph's afterwards."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(x), Tensor) for x in gc.get_objects())
+
+    call, before = Call(), alive()
+    play(call, tensors(0))
+    assert alive() == before
+    assert torch.equal(play(call, tensors(1)), expected(*tensors(1)))
+    assert call.runs == 1
 
 
 def test_what_does_more_than_launch_is_worked_out_every_time():

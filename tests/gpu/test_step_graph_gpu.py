@@ -270,7 +270,7 @@ def test_trainer_of_a_user_with_the_ordinary_switch() -> None:
     assert graphed == pytest.approx(norms, rel=5e-2)
 
 
-def test_a_row_of_the_benchmark_says_that_steps_were_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_of_the_benchmark_says_that_steps_were_graphs() -> None:
     machine = Machine(CARD, "c")
     for kind in ("loop", "trainer"):
         case = TrainingCase("2m", 1, 128, 3, tokens=4096, layers="graphed", kind=kind)
@@ -280,6 +280,8 @@ def test_a_row_of_the_benchmark_says_that_steps_were_graphs(monkeypatch: pytest.
         assert row.tokens_per_second > 0
         assert 0 < row.busy_ms < 2 * row.p50_ms
         assert row.attention_kernel is not None, "kernels inside a graph are seen"
+        plain = measure.measure_case(TrainingCase("2m", 1, 128, 3, tokens=4096), machine, 1.0)
+        assert plain.peak_mb < row.peak_mb, "activations inside a graph are counted"
 
 
 # Refusals come last: what they leave has to be as before, and a fault there would show in no other test.

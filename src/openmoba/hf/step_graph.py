@@ -217,6 +217,9 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) 
         return  # it came to its end
     torch._C._cuda_releasePool(stream.device_index, pool)
     _abandoned.append(graph)
+    # In some releases random numbers stay unavailable until another capture has ended.
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+        torch.zeros(1, device="cuda")
 
 
 def _first_line(error: BaseException) -> str:

@@ -70,7 +70,8 @@ class TrainingRow(CsvRow):
         tokens_per_second, tflops: at the median; operations are counted as `causal_exact` of
             `openmoba.lab.measure.compute`, 10^12 a second.
         matrix_tflops: rate of a large matrix product in this run; `mfu` is `tflops` over it.
-        peak_mb: most memory that tensors took in a step, weights and optimizer included, 10^6 bytes.
+        peak_mb: most memory that tensors took in a step, weights and optimizer included, 10^6 bytes; with graphed steps
+            what torch held, which is a little more.
         attention_share: of the time of all kernels, that of attention's; of all operations on a CPU.
         attention_kernel: the attention kernel that takes most of it.
         busy_ms: time in a step in which a kernel runs, from a profile of one step; what `p50_ms` has beyond it, the

@@ -93,7 +93,7 @@ def _timed(case: TrainingCase, row: TrainingRow, model: Any, watch: Watch, rate:
         tflops=tflops,
         matrix_tflops=rate,
         mfu=tflops / rate,
-        peak_mb=watch.peak_mb,
+        peak_mb=watch.held_mb if row.layers == "graphed" else watch.peak_mb,
         first_ms=watch.first_ms,
     )
 

@@ -23,7 +23,8 @@ class Watch:
     Attributes:
         times_ms: of the steps after the warm-up, one after another without waiting, as in training.
         first_ms: of the first step.
-        peak_mb: most memory of the timed steps, 10^6 bytes; None on a CPU.
+        peak_mb: most memory of the timed steps' tensors, 10^6 bytes; None on a CPU.
+        held_mb: most memory that torch held meanwhile; a graph's tensors are counted here alone.
         profile: of the `profiled` steps after them.
     """
 
@@ -36,6 +37,7 @@ class Watch:
     times_ms: list[float] = field(default_factory=list)
     first_ms: float | None = None
     peak_mb: float | None = None
+    held_mb: float | None = None
     profile: profile | None = None
 
     def run(self, loop: Loop) -> None:
@@ -57,6 +59,7 @@ class Watch:
         yield from self._timed(_Marks(self.device))
         if on_gpu:
             self.peak_mb = torch.cuda.max_memory_allocated(self.device) / 1e6
+            self.held_mb = torch.cuda.max_memory_reserved(self.device) / 1e6
         if self.profiled:
             activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA][: 2 if on_gpu else 1]
             with profile(activities=activities, acc_events=True) as self.profile:
