@@ -296,6 +296,15 @@ def launched_on_amd() -> list[str]:
     return names
 
 
+def names_in_profiles() -> dict[str, str]:
+    """The kernels of all families by the names that the compiler gives them, with the modules that they are in."""
+    from openmoba.bench.training.profiles import own_kernels
+    from openmoba.ops.triton import attention  # noqa: F401
+    from openmoba.ops.triton.hopper import forward, keys, own_queries  # noqa: F401
+
+    return own_kernels()
+
+
 def _members(values: Iterable[Any]) -> Iterator[Any]:
     """Values, with the members of structs in the place of these."""
     for x in values:
@@ -316,6 +325,7 @@ def _codes(launches: list[Launch]) -> list[dict[str, Any]]:
     return [
         {
             "kernel": code.name,
+            "compiled": re.findall(r"Function : (\S+)", code.sass),
             "hgmma": code.count("HGMMA"),
             "waits": code.count("WARPGROUP.DEPBAR"),
             "three_way": code.count("VIMNMX3"),
@@ -330,11 +340,17 @@ def _codes(launches: list[Launch]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    # Each argument is "plan", "launches", "amd" alone, or "width,block_size,top_k", or with ",queries" a decoding step,
-    # then ":dtype" unless bf16, or ":hopper" for Hopper's own kernels, or ":given" for those where they serve and given
-    # blocks; one line of JSON each. A process of its own: Triton decides at import whether kernels are interpreted.
+    # Each argument is "plan", "launches", "names", "amd" alone, or "width,block_size,top_k", or with ",queries" a
+    # decoding step, then ":dtype" unless bf16, or ":hopper" for Hopper's own kernels, or ":given" for those where they
+    # serve and given blocks; one line of JSON each. A process of its own: Triton decides at import whether kernels are
+    # interpreted.
     for argument in sys.argv[1:]:
-        whole = {"plan": plan_report, "launches": launcher_arguments, "amd": launched_on_amd}
+        whole = {
+            "plan": plan_report,
+            "launches": launcher_arguments,
+            "names": names_in_profiles,
+            "amd": launched_on_amd,
+        }
         if argument in whole:
             print(json.dumps(whole[argument]()), flush=True)
             continue

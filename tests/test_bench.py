@@ -328,6 +328,17 @@ def test_figures_show_the_newest_row_of_each_case_and_the_usual_heads() -> None:
     assert list(line.get_ydata()) == [1.0, 2.0]
 
 
+def test_every_contender_has_a_line_of_its_own() -> None:
+    case = replace(SMALL, passes="forward")
+    rows = [
+        Row.of(name, replace(case, tokens=tokens), p50_ms=1.0) for name in contenders.CONTENDERS for tokens in (96, 160)
+    ]
+    (axes,) = time_chart(rows).axes
+    assert len(axes.lines) == len(contenders.CONTENDERS)
+    both_dense = {"sdpa", "sdpa_cudnn"}  # one is a CPU's, the other a GPU's
+    assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == len(axes.lines) - len(both_dense) + 1
+
+
 def test_plot_refuses_what_is_no_benchmark(tmp_path: Path) -> None:
     assert main(["bench", "plot", str(tmp_path / "none.csv")]) == 2
     other = tmp_path / "other.csv"

@@ -53,6 +53,7 @@ def reports() -> dict[str, list[dict[str, Any]]]:
         *DECODE_CONFIGURATIONS,
         "plan",
         "launches",
+        "names",
     ]
     return dict(zip(arguments, compiled(arguments), strict=True))
 
@@ -125,10 +126,26 @@ def test_fixed_launches_say_what_triton_says(reports):
         assert launch["fixed"] == launch["triton"], launch["kernel"]
 
 
+def test_profiles_tell_the_families_apart(reports):
+    """A profile has the compiler's name of a kernel and nothing else, and the families' kernels are namesakes."""
+    where = reports["names"]
+    assert where["hopper_attend_own"] == "hopper.own_queries"
+    assert where["portable_attend_own"] == "portable.forward"
+    assert where["_gate"] == "gate"
+    for configuration in (CONFIGURATIONS[-1], HOPPER_CONFIGURATIONS[0], HOPPER_CONFIGURATIONS[1]):
+        for kernel in reports[configuration]:
+            (name,) = kernel["compiled"]
+            assert name in where, kernel
+            assert name.removeprefix("hopper_").removeprefix("portable_") == kernel["kernel"]
+            own = configuration.endswith(":hopper") and kernel["kernel"] not in ("_gate", "_second_look")
+            assert where[name].startswith("hopper.") == own, kernel
+
+
 def test_portable_kernels_are_compiled_and_launched_on_amd():
     """With no option and no product that only NVIDIA's compiler has; Hopper's own kernels stay away."""
     (kernels,) = compiled(["amd"])
-    assert {"_pool", "_gate", "attend_past", "attend_own", "key_gradients", "own_query_gradients"} <= set(kernels)
+    steps = {f"portable_{step}" for step in ("attend_past", "attend_own", "key_gradients", "own_query_gradients")}
+    assert {"_pool", "_gate", *steps} <= set(kernels)
 
 
 @pytest.mark.parametrize("configuration", TUNED)

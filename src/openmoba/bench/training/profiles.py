@@ -114,7 +114,7 @@ def _inside(event: Any) -> bool:
 
 
 def own_kernels() -> dict[str, str]:
-    """List the Triton and Gluon kernels of the imported modules: name -> module below `triton`."""
+    """List the Triton and Gluon kernels of the imported modules: name in profiles -> module below `triton`."""
     modules = [module for name, module in list(sys.modules.items()) if name.startswith("openmoba.ops.triton")]
     if not modules:
         return {}
@@ -122,7 +122,13 @@ def own_kernels() -> dict[str, str]:
 
     functions = [value for module in modules for value in vars(module).values()]
     kernels = [kernel for kernel in functions if isinstance(kernel, KernelInterface)]
-    return {kernel.__name__: kernel.fn.__module__.removeprefix("openmoba.ops.triton.") for kernel in kernels}
+    return {_compiled_name(kernel): kernel.fn.__module__.removeprefix("openmoba.ops.triton.") for kernel in kernels}
+
+
+def _compiled_name(kernel: Any) -> str:
+    """Return what the compiler calls a kernel; the interpreter has none, and calls it as Python does."""
+    name: str = kernel.repr(None) if hasattr(kernel, "repr") else kernel.__name__
+    return name.rpartition(".")[2]
 
 
 def _sums(pairs: Iterable[tuple[str, float]]) -> tuple[dict[str, float], dict[str, int]]:

@@ -15,6 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma, warpgroup_mma_wait
 
+from openmoba.ops.triton.family import called
 from openmoba.ops.triton.geometry import query_base
 from openmoba.ops.triton.hopper.tiles import (
     VECTOR,
@@ -51,7 +52,11 @@ def _store_partials(out_ptr, lse_ptr, smem, ring, tile, o_MD, m_M, l_M, WIDTH: g
     gl.store(out_ptr + at_MD, smem.load(ROW), cache_modifier=".cs")  # the queries should stay in the cache
 
 
-@gluon.jit(do_not_specialize=["first_head", "first_pair"], do_not_specialize_on_alignment=["offsets_ptr", "skips_ptr"])
+@gluon.jit(
+    repr=called("hopper_attend_past_resident"),
+    do_not_specialize=["first_head", "first_pair"],
+    do_not_specialize_on_alignment=["offsets_ptr", "skips_ptr"],
+)
 def attend_past_resident(
     q,
     k,
@@ -144,7 +149,11 @@ def attend_past_resident(
         stage, late = next_stage, next_late
 
 
-@gluon.jit(do_not_specialize=["first_head", "first_pair"], do_not_specialize_on_alignment=["offsets_ptr", "skips_ptr"])
+@gluon.jit(
+    repr=called("hopper_attend_past_streaming"),
+    do_not_specialize=["first_head", "first_pair"],
+    do_not_specialize_on_alignment=["offsets_ptr", "skips_ptr"],
+)
 def attend_past_streaming(
     q,
     k,

@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from openmoba.ops.triton.family import called
 from openmoba.ops.triton.geometry import first_row, query_base
 from openmoba.ops.triton.hopper.tiles import (
     VECTOR,
@@ -172,7 +173,10 @@ def _store_shares(partial_dq_ptr, dq_smem, at_M, WIDTH: gl.constexpr, D: gl.cons
     gl.store(partial_dq_ptr + at_MD, dq_smem.load(ROW), cache_modifier=".cs")  # the queries should stay in the cache
 
 
-@gluon.jit(do_not_specialize=["first_head"])
+@gluon.jit(
+    repr=called("hopper_key_gradients"),
+    do_not_specialize=["first_head"],
+)
 def key_gradients(
     d_out,
     q,
@@ -317,7 +321,10 @@ def _longest_first(call, pieces, together):
     return first_block_slot + place % here, place // here
 
 
-@gluon.jit(do_not_specialize=["first_head"])
+@gluon.jit(
+    repr=called("hopper_own_key_gradients"),
+    do_not_specialize=["first_head"],
+)
 def own_key_gradients(
     d_out,
     q,

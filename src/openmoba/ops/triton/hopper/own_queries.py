@@ -11,6 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma, warpgroup_mma_wait
 
+from openmoba.ops.triton.family import called
 from openmoba.ops.triton.geometry import first_row
 from openmoba.ops.triton.hopper.tiles import copy_rows, product_layout, row_layout
 from openmoba.ops.triton.rows import LOG2E, STATISTICS, head_base, own_rows
@@ -44,6 +45,7 @@ def _exist(start, low, high, M: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit(
+    repr=called("hopper_attend_own"),
     do_not_specialize=["first_head", "first_block_slot", "first_token", "end_token"],
     do_not_specialize_on_alignment=["counts_ptr"],
 )
@@ -195,7 +197,11 @@ def _weigh(partial_lse_ptr, pair_M, past, count_M, own_M, PAST: gl.constexpr, RO
     return top_M, l_M
 
 
-@gluon.jit(do_not_specialize=["first_head"], do_not_specialize_on_alignment=["counts_ptr"])
+@gluon.jit(
+    repr=called("hopper_own_query_gradients"),
+    do_not_specialize=["first_head"],
+    do_not_specialize_on_alignment=["counts_ptr"],
+)
 def own_query_gradients(
     d_out,
     q,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from openmoba.ops.triton.family import called
 from openmoba.ops.triton.geometry import first_row, query_base
 from openmoba.ops.triton.plan import block_of_list, item_bounds, skipped
 from openmoba.ops.triton.rows import (
@@ -30,7 +31,11 @@ from openmoba.ops.triton.rows import (
 )
 
 
-@triton.jit(do_not_specialize=["first_head", "first_pair"], do_not_specialize_on_alignment=["offsets_ptr", "skips_ptr"])
+@triton.jit(
+    repr=called("portable_attend_past"),
+    do_not_specialize=["first_head", "first_pair"],
+    do_not_specialize_on_alignment=["offsets_ptr", "skips_ptr"],
+)
 def attend_past(
     q,
     k,
@@ -106,6 +111,7 @@ def attend_past(
 
 
 @triton.jit(
+    repr=called("portable_attend_own"),
     do_not_specialize=["first_head", "first_block_slot", "first_token", "end_token"],
     do_not_specialize_on_alignment=["counts_ptr"],
 )

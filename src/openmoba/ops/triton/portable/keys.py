@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from openmoba.ops.triton.family import called
 from openmoba.ops.triton.geometry import first_row, query_base
 from openmoba.ops.triton.plan import block_of_list, item_bounds, list_bounds
 from openmoba.ops.triton.rows import LOG2E, dot, head_base, load_queries, load_rows, own_rows, pair_rows, store_rows
@@ -26,7 +27,10 @@ def _add_rows(k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, reads_NM, dk_ND, dv_ND
     return dk_ND, dv_ND, ds_NM
 
 
-@triton.jit(do_not_specialize=["first_head"])
+@triton.jit(
+    repr=called("portable_key_gradients"),
+    do_not_specialize=["first_head"],
+)
 def key_gradients(
     d_out,
     q,
@@ -117,7 +121,10 @@ def key_gradients(
     store_rows(partials.dv, at, WIDTH, n < call.block_size, dv_ND, WIDTH, D)
 
 
-@triton.jit(do_not_specialize=["first_head"])
+@triton.jit(
+    repr=called("portable_own_key_gradients"),
+    do_not_specialize=["first_head"],
+)
 def own_key_gradients(
     d_out,
     q,

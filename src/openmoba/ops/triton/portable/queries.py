@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from openmoba.ops.triton.family import called
 from openmoba.ops.triton.geometry import first_row, query_base
 from openmoba.ops.triton.plan import block_of_list, item_bounds
 from openmoba.ops.triton.rows import (
@@ -33,7 +34,10 @@ def _add_keys(k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, reads_MN, dq_MD, scale
     return dot(ds_MN.to(k_ND.dtype), k_ND, dq_MD)
 
 
-@triton.jit(do_not_specialize=["first_head"])
+@triton.jit(
+    repr=called("portable_query_gradients"),
+    do_not_specialize=["first_head"],
+)
 def query_gradients(
     d_out,
     q,
@@ -97,7 +101,11 @@ def query_gradients(
     store_rows(shares_ptr, tl.where(valid, pair, nowhere), WIDTH, None, dq_MD, WIDTH, D)
 
 
-@triton.jit(do_not_specialize=["first_head"], do_not_specialize_on_alignment=["counts_ptr"])
+@triton.jit(
+    repr=called("portable_own_query_gradients"),
+    do_not_specialize=["first_head"],
+    do_not_specialize_on_alignment=["counts_ptr"],
+)
 def own_query_gradients(
     d_out,
     q,
