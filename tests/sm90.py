@@ -62,6 +62,16 @@ class MachineCode:
         """Loads and stores of local memory."""
         return self.count("STL") + self.count("LDL")
 
+    @property
+    def loop_spills(self) -> int:
+        """Those within the longest loop: the one over tiles, in kernels that have their products in flight."""
+        loops: list[tuple[int, int]] = [(0, 0)]
+        for address, target in re.findall(r"/\*(\w{4,})\*/[^;/]*\bBRA\b[^;/]*?\b0x(\w+)", self.sass):
+            loops.append((int(target, 16), int(address, 16)))
+        begin, end = max(loops, key=lambda loop: loop[1] - loop[0])
+        places = re.findall(r"/\*(\w{4,})\*/\s+(?:@!?P\d+ )?(?:STL|LDL)\b", self.sass)
+        return sum(begin <= int(place, 16) <= end for place in places)
+
 
 @contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
@@ -332,6 +342,7 @@ def _codes(launches: list[Launch]) -> list[dict[str, Any]]:
             "calls": code.count("CALL"),
             "matrix": code.count("HGMMA") + code.count("HMMA"),
             "spills": code.spills,
+            "loop_spills": code.loop_spills,
             "shared": code.shared,
             "registers": code.registers,
         }

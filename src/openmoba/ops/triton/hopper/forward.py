@@ -29,6 +29,7 @@ from openmoba.ops.triton.hopper.tiles import (
     row_layout,
     row_of,
     stages_around,
+    vectors_to,
 )
 from openmoba.ops.triton.plan import block_of_list, item_bounds, skipped
 from openmoba.ops.triton.rows import LOG2E, head_base
@@ -136,7 +137,7 @@ def attend_past_resident(
         o = warpgroup_mma(gl.convert_layout(p.to(DTYPE), OPERAND), v_smem, zero_MD, use_acc=False, is_async=True)
         # While P V and S run: where the queries are that this tile's buffer gets next.
         token, member = row_of(late, head_rows, GROUP, PAST)
-        address_smem.store((token * q.token + member * q.head) // VECTOR)
+        address_smem.store(vectors_to(q, token, member))
         ring.index(0).store(pair)
         o, s = warpgroup_mma_wait(0, [o, s_next])
         # The tile's queries are read: their buffer is free, for its output and then for later queries.
@@ -202,16 +203,14 @@ def attend_past_streaming(
     q_smem = gl.allocate_shared_memory(DTYPE, [2, M, D], gl.NVMMASharedLayout.get_default_for([M, D], DTYPE))
     ring = allocate_ring(2, M)
     n = gl.arange(0, N, gl.SliceLayout(1, ROW))
-    k_at = n * k.token
-    v_at = n * v.token
     pieces = call.block_size // N
     # Two groups of copies before the loop: queries, their pairs and the first keys; the first values.
     pair = pairs_of(lists.pairs, 0, begin, end, M, gl.SliceLayout(1, ROW))
     _copy_queries(q_smem.index(0), pair, q, q_base, head_rows, GROUP, PAST, D, ROW)
     copy_pairs(ring, 0, lists.pairs, begin, end)
-    copy_rows(k_smem.index(0), k_base, k_at, D, ROW)
+    copy_rows(k_smem.index(0), k_base, n * k.token, D, ROW)
     async_copy.commit_group()
-    copy_rows(v_smem, v_base, v_at, D, ROW)
+    copy_rows(v_smem, v_base, n * v.token, D, ROW)
     async_copy.commit_group()
     zero_MN = gl.zeros([M, N], gl.float32, S_MN)
     turns = gl.cdiv(end - begin, M) * pieces
@@ -226,9 +225,10 @@ def attend_past_streaming(
         s = warpgroup_mma(
             q_smem.index(tile % 2), k_smem.index(turn % 2).permute((1, 0)), zero_MN, use_acc=False, is_async=True
         )
-        # Beside S: the next keys. A tile's pairs come one piece before its queries, which need them.
+        # Beside S: the next keys. Where they are is worked out anew, since kept it would take registers that spill.
+        # A tile's pairs come one piece before its queries, which need them.
         if turn + 1 < turns:
-            copy_rows(k_smem.index((turn + 1) % 2), k_base, next_piece * N * k.token + k_at, D, ROW)
+            copy_rows(k_smem.index((turn + 1) % 2), k_base, (next_piece * N + n) * k.token, D, ROW)
             if piece == 0:
                 copy_pairs(ring, tile + 1, lists.pairs, begin, end)
             if (piece == 1) & (turn + pieces <= turns):
@@ -249,7 +249,7 @@ def attend_past_streaming(
         o = warpgroup_mma_wait(0, [o])
         # The values are read: the next ones come beside the next S.
         if turn + 1 < turns:
-            copy_rows(v_smem, v_base, next_piece * N * v.token + v_at, D, ROW)
+            copy_rows(v_smem, v_base, (next_piece * N + n) * v.token, D, ROW)
         async_copy.commit_group()
         # The tile has met the whole block; the next one's first keys are already on their way.
         if next_piece == 0:

@@ -40,6 +40,7 @@ from openmoba.ops.triton.hopper.tiles import (
     row_of,
     stages_around,
     thread_barrier,
+    vectors_to,
 )
 from openmoba.ops.triton.plan import block_of_list, item_bounds, list_bounds
 from openmoba.ops.triton.rows import LOG2E, STATISTICS, head_base, own_rows
@@ -86,8 +87,8 @@ def _find_rows(addresses, pair_M, q, d_out, head_rows, first_query_head, HEADS: 
                PAST: gl.constexpr):  # fmt: skip
     """Work out where the queries, output gradients and statistics of M pairs are, once for all who will copy them."""
     token_M, member_M = row_of(pair_M, head_rows, GROUP, PAST)
-    addresses[0].store((token_M * q.token + member_M * q.head) // VECTOR)
-    addresses[1].store((token_M * d_out.token + member_M * d_out.head) // VECTOR)
+    addresses[0].store(vectors_to(q, token_M, member_M))
+    addresses[1].store(vectors_to(d_out, token_M, member_M))
     addresses[2].store((token_M * HEADS + first_query_head + member_M) * STATISTICS)
 
 

@@ -103,6 +103,15 @@ def pairs_in(ring, tile, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def row_of(pair_M, head_rows, GROUP: gl.constexpr, PAST: gl.constexpr):
-    """Return the flat query token and head within the group of each pair, both int64."""
+    """Return the flat query token, int64, and the head within the group, of each pair."""
     row_M = pair_M // PAST - head_rows
-    return (row_M // GROUP).to(gl.int64), (row_M % GROUP).to(gl.int64)
+    return (row_M // GROUP).to(gl.int64), row_M % GROUP
+
+
+@gluon.jit
+def vectors_to(x, token_M, member_M):
+    """Return how many vectors rows of x lie behind token 0 of the first head in their group.
+
+    Heads of a group are within int32 (`attention._near`): a wider product would cost the loop registers.
+    """
+    return token_M * (x.token // VECTOR) + member_M * (x.head // VECTOR)
