@@ -173,7 +173,7 @@ def why_not(model: torch.nn.Module, batch: Mapping[str, Any]) -> str | None:
         return "no parameter is trained"
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         return "several processes share the step"
-    if any(getattr(module, name, False) is True for module in model.modules() for name in _RECOMPUTES):
+    if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
         return "activations are computed again, which keeps the state of random numbers"
     if any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in trained):
         return "a parameter has hooks, which would run once"
@@ -183,9 +183,6 @@ def why_not(model: torch.nn.Module, batch: Mapping[str, Any]) -> str | None:
     if len(devices) > 1:
         return f"model and batch are on {' and '.join(sorted(map(str, devices)))}"
     return None if trained[0].is_cuda else f"the model is on {trained[0].device}, and only GPUs have graphs"
-
-
-_RECOMPUTES = ("gradient_checkpointing", "activation_checkpointing")  # as releases of transformers name it
 
 
 def _captured(run: Callable[[], Tensor], stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, Tensor]:

@@ -123,7 +123,7 @@ class TrainerLoop:
             if trainer.compiled != (self.case.layers != "eager"):
                 raise RuntimeError("the layers could not be compiled")
             if trainer.graphs.on != (self.case.layers == "graphed"):
-                raise RuntimeError("the steps could not be made CUDA graphs")
+                raise RuntimeError(f"the steps could not be made CUDA graphs: {trainer.graphs.reason}")
 
     def loss(self) -> float | None:
         return None

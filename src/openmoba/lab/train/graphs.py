@@ -34,10 +34,11 @@ class StepGraphs:
 
     Attributes:
         on: whether there is to be one; off for good where none can be had, which is told.
+        reason: why there is none although the run wants it.
     """
 
     def __init__(self, progress: Progress) -> None:
-        self.on = False
+        self.on, self.reason = False, ""
         self._progress = progress
         self._graph: StepGraph | None = None
 
@@ -60,5 +61,5 @@ class StepGraphs:
 
     def stop(self, reason: str) -> None:
         """Go on without graphs."""
-        self.on, self._graph = False, None
+        self.on, self.reason, self._graph = False, reason, None
         self._progress.note(f"a step is launched kernel by kernel, not as a CUDA graph: {reason} (train.compile=auto)")
