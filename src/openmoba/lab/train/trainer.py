@@ -156,16 +156,18 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def _try_out(self) -> None:
         """Train and evaluate on one batch of every shape, with every attention of the run; leaves nothing behind."""
-        model, steps, evaluation = self.model_wrapped, self.config.train.steps, self.config.eval
+        model, evaluation = self.model_wrapped, self.config.eval
+        attention = partial(self.config.arm.attention, steps=self.config.train.steps)
+        last = self.config.train.steps - 1
         sizes = {min(evaluation.batch_size, len(self.data.valid)), len(self.data.valid) % evaluation.batch_size}
         try:
-            for step in sorted({0, steps - 1}):
+            for step in [0] if attention(0) == attention(last) else [0, last]:
                 self.attend_as_configured(step)
                 windows = [self.train_dataset[i] for i in range(self.args.per_device_train_batch_size)]
                 batches, count = self.get_batch_samples(iter([self.data_collator(windows)]), 1, self.args.device)
                 model.train()
                 self.training_step(model, self._prepare_inputs(batches[0]), num_items_in_batch=count)
-                model.zero_grad()  # evaluation leaves FSDP with gathered weights, and with gradients that are not theirs
+                model.zero_grad()  # evaluation has FSDP gather weights, whose gradients are not these
                 model.eval()
                 with autocast(self.args.device, self.args.bf16):
                     for size in sizes - {0}:
