@@ -66,5 +66,23 @@ def failing() -> None:
     assert rows[0].error == "ZeroDivisionError: division by zero"
 
 
+def one_failing() -> None:
+    """The row of a failure in one process, for which the others would wait, is there too."""
+    case = replace(CASES[0], tokens=104)
+    machine = Machine(torch.device("cpu"), "abc")
+
+    def fail_in_the_second(*_: object) -> ParallelRow:
+        if distributed.get_rank() == 1:
+            raise MemoryError("full")
+        raise KeyboardInterrupt  # as torchrun ends it
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "measure_case", fail_in_the_second)
+        with pytest.raises((MemoryError, KeyboardInterrupt)):
+            command.run_parallel_benchmark([case], out(), machine)
+    distributed.barrier()
+    assert command.run_parallel_benchmark([case], out(), machine)[0].error == "MemoryError: full"
+
+
 if __name__ == "__main__":
-    run_checks({"together": together, "failing": failing}, {"alone": alone})
+    run_checks({"together": together, "failing": failing, "one failing": one_failing}, {"alone": alone})

@@ -7,8 +7,10 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+from as_gpus import laboratory_as_gpus
 from ranks import made_alone, run_checks
 from tiny import tiny_config
 from torch import distributed
@@ -17,6 +19,7 @@ from openmoba.errors import explain
 from openmoba.lab.arms import ArmConfig
 from openmoba.lab.config import RunConfig
 from openmoba.lab.errors import Terminated
+from openmoba.lab.model import compile
 from openmoba.lab.train.history import read_result
 from openmoba.lab.train.run import run_training
 from openmoba.lab.train.trainer import RunTrainer
@@ -49,6 +52,9 @@ CASES: dict[str, dict[str, Any]] = {
     "key convolution": {"key_conv": 4},
     "a mask of the loss, computed again": {"loss_tokens": 9, "gradient_checkpointing": True, "micro_batch_size": 1},
 }
+
+
+IN_16_BITS: dict[str, Any] = {"precision": "bf16", "compile": "layers", "gradient_checkpointing": True}
 
 
 def curve(folder: Path) -> list[float]:
@@ -118,6 +124,25 @@ def go_on() -> None:
     stop_halfway(settings, root() / "begun by two")
 
 
+def alone_in_16_bits() -> list[float]:
+    folder = root() / "alone in 16 bits"
+    with patch.object(compile, "compile_layers", lambda model: None):
+        run_training(config(root(), **IN_16_BITS), folder)
+    return curve(folder)
+
+
+def sharded_too() -> None:
+    """As on GPUs, by accelerate's mesh with FSDP2, after a try-out of what would be compiled; goes on with other N."""
+    with laboratory_as_gpus(), patch.object(compile, "compile_layers", lambda model: None):
+        run_training(config(root(), context_parallel=2, fsdp=True, **IN_16_BITS), root() / "sharded")
+        distributed.barrier()
+        same(root() / "sharded", "in 16 bits")
+        stop_halfway(config(root(), context_parallel=2, fsdp=True, **IN_16_BITS), root() / "sharded, stopped")
+        run_training(config(root(), fsdp=True, **IN_16_BITS), root() / "sharded, stopped")
+        distributed.barrier()
+        same(root() / "sharded, stopped", "in 16 bits")
+
+
 def refusals() -> None:
     for train, said in (
         ({"context_parallel": 3}, "do not divide the 2 there are; start a multiple of 3"),
@@ -142,8 +167,9 @@ if __name__ == "__main__":
         {
             **{name: partial(shared, name) for name in CASES},
             "go on": go_on,
+            "sharded too": sharded_too,
             "refusals": refusals,
             "one dies": one_dies,
         },
-        {**{name: partial(alone, name) for name in CASES}, "begin": begin},
+        {**{name: partial(alone, name) for name in CASES}, "begin": begin, "in 16 bits": alone_in_16_bits},
     )

@@ -21,7 +21,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     return checked("bench_parallel_checks.py", 2, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("check", ["together", "failing"])
+@pytest.mark.parametrize("check", ["together", "failing", "one failing"])
 def test_two_processes_are_timed_together(outcomes: dict[str, list[str]], check: str) -> None:
     assert not outcomes[check], "\n".join(outcomes[check])
 
@@ -38,6 +38,9 @@ def test_the_grid_is_that_of_the_question() -> None:
     (step,) = (case for case in GRIDS["headline"] if case.kind == "step")
     assert (step.size, step.full_layers, step.tokens) == ("545m", 3, 2**19)
     assert GRIDS["step-768K"][0].tokens == 768 * 2**10
+    whole = {**dict.fromkeys(GRIDS["headline"])}
+    assert list(whole)[: len(GRIDS["attention"])] == list(GRIDS["attention"])  # a run cut short has these
+    assert {case.kind for case in GRIDS["smoke"]} == {"attention", "transfer", "step"}
 
 
 def test_a_table_says_how_much_faster(tmp_path: Path) -> None:
@@ -48,11 +51,11 @@ def test_a_table_says_how_much_faster(tmp_path: Path) -> None:
     assert compared(one, [one]).speedup is None
     assert compared(two, [replace(one, commit="other")]).speedup is None
     table = markdown([one, compared(two, [one])])
-    assert "| forward+backward | 2 | keys head-tail | 512 | 32/2 | 5 | 1.60x |" in table
+    assert "| forward+backward | 2 | heads contiguous | 512 | 32/2 | 5 | 1.60x |" in table
 
 
 def test_what_it_needs_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "parallel", "--grid", "cpu"]) == 2
     assert "is started by torchrun" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="grid must be one of headline, cpu"):
+    with pytest.raises(SystemExit, match="grid must be one of headline, attention, smoke, cpu"):
         bench(["parallel", "--grid", "none"])

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("transformers")
 
 from ranks import checked
-from trainer_checks import CASES
+from trainer_checks import all_checks
 from transformers import Trainer
 
 from openmoba.hf.context_parallel import ContextParallel
@@ -24,7 +24,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     return checked("trainer_checks.py", 2, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("check", [*CASES, "refusals"])
+@pytest.mark.parametrize("check", all_checks(2))
 def test_two_processes_share_every_sequence(outcomes: dict[str, list[str]], check: str) -> None:
     assert not outcomes[check], "\n".join(outcomes[check])
 

@@ -361,3 +361,5 @@ def test_which_runs_want_graphs_and_which_cannot_have_them() -> None:
     assert "conversations" in str(graphs.reason_against(config, 1, conversations=True))
     checkpointed = RunConfig(train=TrainConfig(gradient_checkpointing=True))
     assert "gradient_checkpointing" in str(graphs.reason_against(checkpointed, 1, conversations=False))
+    sharded = RunConfig(train=TrainConfig(fsdp=True))
+    assert "train.fsdp gathers" in str(graphs.reason_against(sharded, 1, conversations=False))

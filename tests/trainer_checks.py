@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
+from as_gpus import as_gpus
 from ranks import made_alone, run_checks
 from torch import Tensor, distributed
 from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -91,7 +93,8 @@ def steps(kind: Any, batch_size: int, collate: Any = stacked, data: Any = None, 
     trainer = kind(made, arguments, data_collator=collate, train_dataset=data, eval_dataset=data[:4], **options)
     trainer.train()
     logged = [row[name] for row in trainer.state.log_history for name in ("loss", "grad_norm") if name in row]
-    return [*logged, trainer.evaluate()["eval_loss"], made.model.layers[0].self_attn.k_proj.weight.detach()]
+    weight = made.model.layers[0].self_attn.k_proj.weight.detach()
+    return [*logged, trainer.evaluate()["eval_loss"], getattr(weight, "full_tensor", lambda: weight)()]
 
 
 def same(one: list[Any], many: list[Any]) -> None:
@@ -161,6 +164,21 @@ def split(name: str) -> None:
     same(made_alone(name), steps(Split, 2 // others, context_parallel=2, **CASES[name]()))
 
 
+def split_by_accelerate(name: str) -> None:
+    """As on GPUs: accelerate's own mesh, and FSDP2 over all processes."""
+    others = distributed.get_world_size() // 2
+    with as_gpus():
+        mesh = ParallelismConfig(cp_size=2, dp_shard_size=others)
+        same(made_alone(name), steps(Split, 2 // others, fsdp=True, parallelism_config=mesh, **CASES[name]()))
+
+
+def loss_in_16_bits() -> None:
+    """FSDP2's own policy would return 5.6 for 5.61."""
+    with as_gpus():
+        found = steps(Split, 2, fsdp=True, parallelism_config=ParallelismConfig(cp_size=2), bf16=True)
+    torch.testing.assert_close(found[0], made_alone("hybrid")[0], rtol=2e-4, atol=0)
+
+
 def refusals() -> None:
     """One sentence with the way out, before anything is trained."""
     refuses("do not divide the 2 that there are; start a multiple of 3", context_parallel=3)
@@ -190,9 +208,15 @@ def refuses(text: str, **settings: Any) -> None:
         steps(Split, 2, **{"context_parallel": 2} | settings)
 
 
+ACCELERATED = ("hybrid", "checkpointed", "key convolution, packed, by keys")
+
+
+def all_checks(ranks: int) -> dict[str, Callable[[], Any]]:
+    names = list(CASES) if ranks == 2 else ["hybrid", "packed"]
+    checks: dict[str, Callable[[], Any]] = {name: partial(split, name) for name in names}
+    checks |= {f"{name}, FSDP2": partial(split_by_accelerate, name) for name in ACCELERATED if name in names}
+    return checks | ({"loss in 16 bits, FSDP2": loss_in_16_bits, "refusals": refusals} if ranks == 2 else {})
+
+
 if __name__ == "__main__":
-    names = list(CASES) if sys.argv[2] == "2" else ["hybrid", "packed"]
-    run_checks(
-        {name: partial(split, name) for name in names} | ({"refusals": refusals} if sys.argv[2] == "2" else {}),
-        {name: partial(alone, name) for name in names},
-    )
+    run_checks(all_checks(int(sys.argv[2])), {name: partial(alone, name) for name in CASES})

@@ -13,6 +13,7 @@ its mean over the processes, which DDP and FSDP2 take, is that of one process.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -51,6 +52,8 @@ class ContextParallel:
             _check_trainer(trainer)
             self._sequence_mesh = self._mesh(config, context_parallel)
             self._context_group = self._sequence_mesh["cp"].get_group()
+        if self._meshed_by_accelerate:
+            _keep_loss(trainer.accelerator.state.fsdp_plugin)
 
     def _mesh(self, config: Any, context_parallel: int) -> Any:
         """Return accelerate's mesh, or make one on CPU."""
@@ -118,6 +121,12 @@ class ContextParallel:
         if self._context_group is not None:
             raise ValueError("no process has the logits of whole sequences; predict without context parallelism")
         return super().predict(*args, **kwargs)  # type: ignore[misc]
+
+
+def _keep_loss(plugin: Any) -> None:
+    """Have FSDP2 return what the model does: accelerate's policy rounds outputs to 16 bits, the loss among them."""
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 def _check_hook() -> None:

@@ -149,32 +149,50 @@ def _cells(row: ParallelRow) -> tuple[str, ...]:
 
 
 _K = 1024
-_WAYS = (("keys", "head-tail"), ("heads", "contiguous"), ("keys", "contiguous"))
-_ATTENTION = tuple(
-    ParallelCase("attention", tokens * _K, way, layout, block, top_k, passes)
-    for tokens in (256, 1024)
-    for block, top_k in ((128, 8), (4096, 12))
-    for passes in ("forward+backward", "forward")
-    for way, layout in _WAYS
-)
-_TRANSFERS = tuple(
-    ParallelCase("transfer", tokens * _K, way, "contiguous", passes="forward")
-    for tokens in (256, 1024)
-    for way in ("heads", "keys")
-)
+_BALANCED = (("heads", "contiguous"), ("keys", "head-tail"))
+_WAYS = (*_BALANCED, ("keys", "contiguous"))
+
+
+def _attention(passes: str, ways: Iterable[tuple[str, str]]) -> tuple[ParallelCase, ...]:
+    return tuple(
+        ParallelCase("attention", tokens * _K, way, layout, block, top_k, passes)
+        for block, top_k in ((128, 8), (4096, 12))
+        for tokens in (256, 1024)
+        for way, layout in ways
+    )
+
+
+def _transfers(*tokens: int, **size: Any) -> tuple[ParallelCase, ...]:
+    return tuple(
+        ParallelCase("transfer", n, way, "contiguous", passes="forward", **size)
+        for n in tokens
+        for way in ("heads", "keys")
+    )
+
+
+_MAIN = (*_transfers(256 * _K, 1024 * _K), *_attention("forward+backward", _BALANCED))
 # The heads of the 545m model are 14 of width 128.
 _STEP = ParallelCase(
     "step", 512 * _K, block_size=512, top_k=3, heads=14, kv_heads=14, dtype="bfloat16", size="545m", full_layers=3
 )
 _SMALL = {"heads": 4, "kv_heads": 2, "head_dim": 16, "dtype": "float32", "block_size": 32, "top_k": 2}
+_TINY = {"heads": 8, "kv_heads": 2, "head_dim": 64, "block_size": 64, "top_k": 4}
+_SMOKE = (
+    *_transfers(4 * _K, **_TINY),
+    *(ParallelCase("attention", 4 * _K, way, layout, **_TINY) for way, layout in _WAYS),  # type: ignore[arg-type]
+    ParallelCase("step", 4 * _K, top_k=3, heads=4, kv_heads=4, head_dim=64, size="5m", full_layers=1),
+)
 _CPU = (
     *(ParallelCase("attention", 512, way, layout, **_SMALL) for way, layout in _WAYS),  # type: ignore[arg-type]
-    *(ParallelCase("transfer", 512, way, "contiguous", **_SMALL) for way in ("heads", "keys")),  # type: ignore[arg-type]
+    *_transfers(512, **_SMALL),
     ParallelCase("step", 128, block_size=16, top_k=2, heads=2, kv_heads=2, dtype="float32", size="nano", full_layers=1),
 )
 GRIDS = {
-    "headline": (*_ATTENTION, *_TRANSFERS, _STEP),
+    "headline": (*_MAIN, _STEP, *_attention("forward", _WAYS), *_attention("forward+backward", _WAYS)),
+    "attention": _MAIN,
+    "smoke": _SMOKE,
     "cpu": _CPU,
     **{f"step-{length_name(n * _K)}": (replace(_STEP, tokens=n * _K),) for n in range(256, 4097, 128)},
 }
-"""Name -> cases. Each "step-LENGTH" is one step of that length, which may not fit: see benchmarks/parallel.sh."""
+"""Name -> cases, the most important first. Each "step-LENGTH" is one step of that length, which may not fit: see
+benchmarks/parallel.sh."""

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import distributed
 
 from openmoba.bench.machine import Machine, failure, say
 from openmoba.bench.parallel.cases import GRIDS, ParallelCase, ParallelRow, compared, markdown
-from openmoba.bench.parallel.measure import measure_case
+from openmoba.bench.parallel.measure import measure_case, slowest
 from openmoba.bench.rows import append_row, read_rows
 from openmoba.parallel.collectives import leave_group
+
+PATIENCE = timedelta(minutes=3)  # for a device that compiles while the others wait
 
 
 @dataclass(frozen=True)
@@ -23,8 +29,9 @@ class Parallel:
     """Time one sequence over the devices of torchrun, and with one of them the whole; the same command goes on."""
 
     grid: str = "headline"
-    """"headline" (attention and its transfers at 256K and 1M tokens, a step of a 545M hybrid at 512K), "step-LENGTH"
-    (such a step at another length, such as step-768K), or "cpu"."""
+    """"headline" (attention and its transfers at 256K and 1M tokens, a step of a 545M hybrid at 512K), "attention"
+    (of these both passes, each way as it is balanced), "step-LENGTH" (such a step at a length, such as step-768K),
+    "smoke" (some of each, small, in seconds), or "cpu"."""
     out: Path = Path("parallel.csv")
     """CSV file that rows are added to; what it holds for this commit and device is not measured again."""
     commit: str | None = None
@@ -42,8 +49,11 @@ class Parallel:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
         if on_gpu:
             torch.cuda.set_device(device)
-        distributed.init_process_group("nccl" if on_gpu else "gloo")
-        rows = run_parallel_benchmark(GRIDS[self.grid], self.out, Machine(device, self.commit))
+        distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+        try:
+            rows = run_parallel_benchmark(GRIDS[self.grid], self.out, Machine(device, self.commit))
+        except Exception:
+            _leave_at_once()
         if distributed.get_rank() == 0:
             print(markdown(rows))
         leave_group()
@@ -59,24 +69,43 @@ def run_parallel_benchmark(cases: Sequence[ParallelCase], out: Path, machine: Ma
         Exception: of the first case that fails, after its row: devices are out of step then. The same command goes on
             behind it.
     """
-    ranks, first = distributed.get_world_size(), distributed.get_rank() == 0
+    ranks, rank = distributed.get_world_size(), distributed.get_rank()
     done = {row.key: row for row in read_rows(out, ParallelRow)}
-    distributed.barrier()  # before the first process adds to it
+    slowest([0.0], machine.device)  # all have read it before the first process adds to it
     wanted = []
-    for case in dict.fromkeys(case.on(ranks) for case in cases if ranks > 1 or case.kind != "transfer"):
+    asked = dict.fromkeys(case.on(ranks) for case in cases if ranks > 1 or case.kind != "transfer")
+    for number, case in enumerate(asked, 1):
+        start = time.monotonic()
         row = ParallelRow.of(case, ranks, **machine.machine)
         if row.key not in done:
             row = replace(row, time=datetime.now(UTC).isoformat(timespec="seconds"))
             try:
                 row = compared(measure_case(case, row, machine.device), done.values())
             except Exception as error:
-                if first:
-                    append_row(out, replace(row, error=failure(error)))
+                _append_failure(out, replace(row, error=failure(error)), rank)
                 raise
-            if first:
+            if rank == 0:
                 append_row(out, row)
-                say(f"{case.words} on {ranks}: {row.p50_ms:.3f} ms")
+                took = time.monotonic() - start
+                say(f"{number} of {len(asked)}, {took:.0f} s: {case.words} on {ranks}: {row.p50_ms:.3f} ms")
             done[row.key] = row
             machine.tidy()
         wanted.append(done[row.key])
     return wanted
+
+
+def _append_failure(out: Path, row: ParallelRow, rank: int) -> None:
+    """Write a failure down, once: it may be that of one process, for which the others wait, or of all."""
+    time.sleep(min(rank, 1))
+    if rank == 0 or row.key not in {other.key for other in read_rows(out, ParallelRow)}:
+        append_row(out, row)
+
+
+def _leave_at_once() -> NoReturn:
+    """Say what failed and end the process: in an orderly end it might wait for transfers that nobody takes part in.
+
+    torchrun ends the others then.
+    """
+    traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(1)

@@ -115,13 +115,14 @@ class TrainerLoop:
         self.model = _model(case, device)
 
     def run(self, watch: Iterator[None]) -> None:
+        notes = _Notes()
         with tempfile.TemporaryDirectory() as folder:
-            trainer = self._trainer(Path(folder))
+            trainer = self._trainer(Path(folder), notes)
             trainer.add_callback(_callback(watch))
             trainer.train()
             trainer.check_loss()
             if trainer.compiled != (self.case.layers != "eager"):
-                raise RuntimeError("the layers could not be compiled")
+                raise RuntimeError(f"the layers could not be compiled: {notes.last}")
             if trainer.graphs.on != (self.case.layers == "graphed"):
                 raise RuntimeError(f"the steps could not be made CUDA graphs: {trainer.graphs.reason}")
 
@@ -134,7 +135,7 @@ class TrainerLoop:
         data, model = DataConfig(length=case.tokens), ModelConfig(case.family, case.size)
         return RunConfig(data=data, model=model, arm=case.arm, train=_settings(case))
 
-    def _trainer(self, folder: Path) -> Any:
+    def _trainer(self, folder: Path, notes: Progress) -> Any:
         from openmoba.lab.data.tokenizer import byte_tokenizer
         from openmoba.lab.train.trainer import RunTrainer
 
@@ -142,8 +143,17 @@ class TrainerLoop:
         tokens = np.random.default_rng(0).integers(VOCABULARY, size=_WINDOWS * case.tokens + 1, dtype=np.uint16)
         store = TokenStore(tokens, np.asarray([0, len(tokens)]), None)
         windows = cut_windows(store, np.asarray([0]), case.tokens)
-        data = Data(windows, windows, byte_tokenizer(), {})
-        return RunTrainer(config, folder, self.model, data, Progress(), (0.0, 0.0))
+        none = windows.spread(0)  # nothing is evaluated, nor compiled for it
+        return RunTrainer(config, folder, self.model, Data(windows, none, byte_tokenizer(), {}), notes, (0.0, 0.0))
+
+
+class _Notes(Progress):
+    """Keeps what was said last, which is why layers are not compiled, or steps not graphs."""
+
+    last = ""
+
+    def note(self, text: str) -> None:
+        self.last = text
 
 
 _COMPILE: dict[str, Literal["auto", "layers", "off"]] = {"graphed": "auto", "compiled": "layers", "eager": "off"}

@@ -22,6 +22,8 @@ def reason_against(config: RunConfig, processes: int, conversations: bool) -> st
     """Say why a run's steps cannot be graphs, before that is tried; None if nothing is known."""
     if processes > 1:
         return "several processes share it"
+    if config.train.fsdp:
+        return "train.fsdp gathers weights in the middle of it"
     if config.train.gradient_checkpointing:
         return "train.gradient_checkpointing computes activations again, which keeps the state of random numbers"
     if conversations:

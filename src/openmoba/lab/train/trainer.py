@@ -78,6 +78,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             processing_class=data.tokenizer,
             callbacks=[RunCallback(self)],
         )
+        if settings.fsdp:  # whose own policy rounds the loss too; `compute_loss` says what is in 16 bits
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         self.sharding = self._share_windows()
         self.data_collator = _stack if self.sharding is None else partial(_stack, sharding=self.sharding)
         self.remove_callback(PrinterCallback)
@@ -96,9 +98,9 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         ranks = self.config.train.context_parallel
         if ranks == 1:
             return None
-        if self.args.device.type == "cpu":
-            self._mesh = sequence_mesh(ranks, "cpu")
-        mesh = self.accelerator.torch_device_mesh if self._mesh is None else self._mesh
+        mesh = self.accelerator.torch_device_mesh
+        if mesh is None:
+            mesh = self._mesh = sequence_mesh(ranks, "cpu")
         return sharding_of_windows(mesh["cp"].get_group(), self.config.data.length, self.model)
 
     def _losses(self, model: Any) -> TokenLosses:
@@ -154,15 +156,18 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def _try_out(self) -> None:
         """Train and evaluate on one batch of every shape, with every attention of the run; leaves nothing behind."""
-        model, steps, evaluation = self.model_wrapped, self.config.train.steps, self.config.eval
+        model, evaluation = self.model_wrapped, self.config.eval
+        attention = partial(self.config.arm.attention, steps=self.config.train.steps)
+        last = self.config.train.steps - 1
         sizes = {min(evaluation.batch_size, len(self.data.valid)), len(self.data.valid) % evaluation.batch_size}
         try:
-            for step in sorted({0, steps - 1}):
+            for step in [0] if attention(0) == attention(last) else [0, last]:
                 self.attend_as_configured(step)
                 windows = [self.train_dataset[i] for i in range(self.args.per_device_train_batch_size)]
                 batches, count = self.get_batch_samples(iter([self.data_collator(windows)]), 1, self.args.device)
                 model.train()
                 self.training_step(model, self._prepare_inputs(batches[0]), num_items_in_batch=count)
+                model.zero_grad()  # evaluation has FSDP gather weights, whose gradients are not these
                 model.eval()
                 with autocast(self.args.device, self.args.bf16):
                     for size in sizes - {0}:
@@ -285,7 +290,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Return this micro-batch's share of the step's mean loss, in nats per labelled position."""
-        loss: Tensor = model(**inputs, count=num_items_in_batch)
+        with autocast(self.args.device, self.args.bf16):  # accelerate has it already, but not with FSDP
+            loss: Tensor = model(**inputs, count=num_items_in_batch)
         self._unchecked.append((self.state.global_step + 1, loss.detach()))
         # Gradients are averaged over devices, and `count` is the sum over them.
         devices: int = self.args.world_size
