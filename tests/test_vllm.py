@@ -1,0 +1,301 @@
+"""The plugin for vLLM without vLLM: what it reads of configurations, and a layer's arithmetic on vLLM's kind of batch.
+
+`make test-vllm` runs it in real engines.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from openmoba import moba_attention
+from openmoba.vllm import register
+from openmoba.vllm.layers import MobaLayer, keys_and_values, write_rows
+from openmoba.vllm.served import Served, check_engine, check_layer, served
+
+SETTINGS = {"block_size": 4, "top_k": 2, "full_layers": [1]}
+HEADS, KV_HEADS, WIDTH, PAGE = 4, 2, 8, 8
+Randn = Callable[..., Tensor]
+
+
+def config(moba: dict[str, Any] | None = SETTINGS, **changed: Any) -> Any:
+    """A `VllmConfig` as far as it is read; parts are changed as in `cache__block_size=16`."""
+    text = SimpleNamespace(moba=moba, num_hidden_layers=3, layer_types=["full_attention"] * 3)
+    made = SimpleNamespace(
+        model_config=SimpleNamespace(hf_text_config=text, dtype=torch.bfloat16),
+        cache_config=SimpleNamespace(cache_dtype="auto", block_size=PAGE, prefix_match_unit=None),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+        attention_config=SimpleNamespace(backend=None, backend_per_kind={}),
+        speculative_config=None,
+        kv_transfer_config=None,
+    )
+    for name, value in changed.items():
+        part, _, of_part = name.partition("__")
+        setattr(*((made, part) if not of_part else (getattr(made, f"{part}_config"), of_part)), value)
+    return made
+
+
+class FullLayer:
+    """In the place of vLLM's own implementation of attention."""
+
+    def __init__(self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, **asked: Any) -> None:
+        self.scale, self.asked = scale, asked
+
+    def forward(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, batch: Any, out: Tensor) -> Tensor:
+        return out.fill_(7)
+
+
+class Layer(MobaLayer, FullLayer):
+    @staticmethod
+    def settings() -> Served | None:
+        return served(config())
+
+
+class Requests:
+    """A cache `[Z, Hkv, P, 2 D]` in pages of random order, and requests that grow in it."""
+
+    def __init__(self, randn: Randn, dtype: torch.dtype = torch.float64) -> None:
+        self.randn, self.dtype = randn, dtype
+        self.cache = torch.full((20, KV_HEADS, PAGE, 2 * WIDTH), float("nan"), dtype=dtype)
+        self.free = torch.randperm(20, generator=torch.Generator().manual_seed(0)).tolist()
+        self.tables: list[list[int]] = []
+        self.states: list[Tensor] = []  # [3 (query, key, value), tokens, heads, width] of each request
+        self.sparse = Layer(HEADS, WIDTH, 0.3, KV_HEADS)
+
+    def begin(self, like: int | None = None, shared: int = 0) -> int:
+        """A new request, whose first pages are those of another one."""
+        self.tables.append([] if like is None else self.tables[like][:shared])
+        empty = torch.empty(3, 0, HEADS, WIDTH, dtype=self.dtype)
+        self.states.append(empty if like is None else self.states[like][:, : shared * PAGE])
+        return len(self.tables) - 1
+
+    def step(self, news: dict[int, int], padding: int = 0) -> tuple[Tensor, Tensor]:
+        """Let requests grow; what the layer gives for the new tokens, and what each gives in a call of its own."""
+        packed, slots, expected = [], [], []
+        for request, new in news.items():
+            begin = self.states[request].shape[1]
+            grown = self.randn(3, new, HEADS, WIDTH, dtype=self.dtype)
+            self.states[request] = torch.cat([self.states[request], grown], 1)
+            table = self.tables[request]
+            table += [self.free.pop() for _ in range(-(-(begin + new) // PAGE) - len(table))]
+            slots += [table[token // PAGE] * PAGE + token % PAGE for token in range(begin, begin + new)]
+            packed.append(grown)
+            q, k, v = self.states[request][None].unbind(1)
+            k, v = k[:, :, :KV_HEADS], v[:, :, :KV_HEADS]
+            expected.append(moba_attention(q[:, begin:], k, v, block_size=4, top_k=2, scale=0.3)[0])
+        q, k, v = torch.cat([*packed, packed[0].new_zeros(3, padding, HEADS, WIDTH)], 1)
+        k, v = k[:, :KV_HEADS], v[:, :KV_HEADS]
+        write_rows(k, v, self.cache, torch.tensor(slots))
+        longest = max(len(self.tables[request]) for request in news)
+        batch = SimpleNamespace(
+            num_actual_tokens=len(slots),
+            query_start_loc=torch.tensor([0, *news.values()]).cumsum(0).int(),
+            seq_lens=torch.tensor([self.states[request].shape[1] for request in news]).int(),
+            block_table=torch.tensor([self.tables[r] + [0] * (longest - len(self.tables[r])) for r in news]).int(),
+            causal=True,
+        )
+        out = torch.full_like(q, -1)
+        place = SimpleNamespace(layer_name="model.layers.2.self_attn.attn")
+        assert self.sparse.forward(place, q, k, v, self.cache, batch, out) is out
+        assert (out[len(slots) :] == -1).all(), "padding is left alone"
+        return out[: len(slots)], torch.cat(expected)
+
+
+def test_batches(randn: Randn) -> None:
+    """Prompts in chunks beside steps of others, padding behind them, and a request that begins with another's pages."""
+    requests = Requests(randn)
+    a, b = requests.begin(), requests.begin()
+    for news in ({a: 21}, {a: 1, b: 19}, {a: 1, b: 1}, {b: 20, a: 2}):
+        torch.testing.assert_close(*requests.step(news, padding=3), rtol=1e-12, atol=1e-12)
+    c = requests.begin(like=b, shared=3)
+    for news in ({c: 5, a: 1}, {a: 1, c: 1}):
+        torch.testing.assert_close(*requests.step(news), rtol=1e-12, atol=1e-12)
+
+
+def test_another_cache_gets_other_centroids(randn: Randn) -> None:
+    """vLLM makes a small cache to measure with, then the real one."""
+    requests = Requests(randn)
+    requests.step({requests.begin(): 20})
+    old = requests.sparse.centroids
+    requests.cache = torch.cat([requests.cache, requests.cache])
+    a = requests.begin()
+    for new in (20, 1):
+        torch.testing.assert_close(*requests.step({a: new}))
+    assert requests.sparse.centroids is not old
+    assert requests.sparse.centroids is not None
+    assert requests.sparse.centroids.shape == (40, 2, KV_HEADS, WIDTH)
+
+
+def test_full_layers_and_profiling_are_the_parents(randn: Randn) -> None:
+    layer, out = Layer(HEADS, WIDTH, 0.3, KV_HEADS), randn(3, HEADS, WIDTH)
+    for index, batch in ((1, SimpleNamespace()), (2, None)):
+        place = SimpleNamespace(layer_name=f"model.layers.{index}.self_attn.attn")
+        assert (layer.forward(place, out, out, out, out, batch, out.clone()) == 7).all()
+    assert layer.asked["kv_cache_dtype"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("batch", "scales", "message"),
+    [({"causal": False}, (), "causal, and this batch is not"), ({"causal": True}, (1.0,), "does not quantise")],
+)
+def test_batches_of_another_kind(batch: dict[str, Any], scales: Any, message: str, randn: Randn) -> None:
+    layer, x = Layer(HEADS, WIDTH, 0.3, KV_HEADS), randn(3, HEADS, WIDTH)
+    place = SimpleNamespace(layer_name="model.layers.0.self_attn.attn")
+    with pytest.raises(ValueError, match=message):
+        layer.forward(place, x, x, x, x, SimpleNamespace(**batch), x, *scales)
+
+
+def test_rows_are_written_where_slots_say(randn: Randn) -> None:
+    cache = torch.zeros(3, KV_HEADS, PAGE, 2 * WIDTH, dtype=torch.bfloat16)
+    key, value = randn(2, 5, KV_HEADS, WIDTH).unbind()
+    write_rows(key, value, cache, torch.tensor([17, -1, 7]))
+    keys, values = keys_and_values(cache)
+    assert torch.equal(keys[2, 1], key[0].bfloat16())
+    assert torch.equal(values[0, 7], value[2].bfloat16())
+    assert cache.count_nonzero() == 2 * key[0].numel() * 2
+
+
+def test_settings_are_the_models() -> None:
+    assert served(None) is None
+    assert served(config(moba=None)) is None
+    found = served(config())
+    assert found == Served(4, 2, frozenset({1}))
+    assert str(found) == "MoBA with blocks of 4 tokens, top-2, layers [1] full"
+    with pytest.raises(ValueError, match="key convolution, and this one has one of width 3"):
+        served(config(moba=SETTINGS | {"key_conv": 3}))
+    with pytest.raises(ValueError, match=r"full_layers \[3\] are not layers"):
+        served(config(moba=SETTINGS | {"full_layers": [3]}))
+
+
+def test_layers_by_name() -> None:
+    found = Served(4, 2, frozenset({1}))
+    assert [found.is_sparse(f"model.layers.{index}.self_attn.attn") for index in (0, 1, 2)] == [True, False, True]
+    for name in ("model.attn", "encoder.layers.1.heads.2"):
+        with pytest.raises(ValueError, match=f"'{name}' has no one number"):
+            found.is_sparse(name)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"cache__cache_dtype": "fp8_e4m3"},
+            "a cache in fp8_e4m3 of a model in bfloat16; start with --kv-cache-dtype auto",
+        ),
+        ({"cache__cache_dtype": "float16"}, "a cache in float16"),
+        ({"cache__block_size": 6}, "blocks of 4 tokens in pages of 6; start with a --block-size that divides 4"),
+        ({"cache__prefix_match_unit": 4}, "prefixes that end within a page"),
+        ({"speculative_config": object()}, "speculative decoding"),
+        ({"kv_transfer_config": object()}, "moved between machines or memories"),
+        ({"parallel__decode_context_parallel_size": 2}, "spread over GPUs"),
+        ({"parallel__prefill_context_parallel_size": 2}, "spread over GPUs"),
+    ],
+)
+def test_engines(changed: dict[str, Any], message: str) -> None:
+    check_engine(config(), "0.32.0")
+    with pytest.raises(ValueError, match=f"does not serve .*{message}"):
+        check_engine(config(**changed), "0.33.1")
+
+
+def test_layers_of_other_types() -> None:
+    mixed = config()
+    mixed.model_config.hf_text_config.layer_types[0] = "sliding_attention"
+    with pytest.raises(ValueError, match=r"layers of types \['sliding_attention'\]"):
+        check_engine(mixed, "0.32.0")
+
+
+@pytest.mark.parametrize("version", ["0.31.0", "0.3.2", "0.330.0", "1.0.0"])
+def test_other_versions(version: str) -> None:
+    with pytest.raises(ValueError, match=f"vLLM 0.32 and 0.33, this is {version}"):
+        check_engine(config(), version)
+
+
+def test_other_kinds_of_attention() -> None:
+    check_layer(attn_type="decoder", alibi_slopes=None, sliding_window=None, logits_soft_cap=0, chunk_lookback=-1)
+    for name, value in {"sinks": torch.ones(2), "sliding_window": 8, "new_kind": 1.5, "alibi_slopes": [1.0]}.items():
+        with pytest.raises(ValueError, match=name):
+            check_layer(**{name: value})
+
+
+class FakeBackend:
+    """A member of vLLM's registry."""
+
+    def __init__(self, path: str | None) -> None:
+        self.path = path
+
+    def is_overridden(self) -> bool:
+        return str(self.path).startswith("openmoba")
+
+    def get_path(self) -> str | None:
+        return self.path
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stand-ins for the parts of vLLM that the plugin touches, on a GPU that vLLM would give its own backend."""
+
+    class EngineArgs:
+        def create_engine_config(self, **changed: Any) -> Any:
+            return config(**changed)
+
+    registry = {"CPU_ATTN": FakeBackend("vllm.cpu.Backend"), "CUSTOM": FakeBackend(None)}
+    platform = SimpleNamespace(device_type="cuda", device_name="an accelerator", is_cuda=lambda: True)
+    parts: dict[str, dict[str, Any]] = {
+        "vllm": {"__version__": "0.33.0"},
+        "vllm.engine.arg_utils": {"EngineArgs": EngineArgs},
+        "vllm.platforms": {"current_platform": platform},
+        "vllm.v1.attention.backends.registry": {
+            "AttentionBackendEnum": registry,
+            "register_backend": lambda backend, path: setattr(backend, "path", path),
+        },
+    }
+    for name, contents in parts.items():
+        module = ModuleType(name)
+        module.__dict__.update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "openmoba.vllm.plugin", raising=False)
+    return SimpleNamespace(arguments=EngineArgs, registry=registry, platform=platform, version=sys.modules["vllm"])
+
+
+def test_a_model_with_settings_gets_our_backend(fake_vllm: Any) -> None:
+    register()
+    register()
+    create = fake_vllm.arguments().create_engine_config
+    assert not hasattr(create.__wrapped__, "__wrapped__"), "looked at once, however often plugins are loaded"
+    assert create().attention_config.backend is fake_vllm.registry["CUSTOM"]
+    assert create(moba=None).attention_config.backend is None
+    fake_vllm.platform.device_type = "cpu"
+    assert create().attention_config.backend is fake_vllm.registry["CPU_ATTN"]
+    assert fake_vllm.registry["CPU_ATTN"].path == "openmoba.vllm.cpu.Backend"
+
+
+def test_it_never_gets_another(fake_vllm: Any) -> None:
+    register()
+    create = fake_vllm.arguments().create_engine_config
+    other = FakeBackend("vllm.flash.Backend")
+    for asked in ({"attention__backend": other}, {"attention__backend_per_kind": {"full_attention": other}}):
+        with pytest.raises(ValueError, match="other attention backends do not compute; start with CUSTOM"):
+            create(**asked)
+        create(moba=None, **asked)
+    fake_vllm.registry["CUSTOM"].path = "theirs.Backend"
+    with pytest.raises(ValueError, match=r"theirs\.Backend in the place of MoBA's.*VLLM_PLUGINS=openmoba"):
+        create()
+    fake_vllm.platform.is_cuda = lambda: False
+    with pytest.raises(ValueError, match="on CPUs and NVIDIA GPUs, got an accelerator"):
+        create()
+
+
+def test_other_releases_are_left_alone_but_for_models_with_settings(fake_vllm: Any) -> None:
+    fake_vllm.version.__version__ = "0.40.0"
+    register()
+    assert not any(backend.is_overridden() for backend in fake_vllm.registry.values())
+    create = fake_vllm.arguments().create_engine_config
+    create(moba=None)
+    with pytest.raises(ValueError, match=r"this is 0\.40\.0"):
+        create()
