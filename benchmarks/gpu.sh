@@ -26,6 +26,7 @@ grid() {
 grid headline attention.csv
 grid peers attention.csv --contenders moba given  # side by side, before the slow ones
 python3 -m openmoba.bench decode --lengths 32768 131072 524288 --out "$out/decode.csv" --commit "$commit"
+python3 -m openmoba.bench paged --out "$out/paged.csv" --commit "$commit"
 grid short short.csv
 grid peers attention.csv
 if python3 -c 'import transformers' 2>/dev/null; then

@@ -226,13 +226,43 @@ def decode_report(
         return _codes(launches_of(call))
 
 
+def paged_report(
+    width: int, block_size: int, top_k: int, queries: int, page_size: int, dtype: torch.dtype = torch.bfloat16
+) -> list[dict[str, Any]]:
+    """What the kernels of a call over a block table compile to, on a Hopper GPU: 4 sequences, 32 / 8 heads.
+
+    Pages lie as vLLM has them: keys and values of a page side by side, head by head.
+    """
+    from openmoba.ops.paged import new_paged_centroids
+    from openmoba.ops.triton import decode, hopper, paged
+
+    pool = torch.empty(64, 8, page_size, 2 * width, dtype=dtype)
+    k, v = (x.transpose(1, 2) for x in pool.split(width, 3))
+    q, centroids = torch.empty(queries, 32, width, dtype=dtype), new_paged_centroids(k, block_size)
+    table, lengths, cu = (torch.empty(shape, dtype=torch.int32) for shape in ((4, 16), 4, 5))
+
+    def call() -> None:
+        paged.complete_paged(centroids, k, table, lengths, cu, block_size)
+        paged.attend_paged(q, k, v, centroids, table, lengths, cu, block_size, top_k, 1.0)
+
+    with (
+        patch.object(decode, "multiprocessors", lambda _: 132),
+        patch.object(decode, "overlaps", lambda _: True),
+        patch.object(hopper, "is_available", lambda _: True),
+    ):
+        launches = launches_of(call)
+    around = ("_gate", "_second_look", "_count_pairs", "_place_pairs", "_write_plan", "_order_items")
+    return _codes([launch for launch in launches if launch.kernel.__name__ not in around])
+
+
 def launcher_arguments() -> list[dict[str, Any]]:
-    """What Triton's launcher hands a kernel, and what a fixed launch does, of one forward and backward.
+    """What Triton's launcher hands a kernel, and what a fixed launch does: forward, backward, and over a block table.
 
     The driver is one that compiles for Hopper and runs nothing; hooks and what is prepared for them are left out. What
     a kernel was compiled for is not handed to it.
     """
-    from openmoba.ops.triton import attention, hopper
+    from openmoba.ops.paged import new_paged_centroids
+    from openmoba.ops.triton import attention, hopper, paged
     from openmoba.ops.triton.host.launch import Launch
 
     given: list[list[Any]] = []
@@ -273,6 +303,12 @@ def launcher_arguments() -> list[dict[str, Any]]:
             out, lse, choice = attention.forward(q, k, k, blocks, None, None, 128, 2, 1.0)
             d_lse = None if blocks is None else lse
             attention.backward(out, d_lse, q, k, k, out, lse, choice, None, None, 128, 2, 1.0)
+        table, lengths, cu = (torch.empty(shape, dtype=torch.int32) for shape in ((1, 32), 1, 2))
+        pages = torch.empty(4, 128, 2, 64, dtype=torch.bfloat16)
+        centroids = new_paged_centroids(pages, 128)
+        for tokens in (1, 300):
+            paged.complete_paged(centroids, pages, table, lengths, cu, 128)
+            paged.attend_paged(q[0, :tokens], pages, pages, centroids, table, lengths, cu, 128, 2, 1.0)
     return seen
 
 
@@ -352,9 +388,9 @@ def _codes(launches: list[Launch]) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     # Each argument is "plan", "launches", "names", "amd" alone, or "width,block_size,top_k", or with ",queries" a
-    # decoding step, then ":dtype" unless bf16, or ":hopper" for Hopper's own kernels, or ":given" for those where they
-    # serve and given blocks; one line of JSON each. A process of its own: Triton decides at import whether kernels are
-    # interpreted.
+    # decoding step, with ",queries,page_size" a call over a block table, then ":dtype" unless bf16, or ":hopper" for
+    # Hopper's own kernels, or ":given" for those where they serve and given blocks; one line of JSON each. A process of
+    # its own: Triton decides at import whether kernels are interpreted.
     for argument in sys.argv[1:]:
         whole = {
             "plan": plan_report,
@@ -370,6 +406,6 @@ if __name__ == "__main__":
         if variant in ("hopper", "given"):
             lines = report(*sizes, hoppers_own=True, given=variant == "given")
         else:
-            make_report = report if len(sizes) == 3 else decode_report
+            make_report: Any = {3: report, 4: decode_report, 5: paged_report}[len(sizes)]
             lines = make_report(*sizes, dtype=getattr(torch, variant or "bfloat16"))
         print(json.dumps(lines), flush=True)

@@ -7,83 +7,30 @@ from typing import Any
 
 import pytest
 import torch
+from paging import Server
 from torch import Tensor
 
 from openmoba import (
-    complete_paged,
     complete_pages,
     moba_attention,
     moba_decode,
     moba_paged,
     new_centroids,
-    new_paged_centroids,
 )
 from openmoba.ops.decode import MAX_QUERIES
 
-HEADS, KV_HEADS, WIDTH = 6, 3, 8
 SIZES = pytest.mark.parametrize(
     ("page_size", "block_size"), [(4, 4), (2, 4), (1, 5), (12, 4), (8, 8)], ids=lambda n: str(n)
 )
 
 
-class Server:
-    """A pool of pages in vLLM's layout, keys and values side by side, and the sequences that it serves."""
-
-    def __init__(self, page_size: int, block_size: int, dtype: torch.dtype = torch.float64, pages: int = 200) -> None:
-        self.page_size, self.block_size = page_size, block_size
-        self.generator = torch.Generator().manual_seed(0)
-        pool = torch.full((pages, KV_HEADS, page_size, 2 * WIDTH), float("nan"), dtype=dtype)
-        self.k_pages, self.v_pages = (x.transpose(1, 2) for x in pool.split(WIDTH, 3))
-        self.centroids = new_paged_centroids(self.k_pages, block_size).fill_(float("nan"))
-        self.free = torch.randperm(pages, generator=self.generator).tolist()
-        self.tables: list[list[int]] = []
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-
-    def draw(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.k_pages.dtype)
-
-    def begin(self, like: int | None = None, shared: int = 0) -> int:
-        """A new sequence, whose first pages are those of another one."""
-        tokens = shared * self.page_size
-        self.tables.append([] if like is None else self.tables[like][:shared])
-        for kept in (self.keys, self.values):
-            kept.append(self.draw(0, KV_HEADS, WIDTH) if like is None else kept[like][:tokens])
-        return len(self.tables) - 1
-
-    def write(self, sequence: int, new: int) -> None:
-        """New tokens' keys and values, to pages that are taken as they are needed."""
-        for kept, pages in ((self.keys, self.k_pages), (self.values, self.v_pages)):
-            states = self.draw(new, KV_HEADS, WIDTH)
-            for token, state in enumerate(states, len(kept[sequence])):
-                table = self.tables[sequence]
-                if token // self.page_size == len(table):
-                    table.append(self.free.pop())
-                pages[table[token // self.page_size], token % self.page_size] = state
-            kept[sequence] = torch.cat([kept[sequence], states])
-
-    def call(self, news: dict[int, int]) -> dict[str, Any]:
-        """Write these numbers of new tokens; what `moba_paged` takes for this batch."""
-        for sequence, new in news.items():
-            self.write(sequence, new)
-        longest = max(len(self.tables[sequence]) for sequence in news)
-        table = [self.tables[sequence] + [-1] * (longest - len(self.tables[sequence]) + 1) for sequence in news]
-        ends = torch.tensor([0, *news.values()]).cumsum(0)
-        return {
-            "q": self.draw(int(ends[-1]), HEADS, WIDTH),
-            "k_pages": self.k_pages,
-            "v_pages": self.v_pages,
-            "centroids": self.centroids,
-            "block_table": torch.tensor(table, dtype=torch.int32),
-            "lengths": torch.tensor([len(self.keys[sequence]) for sequence in news], dtype=torch.int32),
-            "cu_seqlens_q": ends.int(),
-            "block_size": self.block_size,
-        }
+class Steps(Server):
+    """Steps by torch operations, each sequence beside itself in a cache of its own."""
 
     def step(self, news: dict[int, int], top_k: int) -> tuple[Tensor, Tensor]:
         """What the paged operation gives, and what each sequence gives by itself."""
         call = self.call(news)
-        complete_paged(**{name: call[name] for name in call if name not in ("q", "v_pages")})
+        self.complete(call)
         alone = [
             self.alone(sequence, q_THD, top_k)
             for sequence, q_THD in zip(news, call["q"].split(list(news.values())), strict=True)
@@ -107,7 +54,7 @@ class Server:
 @pytest.mark.parametrize("top_k", [1, 3, 40])
 def test_ragged_batches(top_k: int, page_size: int, block_size: int) -> None:
     """Prompts in chunks, tokens one by one and several at once, idle sequences: all in one call."""
-    server = Server(page_size, block_size)
+    server = Steps(page_size, block_size)
     a, b, c = server.begin(), server.begin(), server.begin()
     for news in ({a: 21}, {b: 1, a: 1}, {a: 3, c: 38, b: MAX_QUERIES}, {b: 17, a: 0}, {c: 30, a: 2, b: 1}):
         got, expected = server.step(news, top_k)
@@ -117,7 +64,7 @@ def test_ragged_batches(top_k: int, page_size: int, block_size: int) -> None:
 @SIZES
 def test_a_shared_prefix(page_size: int, block_size: int) -> None:
     """Sequences that begin alike read the same pages and centroids; one may begin as soon as these are written."""
-    server = Server(page_size, block_size)
+    server = Steps(page_size, block_size)
     a = server.begin()
     server.step({a: 40}, 3)
     b = server.begin(a, 24 // page_size)
@@ -132,7 +79,7 @@ def test_a_shared_prefix(page_size: int, block_size: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_centroids_are_those_of_a_cache_of_its_own(dtype: torch.dtype, page_size: int, block_size: int) -> None:
     """Bit for bit, whatever the steps in which the tokens came, and nothing else is written."""
-    server = Server(page_size, block_size, dtype)
+    server = Steps(page_size, block_size, dtype)
     server.begin()
     for new in (3, 1, 20, 7, 1, 1, 9):
         server.step({0: new}, 2)
@@ -150,9 +97,9 @@ def test_centroids_are_those_of_a_cache_of_its_own(dtype: torch.dtype, page_size
 
 def test_pages_that_are_used_again() -> None:
     """Keys, values and centroids that an ended sequence left behind are nobody's."""
-    server = Server(4, 4, pages=13)
+    server = Steps(4, 4, pages=13)
     server.step({server.begin(): 40}, 3)
-    server.free += server.tables[0]
+    server.end(0)
     server.begin()
     for new in (23, 1, 18):
         got, expected = server.step({1: new}, 3)
@@ -161,7 +108,7 @@ def test_pages_that_are_used_again() -> None:
 
 def test_only_chosen_blocks_are_read() -> None:
     """Of other blocks a few new tokens read the centroids alone."""
-    server = Server(4, 4)
+    server = Steps(4, 4)
     server.step({server.begin(): 38}, 1)
     call = server.call({0: 1})
     pages = torch.tensor(server.tables[0][:9])
@@ -182,7 +129,7 @@ def wrong(name: str, change: Callable[[Tensor], Tensor], message: str) -> Any:
         ),
         wrong("q", lambda x: x[:, :5], "a multiple of the cache's 3 heads"),
         wrong("q", lambda x: x.float(), "q, k_pages and v_pages must share a dtype"),
-        wrong("q", lambda x: x[:5], "cu_seqlens_q must end at q's 5 tokens, got 6"),
+        wrong("q", lambda x: x[:5], "cu_seqlens_q must end within q's 5 tokens, got 6"),
         wrong("k_pages", lambda x: x[0], "k_pages must be"),
         wrong("k_pages", lambda x: x[:, :3], "blocks of 4 tokens and pages of 3: one has to divide the other"),
         wrong("v_pages", lambda x: x[:9], "v_pages must have k_pages' shape"),
@@ -196,18 +143,33 @@ def wrong(name: str, change: Callable[[Tensor], Tensor], message: str) -> Any:
         wrong("cu_seqlens_q", lambda x: x[1:], r"cu_seqlens_q must be int32 \[3\]"),
         wrong("cu_seqlens_q", lambda x: x.clamp(min=1), "cu_seqlens_q must start at 0, got 1"),
         wrong("centroids", lambda x: x.to("meta"), "centroids must be on k_pages' device cpu, got meta"),
+        wrong("v_pages", lambda x: x.to("meta"), "v_pages must be on k_pages' device cpu, got meta"),
+        wrong("cu_seqlens_q", lambda x: x.to("meta"), "cu_seqlens_q must be on k_pages' device cpu, got meta"),
+        wrong("k_pages", lambda x: x.int(), "k_pages must be floats"),
+        wrong("k_pages", lambda x: x[..., :7], "head width must be 8 to 256, got 7"),
     ],
 )
 def test_bad_input(name: str, change: Callable[[Tensor], Tensor], message: str) -> None:
-    server = Server(4, 4)
+    server = Steps(4, 4)
     server.step({server.begin(): 20, server.begin(): 9}, 2)
     call = server.call({0: 4, 1: 2})
     with pytest.raises(ValueError, match=message):
         moba_paged(**call | {name: change(call[name])}, top_k=2)
 
 
+def test_queries_of_no_sequence_are_zero() -> None:
+    """What fills up the batch of a CUDA graph: queries behind the last sequence's, and sequences of no token."""
+    server = Steps(4, 4)
+    server.step({server.begin(): 20, server.begin(): 0}, 2)
+    call = server.call({0: 3, 1: 0})
+    expected = server.alone(0, call["q"], 2)
+    out = moba_paged(**call | {"q": torch.cat([call["q"], server.draw(5, 6, 8)])}, top_k=2)
+    torch.testing.assert_close(out[:3], expected, rtol=1e-12, atol=1e-12)
+    assert out[3:].eq(0).all()
+
+
 def test_no_gradient_is_lost_silently() -> None:
-    server = Server(4, 4)
+    server = Steps(4, 4)
     call = server.call({server.begin(): 4})
     call["q"].requires_grad_()
     with pytest.raises(ValueError, match="has no gradient"):

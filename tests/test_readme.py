@@ -171,7 +171,7 @@ def test_commands_run_on_a_cpu_unless_they_say_so_and_write_where_git_does_not_l
         before = "\n".join((ROOT / name).read_text().splitlines()[: block.line - 2]).rstrip().splitlines()[-1]
         for words in commands(block) if block.language == "sh" else ():
             if words[0] == "openmoba":
-                assert (words[1:3] == ["bench", "decode"]) == ("on a GPU" in before), words
+                assert (words[1:3] in (["bench", "decode"], ["bench", "paged"])) == ("on a GPU" in before), words
                 options = parse(words[1:])
                 written += [getattr(options, name) for name in ("out", "folder") if getattr(options, name, None)]
     assert written

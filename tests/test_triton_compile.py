@@ -20,6 +20,10 @@ HOPPER_CONFIGURATIONS = ["64,128,8:hopper", "64,512,3:hopper", "128,128,8:hopper
 GIVEN_CONFIGURATIONS = ["64,128,8:given", "128,128,8:given", "128,512,3:given", "96,16,8:given"]
 WIDEST_FLOAT32 = "256,80,8:float32"  # launches every kernel
 DECODE_CONFIGURATIONS = ["64,128,8,1", "128,128,8,1", "128,512,3,16", "256,128,8,16", "80,16,1,2"]
+PAGED_CONFIGURATIONS = [  # with queries and page size
+    *("128,128,8,4,128", "128,128,8,4,16", "64,512,3,4,64", "80,16,1,4,32"),
+    *("128,128,8,4096,128", "128,512,3,4096,512", "128,128,8,4096,16", "64,512,3,4096,64"),
+]
 SHARED_MEMORY = 227 * 1024  # of one thread block
 ALL_SHARED_MEMORY, RESERVED_SHARED_MEMORY = 228 * 1024, 1024  # of a multiprocessor, of which some for every block
 REGISTERS = 2**16
@@ -35,6 +39,7 @@ HOPPER_SPILLS = 24
 # `attend_past_streaming` needs most addresses; what it reads is for a tile of rows, not for every piece of a block.
 LOOP_SPILLS = 0 if VERSION < (3, 9) else 1
 STREAMING_LOOP_SPILLS = 1 if VERSION < (3, 8) else 4 if VERSION < (3, 9) else 9
+PAGED_SPILLS = 32  # before and after the loop over keys
 # Programs that share a multiprocessor, their threads, and matrix instructions at least.
 HOPPER_KERNELS = {
     "attend_past_resident": (2, 128, 16),
@@ -55,6 +60,7 @@ def reports() -> dict[str, list[dict[str, Any]]]:
         *GIVEN_CONFIGURATIONS,
         WIDEST_FLOAT32,
         *DECODE_CONFIGURATIONS,
+        *PAGED_CONFIGURATIONS,
         "plan",
         "launches",
         "names",
@@ -180,9 +186,35 @@ def test_hoppers_own_kernels(reports, configuration):
 def test_machine_code_of_decoding(reports, configuration):
     kernels = {kernel["kernel"]: kernel for kernel in reports[configuration]}
     top_k = int(configuration.split(",")[2])
-    assert set(kernels) == {"_complete", "_attend"} | ({"_score"} if top_k > 1 else set())
+    assert set(kernels) == {"_complete", "attend"} | ({"score"} if top_k > 1 else set())
     assert all(kernel["spills"] == 0 for kernel in kernels.values())
-    assert kernels["_attend"]["registers"] <= 128  # four programs share a multiprocessor
+    assert kernels["attend"]["registers"] <= 128  # four programs share a multiprocessor
     if top_k > 1:
-        assert kernels["_score"]["hgmma"] > 0
-        assert kernels["_score"]["shared"] <= SHARED_MEMORY
+        assert kernels["score"]["hgmma"] > 0
+        assert kernels["score"]["shared"] <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize("configuration", PAGED_CONFIGURATIONS)
+def test_machine_code_over_a_block_table(reports, configuration):
+    """Hopper's own kernels serve blocks that lie in one page; as many programs as ever share a multiprocessor."""
+    kernels = {kernel["kernel"]: kernel for kernel in reports[configuration]}
+    _, block_size, top_k, queries, page_size = map(int, configuration.split(","))
+    if queries == 4:
+        assert set(kernels) == {"_complete", "attend"} | ({"score"} if top_k > 1 else set())
+        assert kernels["attend"]["registers"] <= 128
+        assert top_k == 1 or kernels["score"]["hgmma"] > 0
+    elif page_size >= block_size:
+        past = "attend_past_resident" if block_size == 128 else "attend_past_streaming"
+        assert set(kernels) == {"_complete", "_gather", past, "attend_own"}
+        for name in (past, "attend_own"):
+            kernel, (programs, threads, products) = kernels[name], HOPPER_KERNELS[name]
+            assert programs * (kernel["shared"] + RESERVED_SHARED_MEMORY) <= ALL_SHARED_MEMORY, kernel
+            assert programs * threads * kernel["registers"] <= REGISTERS, kernel
+            assert kernel["hgmma"] >= products, kernel
+            assert kernel["waits"] <= 4, kernel
+    else:
+        assert set(kernels) == {"_complete", "_gather", "attend_past", "attend_own"}
+        assert all(kernels[name]["hgmma"] > 0 for name in ("attend_past", "attend_own"))
+    for kernel in kernels.values():
+        assert kernel["shared"] <= SHARED_MEMORY, kernel
+        assert kernel["spills"] <= PAGED_SPILLS, kernel

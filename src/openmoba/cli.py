@@ -28,6 +28,7 @@ def commands() -> dict[str, tuple[type[Command], str]]:
     from openmoba.bench.attention import Attention
     from openmoba.bench.commands import Plot as PlotBench
     from openmoba.bench.decode import Decode
+    from openmoba.bench.paged import Paged
     from openmoba.bench.parallel.command import Parallel
     from openmoba.bench.training.command import Training
     from openmoba.lab.data.commands import MakeCorpus
@@ -50,6 +51,7 @@ def commands() -> dict[str, tuple[type[Command], str]]:
         "convert": (Convert, "make a MoBA checkpoint of a Llama, Qwen, Mistral ... one"),
         "bench attention": (Attention, "time MoBA against dense attention and sparse peers"),
         "bench decode": (Decode, "time decoding over a cache, and prefill in chunks"),
+        "bench paged": (Paged, "time a cache in pages beside a contiguous one"),
         "bench parallel": (Parallel, "time one sequence over several devices, under torchrun"),
         "bench training": (Training, "time training steps by size, attention and length"),
         "bench plot": (PlotBench, "figures and table of a benchmark"),

@@ -1,4 +1,4 @@
-"""`python -m openmoba.bench [attention | decode | parallel | training]`: the benchmarks without the package installed.
+"""`python -m openmoba.bench [attention | decode | paged | parallel | training]`: without the package installed.
 
 Attention and decoding need torch alone, training what the laboratory needs.
 """
@@ -13,12 +13,14 @@ from typing import get_args, get_origin, get_type_hints
 
 from openmoba.bench.attention import Attention
 from openmoba.bench.decode import Decode
+from openmoba.bench.paged import Paged
 from openmoba.bench.parallel.command import Parallel
 from openmoba.bench.training.command import Training
 
-BENCHMARKS: dict[str, type[Attention | Decode | Parallel | Training]] = {
+BENCHMARKS: dict[str, type[Attention | Decode | Paged | Parallel | Training]] = {
     "attention": Attention,
     "decode": Decode,
+    "paged": Paged,
     "parallel": Parallel,
     "training": Training,
 }

@@ -189,7 +189,7 @@ class Bench:
                 step = cache.dense(*DENSE[row.contender])
             else:
                 step = cache.moba(row.block_size, row.top_k)
-            return _replayed(step) if row.passes == GRAPH else step
+            return replayed(step) if row.passes == GRAPH else step
 
         return build
 
@@ -233,7 +233,7 @@ def check_chunk(chunk: int, out: Path) -> None:
         )
 
 
-def _replayed(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def replayed(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """Capture `step` in a CUDA graph, after a call that compiles it."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())

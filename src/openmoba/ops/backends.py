@@ -1,8 +1,8 @@
 """What a backend is, and which one a call gets.
 
-A backend is a module with the functions of `Backend`; one that decodes has those of `Decoder`. To add one, write the
-module, import it in `backend`, and name it in `IMPLEMENTATIONS`. Modules are imported when an operation first runs, so
-that importing openmoba needs torch alone.
+A backend is a module with the functions of `Backend`; one that decodes has those of `Decoder`, and over a block table
+those of `PagedDecoder`. To add one, write the module, import it in `backend`, and name it in `IMPLEMENTATIONS`. Modules
+are imported when an operation first runs, so that importing openmoba needs torch alone.
 
 `impl` picks speed, never meaning:
 
@@ -100,6 +100,36 @@ class Decoder(Protocol):
         """Write the centroids of the pages that the last `new` tokens completed."""
 
 
+class PagedDecoder(Protocol):
+    """Attention over a block table; shapes as in `openmoba.ops.paged`, last dimensions contiguous."""
+
+    def attend_paged(
+        self,
+        q: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        centroids: Tensor,
+        block_table: Tensor,
+        lengths: Tensor,
+        cu_seqlens_q: Tensor,
+        block_size: int,
+        top_k: int,
+        scale: float,
+    ) -> Tensor:
+        """Return the attention output of the new tokens, contiguous, in the shape of q."""
+
+    def complete_paged(
+        self,
+        centroids: Tensor,
+        k_pages: Tensor,
+        block_table: Tensor,
+        lengths: Tensor,
+        cu_seqlens_q: Tensor,
+        block_size: int,
+    ) -> None:
+        """Write the centroids of the blocks that the new tokens complete."""
+
+
 @cache
 def backend(name: str) -> Backend:
     """Import the backend of an implementation."""
@@ -122,6 +152,16 @@ def decoder(name: str) -> Decoder:
 
         return decode
     raise ValueError(f"there is no backend {name!r} that decodes; use 'triton'")
+
+
+@cache
+def paged_decoder(name: str) -> PagedDecoder:
+    """Import the backend that attends over a block table; torch operations do it in `openmoba.ops.paged`."""
+    if name == "triton":
+        from openmoba.ops.triton import paged
+
+        return paged
+    raise ValueError(f"there is no backend {name!r} that attends over a block table; use 'triton'")
 
 
 def implementation(q: Tensor, impl: str, known: Sequence[str] = IMPLEMENTATIONS) -> tuple[str, str]:

@@ -8,28 +8,52 @@ size, as long as one divides the other. The centroid of a block lies with the pa
 and has the same value as in a cache of its own (`openmoba.ops.pages`): that page is shared by none but sequences that
 begin alike, up to it. So centroids follow their pages, and need no upkeep but for tokens that are written.
 
-A few new tokens read the blocks they choose, where they lie. A chunk of a prompt, whose queries together read nearly
-every block, gets its keys side by side first. Torch operations that look at the values of tables and lengths: for the
-CPU, and as the specification of kernels.
+On CUDA kernels do it (`openmoba.ops.triton.paged`), which read everything where it lies and wait for nothing. Elsewhere
+torch operations do, which look at the values of tables and lengths, and are the specification of the kernels: a few new
+tokens read the blocks they choose, where they lie; a chunk of a prompt, whose queries together read nearly every block,
+gets its keys side by side first.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from openmoba.config import check_blocks
 from openmoba.ops.api import moba_attention
+from openmoba.ops.backends import DECODERS, PagedDecoder, implementation, paged_decoder
 from openmoba.ops.centroids import centroid_dtype
-from openmoba.ops.checks import check_rows, check_scale, check_tensors, needs_gradient
+from openmoba.ops.checks import (
+    DTYPES,
+    MAX_HEAD_WIDTH,
+    MIN_HEAD_WIDTH,
+    check_rows,
+    check_scale,
+    check_tensors,
+    needs_gradient,
+)
 from openmoba.ops.decode import MAX_QUERIES
+from openmoba.ops.operation import operation
 from openmoba.ops.pages import complete_pages
 from openmoba.ops.reference import decode_one, key_head_of
 
 # Z pages of the cache, P tokens of a page, B sequences, M pages of a sequence in the table, N new tokens of all
 # sequences, T those of one, C complete blocks, S positions in a sequence, H query heads, Hkv key heads, D head width
+
+
+@operation(PagedDecoder.attend_paged, fake=lambda _, q, *__: q.new_empty(q.shape))
+def attend_paged(name: str, *arguments: Any) -> Tensor:
+    """Attend over a block table, not differentiable."""
+    return paged_decoder(name).attend_paged(*arguments)
+
+
+@operation(PagedDecoder.complete_paged, fake=lambda *_: None, mutates=("centroids",))
+def write_paged(name: str, *arguments: Any) -> None:
+    """Write the centroids of the blocks that the new tokens complete."""
+    paged_decoder(name).complete_paged(*arguments)
 
 
 def new_paged_centroids(k_pages: Tensor, block_size: int) -> Tensor:
@@ -56,7 +80,17 @@ def complete_paged(
     Raises:
         ValueError: naming the argument and its value.
     """
-    _check_cache(centroids, k_pages, block_table, lengths, block_size)
+    _check_cache(centroids, k_pages, block_table, lengths, cu_seqlens_q, block_size)
+    if k_pages.is_cuda and k_pages.dtype != torch.float64:
+        _check_contiguous(centroids=centroids, k_pages=k_pages, block_table=block_table)
+        write_paged("triton", centroids, k_pages, block_table, lengths, cu_seqlens_q, block_size)
+    else:
+        _complete(centroids, k_pages, block_table, lengths, cu_seqlens_q, block_size)
+
+
+def _complete(
+    centroids: Tensor, k_pages: Tensor, block_table: Tensor, lengths: Tensor, cu_seqlens_q: Tensor, block_size: int
+) -> None:
     rows, blocks = [], []
     for row, (length, new) in enumerate(_lengths(k_pages, block_table, lengths, cu_seqlens_q)):
         for block in range((length - new) // block_size, length // block_size):
@@ -88,35 +122,64 @@ def moba_paged(
     block_size: int,
     top_k: int,
     scale: float | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """Attend for the last tokens of each sequence to its own tokens in the cache, `top_k` blocks per query and head.
 
     Args:
         q: the new tokens' queries, packed, `[N, H, D]`.
-        k_pages, v_pages: `[Z, P, Hkv, D]`, any strides; the new tokens' keys and values already written.
+        k_pages, v_pages: `[Z, P, Hkv, D]`, any strides; the new tokens' keys and values already written. Kernels want
+            a contiguous last dimension, of them, the centroids and the table.
         centroids: as `new_paged_centroids` gave them, brought up to date by `complete_paged`.
-        block_table: int32 `[B, M]`, pages of each sequence in order; anything behind its last page.
+        block_table: int32 `[B, M]`, pages of each sequence in order; anything behind its last page. On CUDA kernels are
+            launched for `M` pages of each sequence: no more columns than the longest sequence has pages make it quick.
         lengths: int32 `[B]`, tokens of each sequence in the cache, the new ones included.
-        cu_seqlens_q: int32 `[B + 1]`, where each sequence's new tokens begin in q.
+        cu_seqlens_q: int32 `[B + 1]`, where each sequence's new tokens begin in q. Tokens of q behind the last one
+            are of no sequence, and get zeros: what fills up the batch of a CUDA graph.
         block_size, top_k, scale: as in `openmoba.moba_attention`. Either of P and `block_size` divides the other.
+        impl: "auto", "reference" or "triton", as in `openmoba.moba_decode`.
 
     Returns:
         `[N, H, D]` in q's dtype. Not differentiable.
 
     Raises:
-        ValueError: naming the argument and its value, or that an input requires a gradient.
+        ValueError: naming the argument and its value, or that an input requires a gradient. Kernels take the values in
+            `block_table`, `lengths` and `cu_seqlens_q` as they are: the host does not read them, the call waits for no
+            device and fits a CUDA graph.
     """
     check_blocks(block_size, top_k)
-    _check_cache(centroids, k_pages, block_table, lengths, block_size)
+    _check_cache(centroids, k_pages, block_table, lengths, cu_seqlens_q, block_size)
     _check_queries(q, k_pages, v_pages)
     if needs_gradient(q, k_pages, v_pages):
         raise ValueError("moba_paged has no gradient, and an input requires one; use torch.no_grad()")
     scale = check_scale(q, scale)
+    name, _ = implementation(q, impl, DECODERS)
+    if name == "reference":
+        return _attend(q, k_pages, v_pages, centroids, block_table, lengths, cu_seqlens_q, block_size, top_k, scale)
+    _check_contiguous(k_pages=k_pages, v_pages=v_pages, centroids=centroids, block_table=block_table)
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    return attend_paged(
+        name, q, k_pages, v_pages, centroids, block_table, lengths, cu_seqlens_q, block_size, top_k, scale
+    )
+
+
+def _attend(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    centroids: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    cu_seqlens_q: Tensor,
+    block_size: int,
+    top_k: int,
+    scale: float,
+) -> Tensor:
     sequences = _lengths(k_pages, block_table, lengths, cu_seqlens_q)
     starts = cu_seqlens_q.tolist()
-    if starts[-1] != q.shape[0]:
-        raise ValueError(f"cu_seqlens_q must end at q's {q.shape[0]} tokens, got {starts[-1]}")
-    out = torch.empty_like(q)
+    if starts[-1] > q.shape[0]:
+        raise ValueError(f"cu_seqlens_q must end within q's {q.shape[0]} tokens, got {starts[-1]}")
+    out = torch.zeros_like(q)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         for row, ((length, new), start) in enumerate(zip(sequences, starts, strict=False)):
             table_1M = block_table[row : row + 1, : -(-length // k_pages.shape[1])]
@@ -186,11 +249,7 @@ def _home(table_NM: Tensor, block_NC: Tensor, page_size: int, block_size: int) -
 
 def _lengths(k_pages: Tensor, block_table: Tensor, lengths: Tensor, cu_seqlens_q: Tensor) -> list[tuple[int, int]]:
     """Return tokens in the cache and new tokens of each sequence; ValueError unless the table has room for them."""
-    batch, pages = block_table.shape
-    check_tensors(cu_seqlens_q=cu_seqlens_q)
-    if cu_seqlens_q.dtype != torch.int32 or cu_seqlens_q.shape != (batch + 1,):
-        got = f"{cu_seqlens_q.dtype} {tuple(cu_seqlens_q.shape)}"
-        raise ValueError(f"cu_seqlens_q must be int32 [{batch + 1}], one more than block_table has rows, got {got}")
+    pages = block_table.shape[1]
     if int(cu_seqlens_q[0]) != 0:
         raise ValueError(f"cu_seqlens_q must start at 0, got {int(cu_seqlens_q[0])}")
     news = [end - start for start, end in pairwise(cu_seqlens_q.tolist())]
@@ -216,10 +275,24 @@ def _check_sizes(page_size: int, block_size: int) -> None:
         )
 
 
-def _check_cache(centroids: Tensor, k_pages: Tensor, block_table: Tensor, lengths: Tensor, block_size: int) -> None:
-    check_tensors(k_pages=k_pages, centroids=centroids, block_table=block_table, lengths=lengths)
-    if k_pages.dim() != 4 or 0 in k_pages.shape[1:]:
-        raise ValueError(f"k_pages must be [pages, tokens of a page, heads, dim], got {tuple(k_pages.shape)}")
+def _check_contiguous(**named: Tensor) -> None:
+    for name, x in named.items():
+        if x.stride(-1) != 1:
+            raise ValueError(f"{name}'s last dimension must be contiguous, got strides {x.stride()}")
+
+
+def _check_cache(
+    centroids: Tensor, k_pages: Tensor, block_table: Tensor, lengths: Tensor, cu_seqlens_q: Tensor, block_size: int
+) -> None:
+    check_tensors(
+        k_pages=k_pages, centroids=centroids, block_table=block_table, lengths=lengths, cu_seqlens_q=cu_seqlens_q
+    )
+    if k_pages.dim() != 4 or 0 in k_pages.shape[1:] or k_pages.dtype not in DTYPES:
+        raise ValueError(
+            f"k_pages must be floats [pages, tokens of a page, heads, dim], got {k_pages.dtype} {tuple(k_pages.shape)}"
+        )
+    if not MIN_HEAD_WIDTH <= k_pages.shape[3] <= MAX_HEAD_WIDTH:
+        raise ValueError(f"head width must be 8 to 256, got {k_pages.shape[3]}; pad the heads with zeros")
     pages, page_size, heads, width = k_pages.shape
     _check_sizes(page_size, block_size)
     shape, dtype = (pages, max(1, page_size // block_size), heads, width), centroid_dtype(k_pages.dtype)
@@ -233,7 +306,12 @@ def _check_cache(centroids: Tensor, k_pages: Tensor, block_table: Tensor, length
             f"block_table must be int32 [sequences, pages], got {block_table.dtype} {tuple(block_table.shape)}"
         )
     check_rows(lengths, None, block_table)
-    for name, x in (("centroids", centroids), ("block_table", block_table)):
+    if cu_seqlens_q.dtype != torch.int32 or cu_seqlens_q.shape != (lengths.shape[0] + 1,):
+        got = f"{cu_seqlens_q.dtype} {tuple(cu_seqlens_q.shape)}"
+        wanted = f"int32 [{lengths.shape[0] + 1}], one more than block_table has rows"
+        raise ValueError(f"cu_seqlens_q must be {wanted}, got {got}")
+    on_device = {"centroids": centroids, "block_table": block_table, "cu_seqlens_q": cu_seqlens_q}
+    for name, x in on_device.items():
         if x.device != k_pages.device:
             raise ValueError(f"{name} must be on k_pages' device {k_pages.device}, got {x.device}")
 
@@ -245,5 +323,8 @@ def _check_queries(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
     _, _, heads, width = k_pages.shape
     if q.dim() != 3 or q.shape[2] != width or q.shape[1] % heads:
         raise ValueError(f"q must be [tokens, a multiple of the cache's {heads} heads, {width}], got {tuple(q.shape)}")
+    for name, x in (("q", q), ("v_pages", v_pages)):
+        if x.device != k_pages.device:
+            raise ValueError(f"{name} must be on k_pages' device {k_pages.device}, got {x.device}")
     if not q.dtype == k_pages.dtype == v_pages.dtype:
         raise ValueError(f"q, k_pages and v_pages must share a dtype, got {q.dtype}, {k_pages.dtype}, {v_pages.dtype}")

@@ -29,6 +29,22 @@ class Rows(NamedTuple):
         return cls(TENSOR, *strides)
 
 
+class Table(NamedTuple):
+    """A block table, int32 `[sequences, pages]`: its address, the stride of a sequence, and tokens of a page."""
+
+    ptr: Any
+    sequence: int
+    page_size: int
+
+
+class Packed(NamedTuple):
+    """Sequences whose queries are packed and whose keys lie in pages: boundaries of the queries, and how many."""
+
+    table: Table
+    cu_q: Any
+    sequences: int
+
+
 class Call(NamedTuple):
     """Where sequences and blocks lie; `tokens_q` and `tokens_k` as in `geometry.Geometry`.
 

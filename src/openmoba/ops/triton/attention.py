@@ -65,25 +65,44 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return output, log-sum-exp, and the plan (`choice_shape`) that the backward reads."""
     geometry = Geometry.shared(q, k, cu_q, block_size, _most_read(k, block_size, top_k))
-    _check_pairs(geometry)
-    q = _near(q, geometry.group)
+    check_pairs(geometry)
+    q = near(q, geometry.group)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     blocks = blocks if top_k > 1 else None  # lists of no blocks
-    choice = torch.empty(_choice_numbers(geometry, blocks is not None), dtype=torch.int32, device=q.device)
+    choice = torch.empty(choice_numbers(geometry, blocks is not None), dtype=torch.int32, device=q.device)
     heads = heads_at_once(geometry, q.dtype, q.device)
-    tokens = tokens_at_once(geometry, heads, q.dtype, q.device)
     sort_keys, counts = None, _counts(choice, geometry)
     if blocks is not None and counts is not None:
         sort_keys = given_sort_keys(blocks, cu_q, cu_k, geometry, heads, counts)
     elif geometry.top_k > 1:
         sort_keys = route(q, k, cu_q, cu_k, geometry, heads)
+    attend(q, k, v, cu_q, cu_k, geometry, scale, sort_keys, choice, out, lse)
+    return out, lse, choice
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    geometry: Geometry,
+    scale: float,
+    sort_keys: Tensor | None,
+    choice: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *table: Tensor,
+) -> None:
+    """Write output and log-sum-exp of what sort keys name (None: own blocks alone), and the plan into `choice`."""
+    heads = heads_at_once(geometry, q.dtype, q.device)
+    tokens = tokens_at_once(geometry, heads, q.dtype, q.device)
     for first, together, plan in _plans(choice, geometry, heads):
         if sort_keys is not None and plan is not None:
             make_plan(sort_keys[first : first + together], plan.pairs, plan.offsets, geometry)
         for its_tokens, its_plan in split_plan(plan, geometry, tokens):
-            attend_heads(q, k, v, cu_q, cu_k, geometry, scale, first, together, its_tokens, its_plan, out, lse)
-    return out, lse, choice
+            attend_heads(q, k, v, cu_q, cu_k, geometry, scale, first, together, its_tokens, its_plan, out, lse, *table)
 
 
 @_replaying_short_calls
@@ -105,7 +124,7 @@ def backward(
     """Return the gradients of q, k and v, contiguous."""
     geometry = Geometry.shared(q, k, cu_q, block_size, _most_read(k, block_size, top_k))
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
-    q, d_out = _near(q, geometry.group), _near(d_out, geometry.group)
+    q, d_out = near(q, geometry.group), near(d_out, geometry.group)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     d_lse = d_lse if d_lse is None or d_lse.is_contiguous() else d_lse.contiguous()
     statistics = row_statistics(d_out, d_lse, out, lse, geometry)
@@ -115,7 +134,7 @@ def backward(
     return dq, dk, dv
 
 
-def _near(x: Tensor, group: int) -> Tensor:
+def near(x: Tensor, group: int) -> Tensor:
     """Return `x`, copied if the heads of a group are further apart than int32, in which the kernels count, can say."""
     return x.contiguous() if (group - 1) * x.stride(-2) >= 2**31 else x
 
@@ -125,7 +144,7 @@ def choice_shape(
 ) -> tuple[int]:
     """Return how long the plan of all heads is: `pairs`, `offsets`, then `counts` of given blocks (`plan.Plan`)."""
     geometry = Geometry.of(q, k, cu_q, block_size, _most_read(k, block_size, top_k))
-    return (_choice_numbers(geometry, blocks is not None and top_k > 1),)
+    return (choice_numbers(geometry, blocks is not None and top_k > 1),)
 
 
 def _most_read(k: Tensor, block_size: int, top_k: int) -> int:
@@ -134,14 +153,15 @@ def _most_read(k: Tensor, block_size: int, top_k: int) -> int:
     return most
 
 
-def _choice_numbers(geometry: Geometry, given: bool) -> int:
+def choice_numbers(geometry: Geometry, given: bool) -> int:
+    """Return how long the plan of all heads is (`choice_shape`)."""
     lists = geometry.pairs + geometry.block_slots + 1 if geometry.top_k > 1 else 0
     return geometry.kv_heads * (lists + (geometry.rows if given else 0))
 
 
 def _counts(choice: Tensor, geometry: Geometry) -> Tensor | None:
     """Return how many of its given blocks every row reads; None where MoBA chose."""
-    lists = _choice_numbers(geometry, given=False)
+    lists = choice_numbers(geometry, given=False)
     return choice.narrow(0, lists, choice.shape[0] - lists) if choice.shape[0] > lists else None
 
 
@@ -180,7 +200,8 @@ def workspaces(device: torch.device) -> tuple[int, int]:
     return min(memory // _FORWARD_PART, _FORWARD_WORKSPACE), min(memory // _BACKWARD_PART, _BACKWARD_WORKSPACE)
 
 
-def _check_pairs(geometry: Geometry) -> None:
+def check_pairs(geometry: Geometry) -> None:
+    """Raise ValueError if there are more pairs of query and block than kernels can number."""
     if geometry.pairs >= _MOST_PAIRS:
         raise ValueError(
             f"{geometry.query_tokens} query tokens, {geometry.group} query heads per key/value head and "

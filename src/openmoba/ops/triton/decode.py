@@ -1,4 +1,4 @@
-"""Decode: a few queries per row over a paged cache, in two launches that wait for nothing.
+"""Decode: a few queries per row over a cache with centroids, in two launches that wait for nothing.
 
     score    s[r, p] = <q_r, c_p> for the pages p before the last query's own, a tile of pages per program
     attend   a program finds its share of the pages that a query reads, and attends to them; the last program of a
@@ -9,9 +9,10 @@ multiprocessors busy: some of the `top_k` pages, or a piece of one page. Every s
 last page, which costs less than a launch of its own. Shares are added in a fixed order, whichever program does it, so
 equal inputs give equal bits. All sizes that change while decoding are read on the device.
 
-A *query row* r is (query token, query head of one key/value head's group). M query rows, N pages or keys per tile,
-L pages looked at at once, C shares merged at once, D head width padded to a power of two (WIDTH is the real one), of
-which the scores take W at a time.
+The kernels are in `decode_kernels`, which says what a query row r is.
+
+The rows of a cache have equally many query tokens, or the queries of all are packed and keys lie in pages that a block
+table names (`openmoba.ops.paged`). Packed query tokens are as many rows of one query each, whose sequence is looked up.
 
 One allocation holds, in this order: for each query row the number of programs that have finished (int32), its scores,
 its shares' outputs, and their log-sum-exps. `score` zeroes the numbers.
@@ -23,18 +24,14 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from openmoba.ops.triton.arguments import Rows
+from openmoba.ops.triton import decode_kernels
+from openmoba.ops.triton.arguments import Packed, Rows, Table
 from openmoba.ops.triton.geometry import cdiv, kernel_width, power_of_two, strides
 from openmoba.ops.triton.host.device import most_registers, multiprocessors, nvidia_capability
 from openmoba.ops.triton.host.launch import REMEMBERED, TENSOR, Launch
 from openmoba.ops.triton.pages import complete_pages
-from openmoba.ops.triton.pool import scale_to
-from openmoba.ops.triton.rows import LOG2E, SCORE_PRECISION, head_base, load_rows
 
 __all__ = ["complete_pages", "decode"]
 
@@ -45,12 +42,6 @@ _MERGED_AT_ONCE = 16
 _TILE_BYTES = 2**13  # keys of one tile: small enough for four programs per multiprocessor
 _TILES_IN_FLIGHT = 2
 _PROGRAMS_PER_MULTIPROCESSOR = 4
-
-_LOWEST = tl.constexpr(-1e38)
-_NO_KEY = tl.constexpr(-(2**63))
-_ABOVE_ALL = tl.constexpr(2**63 - 1)
-_TAKEN = tl.constexpr(-(2**31))
-_ROW_EXPONENT = tl.constexpr(14)  # query rows are scaled to [2^14, 2^15), so that bf16 fits fp16
 
 
 def decode(
@@ -67,15 +58,49 @@ def decode(
     """Do what `openmoba.ops.decode.moba_decode` says, checked; the last dimension of all tensors is contiguous."""
     launches = _launches(
         *q.shape, *centroids.shape[1:3], block_size, top_k, scale, q.dtype, q.device,
-        strides(q), strides(k_cache), strides(v_cache), strides(centroids),
+        strides(q), strides(k_cache), strides(v_cache), strides(centroids), None,
     )  # fmt: skip
+    return run(launches, q, k_cache, v_cache, centroids, lengths, starts)
+
+
+def packed_launches(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    centroids: Tensor,
+    block_table: Tensor,
+    block_size: int,
+    top_k: int,
+    scale: float,
+) -> Launches:
+    """Return the launches for packed queries `[N, H, D]` over the pages that a block table names."""
+    (tokens, heads, width), (_, page_size, kv_heads, _) = q.shape, k_pages.shape
+    sequences, pages = block_table.shape
+    packed = Packed(Table(TENSOR, block_table.stride(0), page_size), TENSOR, sequences)
+    return _launches(
+        tokens, 1, heads, width, pages * page_size // block_size, kv_heads, block_size, top_k, scale, q.dtype, q.device,
+        (q.stride(0), *q.stride()[:2]), strides(k_pages), strides(v_pages), strides(centroids), packed,
+    )  # fmt: skip
+
+
+def run(
+    launches: Launches,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    centroids: Tensor,
+    lengths: Tensor,
+    starts: Tensor | None,
+    *packed: Tensor,
+) -> Tensor:
+    """Attend; of packed queries the block table and the boundaries are given too."""
     workspace = torch.empty(launches.numbers, dtype=torch.float32, device=q.device)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if launches.score is not None:
-        launches.score(q, centroids, workspace, lengths)
+        launches.score(q, centroids, workspace, lengths, *packed)
     elif launches.shared:
         workspace[: launches.counters].zero_()
-    launches.attend(q, k_cache, v_cache, workspace, out, lengths, starts)
+    launches.attend(q, k, v, workspace, out, lengths, starts, *packed)
     return out
 
 
@@ -87,7 +112,7 @@ class Workspace(NamedTuple):
     padded: int
 
 
-class _Launches(NamedTuple):
+class Launches(NamedTuple):
     """What does not depend on the tensors' contents.
 
     Attributes:
@@ -121,7 +146,8 @@ def _launches(
     k_strides: tuple[int, int, int],
     v_strides: tuple[int, int, int],
     centroid_strides: tuple[int, int, int],
-) -> _Launches:
+    packed: Packed | None,
+) -> Launches:
     top_k = min(top_k, pages + 1)
     chooses = top_k > 1
     group = heads // kv_heads
@@ -133,18 +159,26 @@ def _launches(
     # Multiples of 16 keep addresses aligned.
     counters, padded = cdiv(rows, 16) * 16, cdiv(pages, 16) * 16 if chooses else 0
     partials = shares * (width + 1) if shares > 1 else 0
-    m = min(_MOST_ROWS, max(16, power_of_two(tokens * group)))
+    split, scored = 0, tokens
+    if packed is not None:
+        split = packed.table.page_size if packed.table.page_size < block_size else 0
+        scored = cdiv(batch, packed.sequences)
+    m = min(_MOST_ROWS, max(16, power_of_two(scored * group)))
+    row_tiles = batch
+    if packed is not None:
+        scored = max(1, m // group)
+        row_tiles = batch // scored + packed.sequences
     overlap = chooses and overlaps(device)
     workspace, queries = Workspace(TENSOR, counters, padded), Rows.of(q_strides)
-    options = {"TOKENS": tokens, "GROUP": group, "WIDTH": width, "D": d, "OVERLAPS": overlap, "num_warps": 4}
+    options = {"GROUP": group, "WIDTH": width, "D": d, "OVERLAPS": overlap, "num_warps": 4}
     score = Launch(
-        _score,
-        (cdiv(pages, _PAGES_PER_TILE), kv_heads * cdiv(tokens * group, m), batch),
-        (queries, Rows.of(centroid_strides), workspace, TENSOR, pages, block_size),
-        options | {"M": m, "N": _PAGES_PER_TILE, "W": min(d, 64) if dtype == torch.float32 else d},
+        decode_kernels.score,
+        (cdiv(pages, _PAGES_PER_TILE), kv_heads * cdiv(scored * group, m), row_tiles),
+        (queries, Rows.of(centroid_strides), workspace, TENSOR, packed, pages, block_size),
+        options | {"TOKENS": scored, "M": m, "N": _PAGES_PER_TILE, "W": min(d, 64) if dtype == torch.float32 else d},
     )
     attend = Launch(
-        _attend,
+        decode_kernels.attend,
         (shares, heads * tokens, batch),
         (
             queries,
@@ -154,6 +188,7 @@ def _launches(
             TENSOR,
             TENSOR,
             TENSOR,
+            packed,
             pages,
             block_size,
             top_k,
@@ -164,6 +199,8 @@ def _launches(
         ),
         options
         | {
+            "TOKENS": tokens,
+            "SPLIT": split,
             "CHOOSES": chooses,
             "SHARED": shares > 1,
             "L": next((lanes for lanes in _LANES if lanes >= pages), _LANES[0]),
@@ -175,7 +212,7 @@ def _launches(
         | most_registers(128)
         | ({"launch_pdl": True} if overlap else {}),
     )
-    return _Launches(
+    return Launches(
         numbers=counters + rows * (padded + partials),
         counters=counters,
         score=score if chooses else None,
@@ -202,226 +239,3 @@ def share_of(rows: int, block_size: int, top_k: int, tile: int, multiprocessors:
 def overlaps(device: torch.device) -> bool:
     """Say whether a kernel can be started before the one it waits for has ended: programmatic dependent launch."""
     return nvidia_capability(device) >= (9, 0)
-
-
-@triton.jit(do_not_specialize=["pages"])
-def _score(
-    q,
-    centroids,
-    workspace,
-    length_ptr,
-    pages,
-    block_size,
-    TOKENS: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    D: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    W: tl.constexpr,
-    OVERLAPS: tl.constexpr,
-):
-    """Score N pages for up to M query rows, times a power of two per row.
-
-    Those of the last query's past, which are all that are read.
-    """
-    if OVERLAPS:
-        gdc_launch_dependents()
-    ROWS: tl.constexpr = TOKENS * GROUP
-    TILES: tl.constexpr = (ROWS + M - 1) // M
-    batch = tl.program_id(2)
-    head = tl.program_id(1) // TILES
-    row_M = tl.program_id(1) % TILES * M + tl.arange(0, M)
-    flat_M = (batch * tl.num_programs(1) // TILES + head) * ROWS + row_M
-    if tl.program_id(0) == 0:
-        tl.store(workspace.ptr + flat_M, 0.0, mask=row_M < ROWS)
-    page_N = tl.program_id(0) * N + tl.arange(0, N)
-    past = tl.minimum((tl.load(length_ptr + batch) - 1) // block_size, pages)
-    if tl.program_id(0) * N >= past:
-        return
-    q_ptr = head_base(q, batch, head * GROUP)
-    q_at_M = (row_M // GROUP).to(tl.int64) * q.token + (row_M % GROUP).to(tl.int64) * q.head
-    centroid_ptr = head_base(centroids, batch, head)
-    largest_M = tl.zeros([M], tl.float32)
-    for d in tl.static_range(0, D, W):
-        q_MW = load_rows(q_ptr + d, q_at_M, 1, row_M < ROWS, WIDTH - d, W).to(tl.float32)
-        largest_M = tl.maximum(largest_M, tl.max(tl.abs(q_MW), 1))
-    scale_M = scale_to(largest_M, _ROW_EXPONENT)
-    score_NM = tl.zeros([N, M], tl.float32)
-    for d in tl.static_range(0, D, W):
-        centroid_NW = load_rows(centroid_ptr + d, page_N, centroids.token, page_N < past, WIDTH - d, W)
-        q_MW = load_rows(q_ptr + d, q_at_M, 1, row_M < ROWS, WIDTH - d, W).to(tl.float32) * scale_M[:, None]
-        score_NM = tl.dot(centroid_NW, tl.trans(q_MW.to(centroid_NW.dtype)), score_NM, input_precision=SCORE_PRECISION)
-    at_NM = workspace.counters + flat_M[None, :].to(tl.int64) * workspace.padded + page_N[:, None]
-    tl.store(workspace.ptr + at_NM, score_NM, mask=(row_M < ROWS)[None, :] & (page_N < past)[:, None])
-
-
-@triton.jit
-def _orders(score_ptr, page_L, past):
-    """Return the scores of `past` pages as integers that sort like them; the least integer for other pages."""
-    bits_L = tl.load(score_ptr + page_L, mask=page_L < past, other=0.0).to(tl.int32, bitcast=True)
-    return tl.where(page_L < past, bits_L ^ ((bits_L >> 31) & 0x7FFFFFFF), _TAKEN)
-
-
-@triton.jit
-def _next_page(score_ptr, past, order_L, below, IN_REGISTERS: tl.constexpr):
-    """Return the best of `past` pages that has not been chosen yet, the later one on a tie; and what is left.
-
-    What is left is `order_L` without that page, or, of more pages than L, the pages whose sort key is less than
-    `below`: the score's order above, the page in 31 bits.
-    """
-    L: tl.constexpr = order_L.shape[0]
-    page_L = tl.arange(0, L)
-    if IN_REGISTERS:
-        page = tl.max(tl.where(order_L == tl.max(order_L, 0), page_L, 0), 0)
-        order_L = tl.where(page_L == page, _TAKEN, order_L)
-    else:
-        best_L = tl.full([L], _NO_KEY, tl.int64)
-        for first in range(0, past, L):
-            key_L = (_orders(score_ptr, first + page_L, past).to(tl.int64) << 32) | (first + page_L).to(tl.int64)
-            best_L = tl.maximum(best_L, tl.where(key_L < below, key_L, _NO_KEY))
-        below = tl.max(best_L, 0)
-        page = (below & 0x7FFFFFFF).to(tl.int32)
-    return tl.minimum(page, past), order_L, below  # scores that are not numbers must not lead out of the cache
-
-
-@triton.jit(do_not_specialize=["pages", "ranks", "pieces"])
-def _attend(
-    q,
-    k,
-    v,
-    workspace,
-    out_ptr,
-    length_ptr,
-    start_ptr,
-    pages,
-    block_size,
-    top_k,
-    ranks,
-    pieces,
-    piece,
-    scale,
-    TOKENS: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    D: tl.constexpr,
-    CHOOSES: tl.constexpr,
-    SHARED: tl.constexpr,
-    L: tl.constexpr,
-    IN_REGISTERS: tl.constexpr,
-    N: tl.constexpr,
-    C: tl.constexpr,
-    STAGES: tl.constexpr,
-    OVERLAPS: tl.constexpr,
-):
-    """Attend from one query row to one share: `ranks` of its pages, best first, and `piece` keys of each.
-
-    The own page comes first.
-    """
-    # Shares of low rank choose longest: they start first.
-    share = tl.num_programs(0) - 1 - tl.program_id(0)
-    batch = tl.program_id(2)
-    flat = (batch * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
-    head = tl.program_id(1) // (TOKENS * GROUP)
-    token = tl.program_id(1) // GROUP % TOKENS
-    member = tl.program_id(1) % GROUP
-    position = tl.load(length_ptr + batch) - TOKENS + token
-    own = tl.maximum(position, 0) // block_size
-    past = tl.minimum(own, pages) if CHOOSES else 0
-    first = share // pieces * ranks
-    last = tl.minimum(tl.minimum(first + ranks, top_k), past + 1)
-
-    d_D = tl.arange(0, D)
-    q_ptr = head_base(q, batch, head * GROUP + member) + token.to(tl.int64) * q.token
-    q_D = tl.load(q_ptr + d_D, mask=d_D < WIDTH, other=0.0).to(tl.float32) * (scale * LOG2E)
-    start_of_row = 0 if start_ptr is None else tl.load(start_ptr + batch)
-    k_ptr = head_base(k, batch, head) + tl.cast(start_of_row, tl.int64) * k.token
-    v_ptr = head_base(v, batch, head) + tl.cast(start_of_row, tl.int64) * v.token
-
-    if OVERLAPS:
-        gdc_wait()
-    score_ptr = workspace.ptr + workspace.counters + flat * workspace.padded
-    order_L = tl.full([L], _TAKEN, tl.int32)
-    below = tl.full([], _ABOVE_ALL, tl.int64)
-    if CHOOSES:
-        if IN_REGISTERS:
-            order_L = _orders(score_ptr, tl.arange(0, L), tl.where(last > 1, past, 0))
-        for _ in range(1, tl.minimum(first, last)):
-            _page, order_L, below = _next_page(score_ptr, past, order_L, below, IN_REGISTERS)
-
-    # Every place in the tile keeps a softmax of its own until the end: no sums across threads in the loop.
-    m_N = tl.full([N], _LOWEST, tl.float32)
-    l_N = tl.zeros([N], tl.float32)
-    o_ND = tl.zeros([N, D], tl.float32)
-    for rank in range(first, last):
-        page = own
-        if CHOOSES:  # noqa: SIM102
-            if rank > 0:  # not part of the condition above, which is the compiler's
-                page, order_L, below = _next_page(score_ptr, past, order_L, below, IN_REGISTERS)
-        begin = share % pieces * piece
-        end = tl.minimum(tl.minimum(begin + piece, block_size), position + 1 - page * block_size)
-        for start in tl.range(begin, end, N, num_stages=STAGES):
-            n_N = start + tl.arange(0, N)
-            k_ND = load_rows(k_ptr, page * block_size + n_N, k.token, n_N < end, WIDTH, D)
-            v_ND = load_rows(v_ptr, page * block_size + n_N, v.token, n_N < end, WIDTH, D)
-            s_N = tl.where(n_N < end, tl.sum(k_ND.to(tl.float32) * q_D[None, :], 1), _LOWEST)
-            m_new_N = tl.maximum(m_N, s_N)
-            alpha_N = tl.exp2(m_N - m_new_N)
-            p_N = tl.where(n_N < end, tl.exp2(s_N - m_new_N), 0.0)
-            l_N = l_N * alpha_N + p_N
-            o_ND = o_ND * alpha_N[:, None] + p_N[:, None] * v_ND.to(tl.float32)
-            m_N = m_new_N
-    o_D, lse = _normalised(m_N, l_N, o_ND)
-
-    HEADS = tl.num_programs(1) // TOKENS
-    out_ptr += ((batch * TOKENS + token).to(tl.int64) * HEADS + head * GROUP + member) * WIDTH
-    if SHARED:
-        shares = tl.num_programs(0)
-        rows = (tl.num_programs(2) * tl.num_programs(1)).to(tl.int64)
-        partial_ptr = workspace.ptr + workspace.counters + rows * workspace.padded + flat * shares * WIDTH
-        lse_ptr = workspace.ptr + workspace.counters + rows * (workspace.padded + shares * WIDTH) + flat * shares
-        tl.store(partial_ptr + share * WIDTH + d_D, o_D, mask=d_D < WIDTH)
-        tl.store(lse_ptr + share, lse)
-        tl.debug_barrier()  # all threads have written their part before one of them says so
-        finished_ptr = workspace.ptr.to(tl.pointer_type(tl.int32), bitcast=True) + flat
-        if tl.atomic_add(finished_ptr, 1, sem="acq_rel", scope="gpu") == shares - 1:
-            o_D = _merged(partial_ptr, lse_ptr, shares, WIDTH, D, C)
-            tl.store(out_ptr + d_D, o_D.to(out_ptr.dtype.element_ty), mask=d_D < WIDTH)
-    else:
-        tl.store(out_ptr + d_D, o_D.to(out_ptr.dtype.element_ty), mask=d_D < WIDTH)
-
-
-@triton.jit
-def _normalised(m_N, l_N, o_ND):
-    """Make one softmax of N with maximum m, sum l and weighted values o: return its value and log-sum-exp.
-
-    In base 2; zero and minus infinity where nothing was read.
-    """
-    m = tl.max(m_N, 0)
-    weight_N = tl.exp2(m_N - m)
-    total = tl.sum(l_N * weight_N, 0)
-    divisor = tl.where(total > 0, total, 1.0)
-    return tl.sum(o_ND * weight_N[:, None], 0) / divisor, tl.where(total > 0, m + tl.log2(divisor), -float("inf"))
-
-
-@triton.jit
-def _merged(partial_ptr, lse_ptr, shares, WIDTH: tl.constexpr, D: tl.constexpr, C: tl.constexpr):
-    """Merge a query row's shares. Other programs wrote these: nothing is read from the L1 cache."""
-    d_D = tl.arange(0, D)
-    m_C = tl.full([C], _LOWEST, tl.float32)
-    l_C = tl.zeros([C], tl.float32)
-    o_CD = tl.zeros([C, D], tl.float32)
-    for first in range(0, shares, C):
-        c_C = first + tl.arange(0, C)
-        part_at_CD = c_C[:, None] * WIDTH + d_D[None, :]
-        exists_CD = (c_C < shares)[:, None] & (d_D < WIDTH)[None, :]
-        lse_C = tl.load(lse_ptr + c_C, mask=c_C < shares, other=-float("inf"), cache_modifier=".cg")
-        part_CD = tl.load(partial_ptr + part_at_CD, mask=exists_CD, other=0.0, cache_modifier=".cg")
-        m_new_C = tl.maximum(m_C, lse_C)
-        alpha_C = tl.exp2(m_C - m_new_C)
-        weight_C = tl.exp2(lse_C - m_new_C)
-        l_C = l_C * alpha_C + weight_C
-        o_CD = o_CD * alpha_C[:, None] + weight_C[:, None] * part_CD
-        m_C = m_new_C
-    o_D, _lse = _normalised(m_C, l_C, o_CD)
-    return o_D

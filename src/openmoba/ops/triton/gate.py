@@ -32,7 +32,6 @@ from openmoba.ops.triton.geometry import (
 )
 from openmoba.ops.triton.host.device import most_registers
 from openmoba.ops.triton.host.launch import REMEMBERED, TENSOR, Launch
-from openmoba.ops.triton.pool import pool
 from openmoba.ops.triton.ranking import CENTER_BITS, largest_norms, load_scaled_rows, rank_once, rank_repeatedly
 
 _KEPT = 3
@@ -88,7 +87,7 @@ class FixedPoint(NamedTuple):
 
 def choose(
     q: Tensor,
-    k: Tensor,
+    pooled: tuple[Tensor, Tensor],
     cu_q: Tensor | None,
     cu_k: Tensor | None,
     geometry: Geometry,
@@ -97,8 +96,11 @@ def choose(
     out_stride_token: int,
     heads_per_sort: int,
 ) -> None:
-    """Write the choice into `out`: sort keys, or block numbers within the sequence if `heads_per_sort` is 0."""
-    centroids, norms = pool(k, cu_k, geometry)
+    """Write the choice into `out`: sort keys, or block numbers within the sequence if `heads_per_sort` is 0.
+
+    `pooled` as `pool` returns it.
+    """
+    centroids, norms = pooled
     first, second = _launches(geometry, q.dtype, strides(q), out_stride_head, out_stride_token, heads_per_sort)
     again = lengths = None
     if second is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -33,6 +33,13 @@ def power_of_two(n: int) -> int:
 def kernel_width(width: int) -> int:
     """Return a head width as the kernels see it: a power of two, and enough for a matrix instruction."""
     return max(16, power_of_two(width))
+
+
+class Paging(NamedTuple):
+    """A block table: the stride of a sequence, and tokens of a page."""
+
+    stride: int
+    page_size: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +65,18 @@ class Geometry:
     def shared(q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> Geometry:
         """Return the same for lengths that are numbers: one object per shape, found by its identity in caches."""
         return _shared(*_sizes(q, k, cu_q, block_size, top_k))
+
+    @property
+    def paging(self) -> Paging | None:
+        """Return where a block table says that keys lie; None for keys side by side."""
+        return None
+
+    @property
+    def split(self) -> int:
+        """Return the tokens of a page where blocks lie in several pages; else 0."""
+        if self.paging is None or self.paging.page_size >= self.block_size:
+            return 0
+        return self.paging.page_size
 
     @cached_property
     def group(self) -> int:
@@ -112,6 +131,22 @@ class Geometry:
         if self.packed:
             return tokens // tile + self.sequences
         return self.sequences * cdiv(tokens, tile)
+
+
+@dataclass(frozen=True, eq=False)
+class PagedGeometry(Geometry):
+    """Sizes of a packed call whose keys lie in pages; `tokens_k` is the room that the block table names."""
+
+    table_stride: int
+    page_size: int
+
+    @property
+    def paging(self) -> Paging:
+        return Paging(self.table_stride, self.page_size)
+
+    @cached_property
+    def longest(self) -> int:
+        return cdiv(self.tokens_k // self.sequences, self.block_size)
 
 
 @lru_cache(maxsize=REMEMBERED)

@@ -13,6 +13,7 @@ from openmoba.ops.centroids import ANCHOR_KEYS, LARGEST_FP16, ROOM, centroid_dty
 from openmoba.ops.triton.arguments import Rows
 from openmoba.ops.triton.geometry import Geometry, kernel_width, locate, power_of_two, span, strides
 from openmoba.ops.triton.host.launch import REMEMBERED, TENSOR, Launch
+from openmoba.ops.triton.table import row_offset
 
 _LARGEST_FP16 = tl.constexpr(LARGEST_FP16)
 _ROOM = tl.constexpr(ROOM)
@@ -71,14 +72,21 @@ def block_centroid(
     CHUNK: tl.constexpr,
     WIDTH: tl.constexpr,
     D: tl.constexpr,
+    table=None,
+    sequence=0,
+    stride_page=0,
 ):
-    """Return the centroid `[D]` of a complete block; `k_ptr` is where the sequence's keys of one head begin."""
+    """Return the centroid `[D]` of a complete block; `k_ptr` is where the sequence's keys of one head begin.
+
+    With a `table`, it is where the first page's keys of that head begin.
+    """
     # The anchor is the sequence's, not the block's: every program works it out again, which saves a launch.
     d_D = tl.arange(0, D)
     real_D = d_D < WIDTH
     key_A = tl.arange(0, ANCHOR_TILE)
     anchor_mask = (key_A < ANCHOR)[:, None] & real_D
-    first_AD = tl.load(k_ptr + key_A.to(tl.int64)[:, None] * stride_t + d_D, mask=anchor_mask, other=0.0).to(tl.float32)
+    at_A = row_offset(key_A[:, None], stride_t, (key_A < ANCHOR)[:, None], table, sequence, stride_page)
+    first_AD = tl.load(k_ptr + at_A + d_D, mask=anchor_mask, other=0.0).to(tl.float32)
     anchor_D = tl.sum(first_AD, 0) / ANCHOR
     spread = tl.max(tl.max(tl.where(anchor_mask, tl.abs(first_AD - anchor_D), 0.0), 1), 0)
     scale = scale_to(tl.maximum(spread, tl.max(tl.abs(anchor_D), 0) / 64), _ROOM)
@@ -88,7 +96,7 @@ def block_centroid(
     sum_D = tl.zeros([D], tl.float32)
     for start in range(0, block_size, CHUNK):
         at_C = (start + key_C)[:, None]
-        rows = k_ptr + (block * block_size + at_C).to(tl.int64) * stride_t
+        rows = k_ptr + row_offset(block * block_size + at_C, stride_t, at_C < block_size, table, sequence, stride_page)
         sum_D += tl.sum(tl.load(rows + d_D, mask=(at_C < block_size) & real_D, other=0.0).to(tl.float32), 0)
     centroid_D = (sum_D / block_size - anchor_D) * scale
     if dtype == tl.float16:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from openmoba.ops.triton.gate import choose
 from openmoba.ops.triton.geometry import Geometry
+from openmoba.ops.triton.pool import pool
 
 INT16_SORT_KEYS = 2**15  # sort keys that int16 holds
 
@@ -29,9 +30,22 @@ def route(
     fits, else int32.
     """
     sort_keys = new_sort_keys(geometry, heads_per_sort, q.device)
-    _, rows, picks = sort_keys.shape
-    choose(q, k, cu_q, cu_k, geometry, sort_keys, rows * picks, geometry.group * picks, heads_per_sort)
+    write_sort_keys(sort_keys, q, pool(k, cu_k, geometry), cu_q, cu_k, geometry, heads_per_sort)
     return sort_keys
+
+
+def write_sort_keys(
+    sort_keys: Tensor,
+    q: Tensor,
+    pooled: tuple[Tensor, Tensor],
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    geometry: Geometry,
+    heads_per_sort: int,
+) -> None:
+    """Write the sort keys that `route` describes, of all rows that are of a sequence; `pooled` as `pool` returns it."""
+    _, rows, picks = sort_keys.shape
+    choose(q, pooled, cu_q, cu_k, geometry, sort_keys, rows * picks, geometry.group * picks, heads_per_sort)
 
 
 def new_sort_keys(geometry: Geometry, heads_per_sort: int, device: torch.device) -> Tensor:
@@ -46,5 +60,7 @@ def select(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block
     geometry = Geometry.shared(q, k, cu_q, block_size, top_k)
     selected = torch.empty((*q.shape[:-1], top_k - 1), dtype=torch.int32, device=q.device)
     picks = top_k - 1
-    choose(q, k, cu_q, cu_k, geometry, selected, geometry.group * picks, geometry.heads * picks, 0)
+    choose(
+        q, pool(k, cu_k, geometry), cu_q, cu_k, geometry, selected, geometry.group * picks, geometry.heads * picks, 0
+    )
     return selected

@@ -35,6 +35,8 @@ def why_not(geometry: Geometry, *tensors: Tensor) -> str | None:
         return f"head width {geometry.width} is not {' or '.join(map(str, tuning.WIDTHS))}"
     if geometry.block_size % tuning.KEYS:
         return f"block_size {geometry.block_size} is no multiple of {tuning.KEYS}"
+    if geometry.split:
+        return f"blocks of {geometry.block_size} tokens lie in several pages, of {geometry.split}"
     distance = max(x.stride(-3) for x in tensors)
     if geometry.block_size * distance >= 2**31:
         return f"tokens {distance} elements apart take a block of {geometry.block_size} beyond 2^31"

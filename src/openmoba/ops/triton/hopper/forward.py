@@ -33,6 +33,7 @@ from openmoba.ops.triton.hopper.tiles import (
 )
 from openmoba.ops.triton.plan import block_of_list, item_bounds, skipped
 from openmoba.ops.triton.rows import LOG2E, head_base
+from openmoba.ops.triton.table import key_row
 
 
 @gluon.jit
@@ -67,6 +68,7 @@ def attend_past_resident(
     offsets_ptr,
     skips_ptr,
     call,
+    table,
     first_head,
     first_pair,
     scale,
@@ -75,6 +77,7 @@ def attend_past_resident(
     WIDTH: gl.constexpr,
     SEGMENT: gl.constexpr,
     PACKED: gl.constexpr,
+    SPLIT: gl.constexpr,
     M: gl.constexpr,
     N: gl.constexpr,
     D: gl.constexpr,
@@ -96,6 +99,7 @@ def attend_past_resident(
     head, sequence, key_begin = block_of_list(list_id, call, PACKED)
     kv_head = first_head + head
     q_base = query_base(q, kv_head, sequence, call, GROUP, PACKED)
+    batch_row, key_begin = key_row(sequence, key_begin, call, table, SPLIT)
     head_rows = head * call.rows
 
     # Before the loop: the block, and the first STAGES tiles of queries, one group of copies per tile. The block is in
@@ -107,8 +111,8 @@ def attend_past_resident(
     address_smem = gl.allocate_shared_memory(gl.int64, [M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ring = allocate_ring(1, M)
     key = (key_begin + gl.arange(0, N, gl.SliceLayout(1, ROW))).to(gl.int64)
-    copy_rows(k_smem, head_base(k, sequence, kv_head), key * k.token, D, ROW)
-    copy_rows(v_smem, head_base(v, sequence, kv_head), key * v.token, D, ROW)
+    copy_rows(k_smem, head_base(k, batch_row, kv_head), key * k.token, D, ROW)
+    copy_rows(v_smem, head_base(v, batch_row, kv_head), key * v.token, D, ROW)
     for early in gl.static_range(STAGES):
         early_pair = pairs_of(lists.pairs, early, begin, end, M, gl.SliceLayout(1, ROW))
         _copy_queries(q_smem.index(early), early_pair, q, q_base, head_rows, GROUP, PAST, D, ROW)
@@ -164,6 +168,7 @@ def attend_past_streaming(
     offsets_ptr,
     skips_ptr,
     call,
+    table,
     first_head,
     first_pair,
     scale,
@@ -172,6 +177,7 @@ def attend_past_streaming(
     WIDTH: gl.constexpr,
     SEGMENT: gl.constexpr,
     PACKED: gl.constexpr,
+    SPLIT: gl.constexpr,
     M: gl.constexpr,
     N: gl.constexpr,
     D: gl.constexpr,
@@ -191,11 +197,12 @@ def attend_past_streaming(
     head, sequence, key_begin = block_of_list(list_id, call, PACKED)
     kv_head = first_head + head
     q_base = query_base(q, kv_head, sequence, call, GROUP, PACKED)
+    batch_row, key_begin = key_row(sequence, key_begin, call, table, SPLIT)
     head_rows = head * call.rows
     # Within a block 32 bits are enough (`why_not`): the loop counts in them.
     first_key = key_begin.to(gl.int64)
-    k_base = head_base(k, sequence, kv_head) + first_key * k.token
-    v_base = head_base(v, sequence, kv_head) + first_key * v.token
+    k_base = head_base(k, batch_row, kv_head) + first_key * k.token
+    v_base = head_base(v, batch_row, kv_head) + first_key * v.token
 
     KEYS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
     k_smem = gl.allocate_shared_memory(DTYPE, [2, N, D], KEYS)

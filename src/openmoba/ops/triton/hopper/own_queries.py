@@ -15,6 +15,7 @@ from openmoba.ops.triton.family import called
 from openmoba.ops.triton.geometry import first_row
 from openmoba.ops.triton.hopper.tiles import copy_rows, product_layout, row_layout
 from openmoba.ops.triton.rows import LOG2E, STATISTICS, head_base, own_rows
+from openmoba.ops.triton.table import key_row
 
 
 @gluon.constexpr_function
@@ -57,6 +58,7 @@ def attend_own(
     counts_ptr,
     results,
     call,
+    table,
     first_head,
     first_block_slot,
     first_token,
@@ -67,6 +69,7 @@ def attend_own(
     PAST: gl.constexpr,
     WIDTH: gl.constexpr,
     PACKED: gl.constexpr,
+    SPLIT: gl.constexpr,
     M: gl.constexpr,
     N: gl.constexpr,
     D: gl.constexpr,
@@ -94,8 +97,9 @@ def attend_own(
     kv_head = first_head + head
     head_index = kv_head * GROUP + member
     q_base = head_base(q, sequence, head_index)
-    k_base = head_base(k, sequence, kv_head) + gl.cast(key_begin, gl.int64) * k.token
-    v_base = head_base(v, sequence, kv_head) + gl.cast(key_begin, gl.int64) * v.token
+    batch_row, key_begin = key_row(sequence, key_begin, call, table, SPLIT)
+    k_base = head_base(k, batch_row, kv_head) + gl.cast(key_begin, gl.int64) * k.token
+    v_base = head_base(v, batch_row, kv_head) + gl.cast(key_begin, gl.int64) * v.token
 
     KEYS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
     q_smem = gl.allocate_shared_memory(DTYPE, [M, D], gl.NVMMASharedLayout.get_default_for([M, D], DTYPE))

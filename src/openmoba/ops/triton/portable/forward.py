@@ -29,6 +29,7 @@ from openmoba.ops.triton.rows import (
     reads,
     store_rows,
 )
+from openmoba.ops.triton.table import key_row, load_keys
 
 
 @triton.jit(
@@ -45,6 +46,7 @@ def attend_past(
     offsets_ptr,
     skips_ptr,
     call,
+    table,
     first_head,
     first_pair,
     scale,
@@ -55,6 +57,7 @@ def attend_past(
     RESIDENT: tl.constexpr,
     EVEN: tl.constexpr,
     PACKED: tl.constexpr,
+    SPLIT: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
@@ -69,16 +72,18 @@ def attend_past(
     lse_ptr = partials.lse - first_pair
     head, sequence, key_begin = block_of_list(list_id, call, PACKED)
     kv_head = first_head + head
-    # Rows are found by flat numbers through all sequences, keys by their place in the block's own.
-    k_base = head_base(k, sequence, kv_head)
-    v_base = head_base(v, sequence, kv_head)
+    # Rows are found by flat numbers through all sequences, keys by their place in the block's own, or in its page.
+    batch_row, key_begin = key_row(sequence, key_begin, call, table, SPLIT)
+    k_base = head_base(k, batch_row, kv_head)
+    v_base = head_base(v, batch_row, kv_head)
     q_base = query_base(q, kv_head, sequence, call, GROUP, PACKED)
     n = tl.arange(0, N)
     scale_log2 = scale * LOG2E
     # A resident block is loaded once, and its rows stream by; a larger one streams past each tile of rows.
     if RESIDENT:
-        k_ND = load_rows(k_base, key_begin + n, k.token, n < call.block_size, WIDTH, D)
-        v_ND = load_rows(v_base, key_begin + n, v.token, n < call.block_size, WIDTH, D)
+        k_ND, v_ND = load_keys(
+            k, v, k_base, v_base, key_begin + n, n < call.block_size, table, sequence, SPLIT, WIDTH, D
+        )
     for at in range(begin, end, M):
         # Rows beyond the list's end repeat its last one and store the same again: no mask in the loop.
         pair, token, member, _exists = pair_rows(lists.pairs, at, end, head * call.rows, GROUP, PAST, M)
@@ -98,8 +103,9 @@ def attend_past(
             o_MD = tl.zeros([M, D], tl.float32)
             for start in range(0, call.block_size, N):
                 inside = start + n < call.block_size
-                k_ND = load_rows(k_base, key_begin + start + n, k.token, inside, WIDTH, D)
-                v_ND = load_rows(v_base, key_begin + start + n, v.token, inside, WIDTH, D)
+                k_ND, v_ND = load_keys(
+                    k, v, k_base, v_base, key_begin + start + n, inside, table, sequence, SPLIT, WIDTH, D
+                )
                 s_MN = dot(q_MD, tl.trans(k_ND))
                 if not EVEN:
                     s_MN = tl.where(inside[None, :], s_MN, -float("inf"))
@@ -123,6 +129,7 @@ def attend_own(
     counts_ptr,
     results,
     call,
+    table,
     first_head,
     first_block_slot,
     first_token,
@@ -133,6 +140,7 @@ def attend_own(
     PAST: tl.constexpr,
     WIDTH: tl.constexpr,
     PACKED: tl.constexpr,
+    SPLIT: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
@@ -173,21 +181,20 @@ def attend_own(
         M,
         D,
     )
-    k_base = head_base(k, sequence, kv_head)
-    v_base = head_base(v, sequence, kv_head)
+    batch_row, key_begin = key_row(sequence, key_begin, call, table, SPLIT)
+    k_base = head_base(k, batch_row, kv_head)
+    v_base = head_base(v, batch_row, kv_head)
     scale_log2 = scale * LOG2E
     # Keys before the tile's first query are read by all its rows: no mask.
     for at in range(0, start, N):
         n = at + tl.arange(0, N)
-        k_ND = load_rows(k_base, key_begin + n, k.token, n < start, WIDTH, D)
-        v_ND = load_rows(v_base, key_begin + n, v.token, n < start, WIDTH, D)
+        k_ND, v_ND = load_keys(k, v, k_base, v_base, key_begin + n, n < start, table, sequence, SPLIT, WIDTH, D)
         s_MN = dot(q_MD, tl.trans(k_ND))
         m_M, l_M, o_MD = online_softmax(s_MN, v_ND, m_M, l_M, o_MD, scale_log2)
     # On the diagonal, and at the end of the sequence.
     for at in range(start, tl.minimum(start + M, block_keys), N):
         n = at + tl.arange(0, N)
-        k_ND = load_rows(k_base, key_begin + n, k.token, n < block_keys, WIDTH, D)
-        v_ND = load_rows(v_base, key_begin + n, v.token, n < block_keys, WIDTH, D)
+        k_ND, v_ND = load_keys(k, v, k_base, v_base, key_begin + n, n < block_keys, table, sequence, SPLIT, WIDTH, D)
         s_MN = tl.where(n[None, :] <= m[:, None], dot(q_MD, tl.trans(k_ND)), -float("inf"))
         m_M, l_M, o_MD = online_softmax(s_MN, v_ND, m_M, l_M, o_MD, scale_log2)
     head_index = kv_head * GROUP + member

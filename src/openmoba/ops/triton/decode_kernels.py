@@ -1,0 +1,288 @@
+"""The kernels of decoding: `score` and `attend`, as `openmoba.ops.triton.decode` describes and launches them.
+
+A *query row* r is (query token, query head of one key/value head's group). M query rows, N pages or keys per tile,
+L pages looked at at once, C shares merged at once, D head width padded to a power of two (WIDTH is the real one), of
+which the scores take W at a time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from openmoba.ops.triton.geometry import locate, sequence_of, span
+from openmoba.ops.triton.pool import scale_to
+from openmoba.ops.triton.rows import LOG2E, SCORE_PRECISION, head_base, load_rows
+from openmoba.ops.triton.table import load_keys, page_of
+
+_LOWEST = tl.constexpr(-1e38)
+_NO_KEY = tl.constexpr(-(2**63))
+_ABOVE_ALL = tl.constexpr(2**63 - 1)
+_TAKEN = tl.constexpr(-(2**31))
+_ROW_EXPONENT = tl.constexpr(14)  # query rows are scaled to [2^14, 2^15), so that bf16 fits fp16
+
+
+@triton.jit(do_not_specialize=["pages"])
+def score(
+    q,
+    centroids,
+    workspace,
+    length_ptr,
+    packed,
+    pages,
+    block_size,
+    TOKENS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    W: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """Score N pages for up to M query rows, times a power of two per row.
+
+    Those of the last query's past, which are all that are read. Packed: for TOKENS query tokens of one sequence.
+    """
+    if OVERLAPS:
+        gdc_launch_dependents()
+    ROWS: tl.constexpr = TOKENS * GROUP
+    TILES: tl.constexpr = (ROWS + M - 1) // M
+    batch = tl.program_id(2)
+    head = tl.program_id(1) // TILES
+    row_M = tl.program_id(1) % TILES * M + tl.arange(0, M)
+    if packed is None:
+        rows = ROWS
+        flat_M = (batch * tl.num_programs(1) // TILES + head) * ROWS + row_M
+    else:
+        sequence, tile = locate(batch, packed.cu_q, packed.sequences, 0, TOKENS, True)
+        begin, new = span(sequence, packed.cu_q, 0, True)
+        queries = tl.minimum(new - tile * TOKENS, TOKENS)
+        if queries <= 0:
+            return
+        rows = queries * GROUP
+        batch = begin + tile * TOKENS
+        flat_M = (batch + row_M // GROUP) * (tl.num_programs(1) // TILES * GROUP) + head * GROUP + row_M % GROUP
+    if tl.program_id(0) == 0:
+        tl.store(workspace.ptr + flat_M, 0.0, mask=row_M < rows)
+    page_N = tl.program_id(0) * N + tl.arange(0, N)
+    if packed is None:
+        past = tl.minimum((tl.load(length_ptr + batch) - 1) // block_size, pages)
+    else:
+        last_query = tl.load(length_ptr + sequence) - new + tile * TOKENS + queries - 1
+        past = tl.minimum(last_query // block_size, pages)
+    if tl.program_id(0) * N >= past:
+        return
+    q_ptr = head_base(q, batch, head * GROUP)
+    q_at_M = (row_M // GROUP).to(tl.int64) * q.token + (row_M % GROUP).to(tl.int64) * q.head
+    if packed is None:
+        centroid_ptr = head_base(centroids, batch, head)
+    else:
+        last_key_N = (page_N + 1) * block_size - 1
+        home_N, place_N = page_of(packed.table, sequence, last_key_N, page_N < past)
+        centroid_at_N = home_N * centroids.batch + (place_N // block_size).to(tl.int64) * centroids.token
+        centroid_ptr = head_base(centroids, 0 * head, head)
+    largest_M = tl.zeros([M], tl.float32)
+    for d in tl.static_range(0, D, W):
+        q_MW = load_rows(q_ptr + d, q_at_M, 1, row_M < rows, WIDTH - d, W).to(tl.float32)
+        largest_M = tl.maximum(largest_M, tl.max(tl.abs(q_MW), 1))
+    scale_M = scale_to(largest_M, _ROW_EXPONENT)
+    score_NM = tl.zeros([N, M], tl.float32)
+    for d in tl.static_range(0, D, W):
+        if packed is None:
+            centroid_NW = load_rows(centroid_ptr + d, page_N, centroids.token, page_N < past, WIDTH - d, W)
+        else:
+            centroid_NW = load_rows(centroid_ptr + d, centroid_at_N, 1, page_N < past, WIDTH - d, W)
+        q_MW = load_rows(q_ptr + d, q_at_M, 1, row_M < rows, WIDTH - d, W).to(tl.float32) * scale_M[:, None]
+        score_NM = tl.dot(centroid_NW, tl.trans(q_MW.to(centroid_NW.dtype)), score_NM, input_precision=SCORE_PRECISION)
+    at_NM = workspace.counters + flat_M[None, :].to(tl.int64) * workspace.padded + page_N[:, None]
+    tl.store(workspace.ptr + at_NM, score_NM, mask=(row_M < rows)[None, :] & (page_N < past)[:, None])
+
+
+@triton.jit
+def _orders(score_ptr, page_L, past):
+    """Return the scores of `past` pages as integers that sort like them; the least integer for other pages."""
+    bits_L = tl.load(score_ptr + page_L, mask=page_L < past, other=0.0).to(tl.int32, bitcast=True)
+    return tl.where(page_L < past, bits_L ^ ((bits_L >> 31) & 0x7FFFFFFF), _TAKEN)
+
+
+@triton.jit
+def _next_page(score_ptr, past, order_L, below, IN_REGISTERS: tl.constexpr):
+    """Return the best of `past` pages that has not been chosen yet, the later one on a tie; and what is left.
+
+    What is left is `order_L` without that page, or, of more pages than L, the pages whose sort key is less than
+    `below`: the score's order above, the page in 31 bits.
+    """
+    L: tl.constexpr = order_L.shape[0]
+    page_L = tl.arange(0, L)
+    if IN_REGISTERS:
+        page = tl.max(tl.where(order_L == tl.max(order_L, 0), page_L, 0), 0)
+        order_L = tl.where(page_L == page, _TAKEN, order_L)
+    else:
+        best_L = tl.full([L], _NO_KEY, tl.int64)
+        for first in range(0, past, L):
+            key_L = (_orders(score_ptr, first + page_L, past).to(tl.int64) << 32) | (first + page_L).to(tl.int64)
+            best_L = tl.maximum(best_L, tl.where(key_L < below, key_L, _NO_KEY))
+        below = tl.max(best_L, 0)
+        page = (below & 0x7FFFFFFF).to(tl.int32)
+    return tl.minimum(page, past), order_L, below  # scores that are not numbers must not lead out of the cache
+
+
+@triton.jit(do_not_specialize=["pages", "ranks", "pieces"])
+def attend(
+    q,
+    k,
+    v,
+    workspace,
+    out_ptr,
+    length_ptr,
+    start_ptr,
+    packed,
+    pages,
+    block_size,
+    top_k,
+    ranks,
+    pieces,
+    piece,
+    scale,
+    TOKENS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CHOOSES: tl.constexpr,
+    SHARED: tl.constexpr,
+    L: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """Attend from one query row to one share: `ranks` of its pages, best first, and `piece` keys of each.
+
+    The own page comes first. SPLIT: tokens of a page of the cache, if a block lies in several; else 0.
+    """
+    # Shares of low rank choose longest: they start first.
+    share = tl.num_programs(0) - 1 - tl.program_id(0)
+    batch = tl.program_id(2)
+    flat = (batch * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+    head = tl.program_id(1) // (TOKENS * GROUP)
+    token = tl.program_id(1) // GROUP % TOKENS
+    member = tl.program_id(1) % GROUP
+    d_D = tl.arange(0, D)
+    if packed is None:
+        sequence = batch
+        position = tl.load(length_ptr + batch) - TOKENS + token
+        table = None
+    else:
+        sequence = sequence_of(batch, packed, True)
+        end_q = tl.load(packed.cu_q + sequence + 1)
+        if batch >= end_q:  # of no sequence: what fills up a graph's batch
+            tl.store(out_ptr + flat * WIDTH + d_D, tl.zeros([D], out_ptr.dtype.element_ty), mask=d_D < WIDTH)
+            return
+        position = tl.load(length_ptr + sequence) - end_q + batch
+        table = packed.table
+    own = tl.maximum(position, 0) // block_size
+    past = tl.minimum(own, pages) if CHOOSES else 0
+    first = share // pieces * ranks
+    last = tl.minimum(tl.minimum(first + ranks, top_k), past + 1)
+
+    q_ptr = head_base(q, batch, head * GROUP + member) + token.to(tl.int64) * q.token
+    q_D = tl.load(q_ptr + d_D, mask=d_D < WIDTH, other=0.0).to(tl.float32) * (scale * LOG2E)
+    start_of_row = 0 if start_ptr is None else tl.load(start_ptr + batch)
+    k_ptr = head_base(k, batch if table is None else batch * 0, head) + tl.cast(start_of_row, tl.int64) * k.token
+    v_ptr = head_base(v, batch if table is None else batch * 0, head) + tl.cast(start_of_row, tl.int64) * v.token
+
+    if OVERLAPS:
+        gdc_wait()
+    score_ptr = workspace.ptr + workspace.counters + flat * workspace.padded
+    order_L = tl.full([L], _TAKEN, tl.int32)
+    below = tl.full([], _ABOVE_ALL, tl.int64)
+    if CHOOSES:
+        if IN_REGISTERS:
+            order_L = _orders(score_ptr, tl.arange(0, L), tl.where(last > 1, past, 0))
+        for _ in range(1, tl.minimum(first, last)):
+            _page, order_L, below = _next_page(score_ptr, past, order_L, below, IN_REGISTERS)
+
+    # Every place in the tile keeps a softmax of its own until the end: no sums across threads in the loop.
+    m_N = tl.full([N], _LOWEST, tl.float32)
+    l_N = tl.zeros([N], tl.float32)
+    o_ND = tl.zeros([N, D], tl.float32)
+    for rank in range(first, last):
+        page = own
+        if CHOOSES:  # noqa: SIM102
+            if rank > 0:  # not part of the condition above, which is the compiler's
+                page, order_L, below = _next_page(score_ptr, past, order_L, below, IN_REGISTERS)
+        begin = share % pieces * piece
+        end = tl.minimum(tl.minimum(begin + piece, block_size), position + 1 - page * block_size)
+        k_page, v_page, first_key = k_ptr, v_ptr, page * block_size
+        if table is not None and SPLIT == 0:
+            home, first_key = page_of(table, sequence, first_key)
+            k_page = head_base(k, home, head)
+            v_page = head_base(v, home, head)
+        for start in tl.range(begin, end, N, num_stages=STAGES):
+            n_N = start + tl.arange(0, N)
+            k_ND, v_ND = load_keys(k, v, k_page, v_page, first_key + n_N, n_N < end, table, sequence, SPLIT, WIDTH, D)
+            s_N = tl.where(n_N < end, tl.sum(k_ND.to(tl.float32) * q_D[None, :], 1), _LOWEST)
+            m_new_N = tl.maximum(m_N, s_N)
+            alpha_N = tl.exp2(m_N - m_new_N)
+            p_N = tl.where(n_N < end, tl.exp2(s_N - m_new_N), 0.0)
+            l_N = l_N * alpha_N + p_N
+            o_ND = o_ND * alpha_N[:, None] + p_N[:, None] * v_ND.to(tl.float32)
+            m_N = m_new_N
+    o_D, lse = _normalised(m_N, l_N, o_ND)
+
+    HEADS = tl.num_programs(1) // TOKENS
+    out_ptr += ((batch * TOKENS + token).to(tl.int64) * HEADS + head * GROUP + member) * WIDTH
+    if SHARED:
+        shares = tl.num_programs(0)
+        rows = (tl.num_programs(2) * tl.num_programs(1)).to(tl.int64)
+        partial_ptr = workspace.ptr + workspace.counters + rows * workspace.padded + flat * shares * WIDTH
+        lse_ptr = workspace.ptr + workspace.counters + rows * (workspace.padded + shares * WIDTH) + flat * shares
+        tl.store(partial_ptr + share * WIDTH + d_D, o_D, mask=d_D < WIDTH)
+        tl.store(lse_ptr + share, lse)
+        tl.debug_barrier()  # all threads have written their part before one of them says so
+        finished_ptr = workspace.ptr.to(tl.pointer_type(tl.int32), bitcast=True) + flat
+        if tl.atomic_add(finished_ptr, 1, sem="acq_rel", scope="gpu") == shares - 1:
+            o_D = _merged(partial_ptr, lse_ptr, shares, WIDTH, D, C)
+            tl.store(out_ptr + d_D, o_D.to(out_ptr.dtype.element_ty), mask=d_D < WIDTH)
+    else:
+        tl.store(out_ptr + d_D, o_D.to(out_ptr.dtype.element_ty), mask=d_D < WIDTH)
+
+
+@triton.jit
+def _normalised(m_N, l_N, o_ND):
+    """Make one softmax of N with maximum m, sum l and weighted values o: return its value and log-sum-exp.
+
+    In base 2; zero and minus infinity where nothing was read.
+    """
+    m = tl.max(m_N, 0)
+    weight_N = tl.exp2(m_N - m)
+    total = tl.sum(l_N * weight_N, 0)
+    divisor = tl.where(total > 0, total, 1.0)
+    return tl.sum(o_ND * weight_N[:, None], 0) / divisor, tl.where(total > 0, m + tl.log2(divisor), -float("inf"))
+
+
+@triton.jit
+def _merged(partial_ptr, lse_ptr, shares, WIDTH: tl.constexpr, D: tl.constexpr, C: tl.constexpr):
+    """Merge a query row's shares. Other programs wrote these: nothing is read from the L1 cache."""
+    d_D = tl.arange(0, D)
+    m_C = tl.full([C], _LOWEST, tl.float32)
+    l_C = tl.zeros([C], tl.float32)
+    o_CD = tl.zeros([C, D], tl.float32)
+    for first in range(0, shares, C):
+        c_C = first + tl.arange(0, C)
+        part_at_CD = c_C[:, None] * WIDTH + d_D[None, :]
+        exists_CD = (c_C < shares)[:, None] & (d_D < WIDTH)[None, :]
+        lse_C = tl.load(lse_ptr + c_C, mask=c_C < shares, other=-float("inf"), cache_modifier=".cg")
+        part_CD = tl.load(partial_ptr + part_at_CD, mask=exists_CD, other=0.0, cache_modifier=".cg")
+        m_new_C = tl.maximum(m_C, lse_C)
+        alpha_C = tl.exp2(m_C - m_new_C)
+        weight_C = tl.exp2(lse_C - m_new_C)
+        l_C = l_C * alpha_C + weight_C
+        o_CD = o_CD * alpha_C[:, None] + weight_C[:, None] * part_CD
+        m_C = m_new_C
+    o_D, _lse = _normalised(m_C, l_C, o_CD)
+    return o_D

@@ -1,0 +1,227 @@
+"""MoBA over a block table (`openmoba.ops.paged`): what lies in pages is read where it lies.
+
+    upkeep    a few programs per sequence and head look for blocks that new tokens completed, and pool their keys
+    decoding  the kernels of `decode` look up each query's sequence, each block's centroid and each tile's page
+    prefill   centroids are brought side by side, 1 / (2 block_size) of the cache; then route, plan and attention are
+              those of a packed call (`attention`), whose kernels look up each block's page
+
+A batch is decoded if its sequences have few query tokens each, on average; which kernels run changes nothing else.
+Nothing here waits for the device: launches depend on shapes alone, and what the block table has room for counts.
+
+H key/value heads padded to a power of two, D head width padded to one (WIDTH is the real one).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+
+from openmoba.ops.decode import MAX_QUERIES
+from openmoba.ops.triton import attention, decode
+from openmoba.ops.triton.arguments import Rows, Table
+from openmoba.ops.triton.geometry import PagedGeometry, Paging, cdiv, locate, power_of_two, span, strides
+from openmoba.ops.triton.host.device import multiprocessors
+from openmoba.ops.triton.host.launch import REMEMBERED, TENSOR, Launch
+from openmoba.ops.triton.pool import block_centroid, centroid_sizes
+from openmoba.ops.triton.route import new_sort_keys, write_sort_keys
+from openmoba.ops.triton.table import page_of
+
+_MOST_DECODED = 65535  # query tokens: programs in a grid's third dimension
+_POOLING_PROGRAMS_PER_MULTIPROCESSOR = 4
+
+
+def attend_paged(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    centroids: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    cu_q: Tensor,
+    block_size: int,
+    top_k: int,
+    scale: float,
+) -> Tensor:
+    """Do what `openmoba.moba_paged` says, checked; the last dimension of all tensors is contiguous."""
+    tokens, sequences = q.shape[0], block_table.shape[0]
+    if tokens == 0 or sequences == 0:
+        return torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    if tokens <= min(MAX_QUERIES * sequences, _MOST_DECODED):
+        launches = decode.packed_launches(q, k_pages, v_pages, centroids, block_table, block_size, top_k, scale)
+        if tokens <= sequences or 4 * launches.numbers <= attention.workspaces(q.device)[0]:
+            return decode.run(launches, q, k_pages, v_pages, centroids, lengths, None, block_table, cu_q)
+    return _prefill(q, k_pages, v_pages, centroids, block_table, lengths, cu_q, block_size, top_k, scale)
+
+
+def complete_paged(
+    centroids: Tensor, k_pages: Tensor, block_table: Tensor, lengths: Tensor, cu_q: Tensor, block_size: int
+) -> None:
+    """Do what `openmoba.complete_paged` says, checked; the last dimension of all tensors is contiguous."""
+    sequences, pages = block_table.shape
+    room = pages * k_pages.shape[1] // block_size
+    if sequences and room:
+        paging = Paging(block_table.stride(0), k_pages.shape[1])
+        launch = _completing(
+            sequences, room, *k_pages.shape[2:], block_size, strides(k_pages), strides(centroids), paging,
+            _POOLING_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(k_pages.device),
+        )  # fmt: skip
+        launch(k_pages, centroids, block_table, lengths, cu_q)
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _completing(
+    sequences: int,
+    room: int,
+    kv_heads: int,
+    width: int,
+    block_size: int,
+    key_strides: tuple[int, int, int],
+    centroid_strides: tuple[int, int, int],
+    paging: Paging,
+    programs: int,
+) -> Launch:
+    together = min(room, cdiv(programs, sequences * kv_heads))
+    arguments = (Rows.of(key_strides), Rows.of(centroid_strides), Table(TENSOR, *paging), TENSOR, TENSOR, block_size)
+    constants = centroid_sizes(block_size, width) | {"num_warps": 4}
+    return Launch(_complete, (together, kv_heads, sequences), arguments, constants)
+
+
+def _prefill(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    centroids: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    cu_q: Tensor,
+    block_size: int,
+    top_k: int,
+    scale: float,
+) -> Tensor:
+    """Attend as a packed call does whose keys are the sequences' tokens in the cache, one sequence behind the other."""
+    geometry = _geometry(*q.shape, *block_table.shape, block_table.stride(0), *k_pages.shape[1:3], block_size, top_k)
+    attention.check_pairs(geometry)
+    q = attention.near(q, geometry.group)
+    cu_k = pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)  # what fills up a graph's batch is of no sequence
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    choice = torch.empty(attention.choice_numbers(geometry, given=False), dtype=torch.int32, device=q.device)
+    sort_keys = None
+    if geometry.top_k > 1:
+        heads = attention.heads_at_once(geometry, q.dtype, q.device)
+        sort_keys = new_sort_keys(geometry, heads, q.device).fill_(heads * geometry.block_slots)
+        pooled = _side_by_side(centroids, block_table, cu_k, geometry)
+        write_sort_keys(sort_keys, q, pooled, cu_q, cu_k, geometry, heads)
+    attention.attend(q, k_pages, v_pages, cu_q, cu_k, geometry, scale, sort_keys, choice, out, lse, block_table)
+    return out
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _geometry(
+    tokens: int,
+    heads: int,
+    width: int,
+    sequences: int,
+    pages: int,
+    table_stride: int,
+    page_size: int,
+    kv_heads: int,
+    block_size: int,
+    top_k: int,
+) -> PagedGeometry:
+    room = pages * page_size
+    most_read = min(top_k, cdiv(room, block_size))
+    sizes = (True, sequences, tokens, sequences * room, heads, kv_heads, width, block_size, most_read)
+    return PagedGeometry(*sizes, table_stride, page_size)
+
+
+def _side_by_side(
+    centroids: Tensor, block_table: Tensor, cu_k: Tensor, geometry: PagedGeometry
+) -> tuple[Tensor, Tensor]:
+    """Return the centroids of all complete blocks, and their norms, as `pool` does."""
+    slots = (geometry.kv_heads, geometry.block_slots)
+    pooled = torch.empty((*slots, geometry.padded_width), dtype=centroids.dtype, device=centroids.device)
+    norms = torch.empty(slots, dtype=torch.float32, device=centroids.device)
+    _gathering(geometry, strides(centroids))(centroids, block_table, pooled, norms, cu_k)
+    return pooled, norms
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _gathering(geometry: PagedGeometry, centroid_strides: tuple[int, int, int]) -> Launch:
+    sizes = (geometry.sequences, geometry.block_size, geometry.block_slots, geometry.kv_heads)
+    arguments = (Rows.of(centroid_strides), Table(TENSOR, *geometry.paging), TENSOR, TENSOR, TENSOR, *sizes)
+    constants = {"H": power_of_two(geometry.kv_heads), "WIDTH": geometry.width, "D": geometry.padded_width}
+    return Launch(_gather, (geometry.block_slots,), arguments, constants | {"num_warps": 4})
+
+
+@triton.jit
+def _complete(
+    k,
+    centroids,
+    table,
+    length_ptr,
+    cu_q_ptr,
+    block_size,
+    ANCHOR: tl.constexpr,
+    ANCHOR_TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Write centroids of some of the blocks that the new tokens of a sequence completed, for one head."""
+    head = tl.program_id(1)
+    sequence = tl.program_id(2)
+    _begin, new = span(sequence, cu_q_ptr, 0, True)
+    length = tl.load(length_ptr + sequence)
+    first = tl.maximum(length - new, 0) // block_size + tl.program_id(0)
+    k_ptr = k.ptr + head.to(tl.int64) * k.head
+    centroid_ptr = centroids.ptr + head.to(tl.int64) * centroids.head
+    d_D = tl.arange(0, D)
+    for block in range(first, length // block_size, tl.num_programs(0)):
+        centroid_D = block_centroid(
+            k_ptr, block, block_size, k.token, centroids.ptr.dtype.element_ty, ANCHOR, ANCHOR_TILE, CHUNK, WIDTH, D,
+            table, sequence, k.batch,
+        )  # fmt: skip
+        page, place = page_of(table, sequence, (block + 1) * block_size - 1)
+        at = page * centroids.batch + (place // block_size).to(tl.int64) * centroids.token
+        tl.store(centroid_ptr + at + d_D, centroid_D, mask=d_D < WIDTH)
+
+
+@triton.jit
+def _gather(
+    centroids,
+    table,
+    out_ptr,
+    norm_ptr,
+    cu_k_ptr,
+    sequences,
+    block_size,
+    block_slots,
+    kv_heads,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Write the centroids of a block slot side by side, of all heads, and their norms, if it has a complete block."""
+    slot = tl.program_id(0)
+    sequence, block = locate(slot, cu_k_ptr, sequences, 0, block_size, True)
+    _begin, length = span(sequence, cu_k_ptr, 0, True)
+    if (block + 1) * block_size > length:
+        return
+    page, place = page_of(table, sequence, (block + 1) * block_size - 1)
+    h_H = tl.arange(0, H)
+    d_D = tl.arange(0, D)
+    base = centroids.ptr + page * centroids.batch + (place // block_size).to(tl.int64) * centroids.token
+    exists_HD = (h_H < kv_heads)[:, None] & (d_D < WIDTH)[None, :]
+    at_HD = h_H.to(tl.int64)[:, None] * centroids.head + d_D[None, :]
+    centroid_HD = tl.load(base + at_HD, mask=exists_HD, other=0.0)
+    slot_H = h_H * block_slots + slot
+    out_at_HD = slot_H.to(tl.int64)[:, None] * D + d_D[None, :]
+    tl.store(out_ptr + out_at_HD, centroid_HD, mask=(h_H < kv_heads)[:, None])
+    wide_HD = centroid_HD.to(tl.float32)
+    tl.store(norm_ptr + slot_H, tl.sqrt(tl.sum(wide_HD * wide_HD, 1)), mask=h_H < kv_heads)

@@ -1,0 +1,220 @@
+"""The kernels over a block table in Triton's interpreter: against fp64, and bit for bit against contiguous caches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from paging import Server, expected, of_upkeep
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from openmoba import moba_attention, moba_decode, moba_paged, new_centroids
+from openmoba.ops.triton import decode, paged, pages
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+
+FP16, FP32 = torch.float16, torch.float32
+SIZES = pytest.mark.parametrize(
+    ("page_size", "block_size"), [(4, 4), (2, 4), (8, 4), (1, 5)], ids=["alike", "smaller", "larger", "tokens"]
+)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """`torch.empty` returns NaN and the largest integer, so that reading it shows."""
+    decode._launches.cache_clear()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["decoding", "pieces", "prefill"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever kernels run: those for a few queries, with blocks whole or cut, or those for many."""
+    monkeypatch.setattr(decode, "_PROGRAMS_PER_MULTIPROCESSOR", 80 if request.param == "pieces" else 1)
+    monkeypatch.setattr(paged, "MAX_QUERIES", 0 if request.param == "prefill" else 16)
+
+
+def new_server(page_size: int, block_size: int, dtype: torch.dtype = FP32, heads: int = 2, kv_heads: int = 1) -> Server:
+    return Server(page_size, block_size, dtype, pages=80, heads=heads, kv_heads=kv_heads, width=16)
+
+
+def attend(server: Server, call: dict[str, Any], top_k: int) -> Tensor:
+    """Upkeep and attention by the kernels."""
+    paged.complete_paged(*of_upkeep(call))
+    return moba_paged(**call, top_k=top_k, impl="triton")
+
+
+def assert_rounded(out: Tensor, wanted: Tensor) -> None:
+    """No further from fp64 than rounding the output, and the fp32 sums."""
+    eps = torch.finfo(out.dtype).eps + 8 * torch.finfo(FP32).eps
+    assert (out.double() - wanted).norm() <= eps * wanted.norm()
+
+
+@SIZES
+@pytest.mark.usefixtures("kernels")
+def test_ragged_batches(page_size: int, block_size: int) -> None:
+    """Some tokens, one token, none, and a whole prompt; of 7, 4, no, and 1 complete blocks."""
+    top_k, dtype = (3, FP32) if page_size in (1, 4) else (2, FP16)
+    server = new_server(page_size, block_size, dtype)
+    a, b, c, d = (server.begin() for _ in range(4))
+    paged.complete_paged(*of_upkeep(server.call({a: 6 * block_size + 2, b: 4 * block_size - 1})))
+    call = server.call({a: block_size, b: 1, c: 0, d: block_size + 1})
+    assert_rounded(attend(server, call, top_k), expected(call, top_k))
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("top_k", [1, 40])
+def test_limits(top_k: int) -> None:
+    """The own block alone, and everything."""
+    server = new_server(2, 4, heads=6, kv_heads=3)
+    call = server.call({server.begin(): 14, server.begin(): 4})
+    server.complete(call)
+    call = server.call({0: 1, 1: 2})
+    assert_rounded(attend(server, call, top_k), expected(call, top_k))
+
+
+@SIZES
+@pytest.mark.usefixtures("kernels")
+def test_a_shared_prefix(page_size: int, block_size: int) -> None:
+    """Sequences that begin alike read the same pages and centroids, one of which only the first one wrote."""
+    server = new_server(page_size, block_size)
+    shared = 16 // page_size
+    paged.complete_paged(*of_upkeep(server.call({server.begin(): 29})))
+    b = server.begin(0, shared)
+    call = server.call({0: 1, b: 3})
+    assert server.tables[0][:shared] == server.tables[b][:shared]
+    assert_rounded(attend(server, call, 2), expected(call, 2))
+
+
+@SIZES
+@pytest.mark.parametrize("dtype", [FP32, FP16])
+def test_bits_of_centroids_are_those_of_a_cache_of_its_own(
+    dtype: torch.dtype, page_size: int, block_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the steps in which tokens came and the programs that pool, and nothing else is written."""
+    monkeypatch.setattr(paged, "_POOLING_PROGRAMS_PER_MULTIPROCESSOR", 3)
+    server = new_server(page_size, block_size, dtype, heads=2, kv_heads=2)
+    server.begin()
+    for new in (3, 1, 40, 7, 1, 1, 9):
+        paged.complete_paged(*of_upkeep(server.call({0: new})))
+    keys = server.keys[0][None]
+    tokens = keys.shape[1]
+    wanted = new_centroids(keys, tokens, block_size)
+    pages.complete_pages(wanted, keys, torch.tensor([tokens], dtype=torch.int32), None, tokens, block_size)
+    lasts = torch.arange(block_size - 1, tokens, block_size)
+    places = torch.tensor(server.tables[0])[lasts // page_size], lasts % page_size // block_size
+    assert server.centroids[places].equal(wanted[0, : len(lasts)])
+    server.centroids[places] = float("nan")
+    assert server.centroids.isnan().all()
+
+
+@pytest.mark.parametrize("page_size", [2, 16])
+def test_bits_are_those_of_contiguous_calls(page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of decoding rows of one token, in equal shares, and of a chunk of a prompt, at truly sparse top_k."""
+    monkeypatch.setattr(decode, "_PROGRAMS_PER_MULTIPROCESSOR", 1)
+    server = new_server(page_size, 8, FP16, heads=2, kv_heads=1)
+    call = server.call({server.begin(): 70, server.begin(): 50})
+    paged.complete_paged(*of_upkeep(call))
+    step = server.call({0: 1, 1: 1})
+    out = attend(server, step, 3)
+    for row, length in enumerate((71, 51)):
+        cache = [x[row][None] for x in (server.keys, server.values)]
+        lengths, centroids = torch.tensor([length], dtype=torch.int32), new_centroids(cache[0], length, 8)
+        pages.complete_pages(centroids, cache[0], lengths, None, length, 8)
+        q = step["q"][row][None, None]
+        assert moba_decode(q, *cache, centroids, lengths, block_size=8, top_k=3, impl="triton").equal(
+            out[row][None, None]
+        )
+    chunk = server.call({0: 19})
+    cache = [x[0][None] for x in (server.keys, server.values)]
+    contiguous = moba_attention(chunk["q"][None], *cache, block_size=8, top_k=3, impl="triton")[0]
+    assert attend(server, chunk, 3).equal(contiguous)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_queries_of_no_sequence_are_zero() -> None:
+    """What fills up the batch of a CUDA graph: queries behind the last sequence's, and sequences of no token."""
+    server = new_server(4, 4)
+    server.complete(server.call({server.begin(): 20, server.begin(): 0}))
+    call = server.call({0: 2, 1: 0})
+    out = attend(server, call | {"q": torch.cat([call["q"], server.draw(3, 2, 16)])}, 3)
+    assert_rounded(out[:2], expected(call, 3))
+    assert out[2:].eq(0).all()
+    assert moba_paged(
+        **call | {"q": call["q"][:0], "cu_seqlens_q": 0 * call["cu_seqlens_q"]}, top_k=3, impl="triton"
+    ).shape == (0, 2, 16)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_ties_go_to_the_later_block() -> None:
+    """Of five alike blocks the last two are read, beside the own one."""
+    server = new_server(2, 4)
+    call = server.call({server.begin(): 22})
+    where = torch.tensor(server.tables[0])[torch.arange(20) // 2], torch.arange(20) % 2
+    server.k_pages[where] = server.keys[0][:4].repeat(5, 1, 1)
+    paged.complete_paged(*of_upkeep(call))
+    server.k_pages[where[0][:12], where[1][:12]] = float("nan")
+    last = call | {"q": call["q"][-1:], "cu_seqlens_q": torch.tensor([0, 1], dtype=torch.int32)}
+    assert moba_paged(**last, top_k=3, impl="triton").isfinite().all()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_strides() -> None:
+    """Pages of vLLM's layout, or side by side; strided queries, centroids and tables."""
+    server = new_server(4, 4)
+    server.complete(server.call({server.begin(): 14, server.begin(): 9}))
+    call = server.call({0: 1, 1: 2})
+    out = attend(server, call, 3)
+    other = {
+        "q": call["q"].repeat(1, 1, 2)[..., :16],
+        "k_pages": call["k_pages"].contiguous(),
+        "v_pages": call["v_pages"].contiguous(),
+        "centroids": call["centroids"].repeat(1, 1, 2, 2)[:, :, :1, :16],
+        "block_table": call["block_table"].repeat(1, 2)[:, : call["block_table"].shape[1]],
+    }
+    assert moba_paged(**call | other, top_k=3, impl="triton").equal(out)
+
+
+@pytest.mark.parametrize(("queries", "megabytes", "decoded"), [(2, "1", True), (8, "800", True), (8, "1", False)])
+def test_which_kernels_run(queries: int, megabytes: str, decoded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many queries of many sequences are not decoded where their scores would take too much memory."""
+    monkeypatch.setenv("OPENMOBA_WORKSPACE_MB", megabytes)
+    ran = []
+    monkeypatch.setattr(decode, "run", lambda *_: ran.append(True))
+    monkeypatch.setattr(paged, "_prefill", lambda *_: ran.append(False))
+    table, lengths = torch.zeros(2, 10**5, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    k = torch.zeros(1, 16, 1, 16)
+    centroids = torch.zeros(1, 1, 1, 16)
+    paged.attend_paged(torch.zeros(queries, 1, 16), k, k, centroids, table, lengths, lengths, 16, 2, 1.0)
+    assert ran == [decoded]
+
+
+def test_in_a_compiled_graph() -> None:
+    server = new_server(4, 4)
+    server.complete(server.call({server.begin(): 14, server.begin(): 9}))
+    call = server.call({0: 1, 1: 1})
+    server.complete(call)
+    others = {name: x for name, x in call.items() if name != "q"}
+
+    def step(q: Tensor) -> Tensor:
+        return 2 * moba_paged(q, **others, top_k=3, impl="triton")
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(call["q"]), step(call["q"]))
+    call["centroids"].nan_to_num_()
+    torch.library.opcheck(torch.ops.openmoba.attend_paged, ("triton", *call.values(), 3, 0.25))
+    torch.library.opcheck(torch.ops.openmoba.write_paged, ("triton", *of_upkeep(call)))
+
+
+def test_what_triton_cannot_run() -> None:
+    server = new_server(4, 4)
+    call = server.call({server.begin(): 9})
+    with pytest.raises(ValueError, match="impl must be one of"):
+        moba_paged(**call, top_k=3, impl="cuda")
+    with pytest.raises(ValueError, match="block_table's last dimension must be contiguous"):
+        moba_paged(**call | {"block_table": call["block_table"].repeat(1, 2)[:, ::2]}, top_k=3, impl="triton")
