@@ -30,7 +30,7 @@ python3 -m openmoba.bench paged --out "$out/paged.csv" --commit "$commit"
 grid short short.csv
 grid peers attention.csv
 if python3 -c 'import transformers' 2>/dev/null; then
-    for name in headline eager trainer longest; do
+    for name in headline graphed eager trainer longest; do
         python3 -m openmoba.bench training --grid "$name" --minutes "$minutes" --out "$out/training.csv" --commit "$commit"
     done
 fi

@@ -218,6 +218,66 @@ def test_a_launch_that_gives_something_else_is_refused() -> None:
             step_graph._compare(wrong, expected)
 
 
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_capture_that_fails_says_what_failed_first_and_gives_its_memory_back(
+    monkeypatch: pytest.MonkeyPatch, ended: bool
+) -> None:
+    """torch's own error at the end of a failed capture says nothing, and leaves its allocator in the capture."""
+    calls: list[Any] = []
+
+    class Capture:
+        def __init__(
+            self, graph: Any, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"
+        ) -> None:
+            self.pool = pool
+
+        def __enter__(self) -> None:
+            calls.append("begin" if self.pool else "begin another")
+
+        def __exit__(self, *_: Any) -> None:
+            if self.pool and not ended:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    def end(device: int, pool: Any) -> None:
+        if ended:
+            raise RuntimeError("not currently recording")
+        calls.append(("end", device, pool))
+
+    def run() -> Tensor:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda size, device: zeros(size))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    release = lambda *of: calls.append(("release", *of))  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", release, raising=False)
+    monkeypatch.setattr(step_graph, "_abandoned", [])
+    said = r"^capturing it failed: RuntimeError: operation not permitted when stream is capturing; one cause"
+    with pytest.raises(CaptureError, match=said):
+        step_graph._captured(run, SimpleNamespace(device_index=3))
+    mended = [("end", 3, "pool"), ("release", 3, "pool"), "begin another"]
+    assert calls == ["begin", *([] if ended else mended)]
+    assert len(step_graph._abandoned) == (0 if ended else 1)
+
+
+def test_waiting_is_an_error_while_it_is_looked_for_and_other_errors_stay_what_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    modes: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with pytest.raises(CaptureError, match="as it does for attention_mask"), step_graph._waiting_refused():
+        raise RuntimeError("called a synchronizing CUDA operation")
+    with pytest.raises(RuntimeError, match="another") as other, step_graph._waiting_refused():
+        raise RuntimeError("another")
+    assert not isinstance(other.value, CaptureError)
+    assert modes == ["error", 1, "error", 1]
+
+
 # Trainer.
 
 

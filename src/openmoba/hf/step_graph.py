@@ -198,7 +198,9 @@ def _captured(run: Callable[[], Tensor], stream: torch.cuda.Stream) -> tuple[tor
         raise
     except RuntimeError as error:
         _abandon(graph, pool, stream)
-        raise CaptureError(f"capturing it failed: {_first_line(error)}") from error
+        raise CaptureError(
+            f"capturing it failed: {_first_line(error)}; one cause is the loss of an earlier step, kept without detach()"
+        ) from error
     return graph, loss
 
 
