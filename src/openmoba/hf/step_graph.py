@@ -199,7 +199,7 @@ def _captured(run: Callable[[], Tensor], stream: torch.cuda.Stream) -> tuple[tor
     except RuntimeError as error:
         _abandon(graph, pool, stream)
         raise CaptureError(
-            f"capturing it failed: {_first_line(error)}; one cause is the loss of an earlier step, kept without detach()"
+            f"capturing it failed: {_first_line(error)}; one cause is an earlier loss, kept without detach()"
         ) from error
     return graph, loss
 
