@@ -19,7 +19,7 @@ import openmoba
 from openmoba import parallel
 from openmoba.ops.dense import dense_attention
 from openmoba.ops.key_conv import key_convolution
-from openmoba.parallel import Sharding, collectives, keys
+from openmoba.parallel import Sharding, collectives, cost, keys
 from openmoba.parallel.cost import values_sent
 
 # B batch, T tokens, H heads, D head width
@@ -139,7 +139,7 @@ def fast_paths(ranks: int, way: str, layout: str) -> None:
 def turns(ranks: int, way: str, layout: str) -> None:
     """One key/value head at a time, whose gathered keys are not saved; a whole is 2 x 61 x 6 x 8 numbers."""
     sharding = Sharding.over(GROUPS[ranks], 61, way=way, layout=layout)
-    before, keys.BYTES_PER_TURN = keys.BYTES_PER_TURN, 0
+    before, cost.BYTES_PER_TURN = cost.BYTES_PER_TURN, 0
     try:
         compare(*moba(), inputs(2, 61), sharding)
         local = [sharding.shard(x).requires_grad_() for x in inputs(1, 61, dtype=torch.float32)]
@@ -147,7 +147,7 @@ def turns(ranks: int, way: str, layout: str) -> None:
         with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
             moba()[1](*local, sharding)
     finally:
-        keys.BYTES_PER_TURN = before
+        cost.BYTES_PER_TURN = before
     if way == "keys":
         gathered = [x for x in saved if x.is_floating_point() and sharding.tokens in x.shape]
         assert not gathered, [x.shape for x in gathered]
