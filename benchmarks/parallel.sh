@@ -36,7 +36,7 @@ all() {
 }
 
 rm -f "$out/smoke.csv"
-bench 60 "$gpus" smoke smoke.csv || tell "THE SMALL CASES FAILED: see above"
+bench 90 "$gpus" smoke smoke.csv || tell "THE SMALL CASES FAILED: see above"
 all 100 1 attention parallel.csv
 all 120 "$gpus" attention parallel.csv
 all 180 "$gpus" step-512K parallel.csv

@@ -125,6 +125,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "needle": planned.needle,
     "vocabulary": planned.vocabulary,
     "parallel_cost": partial(paper.cost, machine="h200"),
+    "parallel_h200": partial(paper.measured, machine="h200"),
     "study": study,
     "experiments": experiments,
     "settings": settings,

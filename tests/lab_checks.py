@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from unittest.mock import patch
 
 import pytest
 from as_gpus import laboratory_as_gpus
-from ranks import made_alone, run_checks
+from ranks import PATIENCE, made_alone, run_checks
 from tiny import tiny_config
 from torch import distributed
 
@@ -153,12 +154,25 @@ def refusals() -> None:
 
 
 def one_dies() -> None:
-    """The others end with one sentence, and not after the timeout."""
+    """In the middle of a step; the others end with one sentence, and not after the timeout."""
+    step = RunTrainer.training_step
+
+    def die(trainer: RunTrainer, *args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step == 2:
+            raise KeyboardInterrupt
+        return step(trainer, *args, **kwargs)
+
+    settings = config(root(), context_parallel=2)
     if distributed.get_rank() == 1:
+        with patch.object(RunTrainer, "training_step", die), pytest.raises(KeyboardInterrupt):
+            run_training(settings, root() / "lost")
         return  # and with it the process
+    start = time.monotonic()
     with pytest.raises(RuntimeError) as lost:
-        run_training(config(root(), context_parallel=2), root() / "lost")
+        run_training(settings, root() / "lost")
     assert "another process has ended" in str(explain(lost.value))
+    assert time.monotonic() - start < PATIENCE.total_seconds()
+    assert (root() / "lost" / "checkpoint-2").exists()  # from where the same command goes on
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from itertools import product
 from typing import Any
@@ -17,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 import openmoba
 from openmoba import parallel
+from openmoba.errors import explain
 from openmoba.ops.dense import dense_attention
 from openmoba.ops.key_conv import key_convolution
-from openmoba.parallel import Sharding, collectives, keys
+from openmoba.parallel import Sharding, collectives, cost, keys
 from openmoba.parallel.cost import values_sent
 
 # B batch, T tokens, H heads, D head width
@@ -139,7 +142,7 @@ def fast_paths(ranks: int, way: str, layout: str) -> None:
 def turns(ranks: int, way: str, layout: str) -> None:
     """One key/value head at a time, whose gathered keys are not saved; a whole is 2 x 61 x 6 x 8 numbers."""
     sharding = Sharding.over(GROUPS[ranks], 61, way=way, layout=layout)
-    before, keys.BYTES_PER_TURN = keys.BYTES_PER_TURN, 0
+    before, cost.BYTES_PER_TURN = cost.BYTES_PER_TURN, 0
     try:
         compare(*moba(), inputs(2, 61), sharding)
         local = [sharding.shard(x).requires_grad_() for x in inputs(1, 61, dtype=torch.float32)]
@@ -147,7 +150,7 @@ def turns(ranks: int, way: str, layout: str) -> None:
         with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
             moba()[1](*local, sharding)
     finally:
-        keys.BYTES_PER_TURN = before
+        cost.BYTES_PER_TURN = before
     if way == "keys":
         gathered = [x for x in saved if x.is_floating_point() and sharding.tokens in x.shape]
         assert not gathered, [x.shape for x in gathered]
@@ -277,6 +280,19 @@ def refuses(call: Callable[[], Any], text: str) -> None:
         call()
 
 
+def unanswered() -> None:
+    """One does not answer: the others end with one sentence, after the timeout. The last check: it breaks groups."""
+    group = distributed.new_group(range(3), timeout=timedelta(seconds=1))
+    if distributed.get_rank() == 2:
+        time.sleep(3)
+        return
+    for way in ("heads", "keys"):
+        sharding = Sharding.over(group, 30, way=way)
+        with pytest.raises(RuntimeError) as lost:
+            moba()[1](*(sharding.shard(x) for x in inputs(1, 30)), sharding)
+        assert "another process has ended, or does not answer" in str(explain(lost.value)), lost.value
+
+
 def groups(*_: Any) -> None:
     """Groups of the first two and three processes."""
     ranks = distributed.get_world_size()
@@ -307,7 +323,7 @@ def all_checks() -> dict[str, Callable[[], Any]]:
         # Making a graph takes longer than all else: over three processes by heads, over two by keys.
         if case is not compiled or (ranks, way, layout) in ((3, "heads", "contiguous"), (2, "keys", "head-tail")):
             checks[f"{case.__name__}-{ranks}-{way}-{layout}"] = partial(_in_group, case, ranks, way, layout)
-    return checks
+    return checks | {"unanswered": unanswered}
 
 
 def _in_group(case: Callable[..., None], ranks: int, way: str, layout: str) -> None:

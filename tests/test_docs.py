@@ -15,12 +15,15 @@ import pytest
 pytest.importorskip("transformers")
 
 import held
+import paper
 import picture
 import tables
 from synthetic_study import CANDIDATES, RECIPE, train
 
 import openmoba
 from openmoba.bench.cases import GRIDS
+from openmoba.bench.parallel.cases import ParallelCase, ParallelRow
+from openmoba.bench.parallel.chart import gain_chart
 from openmoba.bench.rows import append_row, read_rows
 from openmoba.bench.table import Row
 from openmoba.bench.training.cases import GRIDS as TRAINING_GRIDS
@@ -92,7 +95,40 @@ def test_tables_are_those_of_the_results() -> None:
     assert [tables.with_tables(text) for text in texts] == texts, "run python docs/tables.py"
     rows = (ROOT / "results" / "h200" / "training.csv").read_text()
     unmeasured = {name for name, kind in TRAINING.items() if f",{kind}," not in rows}
+    unmeasured |= set() if list((ROOT / "results").glob("h200x*/parallel.csv")) else {"parallel_h200"}
     assert {name for name in tables.TABLES if not writer(ROOT)(name)} == unmeasured
+
+
+def test_rows_of_several_gpus_make_their_table_and_the_paper(tmp_path: Path) -> None:
+    """By hand: 340 ms on one GPU of which two would take 170; what they send takes 12 ms by heads at 300 GB/s."""
+    case = ParallelCase("attention", 2**20, "heads", "contiguous")
+    where = {"device": "NVIDIA H200", "commit": "abc"}
+    step = ParallelCase("step", 2**19, size="545m", full_layers=3)
+    rows = [
+        ParallelRow.of(case.on(1), 1, p50_ms=340.0, **where),
+        ParallelRow.of(case, 2, p50_ms=185.0, one_ms=340.0, speedup=340 / 185, **where),
+        *(
+            ParallelRow.of(replace(case, kind="transfer", way=way), 2, gb_per_second=300.0, **where)
+            for way in paper.WAYS
+        ),
+        ParallelRow.of(step, 2, p50_ms=1e4, tokens_per_second=52429.0, waiting=0.04, peak_mb=6e4, **where),
+        ParallelRow.of(replace(step, tokens=2**20), 2, error="out of memory", **where),
+    ]
+    for row in rows:
+        append_row(tmp_path / "results" / "h200x2" / "parallel.csv", row)
+    text = writer(tmp_path)("parallel_h200")
+    sent_ms = 2 * 2 * (32 + 8) / 2 / 2 * 128 * 2**20 * 2 / 300e9 * 1000
+    line = f"| both | 128 / 8 | 1M | 340 | 2 | heads, contiguous | 185 | 1.84x | 8% | {170 + sent_ms:.4g} |"
+    assert line in text
+    assert (
+        "at 512K tokens on 2 GPUs: 10.0 s, 4% of it waiting for others or for the host, 52,429 tokens/s, 60 GB" in text
+    )
+    assert "512K tokens on 2 GPUs (1M does not fit)" in text
+    (tmp_path / "results" / "h200").mkdir()
+    (tmp_path / "results" / "h200" / "attention.csv").write_bytes((ROOT / "results/h200/attention.csv").read_bytes())
+    assert "two GPUs have by NVLink, 300 GB/s by heads and 300 GB/s by keys" in writer(tmp_path)("parallel_cost")
+    gain = gain_chart(rows).axes[0]
+    assert [bar.get_height() for bar in gain.patches] == [pytest.approx(340 / 185, rel=1e-5)]
 
 
 def test_tables_follow_their_files(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from parallel_checks import all_checks
 from ranks import checked
 from torch import Tensor, distributed
 
-from openmoba.parallel import Sharding, block_attention, moba_attention
+from openmoba.parallel import Sharding, block_attention, cost, moba_attention
 from openmoba.parallel.cost import Call, choose_way, crossover, key_copies, predicted_seconds, values_sent
 
 
@@ -56,14 +56,18 @@ def test_the_rule_takes_what_sends_less() -> None:
         assert values_sent("heads", heads, kv_heads, 1) == values_sent("keys", heads, kv_heads, 1) == 0
 
 
-def test_the_cost_on_paper_hides_what_it_can() -> None:
+def test_the_cost_on_paper_hides_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: 8 ranks, G = 4, 8 key/value heads, 1,000 tokens, width 1, one byte; 8 s on one device."""
+    monkeypatch.setattr(cost, "BYTES_PER_TURN", 2000)  # one head
     call = Call(1000, 8.0, 32, 8, 1, itemsize=1)
     by_heads, by_keys = 2 * 2 * 40 / 8 * 7 / 8 * 1000, 3 * 16 * 7 / 8 * 1000
     fast, slow = 1e9, 1e4
     assert predicted_seconds("heads", call, 8, slow) == pytest.approx(1 + by_heads / slow)
     assert predicted_seconds("keys", call, 8, slow) == pytest.approx(by_keys / slow)  # nothing left to hide behind
     assert predicted_seconds("keys", call, 8, fast) == pytest.approx(1 + by_keys / fast / 8)
+    monkeypatch.setattr(cost, "BYTES_PER_TURN", 5999)  # two of three
+    assert predicted_seconds("keys", call, 8, fast) == pytest.approx(1 + by_keys / fast / 4)
+    monkeypatch.setattr(cost, "BYTES_PER_TURN", 2000)
     equal = crossover(call, 8)
     assert equal is not None
     ways = [predicted_seconds(way, call, 8, equal) for way in ("heads", "keys")]

@@ -73,7 +73,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _is_lost_process(error: Exception) -> bool:
     """Tell whether a collective failed for want of another process, for which NCCL has a class and gloo has words."""
     lost = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
-    words = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+    words = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Application timeout caused")
     return isinstance(error, RuntimeError) and (lost or any(word in str(error) for word in words))
 
 

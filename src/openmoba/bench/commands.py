@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from openmoba.bench.parallel import cases as parallel
+from openmoba.bench.parallel.cases import ParallelRow
 from openmoba.bench.rows import columns, read_columns, read_rows
 from openmoba.bench.table import Row, markdown
 from openmoba.bench.training import table as training
@@ -23,7 +25,7 @@ class Plot:
     """Draw a benchmark's figures, such as time against length and speed-up over dense, and print its table."""
 
     csv: tyro.conf.Positional[Path]
-    """File written by `openmoba bench attention`, `decode` or `training`."""
+    """File written by `openmoba bench attention`, `decode`, `training` or `parallel`."""
     out: Path | None = None
     """Folder of the figures; left out, that of the file."""
 
@@ -31,24 +33,32 @@ class Plot:
         """Draw, and print."""
         from openmoba.records.figures import save
 
-        of_training = read_columns(self.csv) == columns(TrainingRow)
-        rows: Sequence[Any] = read_rows(self.csv, TrainingRow if of_training else Row)
+        names = read_columns(self.csv)
+        kind = next((kind for kind in (TrainingRow, ParallelRow) if names == columns(kind)), Row)
+        rows: Sequence[Any] = read_rows(self.csv, kind)
         if not rows:
-            raise ValueError(f"{self.csv} holds no rows; run `openmoba bench attention`, `decode` or `training` first")
+            raise ValueError(f"{self.csv} holds no rows; run `openmoba bench attention`, or another, first")
         folder = self.out or self.csv.parent
-        for name, chart in (_training_charts() if of_training else _charts(rows)).items():
+        charts, table = _OF[kind]
+        for name, chart in charts(rows).items():
             path = folder / (f"{self.csv.stem}-{name}" if name else self.csv.stem)
             print(*save(chart(rows), path), sep="\n")
-        print(training.markdown(rows) if of_training else markdown(rows))
+        print(table(rows))
 
 
 Charts = Mapping[str, "Callable[[Sequence[Any]], Figure]"]
 
 
-def _training_charts() -> Charts:
+def _training_charts(_: Sequence[TrainingRow]) -> Charts:
     from openmoba.bench.training.chart import rate_chart
 
     return {"": rate_chart}
+
+
+def _parallel_charts(_: Sequence[ParallelRow]) -> Charts:
+    from openmoba.bench.parallel.chart import gain_chart
+
+    return {"": gain_chart}
 
 
 def _charts(rows: Sequence[Row]) -> Charts:
@@ -61,3 +71,11 @@ def _charts(rows: Sequence[Row]) -> Charts:
         return {"time": time_chart, "speedup": speedup_chart}
     charts = {"step": step_chart} if timed & {GRAPH, EAGER} else {}
     return charts | ({"prefill": prefill_chart} if CHUNK in timed else {})
+
+
+_OF: dict[type[Any], tuple[Callable[[Sequence[Any]], Charts], Callable[[Sequence[Any]], str]]] = {
+    Row: (_charts, markdown),
+    TrainingRow: (_training_charts, training.markdown),
+    ParallelRow: (_parallel_charts, parallel.markdown),
+}
+"""The figures of each kind of row, and its table."""

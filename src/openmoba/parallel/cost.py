@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from math import gcd
 
 WAYS = ("auto", "heads", "keys")
+BYTES_PER_TURN = 1 << 28
+"""Of the keys and values that a turn by keys gathers, where more than one head fits into it."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,15 @@ def predicted_seconds(way: str, call: Call, ranks: int, bandwidth: float) -> flo
     computing, sending = call.seconds / ranks, values * call.itemsize / bandwidth
     if way == "heads":
         return computing + sending
-    turn = sending / call.kv_heads
+    of_one = 2 * call.tokens * call.head_dim * call.itemsize
+    turn = sending * heads_per_turn(call.kv_heads, of_one) / call.kv_heads
     return max(computing, sending - turn) + turn
+
+
+def heads_per_turn(kv_heads: int, bytes_of_one: int) -> int:
+    """Return the largest divisor of the key/value heads of which `BYTES_PER_TURN` are gathered at most, or 1."""
+    fitting = (n for n in range(kv_heads, 1, -1) if kv_heads % n == 0 and n * bytes_of_one <= BYTES_PER_TURN)
+    return next(fitting, 1)
 
 
 def key_copies(kv_heads: int, ranks: int) -> int:

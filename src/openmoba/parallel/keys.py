@@ -18,11 +18,9 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from openmoba.parallel.collectives import Waiting, gather, sum_parts
+from openmoba.parallel.cost import heads_per_turn
 from openmoba.parallel.heads import Attend
 from openmoba.parallel.sharding import Sharding
-
-BYTES_PER_TURN = 1 << 28
-"""Of the keys and values that a turn gathers, where more than one head fits into it."""
 
 # B batch, T tokens of the whole, S of a shard, H heads, K key/value heads of a turn, D head width
 
@@ -112,7 +110,7 @@ class _Turn(NamedTuple):
 def _turns(heads: int, k_BSHD: Tensor, v_BSHD: Tensor, sharding: Sharding) -> Iterator[_Turn]:
     """Yield each turn when its keys and values are there, while those of the next are on their way."""
     kv_heads = k_BSHD.shape[2]
-    step, group = _heads_per_turn(k_BSHD, sharding), heads // kv_heads
+    step, group = heads_per_turn(kv_heads, 2 * k_BSHD.nbytes // kv_heads * sharding.ranks), heads // kv_heads
     parts = [slice(start, start + step) for start in range(0, kv_heads, step)]
 
     def start(part: slice) -> Waiting:
@@ -125,14 +123,6 @@ def _turns(heads: int, k_BSHD: Tensor, v_BSHD: Tensor, sharding: Sharding) -> It
         if i + 1 < len(parts):
             coming = start(parts[i + 1])
         yield _Turn(part, slice(part.start * group, part.stop * group), kv_TB2KD)
-
-
-def _heads_per_turn(k_BSHD: Tensor, sharding: Sharding) -> int:
-    """Return the largest divisor of the key/value heads of which `BYTES_PER_TURN` are gathered at most, or 1."""
-    kv_heads = k_BSHD.shape[2]
-    of_one = 2 * k_BSHD.nbytes // kv_heads * sharding.ranks
-    fitting = (n for n in range(kv_heads, 1, -1) if kv_heads % n == 0 and n * of_one <= BYTES_PER_TURN)
-    return next(fitting, 1)
 
 
 class _Piece(NamedTuple):
