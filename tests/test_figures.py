@@ -251,6 +251,18 @@ def test_candidates_are_dots_with_intervals_beside_full_attention_and_the_noise(
         assert one.x1 < two.x0
 
 
+@pytest.mark.parametrize("worst", [3.0, 13.9, 22.3, 40.0])
+@pytest.mark.parametrize("best", [-3.2, 0.5])
+def test_percentages_below_candidates_do_not_touch(best: float, worst: float) -> None:
+    rows = [Candidate(name, Level(loss), None, None, "29.9% of keys, 1.76x tokens/s") for name, loss in
+            (("last-2-keys", best), ("MoBA", worst))]  # fmt: skip
+    (axes,) = drawn(candidates_chart(rows, None, title="t", reference="Full attention", difference_name="d"))
+    labels = sorted(tick_labels(axes, "x"), key=lambda text: text.get_window_extent().x0)
+    assert len(labels) >= 4
+    for one, two in pairwise(text.get_window_extent() for text in labels):
+        assert one.x1 < two.x0, [text.get_text() for text in labels]
+
+
 def test_arms_differ_in_colour_and_in_marker() -> None:
     styles = list(arm_styles(["MoBA", "Full attention", "last-1", "last-2", "last-3", "time"]).values())
     assert len({colour for colour, _, _ in styles}) == len({marker for _, _, marker in styles}) == 6

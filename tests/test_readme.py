@@ -109,13 +109,9 @@ def run_command(words: list[str]) -> None:
         case ["pip", "install", what]:
             extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
             assert what == "." or what.removeprefix(".[").removesuffix("]") in extras
-<<<<<<< HEAD
         case ["vllm", "serve", model]:
             assert "moba" in json.loads((Path(model) / "config.json").read_text()), model
-        case ["python", script]:
-=======
         case ["python", script, *_]:
->>>>>>> af95a36 (Reports for readers: fair references, what is not told apart, laws at equal cost, studies in pieces)
             compile((ROOT / script).read_text(), script, "exec")
         case ["openmoba", command, source, *_] if command in EXECUTED and Path(source).exists():
             assert main(words[1:]) == 0, words

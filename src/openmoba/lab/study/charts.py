@@ -301,7 +301,7 @@ def _contexts(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
     caption = (
         f"Loss of the last {first.config.trailing:,} tokens of the same windows over the tokens in sight, and what is "
         f"lost against all {first.config.data.length:,}, with {LEVEL:.0%} intervals ({behind(runs, 'trailing')}). "
-        "Where a bar does not reach zero, what lies farther back counts."
+        "A bar above zero: what lies farther back helps; below zero: it does harm."
     )
     return Chart(stage, save(figure, study / FOLDER / f"{stage.name}-contexts"), caption)
 

@@ -18,7 +18,7 @@ Numbers = np.ndarray[Any, Any]
 
 MOST_TICKS = 9
 PERCENT_TICKS = (-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50)
-TICK_ROOM = 0.08  # of the axis, for one number
+TICK_ROOM = 0.1  # of the axis, for one number
 LINEAR_PERCENT = 2.0  # differences up to this are to scale, larger ones are drawn closer together
 
 
