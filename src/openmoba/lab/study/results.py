@@ -97,11 +97,7 @@ def headlines(studies: Sequence[Study], page: Path) -> str:
             figures = study.figures(stage) if stage.chart == chart else []
             sentences = answers(stage, study.runs(stage), AXIS) if figures else []
             if sentences:
-                lines += [
-                    f"![{caption}]({_link(figures[0], page)})\n",
-                    *(f"- {sentence}" for sentence in sentences),
-                    "",
-                ]
+                lines += [f"![{caption}]({_link(figures[0], page)})\n", f"{' '.join(sentences)}\n"]
                 report = _link(study.folder / REPORT_FILE, page)
                 lines.append(f"[{study.recipe.title}]({report}): {provenance(study.outcomes)}.\n")
                 break
