@@ -99,14 +99,15 @@ def anchor(heading: str) -> str:
 @cache
 def _studies(root: Path) -> list[results.Study]:
     """Read the studies on a GPU, then the demo."""
-    return [study for pattern in (STUDIES, DEMO) for study in results.read_studies(sorted(root.glob(pattern)))]
+    patterns = (str(STUDIES), DEMO)
+    return [study for pattern in patterns for study in results.read_studies(sorted(root.glob(pattern)))]
 
 
-STUDIES = "results/h200/study/*"
+STUDIES = Path("results/h200/study/*")
 DEMO = "results/demo"
 TINY = (
-    "The charts are of the demo's tiny models, trained for minutes: they show what is measured and how large the noise "
-    "is, not what a large model loses."
+    "The charts in miniature are of the demo's tiny models, trained for minutes: they show what is measured and how "
+    "large the noise is, not what a large model loses."
 )
 TABLES: dict[str, Callable[[Path], str]] = {
     "opening": partial(measured.opening, machine="h200"),

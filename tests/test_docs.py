@@ -287,7 +287,7 @@ def test_results_follow_the_records_of_studies(tmp_path: Path) -> None:
     assert "8 documents, 24 windows, 2 seeds): **resolved**." in page
     assert "large: of 4 sparse candidates the lowest trailing loss has last-3: -0.0007 nats [" in page
     assert "| MoBA | 3 | +0.1360 [" in page
-    assert "With 3 of 16 layers full (last-3) it is +0.0" in page
+    assert "With 3 of 16 layers full (19%; last-3): +0.0" in page
     rows = [line.split(" | ") for line in table("settings").splitlines()[2:]]
     assert [row[0] for row in rows] == sorted((row[0] for row in rows), key=lambda cell: int(cell[2:].replace(",", "")))
     assert [row[2] for row in rows if row[0] == "| 1,024"] == [

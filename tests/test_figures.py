@@ -51,7 +51,9 @@ def chart_b(axis: str = "6nd", scale: float = 1.0) -> Figure:
     ]
     laws, differences = {"MoBA": moba, "Full attention": full}, {"MoBA": (moba, full)}
     name = "Trailing loss, length 32,768, last 2,048"
-    return scaling_chart(curves, laws, differences, title="t", loss_name=name, axis=AXES[axis])
+    return scaling_chart(
+        curves, laws, differences, reference="Full attention", title="t", loss_name=name, axis=AXES[axis]
+    )
 
 
 def drawn(figure: Figure) -> list[Axes]:
@@ -128,6 +130,55 @@ def test_chart_b_has_the_band_of_the_difference_around_moba_alone() -> None:
     np.testing.assert_allclose(loss, 1.546 * compute**-0.108, rtol=1e-6, err_msg="exact laws have no band")
 
 
+def test_laws_reach_beyond_their_own_runs_and_bands_stand_where_both_are_drawn() -> None:
+    """Sparse arms cost less: a law is not drawn through compute that its runs are far from."""
+    compute = [COMPUTE / 20, COMPUTE]
+    losses = [(1.5 * (c / c[-1]) ** -0.1)[:, None] + np.array([0.0, 0.01]) for c in compute]
+    moba, full = fit_arms(compute, losses, [0, 1])
+    curves = [
+        Curve(arm, f"{n} M", [c / 4, c], [loss.mean() * 2, loss.mean()])
+        for arm, amounts, rows in zip(("MoBA", "Full attention"), compute, losses, strict=True)
+        for n, c, loss in zip((1, 2, 3), amounts, rows, strict=True)
+    ]
+    laws = {"MoBA": moba, "Full attention": full}
+    figure = scaling_chart(
+        curves, laws, {"MoBA": (moba, full)}, reference="Full attention", title="t", loss_name="l", axis=AXES["6nd"]
+    )
+    axes = figure.axes[0]
+    drawn_laws = {
+        line.get_color().lower(): line.get_xdata() for line in axes.get_lines() if line.get_linestyle() == "--"
+    }
+    for colour, amounts in ((BLUE, compute[0]), (RED, compute[1])):
+        law = drawn_laws[colour.lower()]
+        assert amounts[0] / 3 < law[0] <= amounts[0] / 2
+        assert amounts[-1] * 2 <= law[-1] < amounts[-1] * 3
+    (band,) = axes.collections
+    reach = band.get_paths()[0].vertices[:, 0]
+    assert reach.min() == pytest.approx(drawn_laws[RED.lower()][0])
+    assert reach.max() == pytest.approx(drawn_laws[BLUE.lower()][-1])
+    assert [(text.get_text(), text.xy[0]) for text in axes.texts] == [("1 M", 0.1), ("2 M", 0.5), ("3 M", 2.0)]
+
+
+def test_the_band_lies_on_the_drawn_law_of_the_reference() -> None:
+    """Over the seeds that both arms have its law may be another than the one that is drawn, over all."""
+    moba, full = fit_arms([COMPUTE] * 2, [(1.6 * COMPUTE**-0.1)[:, None], (1.5 * COMPUTE**-0.1)[:, None]], [0])
+    (drawn_full,) = fit_arms([COMPUTE], [(1.4 * COMPUTE**-0.1)[:, None]], [0])
+    curves = [Curve("MoBA", "1 M", [1.0, 2.0], [3.0, 1.5]), Curve("Full attention", "1 M", [1.0, 2.0], [3.0, 1.4])]
+    figure = scaling_chart(
+        curves, {"MoBA": moba, "Full attention": drawn_full}, {"MoBA": (moba, full)},
+        reference="Full attention", title="t", loss_name="l", axis=AXES["6nd"],
+    )  # fmt: skip
+    compute, loss = figure.axes[0].collections[0].get_paths()[0].vertices.T
+    np.testing.assert_allclose(loss, 1.4 * 1.6 / 1.5 * compute**-0.1, rtol=1e-6)
+
+
+def test_one_curve_is_a_chart() -> None:
+    figure = scaling_chart(
+        [Curve("MoBA", "1 M", [1.0, 2.0], [3.0, 2.0])], {}, {}, reference="", title="t", loss_name="l", axis=AXES["6nd"]
+    )
+    assert len(tick_labels(drawn(figure)[0], "y")) >= 3
+
+
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 40.0, 3000.0])
 def test_chart_b_labels_touch_neither_each_other_nor_an_axis(scale: float) -> None:
     (axes,) = drawn(chart_b(scale=scale))
@@ -181,7 +232,7 @@ def test_candidates_are_dots_with_intervals_beside_full_attention_and_the_noise(
         Candidate("hybrid", level(0.7), level(0.5), None, "8% of keys"),
         Candidate("keys", level(7.0), level(6.0), level(10.3), "5% of keys"),
     ]
-    (axes,) = drawn(candidates_chart(rows, 0.4, title="t", difference_name="d"))
+    (axes,) = drawn(candidates_chart(rows, 0.4, title="t", reference="Full attention", difference_name="d"))
     assert [text.get_text() for text in axes.get_yticklabels()] == ["hybrid", "keys"]
     assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first on top"
     trailing, lm, own = axes.containers
@@ -198,6 +249,18 @@ def test_candidates_are_dots_with_intervals_beside_full_attention_and_the_noise(
     assert {"0", "+1%", "+2%", "+5%"} <= {text.get_text() for text in labels}
     for one, two in pairwise(text.get_window_extent() for text in labels):
         assert one.x1 < two.x0
+
+
+@pytest.mark.parametrize("worst", [3.0, 13.9, 22.3, 40.0])
+@pytest.mark.parametrize("best", [-3.2, 0.5])
+def test_percentages_below_candidates_do_not_touch(best: float, worst: float) -> None:
+    rows = [Candidate(name, Level(loss), None, None, "29.9% of keys, 1.76x tokens/s") for name, loss in
+            (("last-2-keys", best), ("MoBA", worst))]  # fmt: skip
+    (axes,) = drawn(candidates_chart(rows, None, title="t", reference="Full attention", difference_name="d"))
+    labels = sorted(tick_labels(axes, "x"), key=lambda text: text.get_window_extent().x0)
+    assert len(labels) >= 4
+    for one, two in pairwise(text.get_window_extent() for text in labels):
+        assert one.x1 < two.x0, [text.get_text() for text in labels]
 
 
 def test_arms_differ_in_colour_and_in_marker() -> None:

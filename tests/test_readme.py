@@ -111,7 +111,7 @@ def run_command(words: list[str]) -> None:
             assert what == "." or what.removeprefix(".[").removesuffix("]") in extras
         case ["vllm", "serve", model]:
             assert "moba" in json.loads((Path(model) / "config.json").read_text()), model
-        case ["python", script]:
+        case ["python", script, *_]:
             compile((ROOT / script).read_text(), script, "exec")
         case ["openmoba", command, source, *_] if command in EXECUTED and Path(source).exists():
             assert main(words[1:]) == 0, words

@@ -130,7 +130,7 @@ class Axis:
     head: str
     caption: str
     unit: str = PFLOPS_DAYS
-    form: str = ".3g"
+    form: str = ".2e"
     count: Callable[[Spent], float] | None = None
     read: Callable[[Row], float] | None = None
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from openmoba.lab.arms import FULL, HYBRID, MOBA
 from openmoba.lab.measure.compute import AXES
-from openmoba.lab.measure.resample import Difference, Interval
-from openmoba.lab.study.candidates import Standing, percent, standings
+from openmoba.lab.measure.resample import Difference, SeedNoise
+from openmoba.lab.study.candidates import Standing, standings
+from openmoba.lab.study.fit import Fit
 from openmoba.lab.study.outcomes import (
     Cut,
-    Named,
     Outcome,
     arms_of,
     behind,
@@ -20,12 +20,18 @@ from openmoba.lab.study.outcomes import (
     gain,
     mean_loss,
     of_kind,
+    references,
     seed_noise,
     slope_difference,
 )
 from openmoba.lab.study.recipe import Stage
+from openmoba.lab.study.words import LOSSES, in_percent, inside, nats, span, verdict, word
 
-LOSSES: dict[Named, str] = {"lm": "LM loss", "trailing": "trailing loss"}
+AS_GOOD = 0.5
+"""Percent above full attention, at the upper end of the interval, up to which an arm counts as good as it."""
+FAIR = "full attention (for arms with key convolution: full attention that has it)"
+REPORTED_LAYERS = 32
+"""Of the model whose layer-wise hybrids arXiv 2502.13189 shows, with 1, 3, 5 and 10 of them full."""
 
 
 def answers(stage: Stage, outcomes: Sequence[Outcome], axis: str) -> list[str]:
@@ -47,6 +53,8 @@ def answers(stage: Stage, outcomes: Sequence[Outcome], axis: str) -> list[str]:
             sentences += _closing(runs)
         if stage.chart == "compare":
             sentences += _nearest(runs)
+        if stage.chart == "positions":
+            sentences += _from_full(stage, runs)
     return sentences
 
 
@@ -73,39 +81,26 @@ def sweep(stage: Stage, outcomes: Sequence[Outcome]) -> Iterator[str]:
                 first.config.tokens,
             ):
                 rates.setdefault(run.config.train.learning_rate, []).append(run)
+        noise = SeedNoise.of([run.loss("lm") for run in runs] for runs in rates.values())
         best = min(rates, key=lambda rate: mean_loss(rates[rate], "lm"))
         others = []
         for rate in sorted(rates.keys() - {best}):
-            found = difference(rates[rate], rates[best], "lm")
-            others += [f"{rate:g} is {_signed(found)} from it"] if found else []
+            found = difference(rates[rate], rates[best], "lm", noise)
+            others += [f"{rate:g} is {nats(found)} from it, {verdict(found)}"] if found else []
         yield (
             f"{model}, learning rate: {best:g} has the lowest LM loss, {mean_loss(rates[best], 'lm'):.4f} nats; "
-            f"{', '.join(others)} ({behind(rates[best], 'lm')})."
+            f"{'; '.join(others) or 'no other rate is measured yet'} ({behind(rates[best], 'lm')})."
         )
 
 
-def comparisons(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """Compare every arm with full attention, and every other with MoBA, by size and loss."""
-    for runs in by("size", outcomes).values():
-        full, moba = of_kind(runs, FULL), of_kind(runs, MOBA)
-        for reference in (full, moba):
-            for own in by("arm", runs).values():
-                if not reference or own in (full, reference):
-                    continue
-                for kind in LOSSES:
-                    found = difference(own, reference, kind, seed_noise(runs, kind))
-                    if found is not None:
-                        yield _verdict(own[0], reference[0], kind, found)
-
-
-def slopes(moba: Sequence[Outcome], full: Sequence[Outcome], axis: str) -> Iterator[str]:
+def slopes(own: Sequence[Outcome], full: Sequence[Outcome], axis: str) -> Iterator[str]:
     """Say how an arm's exponent differs from that of full attention, by loss."""
     for kind, name in LOSSES.items():
-        if pair := fit_pair(moba, full, kind, axis):
+        if pair := fit_pair(own, full, kind, axis):
             found, several = slope_difference(*pair), len({run.run.seed for run in full}) > 1
             yield (
-                f"{name[:1].upper()}{name[1:]}: {moba[0].label}'s exponent minus full attention's lies in "
-                f"{found.low:+.4f} to {found.high:+.4f}: {_word(0.0 not in found, several)}."
+                f"{name[:1].upper()}{name[1:]}: {own[0].label}'s exponent minus that of {inside(full[0].label)} lies "
+                f"in {found.low:+.4f} to {found.high:+.4f}: {word(0.0 not in found, several)}."
             )
 
 
@@ -141,49 +136,48 @@ def use_of_context(outcomes: Sequence[Outcome]) -> Iterator[str]:
     if len(by("arm", outcomes)) == 1 or not full or len(full[0].ranges) < 3:
         return
     last = len(full[0].ranges) - 1
-    span, before = (_span(full[0], number) for number in (last, 1))
+    end, before = (span(full[0], number) for number in (last, 1))
     found = gain(full, last, 1)
     yield (
-        f"Use of context: with full attention ({full[0].run.size}) the loss at positions {span} differs from that at "
-        f"{before} by {found.mean:+.4f} nats{_in(found.interval)}, text that differs from range to range included. The "
+        f"Use of context: with {inside(full[0].label)} ({full[0].run.size}) the loss at positions {end} differs from "
+        f"that at {before} by {nats(found)}, text that differs from range to range included. The "
         "lower, the more the model gains from far context, and the more it can lose by leaving blocks out."
     )
     lost = difference(moba, full, (last, 1), seed_noise(runs, (last, 1)))
     if lost is not None and lost.interval is not None:
         yield (
-            f"On the same text: from {before} to {span} the difference of MoBA from full attention changes by "
-            f"{_signed(lost)} ({behind(moba, last, len(lost.per_seed))}): "
-            f"{_word(lost.resolved, lost.noise is not None)}. What lies above zero is what full attention gains from "
-            "far context and MoBA does not."
+            f"On the same text: from {before} to {end} the difference of {moba[0].label} from {inside(full[0].label)} "
+            f"changes by {nats(lost)} ({behind(moba, last, len(lost.per_seed))}): {verdict(lost)}. What lies above "
+            f"zero is what {inside(full[0].label)} gains from far context and {moba[0].label} does not."
         )
 
 
 def _around(run: Outcome, step: int) -> tuple[int, str] | None:
     """Return a twentieth of the steps, and their training loss before and after `step`; None without records."""
-    span = run.config.train.steps // 20
-    before = [loss for last, loss in run.trained.items() if step - span < last <= step]
-    after = [loss for last, loss in run.trained.items() if step < last <= step + span]
+    around = run.config.train.steps // 20
+    before = [loss for last, loss in run.trained.items() if step - around < last <= step]
+    after = [loss for last, loss in run.trained.items() if step < last <= step + around]
     if not before or not after:
         return None
     first, second = (sum(losses) / len(losses) for losses in (before, after))
-    return span, f"{first:.4f} and {second:.4f} nats ({second - first:+.4f}), {max(after):.4f} in its highest record"
+    return around, f"{first:.4f} and {second:.4f} nats ({second - first:+.4f}), {max(after):.4f} in its highest record"
 
 
 def _gained(own: Sequence[Outcome]) -> str:
     """Say whether one arm of one size uses its context: at all, and far away."""
     last = len(own[0].ranges) - 1
     near, far = gain(own, last, 0), gain(own, last, last // 2)
-    first, middle, end = (_span(own[0], number) for number in (0, last // 2, last))
+    first, middle, end = (span(own[0], number) for number in (0, last // 2, last))
     return (
-        f"{own[0].run.size}: the loss at positions {end} is {_signed(near)} from that at {first}: context "
-        f"{_counts(near)}. From that at {middle} it is {_signed(far)}: the second half of the window {_counts(far)} "
+        f"{own[0].run.size}: the loss at positions {end} is {nats(near)} from that at {first}: context "
+        f"{_counts(near)}. From that at {middle} it is {nats(far)}: the second half of the window {_counts(far)} "
         f"({behind(own, last)}; the text differs from range to range, which the intervals hold)."
     )
 
 
 def _reach(own: Sequence[Outcome]) -> str:
     first, (*cuts, farthest) = own[0], own[0].contexts
-    gains = [f"{_signed(gain(own, 'trailing', Cut(cut)))} from that with {cut:,}" for cut in (*cuts, farthest)]
+    gains = [f"{nats(gain(own, 'trailing', Cut(cut)))} from that with {cut:,}" for cut in (*cuts, farthest)]
     return (
         f"{first.run.size}, {first.label}, the same last {first.config.trailing:,} tokens of every window: with all "
         f"{first.config.data.length:,} tokens in sight their loss is {', '.join(gains)}. What lies farther back than "
@@ -196,106 +190,144 @@ def _counts(found: Difference) -> str:
 
 
 def _law_ratios(outcomes: Sequence[Outcome], axis: str) -> Iterator[str]:
-    """Say how far each arm's law lies from that of full attention, at the most compute that both have spent."""
+    """Say how far each arm's law lies from that of full attention, at the most compute that both have spent.
+
+    An arm with key convolution is compared with full attention that has it, too.
+    """
     full = of_kind(outcomes, FULL)
     for own in by("arm", outcomes).values():
-        pair = fit_pair(own, full, "trailing", axis) if full and own != full else None
-        if pair is None:
-            continue
-        compute = min(float(law.compute.max()) for law in pair)
-        ratio = float(pair[0].law(compute) / pair[1].law(compute)) - 1
-        low, high = (float(end[0]) - 1 for end in pair[0].ratio(pair[1], [compute]))
-        several = len(pair[0].loss) >= 2 * len({run.run.size for run in own})
-        word = _word(not low <= 0 <= high, several)
-        yield (
-            f"At an equal {AXES[axis].amount(compute)} ({axis}) the trailing loss of {own[0].label} lies {ratio:+.2%} "
-            f"[{low:+.2%}, {high:+.2%}] from that of full attention, by the laws of {len(pair[0].loss)} runs each "
-            f"({behind(own, 'trailing')}): {word}."
-        )
+        for other in references(own, outcomes) if own != full else ():
+            pair = fit_pair(own, other, "trailing", axis)
+            if pair is not None:
+                yield _law_ratio(own, other, pair, axis)
+
+
+def _law_ratio(own: Sequence[Outcome], other: Sequence[Outcome], pair: tuple[Fit, Fit], axis: str) -> str:
+    compute = min(float(law.compute.max()) for law in pair)
+    begins = max(float(law.compute.min()) for law in pair)
+    ratio = float(pair[0].law(compute) / pair[1].law(compute)) - 1
+    low, high = (float(end[0]) - 1 for end in pair[0].ratio(pair[1], [compute]))
+    sizes = len({run.run.size for run in own} & {run.run.size for run in other})
+    several = len(pair[0].loss) >= 2 * sizes
+    unchecked = " Two sizes make a law that nothing checks." if sizes == 2 else ""
+    beyond = (
+        "" if begins <= compute else f", beyond the runs of one of them, which begin at {AXES[axis].amount(begins)}"
+    )
+    return (
+        f"At an equal {AXES[axis].amount(compute)} ({axis}{beyond}) the trailing loss of {own[0].label} lies "
+        f"{ratio:+.2%} [{low:+.2%}, {high:+.2%}] from that of {inside(other[0].label)}, by the laws of "
+        f"{len(pair[0].loss)} runs each ({behind(own, 'trailing')}): {word(not low <= 0 <= high, several)}.{unchecked}"
+    )
 
 
 def _closing(runs: Sequence[Outcome]) -> Iterator[str]:
-    """Say how much of the gap between MoBA and full attention the hybrids close."""
+    """Say how much of the gap between MoBA and full attention the hybrids close, and what is left of it."""
     full, moba = of_kind(runs, FULL), of_kind(runs, MOBA)
     noise = seed_noise(runs, "trailing")
     gap = difference(moba, full, "trailing", noise)
-    if gap is None:
+    if full and not full[0].has("trailing"):
         return
-    base = mean_loss(full, "trailing")
-    yield (
-        f"{runs[0].run.size}: MoBA in every layer costs {_signed(gap)} ({gap.mean / base:+.2%}) in trailing loss "
-        f"({behind(runs, 'trailing')})."
-    )
+    if gap is not None:
+        base = mean_loss(full, "trailing")
+        yield (
+            f"{runs[0].run.size}: {moba[0].label} in every layer costs {nats(gap)} ({in_percent(gap, base)}) in "
+            f"trailing loss ({behind(moba, 'trailing', len(gap.per_seed))}): {verdict(gap)}."
+        )
     for own in arms_of(runs, HYBRID):
         found = difference(own, full, "trailing", noise)
         if found is not None:
-            of = f" of {own[0].layers}" if own[0].layers else ""
+            layers, count = own[0].layers, len(own[0].full_layers)
+            of = f" of {layers} layers full ({count / layers:.0%}" if layers else " layers full ("
+            gains = gap is not None and gap.resolved and gap.mean > 0
+            closed = f", {1 - found.mean / gap.mean:.0%} of the gap closed" if gap and gains else ""
             yield (
-                f"With {len(own[0].full_layers)}{of} layers full ({own[0].label}) it is {_signed(found)} "
-                f"({found.mean / base:+.2%}), {1 - found.mean / gap.mean:.0%} of the gap closed."
+                f"With {count}{of}; {own[0].label}): {nats(found)} ({in_percent(found, mean_loss(full, 'trailing'))}) "
+                f"from {inside(full[0].label)}{closed}: {verdict(found)}."
             )
+    if full and any(run.layers and run.layers != REPORTED_LAYERS for run in runs):
+        yield (
+            f"The hybrids of the MoBA report have 1, 3, 5 and 10 full layers of {REPORTED_LAYERS}, 3% to 31%: compare "
+            "shares of layers, not counts."
+        )
+
+
+def _from_full(stage: Stage, runs: Sequence[Outcome]) -> Iterator[str]:
+    """Say how far the stage's own arms are from full attention in trailing loss, and from MoBA."""
+    full, moba = of_kind(runs, FULL), of_kind(runs, MOBA)
+    noise = seed_noise(runs, "trailing")
+    for own in by("arm", (run for run in runs if run.run.stage == stage)).values():
+        parts = []
+        for other in (full, moba):
+            found = difference(own, other, "trailing", noise) if other and own not in (full, other) else None
+            if found is not None:
+                base = mean_loss(other, "trailing")
+                shown = f"{nats(found)} ({in_percent(found, base)})"
+                parts.append(f"{shown} from {inside(other[0].label)}, {verdict(found)}")
+        if parts:
+            told = f"{'; '.join(parts)} ({behind(own, 'trailing')})"
+            yield f"{own[0].run.size}: the trailing loss of {own[0].label} is {told}."
 
 
 def _nearest(runs: Sequence[Outcome]) -> Iterator[str]:
-    """Name the sparse candidate with the lowest trailing loss, and the one with the fewest keys as good as full."""
+    """Name the sparse candidate with the lowest trailing loss and those that are not told apart from it.
+
+    Then those that are as good as full attention, and the one with the fewest keys that is not resolved above it.
+    """
     sparse = [found for found in standings(runs) if found.key_share is not None and found.key_share < 1]
     sparse = [found for found in sparse if found.fair.trailing is not None]
     if not sparse:
         return
-    yield f"{runs[0].run.size}: of {len(sparse)} sparse candidates the lowest trailing loss has {_stands(sparse[0])}"
+    best, *others = sparse
+    which = f"of {len(sparse)} sparse candidates the lowest trailing loss has" if others else "one sparse candidate,"
+    yield f"{runs[0].run.size}: {which} {_stands(best)}."
+    noise = seed_noise(runs, "trailing")
+    against = [(one, difference(one.runs, best.runs, "trailing", noise)) for one in others]
+    alike = [f"{one.runs[0].label} ({nats(found)})" for one, found in against if found and not found.resolved]
+    if others:
+        yield f"Not told apart from {best.runs[0].label}: {', '.join(alike) or 'none of the others'}."
+    good = [one for one in sparse if _at_most(one, AS_GOOD)]
+    yield (
+        f"At most {AS_GOOD:g}% above {FAIR} at the upper end of the interval: "
+        f"{', '.join(_as_good(one) for one in good) or 'none'}."
+    )
     level = [found for found in sparse if found.fair.trailing and not _resolved_above(found.fair.trailing)]
     fewest = min(level, key=lambda found: found.key_share or 0, default=None)
     if fewest is None:
-        yield "All of them are resolved above full attention."
+        yield f"All of them are resolved above {FAIR}."
     elif len(level) == 1:
-        yield f"{fewest.runs[0].label} alone is not resolved above full attention."
+        yield f"{fewest.runs[0].label} alone is not resolved above {FAIR}."
     else:
-        yield f"{len(level)} are not resolved above full attention; the fewest keys of these reads {_stands(fewest)}"
+        yield (
+            f"{len(level)} are not resolved above {FAIR}, which does not make them equal; the fewest keys of these "
+            f"reads {_stands(fewest)}."
+        )
 
 
 def _stands(found: Standing) -> str:
-    difference, loss = found.fair.trailing, found.fair.trailing_loss
-    assert difference is not None, "chosen by it"
-    name = "full attention with the same key convolution" if found.own else "full attention"
+    """Say how far an arm is from full attention, from that of the same key convolution, and what it costs."""
+    parts = []
+    for against, name in ((found.plain, ""), (found.own, ", full attention with the same key convolution")):
+        if against is not None and against.trailing is not None:
+            trailing = against.trailing
+            shown = f"{nats(trailing)} ({in_percent(trailing, against.trailing_loss)})"
+            parts.append(f"{shown} from {inside(against.name)}{name}: {verdict(trailing)}")
+    share = "" if found.key_share is None else f", with {found.key_share:.1%} of the keys read"
     return (
-        f"{found.runs[0].label}: {_signed(difference)} ({percent(difference, loss)} %) from {name}, "
-        f"{found.key_share:.1%} of the keys read ({behind(found.runs, 'trailing')}): "
-        f"{_word(difference.resolved, difference.noise is not None)}."
+        f"{found.runs[0].label}: {'; '.join(parts)}{share} and {found.speedup:.2f} times the tokens per second "
+        f"({behind(found.runs, 'trailing')})"
     )
+
+
+def _as_good(found: Standing) -> str:
+    trailing, loss = found.fair.trailing, found.fair.trailing_loss
+    assert trailing is not None, "chosen by it"
+    return f"{found.runs[0].label} ({in_percent(trailing, loss)}, {found.key_share:.1%} of the keys)"
+
+
+def _at_most(found: Standing, percent: float) -> bool:
+    trailing, loss = found.fair.trailing, found.fair.trailing_loss
+    return bool(trailing and trailing.interval and 100 * trailing.interval.high / loss <= percent)
 
 
 def _resolved_above(found: Difference) -> bool:
     return found.mean > 0 and found.resolved
-
-
-def _verdict(own: Outcome, reference: Outcome, kind: Named, found: Difference) -> str:
-    way = "above" if found.mean > 0 else "below"
-    seeds = len(found.per_seed)
-    measured = behind([own], kind, seeds)
-    if found.interval is not None:
-        measured = f"{found.interval.low:+.4f} to {found.interval.high:+.4f} over {measured}"
-    if seeds > 1:
-        measured += f"; by seed {', '.join(f'{value:+.4f}' for value in found.per_seed)}"
-    return (
-        f"{own.run.size}, {LOSSES[kind]}: {own.label} is {abs(found.mean):.4f} nats {way} "
-        f"{reference.label} ({measured}): {_word(found.resolved, found.noise is not None)}."
-    )
-
-
-def _word(resolved: bool, seeds_known: bool) -> str:
-    if not resolved:
-        return "**within noise**"
-    return "**resolved**" if seeds_known else "**resolved on these windows**, for this one seed"
-
-
-def _signed(found: Difference) -> str:
-    return f"{found.mean:+.4f} nats{_in(found.interval)}"
-
-
-def _in(interval: Interval | None) -> str:
-    return "" if interval is None else f" [{interval.low:+.4f}, {interval.high:+.4f}]"
-
-
-def _span(run: Outcome, number: int) -> str:
-    start, end = run.ranges[number]
-    return f"{start:,}-{end:,}"

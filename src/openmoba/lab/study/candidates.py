@@ -5,17 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from openmoba.lab.arms import FULL, ArmConfig
+from openmoba.lab.arms import FULL
 from openmoba.lab.measure.resample import LEVEL, Difference, Interval
 from openmoba.lab.study.figures import Level
-from openmoba.lab.study.outcomes import Named, Outcome, arms_of, by, difference, mean_loss, of_kind, seed_noise
+from openmoba.lab.study.outcomes import (
+    Named,
+    Outcome,
+    by,
+    difference,
+    fair_full,
+    mean_loss,
+    of_kind,
+    seed_noise,
+    share_a_seed,
+)
 from openmoba.lab.study.panels import Candidate
+from openmoba.lab.study.words import bounds, in_percent
 
 
 @dataclass(frozen=True)
 class Against:
-    """Paired differences of an arm from one of full attention, and that one's mean losses; None without the loss."""
+    """Paired differences of an arm from one of full attention, None without the loss; that one's name and losses."""
 
+    name: str
     trailing: Difference | None
     lm: Difference | None
     trailing_loss: float
@@ -27,7 +39,7 @@ class Against:
         kinds: tuple[Named, Named] = ("trailing", "lm")
         trailing, lm = (difference(runs, full, kind, seed_noise(all_runs, kind)) for kind in kinds)
         pairs = [other for other in full if other.run.seed in {run.run.seed for run in runs}]
-        return cls(trailing, lm, *(mean_loss(pairs, kind) for kind in kinds))
+        return cls(full[0].label, trailing, lm, *(mean_loss(pairs, kind) for kind in kinds))
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,7 @@ class Standing:
         plain: against full attention.
         own: against full attention with the same parameters of its own, for an arm that has some (key convolution).
         key_share: keys read in training over all layers, as a share of those that full attention reads.
-        tokens_per_second: of training.
+        tokens_per_second, speedup: of training; the latter as a multiple of full attention's.
     """
 
     runs: list[Outcome]
@@ -47,6 +59,7 @@ class Standing:
     own: Against | None
     key_share: float | None
     tokens_per_second: float
+    speedup: float
 
     @property
     def fair(self) -> Against:
@@ -56,7 +69,7 @@ class Standing:
     @property
     def candidate(self) -> Candidate:
         """Its row of the chart."""
-        cost = f"{_thousands(self.tokens_per_second)} tokens/s"
+        cost = f"{self.speedup:.2f}x tokens/s"
         if self.key_share is not None:
             cost = f"{self.key_share:.1%} of keys, {cost}"
         own = None if self.own is None else _level(self.own.trailing, self.own.trailing_loss)
@@ -76,11 +89,19 @@ def standings(runs: Sequence[Outcome]) -> list[Standing]:
     full = of_kind(runs, FULL)
     found = []
     for own in by("arm", runs).values():
-        if full and own != full and {run.run.seed for run in own} & {run.run.seed for run in full}:
-            fair = _fair(own[0].config.arm, runs)
-            against = Against.of(own, fair, runs) if fair and fair not in (full, own) else None
+        if full and own != full and share_a_seed(own, full):
+            fair = fair_full(own, runs)
+            against = Against.of(own, fair, runs) if fair and fair != full and share_a_seed(own, fair) else None
+            speed = tokens_per_second(own)
             found.append(
-                Standing(own, Against.of(own, full, runs), against, own[0].key_share(), tokens_per_second(own))
+                Standing(
+                    own,
+                    Against.of(own, full, runs),
+                    against,
+                    own[0].key_share(),
+                    speed,
+                    speed / tokens_per_second(full),
+                )
             )
     return sorted(found, key=lambda standing: standing.plain.trailing.mean if standing.plain.trailing else 0.0)
 
@@ -90,8 +111,9 @@ def standing_table(runs: Sequence[Outcome], found: Sequence[Standing]) -> Iterat
     with_own = any(standing.own for standing in found)
     heads = ["arm", "seeds", "trailing, nats", "%", "LM, nats", "%"]
     heads += ["trailing, from full with the same keys", "%"] if with_own else []
-    yield f"| {' | '.join([*heads, 'keys read', 'tokens/s'])} |"
-    yield f"|{' --- |' * (len(heads) + 2)}"
+    heads += ["keys read", "tokens/s", "of full's"]
+    yield f"| {' | '.join(heads)} |"
+    yield f"|{' --- |' * len(heads)}"
     for standing in found:
         cells = [standing.runs[0].label, str(len(standing.runs))]
         cells += [*_cells(standing.plain.trailing, standing.plain.trailing_loss)]
@@ -100,23 +122,9 @@ def standing_table(runs: Sequence[Outcome], found: Sequence[Standing]) -> Iterat
             own = standing.own
             cells += _cells(own.trailing, own.trailing_loss) if own else ["", ""]
         share = "" if standing.key_share is None else f"{standing.key_share:.1%}"
-        yield f"| {' | '.join([*cells, share, f'{standing.tokens_per_second:,.0f}'])} |"
+        yield f"| {' | '.join([*cells, share, f'{standing.tokens_per_second:,.0f}', f'{standing.speedup:.2f}x'])} |"
     yield ""
     yield _noise_sentence(runs, found[0].plain.trailing_loss)
-
-
-def percent(found: Difference, loss: float) -> str:
-    """Write a difference and its interval in percent of `loss`."""
-    level = _level(found, loss)
-    assert level is not None
-    bounds = f" [{level.interval.low:+.2f}, {level.interval.high:+.2f}]" if level.interval else ""
-    return f"{level.loss:+.2f}{bounds}"
-
-
-def _fair(arm: ArmConfig, runs: Sequence[Outcome]) -> list[Outcome]:
-    """Return the runs with full attention that share all settings of `arm` but its choice of blocks."""
-    fulls = arms_of(runs, FULL)
-    return next((own for own in fulls if own[0].config.arm.without_blocks() == arm.without_blocks()), [])
 
 
 def tokens_per_second(runs: Sequence[Outcome]) -> float:
@@ -136,7 +144,7 @@ def _noise_sentence(runs: Sequence[Outcome], loss: float) -> str:
     return (
         f"The smallest difference in trailing loss that one seed of each arm lets one see is {smallest:.4f} nats "
         f"({smallest / loss:.2%}): t · s · √(2 / seeds), where s = {noise.sd:.4f} nats is the standard deviation "
-        f"between seeds, pooled over {' and '.join(several)}, and t the {LEVEL:.0%} quantile of Student's t with "
+        f"between seeds, pooled over {', '.join(several)}, and t the {LEVEL:.0%} quantile of Student's t with "
         f"{noise.freedom} degrees of freedom. All intervals hold this noise."
     )
 
@@ -145,10 +153,7 @@ def _cells(found: Difference | None, loss: float) -> list[str]:
     """Write a difference in nats and in percent of `loss`, each with its interval."""
     if found is None:
         return ["-", "-"]
-    if found.interval is None:
-        return [f"{found.mean:+.4f}", percent(found, loss)]
-    low, high = found.interval.low, found.interval.high
-    return [f"{found.mean:+.4f} [{low:+.4f}, {high:+.4f}]", percent(found, loss)]
+    return [f"{found.mean:+.4f}{bounds(found.interval)}", in_percent(found, loss, sign="")]
 
 
 def _level(found: Difference | None, loss: float) -> Level | None:
@@ -156,7 +161,3 @@ def _level(found: Difference | None, loss: float) -> Level | None:
         return None
     interval = found.interval and Interval(100 * found.interval.low / loss, 100 * found.interval.high / loss)
     return Level(100 * found.mean / loss, interval)
-
-
-def _thousands(rate: float) -> str:
-    return f"{rate / 1000:.0f}K" if rate >= 10_000 else f"{rate:,.0f}"

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from openmoba.lab.arms import FULL, HYBRID, MOBA
+from openmoba.lab.columns import short
 from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.resample import LEVEL, Difference
 from openmoba.lab.study import figures, panels
@@ -30,13 +31,19 @@ from openmoba.lab.study.outcomes import (
     of_kind,
     of_stage,
     seed_noise,
+    share_a_seed,
+    speeds_apart,
 )
 from openmoba.lab.study.recipe import Recipe, Stage
+from openmoba.lab.study.words import inside
 from openmoba.records.figures import save
 
 FOLDER = "figures"
 EQUAL_COST = "causal_exact"
-"""The convention of compute that shows what MoBA saves; scaling charts are drawn by it too."""
+SECONDS = "accelerator_seconds"
+"""The conventions of compute that show what MoBA saves; scaling charts are drawn by them too."""
+SCALING = {EQUAL_COST: "-equal-cost", SECONDS: "-seconds"}
+"""Convention -> what the name of its scaling chart ends in; that of the chosen one ends in nothing."""
 MOST_CURVES = 6  # that a reader can follow in one panel
 
 
@@ -56,7 +63,7 @@ def draw_charts(recipe: Recipe, outcomes: Sequence[Outcome], study: Path, axis: 
         axis: compute convention of the scaling chart, a name in `AXES`.
 
     Raises:
-        ValueError: unknown axis.
+        ValueError: unknown axis, or measured seconds of runs whose speeds do not compare.
     """
     if axis not in AXES:
         raise ValueError(f"unknown axis {axis!r}; the compute conventions are {', '.join(AXES)}")
@@ -65,9 +72,7 @@ def draw_charts(recipe: Recipe, outcomes: Sequence[Outcome], study: Path, axis: 
         own = of_stage(stage, outcomes)
         sizes, trailing = by("size", own), all(run.has("trailing") for run in own)
         if stage.chart == "scaling" and sizes and trailing:
-            charts.append(_scaling(stage, own, study, axis, f"{stage.name}-scaling-law"))
-            if axis != EQUAL_COST:
-                charts.append(_scaling(stage, own, study, EQUAL_COST, f"{stage.name}-scaling-law-equal-cost"))
+            charts += _scalings(stage, own, study, axis)
         for size, runs in sizes.items():
             if stage.chart == "layers" and trailing and of_kind(runs, HYBRID):
                 charts.append(_layers(stage, size, runs, study))
@@ -78,6 +83,38 @@ def draw_charts(recipe: Recipe, outcomes: Sequence[Outcome], study: Path, axis: 
         if trailing and (cut := [run for run in own if run.contexts]):
             charts.append(_contexts(stage, cut, study))
     return charts
+
+
+def law_axes(stage: Stage, outcomes: Sequence[Outcome], axis: str) -> list[str]:
+    """Return the conventions by which the runs of a stage are compared at equal cost, the chosen one first.
+
+    Measured seconds are left out where the speeds of the runs do not compare.
+
+    Raises:
+        ValueError: they were chosen all the same.
+    """
+    apart = speeds_apart(outcomes)
+    if apart and axis == SECONDS:
+        raise ValueError(
+            f"the runs of stage {stage.name} are of {apart}, so their seconds do not compare; choose another --axis, "
+            "or train them again in one place"
+        )
+    return [name for name in dict.fromkeys((axis, *SCALING)) if not (apart and name == SECONDS)]
+
+
+def describe_arms(outcomes: Sequence[Outcome]) -> str:
+    """Say of every arm its name and what it attends with, in the largest of its models; nothing of a single arm."""
+    arms = [own[-1] for own in by("arm", outcomes).values()]
+    sizes = list(by("size", arms))
+    hybrid = any(run.config.arm.kind is HYBRID for run in arms)
+    at = f", layers of {sizes[-1]}" if hybrid and len(by("size", outcomes)) > 1 else ""
+    return f"Arms{at}: {'; '.join(map(describe_arm, arms))}." if len(arms) > 1 else ""
+
+
+def describe_arm(run: Outcome) -> str:
+    """Say an arm's name and its settings."""
+    settings = run.config.arm.settings(run.layers, run.config.train.steps)
+    return ": ".join(filter(None, (run.label, settings)))
 
 
 def describe_trailing(outcome: Outcome) -> str:
@@ -115,9 +152,11 @@ def _layers(stage: Stage, size: str, runs: list[Outcome], study: Path) -> Chart:
     caption = f"Trailing loss over the layers with full attention ({size}; {behind(runs, 'trailing')})."
     if reference:
         caption += (
-            f" Bars: {LEVEL:.0%} interval of the difference from {reference[0].label}, on the same windows: a bar "
-            "that does not reach its line is resolved from it."
+            f" Bars: {LEVEL:.0%} interval of the difference from {inside(reference[0].label)}, on the same windows: a "
+            "bar that does not reach its line is resolved from it."
         )
+        if not all(share_a_seed(own, reference) for own in hybrids):
+            caption += " Without a bar: of other seeds, not compared."
     return Chart(stage, save(figure, study / FOLDER / f"{stage.name}-{size}-layerwise-hybrid"), caption)
 
 
@@ -135,27 +174,48 @@ def _hybrid_names(hybrids: Sequence[Outcome]) -> tuple[list[str], str]:
     return [run.label for run in hybrids], "Arm, by its number of full-attention layers"
 
 
+def _scalings(stage: Stage, runs: list[Outcome], study: Path, axis: str) -> list[Chart]:
+    """Draw the scaling chart by every convention; one that may not be drawn any more does not stay behind."""
+    names = {axis: "", **{other: end for other, end in SCALING.items() if other != axis}}
+    shown, files = law_axes(stage, runs, axis), f"{stage.name}-scaling-law"
+    for left_out in names.keys() - set(shown):
+        for path in (study / FOLDER).glob(f"{files}{names[left_out]}.*"):
+            path.unlink()
+    return [_scaling(stage, runs, study, name, f"{files}{names[name]}") for name in shown]
+
+
 def _scaling(stage: Stage, runs: list[Outcome], study: Path, axis: str, name: str) -> Chart:
     arms, full = by("arm", runs).values(), of_kind(runs, FULL)
     laws = {own[0].label: fit(own, "trailing", axis) for own in arms}
     pairs = {own[0].label: fit_pair(own, full, "trailing", axis) for own in arms if full and own[0] != full[0]}
+    names = {size: _short(own[0]) for size, own in by("size", full or runs).items()}
     figure = figures.scaling_chart(
-        [_curve(seeds, axis) for own in arms for seeds in by("size", own).values()],
+        [
+            _curve(seeds, axis, names.get(size, _short(seeds[0])))
+            for own in arms
+            for size, seeds in by("size", own).items()
+        ],
         {arm: law for arm, law in laws.items() if law},
         {arm: pair for arm, pair in pairs.items() if pair},
-        title=f"Scaling law, {describe_sparsity(runs)}",
-        loss_name=f"Trailing LM loss (nats)\n{describe_trailing(runs[0])}",
+        reference=full[0].label if full else "",
+        title=f"Scaling laws, {describe_trailing(runs[0])}",
+        loss_name="Trailing LM loss (nats)",
         axis=AXES[axis],
     )
     caption = (
-        f"Trailing loss over compute by the convention {axis}: along the runs of each size (solid, mean of seeds), and "
-        f"the fitted laws through their ends (dashed; {behind(runs, 'trailing')})."
+        f"Trailing loss over compute by the convention {axis}: along the runs of each size, named by its parameters "
+        f"without embeddings (solid, mean of seeds), and the fitted laws through their ends (dashed; "
+        f"{behind(runs, 'trailing')})."
     )
     if any(pairs.values()):
         caption += (
             f" Bands: pointwise {LEVEL:.0%} interval of a law's difference from that of full attention, over runs, "
-            "documents and windows: a band that does not touch the red line is resolved from it."
+            "documents and windows, where both laws are drawn: a band that does not touch the red line is resolved "
+            "from it."
         )
+    if axis == SECONDS:
+        windows = sorted({run.config.train.batch_size for run in runs})
+        caption += f" Measured with {' and '.join(map(str, windows))} windows a step: small models wait for the host."
     return Chart(stage, save(figure, study / FOLDER / name), caption)
 
 
@@ -169,9 +229,9 @@ def _positions(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
     differences = {
         own[0].label: [_level(difference(own, reference, k, seed_noise(runs, k))) for k in ranges]
         for own in shown
-        if own != reference and _share_a_seed(own, reference)
+        if own != reference and share_a_seed(own, reference)
     }
-    name = _inside(reference[0].label)
+    name = inside(reference[0].label)
     figure = panels.position_chart(
         reference[0].ranges,
         {own[0].label: [mean_loss(own, k) for k in ranges] for own in shown},
@@ -184,7 +244,7 @@ def _positions(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
     if any(level.interval for levels in differences.values() for level in levels):
         caption = f"{caption} Bars: {LEVEL:.0%} interval, on the same windows."
     if len(shown) < len(arms):
-        caption += f" Of {len(arms)} arms those with the lowest trailing loss are shown."
+        caption += f" Of {len(arms)} arms the reference, MoBA and those with the lowest last range are shown."
     return Chart(stage, save(figure, study / FOLDER / f"{stage.name}-positions"), caption)
 
 
@@ -208,13 +268,13 @@ def _gains(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
         ranges,
         {names[size]: [mean_loss(own, k) for k in range(len(ranges))] for size, own in sizes.items()},
         {names[size]: [_level(gain(own, k, 0)) for k in range(len(ranges))] for size, own in sizes.items()},
-        title=f"Loss by position, {_inside(outcomes[0].label)}, length {outcomes[0].config.data.length:,}",
+        title=f"Loss by position, {inside(outcomes[0].label)}, length {outcomes[0].config.data.length:,}",
         loss_name="LM loss (nats)",
         difference_name=f"Difference from\npositions {span} (nats)",
     )
     counts = "; ".join(f"{size}: {behind(own, 0)}" for size, own in sizes.items())
     caption = (
-        f"Loss by position of {_inside(outcomes[0].label)}, and its difference from that at the positions {span} of "
+        f"Loss by position of {inside(outcomes[0].label)}, and its difference from that at the positions {span} of "
         f"the same windows, with {LEVEL:.0%} intervals ({counts}). Below zero: what a longer context is good for."
     )
     return Chart(stage, save(figure, study / FOLDER / f"{stage.name}-positions"), caption)
@@ -234,47 +294,40 @@ def _contexts(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
         [*first.contexts, first.config.data.length],
         {name: [*(mean_loss(own, cut) for cut in cuts), mean_loss(own, "trailing")] for name, own in groups.items()},
         {name: [_level(gain(own, cut, "trailing")) for cut in cuts] for name, own in groups.items()},
-        title=f"Use of context, {_inside(first.label) if key == 'size' else _model(first)}",
+        title=f"Use of context, {inside(first.label) if key == 'size' else _model(first)}",
         loss_name=f"Loss of the last\n{first.config.trailing:,} tokens (nats)",
         difference_name="Lost for want of\nmore context (nats)",
     )
     caption = (
         f"Loss of the last {first.config.trailing:,} tokens of the same windows over the tokens in sight, and what is "
         f"lost against all {first.config.data.length:,}, with {LEVEL:.0%} intervals ({behind(runs, 'trailing')}). "
-        "Where a bar does not reach zero, what lies farther back counts."
+        "A bar above zero: what lies farther back helps; below zero: it does harm."
     )
     return Chart(stage, save(figure, study / FOLDER / f"{stage.name}-contexts"), caption)
 
 
 def _candidates(stage: Stage, size: str, runs: list[Outcome], found: Sequence[Standing], study: Path) -> Chart:
     noise = seed_noise(runs, "trailing")
-    base = mean_loss(of_kind(runs, FULL), "trailing")
+    full = of_kind(runs, FULL)
+    base = mean_loss(full, "trailing")
     smallest = None if noise is None else 100 * noise.smallest_difference(1) / base
     figure = panels.candidates_chart(
         [standing.candidate for standing in found],
         smallest,
         title=f"Candidates, {_model(runs[0])}, {describe_trailing(runs[0])}",
-        difference_name="Loss against full attention, on the same windows",
+        reference=full[0].label,
+        difference_name=f"Loss against {inside(full[0].label)}, on the same windows",
     )
     caption = (
-        f"Every candidate's loss against full attention ({size}; {behind(runs, 'trailing')}). Bars: {LEVEL:.0%} "
-        "interval of the paired difference. To the right: keys read over all layers, of those that full attention "
-        f"reads, and training speed. The axis is to scale up to {panels.LINEAR_PERCENT:.0f} %."
+        f"Every candidate's loss against {inside(full[0].label)} ({size}; {behind(runs, 'trailing')}). Bars: "
+        f"{LEVEL:.0%} interval of the paired difference. To the right: keys read over all layers, of those that full "
+        f"attention reads, and training speed. The axis is to scale up to {panels.LINEAR_PERCENT:.0f}%."
     )
     if any(standing.own for standing in found):
         caption += " Diamonds: against full attention with the same key convolution."
     if noise is not None:
-        caption += f" Grey: below {smallest:.2f} %, where two single seeds cannot be told apart."
+        caption += f" Grey: below {smallest:.2f}%, where two single seeds cannot be told apart."
     return Chart(stage, save(figure, study / FOLDER / f"{stage.name}-{size}-candidates"), caption)
-
-
-def _inside(label: str) -> str:
-    """Write an arm's name inside a sentence: "Full attention" loses its capital, "MoBA" keeps it."""
-    return label[:1].lower() + label[1:] if label[1:2].islower() else label
-
-
-def _share_a_seed(first: Sequence[Outcome], second: Sequence[Outcome]) -> bool:
-    return bool({run.run.seed for run in first} & {run.run.seed for run in second})
 
 
 def _level(found: Difference | None) -> Level:
@@ -282,18 +335,18 @@ def _level(found: Difference | None) -> Level:
     return Level(found.mean, found.interval)
 
 
-def _curve(seeds: Sequence[Outcome], axis: str) -> Curve:
-    """Return the course of the runs of one arm and size, their mean over seeds."""
+def _curve(seeds: Sequence[Outcome], axis: str, name: str) -> Curve:
+    """Return the course of the runs of one arm and size, their mean over seeds, under the size's name."""
     compute = np.mean([[AXES[axis].value(row) for row in run.evals] for run in seeds], axis=0)
     loss = np.mean([[row["trailing_loss"] for row in run.evals] for run in seeds], axis=0)
     begun = compute > 0
-    return Curve(seeds[0].label, _model(seeds[0]), compute[begun].tolist(), loss[begun].tolist())
+    return Curve(seeds[0].label, name, compute[begun].tolist(), loss[begun].tolist())
 
 
 def _model(run: Outcome) -> str:
-    """Write the parameters without embeddings, as a person says them."""
-    count = float(run.result["params"]["non_embedding"])
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if count >= limit:
-            return f"{count / limit:.3g} {unit} parameters"
-    return f"{count:.0f} parameters"
+    return f"{_short(run)} parameters"
+
+
+def _short(run: Outcome) -> str:
+    """Write the parameters without embeddings as a person says them, to two digits or three: 2.2 M, 14.2 M."""
+    return short(float(run.result["params"]["non_embedding"]))

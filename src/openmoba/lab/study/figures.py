@@ -14,12 +14,31 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    Locator,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from openmoba.lab.measure.compute import Axis
 from openmoba.lab.measure.resample import Interval
 from openmoba.lab.study.fit import Fit
 from openmoba.records.figures import BLUE, GREY, RED, TITLE_WIDTH, chart_style, new_figure
+
+EVEN_STEPS = 1.8  # highest loss of an axis over its lowest, up to which losses are written in even steps
+LOG_STEPS = (
+    (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 7, 8, 9),
+    (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8),
+    (1, 1.5, 2, 3, 5, 7),
+    (1, 2, 5),
+    (1,),
+)
+MOST_TICKS = 8
 
 
 @dataclass(frozen=True)
@@ -85,6 +104,7 @@ def scaling_chart(
     laws: Mapping[str, Fit],
     differences: Mapping[str, tuple[Fit, Fit]],
     *,
+    reference: str,
     title: str,
     loss_name: str,
     axis: Axis,
@@ -94,8 +114,10 @@ def scaling_chart(
     Args:
         curves: one per arm and size, arms named as in `laws`.
         laws: arm -> law through the ends of its curves; an arm without a law shows its curves only.
-        differences: arm -> its law and that of the arm it is compared with, of `fit_arms`. The band around the arm's
-            law is the interval of their ratio, laid on the other's law.
+        differences: arm -> its law and that of `reference` over the runs that both have, of `fit_arms`. The band around
+            the arm's law is the interval of their ratio, laid on the drawn law of the reference, where both are drawn:
+            from below the least compute of their own runs to above the most.
+        reference: the arm that the others are compared with.
         axis: what their compute is.
     """
     with chart_style():
@@ -108,22 +130,18 @@ def scaling_chart(
             xlabel=f"{axis.caption} ({axis.unit})",
             ylabel=loss_name,
         )
-        grid_P = _beyond([curve.compute[-1] for curve in curves])
         for arm, (colour, _, marker) in arm_styles(curve.arm for curve in curves).items():
             for curve in (curve for curve in curves if curve.arm == arm):
                 axes.plot(curve.compute, curve.loss, color=colour, linewidth=1.3, alpha=0.8)
                 axes.plot(curve.compute[-1], curve.loss[-1], color=colour, marker=marker, markersize=6)
             axes.plot([], [], color=colour, marker=marker, linewidth=1.3, label=arm)
             if arm in laws:
-                law = laws[arm].law
-                name = f"{arm} Projection: {law.a:.3g} · C$^{{{law.b:.3f}}}$"
+                law, grid_P = laws[arm].law, _beyond(laws[arm].compute)
+                name = f"{arm} Projection: {law.a:#.3g} · C$^{{{law.b:.3f}}}$"
                 axes.plot(grid_P, law(grid_P), color=colour, linestyle="--", linewidth=1.6, label=name)
             if arm in differences:
-                own, other = differences[arm]
-                low_P, high_P = own.ratio(other, grid_P)
-                level_P = other.law(grid_P)
-                axes.fill_between(grid_P, level_P * low_P, level_P * high_P, color=colour, alpha=0.18, linewidth=0)
-        _frame(axes, curves, grid_P, [float(fit.law(grid_P[-1])) for fit in laws.values()])
+                _draw_band(axes, *differences[arm], laws[reference], colour)
+        _frame(axes, curves, [float(fit.law(_beyond(fit.compute)[-1])) for fit in laws.values()])
         _name_sizes(axes, curves)
         _plain_log_ticks(axes)
         handles, names = axes.get_legend_handles_labels()
@@ -152,40 +170,70 @@ def error_bars(levels: Sequence[Level]) -> Any:
     return [below, above]
 
 
-def _beyond(ends: Sequence[float]) -> np.ndarray[Any, Any]:
-    """Return amounts of compute from below the least of `ends` to above the largest."""
+def _draw_band(axes: Axes, own: Fit, other: Fit, drawn: Fit, colour: str) -> None:
+    """Lay the interval of the ratio of two laws on the drawn one of the other's arm, where both are drawn."""
+    grids = [_beyond(fit.compute) for fit in (own, other)]
+    begin, end = max(grid[0] for grid in grids), min(grid[-1] for grid in grids)
+    if begin < end:
+        grid_P = np.geomspace(begin, end, 100)
+        low_P, high_P = own.ratio(other, grid_P)
+        level_P = drawn.law(grid_P)
+        axes.fill_between(grid_P, level_P * low_P, level_P * high_P, color=colour, alpha=0.18, linewidth=0)
+
+
+def _beyond(ends: Any) -> np.ndarray[Any, Any]:
+    """Return amounts of compute from below the least of `ends`, [N], to above the largest."""
     reach = max(2.0, (max(ends) / min(ends)) ** 0.2)
     return np.geomspace(min(ends) / reach, max(ends) * reach, 100)
 
 
-def _frame(axes: Axes, curves: Sequence[Curve], grid_P: np.ndarray[Any, Any], far: Sequence[float]) -> None:
+def _frame(axes: Axes, curves: Sequence[Curve], far: Sequence[float]) -> None:
     """Show the ends, what leads to them, and the laws' far ends; curves begin at a random model's loss, far above."""
+    grid_P = _beyond([curve.compute[-1] for curve in curves])
     shown = [loss for curve in curves for c, loss in zip(curve.compute, curve.loss, strict=True) if c >= grid_P[0] / 4]
     ends = [curve.loss[-1] for curve in curves]
-    low, high = min(*ends, *far), min(max(shown) * 1.03, max(ends) * 1.7)
+    low, high = min([*ends, *far]), min(max(shown) * 1.03, max(ends) * 1.7)
     axes.set_xlim(grid_P[0] / 5, grid_P[-1] * 1.2)
-    axes.set_ylim(low / (high / low) ** 0.12, high)  # room for a size's name under the lowest end
+    axes.set_ylim(low / (high / low) ** 0.05, high)
 
 
 def _name_sizes(axes: Axes, curves: Sequence[Curve]) -> None:
-    """Write each size's name once, under the lowest end of its curves."""
+    """Write each size's name once, above the end of its curves that is farthest to the right and up."""
+    limits = np.log([axes.get_xlim(), axes.get_ylim()])
+
+    def place(curve: Curve) -> float:
+        end = np.log([curve.compute[-1], curve.loss[-1]])
+        return float(((end - limits[:, 0]) / (limits[:, 1] - limits[:, 0])).sum())
+
     for size in dict.fromkeys(curve.size for curve in curves):
-        lowest = min((curve for curve in curves if curve.size == size), key=lambda curve: curve.loss[-1])
+        last = max((curve for curve in curves if curve.size == size), key=place)
         axes.annotate(
-            size, (lowest.compute[-1], lowest.loss[-1]), xytext=(-2, -10), ha="right", va="top", fontsize=9,
-            textcoords="offset points", color=GREY,
+            size, (last.compute[-1], last.loss[-1]), xytext=(4, 4), ha="left", va="bottom", fontsize=10,
+            textcoords="offset points", zorder=5, path_effects=[withStroke(linewidth=3, foreground="white")],
         )  # fmt: skip
 
 
 def _plain_log_ticks(axes: Axes) -> None:
     """Set few plain numbers; a log axis of less than a decade would have hardly a label, or two that touch."""
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_locator(_loss_locator(*axes.get_ylim()))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
     low, high = axes.get_xlim()
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if low >= 1 else _power(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _loss_locator(low: float, high: float) -> Locator:
+    """Return where losses are written: in even steps, or where the axis spans more, closer together further down."""
+    if high / low < EVEN_STEPS:
+        return MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
+    decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    for steps in LOG_STEPS:
+        ticks = [step * decade for decade in decades for step in steps if low <= step * decade <= high]
+        if len(ticks) <= MOST_TICKS:
+            break
+    return FixedLocator(ticks)
 
 
 def _power(value: float) -> str:

@@ -207,14 +207,37 @@ def by(key: str, outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
 
 
 def arms_of(outcomes: Iterable[Outcome], kind: Kind) -> list[list[Outcome]]:
-    """Return the runs of each arm of one kind, the arm with the fewest full layers first."""
+    """Return the runs of each arm of one kind: the fewest full layers first, those without key convolution first."""
     arms = by("arm", (outcome for outcome in outcomes if outcome.config.arm.kind is kind)).values()
-    return sorted(arms, key=lambda own: len(own[0].full_layers))
+    return sorted(arms, key=lambda own: (len(own[0].full_layers), own[0].config.arm.key_conv is not None))
 
 
 def of_kind(outcomes: Iterable[Outcome], kind: Kind) -> list[Outcome]:
     """Return the runs of the first arm of one kind; empty without one."""
     return next(iter(arms_of(outcomes, kind)), [])
+
+
+def share_a_seed(first: Iterable[Outcome], second: Iterable[Outcome]) -> bool:
+    """Tell whether two arms can be compared."""
+    return bool({run.run.seed for run in first} & {run.run.seed for run in second})
+
+
+def references(own: Sequence[Outcome], outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
+    """Return the arms of full attention that an arm is compared with: the first, and that of its own key convolution.
+
+    The latter differs from it in nothing but the choice of blocks.
+    """
+    full, fair = of_kind(outcomes, FULL), fair_full(own, outcomes)
+    return [arm for arm in ([full, fair] if fair != full else [full]) if arm and arm != own]
+
+
+def fair_full(own: Sequence[Outcome], outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """Return the runs of full attention with the same key convolution; empty where the arm or the study has none."""
+    arm = own[0].config.arm
+    if arm.key_conv is None or arm.kind is FULL:
+        return []
+    fulls = arms_of(outcomes, FULL)
+    return next((full for full in fulls if full[0].config.arm.without_blocks() == arm.without_blocks()), [])
 
 
 def behind(outcomes: Sequence[Outcome], kind: Loss, seeds: int | None = None) -> str:
@@ -230,6 +253,15 @@ def behind(outcomes: Sequence[Outcome], kind: Loss, seeds: int | None = None) ->
     if "document" not in first.final["windows"]:
         del counts[0]
     return ", ".join(f"{count:,} {name}{'s' * (count != 1)}" for count, name in counts)
+
+
+def speeds_apart(outcomes: Iterable[Outcome]) -> str | None:
+    """Say why measured seconds of these runs do not compare: other commits or devices; None if they do."""
+    runs = list(outcomes)
+    devices = (", ".join(run.result["hardware"]["gpus"]) or run.result["hardware"]["cpu"] for run in runs)
+    found = {"commits": [str(run.result["commit"])[:10] for run in runs], "devices": devices}
+    differing = [(name, list(dict.fromkeys(values))) for name, values in found.items()]
+    return " and ".join(f"{len(each)} {name} ({', '.join(each)})" for name, each in differing if len(each) > 1) or None
 
 
 def moba_settings(outcomes: Iterable[Outcome]) -> list[tuple[int, int, int]]:
@@ -285,7 +317,7 @@ def gain(outcomes: Sequence[Outcome], first_kind: Loss, second_kind: Loss) -> Di
 
 
 def fit(outcomes: Sequence[Outcome], kind: Loss, axis: str) -> Fit | None:
-    """Fit the law through the ends of one arm's runs; None if they do not differ in compute or lack this loss."""
+    """Fit the law through the ends of one arm's runs; None if they are of one size or compute, or lack this loss."""
     if not _fittable(outcomes, kind, axis):
         return None
     documents = _common_documents(outcomes, kind)
@@ -314,7 +346,8 @@ def slope_difference(first: Fit, second: Fit) -> Interval:
 
 
 def _fittable(outcomes: Sequence[Outcome], kind: Loss, axis: str) -> bool:
-    return len(set(_compute(outcomes, axis))) > 1 and all(outcome.has(kind) for outcome in outcomes)
+    sizes, amounts = {outcome.run.size for outcome in outcomes}, set(_compute(outcomes, axis))
+    return min(len(sizes), len(amounts)) > 1 and all(outcome.has(kind) for outcome in outcomes)
 
 
 def _compute(outcomes: Sequence[Outcome], axis: str) -> list[float]:

@@ -18,7 +18,7 @@ Numbers = np.ndarray[Any, Any]
 
 MOST_TICKS = 9
 PERCENT_TICKS = (-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50)
-TICK_ROOM = 0.09  # of the axis, for one number
+TICK_ROOM = 0.1  # of the axis, for one number
 LINEAR_PERCENT = 2.0  # differences up to this are to scale, larger ones are drawn closer together
 
 
@@ -90,7 +90,7 @@ def context_chart(
     """
     points = {}
     for place, (name, levels) in enumerate(lost.items()):
-        apart = 0.08 * (place - (len(lost) - 1) / 2)
+        apart = 0.04 * (place - (len(lost) - 1) / 2)
         beside = np.array([*(context * 2.0**apart for context in contexts[:-1]), contexts[-1]])
         points[name] = (beside, [*levels, Level(0.0)])
     with chart_style():
@@ -103,9 +103,9 @@ def context_chart(
 
 
 def candidates_chart(
-    candidates: Sequence[Candidate], smallest: float | None, *, title: str, difference_name: str
+    candidates: Sequence[Candidate], smallest: float | None, *, title: str, reference: str, difference_name: str
 ) -> Figure:
-    """Draw every candidate's difference from full attention as a dot with its interval, the first one on top.
+    """Draw every candidate's difference from a reference as a dot with its interval, the first one on top.
 
     Args:
         smallest: the least difference, in percent, that the noise of seeds lets one see; None draws no band.
@@ -113,8 +113,8 @@ def candidates_chart(
     with chart_style():
         figure = new_figure(height=1.9 + 0.46 * len(candidates))
         axes = figure.add_subplot()
-        axes.set_xscale("symlog", linthresh=LINEAR_PERCENT, linscale=1.2)
-        axes.axvline(0, color=RED, linewidth=2, label="Full attention")
+        axes.set_xscale("symlog", linthresh=LINEAR_PERCENT, linscale=0.9)
+        axes.axvline(0, color=RED, linewidth=2, label=reference)
         if smallest is not None:
             axes.axvspan(-smallest, smallest, color=GREY, alpha=0.15, linewidth=0, label="Within the noise of seeds")
         marks = (

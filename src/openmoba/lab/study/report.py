@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, groupby
 from pathlib import Path
 
 from openmoba.lab.arms import FULL
 from openmoba.lab.measure.compute import AXES, Axis
-from openmoba.lab.measure.resample import LEVEL, Interval
-from openmoba.lab.study.answers import LOSSES, answers, comparisons, reach, slopes, sweep, switches, use_of_context
+from openmoba.lab.measure.resample import LEVEL
+from openmoba.lab.study.answers import answers, slopes, sweep, switches, use_of_context
 from openmoba.lab.study.candidates import standing_table, standings
-from openmoba.lab.study.charts import Chart, draw_charts
+from openmoba.lab.study.charts import Chart, describe_arms, draw_charts, law_axes
 from openmoba.lab.study.outcomes import (
     Named,
     Outcome,
@@ -23,15 +23,21 @@ from openmoba.lab.study.outcomes import (
     of_kind,
     of_stage,
     read_outcomes,
+    references,
     seed_noise,
     slope_difference,
+    speeds_apart,
 )
 from openmoba.lab.study.recipe import Recipe, Stage
+from openmoba.lab.study.tables import comparisons, reach, table
+from openmoba.lab.study.words import LOSSES, bounds, inside
 from openmoba.lab.train.history import RESULT_FILE
 from openmoba.records.disk import write_text
 from openmoba.records.locks import CLAIM_FILE, claim
 
 REPORT_FILE = "report.md"
+
+BOLD = "Bold where the interval excludes zero; what is not bold lies within noise."
 
 # Smallest model, its tokens, and the window of arXiv 2502.13189's scaling law.
 REPORTED_PARAMETERS, REPORTED_TOKENS, REPORTED_LENGTH = 545e6, 10.8e9, 32768
@@ -82,7 +88,7 @@ def fit_tables(recipe: Recipe, outcomes: Sequence[Outcome], axis: str) -> str:
     tables = [
         "\n".join([f"{stage.name}, compute by the convention {axis}", "", *rows])
         for stage in recipe.stages
-        if stage.chart == "scaling" and (rows := _fits(of_stage(stage, outcomes), axis))
+        if stage.chart == "scaling" and (own := of_stage(stage, outcomes)) and (rows := _fits(stage, own, axis))
     ]
     if not tables:
         raise ValueError(
@@ -109,19 +115,31 @@ def _report(
             continue
         yield f"\n## Stage {stage.name}\n"
         yield _stage_sentence(stage, own)
+        yield f"\n{describe_arms(own)}"
         for chart in (chart for chart in charts if chart.stage == stage):
             yield f"\n![{chart.caption}]({chart.files[0].relative_to(study)})\n\n*{chart.caption}*"
         yield from _without_trailing(stage, own)
-        said = (answers(stage, own, axis), sweep(stage, outcomes), switches(own), use_of_context(own), reach(own))
+        said = (answers(stage, own, axis), sweep(stage, outcomes), switches(own), use_of_context(own))
         for sentence in chain(*said):
             yield f"\n{sentence}"
         if stage.chart == "compare":
             yield from _candidates(own)
-        if sentences := list(comparisons(own)):
-            yield "\n### Comparisons\n"
-            yield from (f"- {sentence}" for sentence in sentences)
+        if rows := reach(own):
+            yield f"\n### Lost for want of context ({behind(own, 'trailing')})\n"
+            yield (
+                f"Loss of the last {own[0].config.trailing:,} tokens with so many in sight, minus that with all "
+                f"{own[0].config.data.length:,}, in nats. {BOLD}\n"
+            )
+            yield from rows
+        if rows := comparisons(own):
+            yield f"\n### Comparisons ({behind(own, 'lm')})\n"
+            yield f"{BOLD} {_luck(own)}\n"
+            yield from rows
         if stage.chart == "scaling":
-            yield from _laws(own, axis)
+            for convention in law_axes(stage, own, axis):
+                yield from _laws(stage, own, convention)
+            if apart := speeds_apart(own):
+                yield f"\nMeasured seconds are not compared, since these runs are of {apart}."
         yield "\n### Runs\n"
         yield from _runs([outcome for outcome in own if outcome.run.stage == stage])
     yield "\n## Provenance\n"
@@ -208,6 +226,15 @@ def _stage_sentence(stage: Stage, compared: Sequence[Outcome]) -> str:
     return "; ".join(parts) + "."
 
 
+def _luck(outcomes: Sequence[Outcome]) -> str:
+    """Say which differences do not hold the luck of a seed."""
+    alone = [size for size, runs in by("size", outcomes).items() if seed_noise(runs, "lm") is None]
+    if not alone:
+        return "All intervals hold the noise of seeds."
+    which = "" if len(alone) == len(by("size", outcomes)) else f" of {', '.join(alone)}"
+    return f"The intervals{which} are of one seed, whose luck they do not hold."
+
+
 def _without_trailing(stage: Stage, outcomes: Sequence[Outcome]) -> Iterator[str]:
     """Say why a stage lacks a trailing loss, and with it the chart that it asks for."""
     short = [outcome for outcome in outcomes if not outcome.has("trailing")]
@@ -227,21 +254,24 @@ def _candidates(outcomes: Sequence[Outcome]) -> Iterator[str]:
             yield from standing_table(runs, found)
 
 
-def _laws(outcomes: Sequence[Outcome], axis: str) -> Iterator[str]:
-    rows = list(_fits(outcomes, axis))
+def _laws(stage: Stage, outcomes: Sequence[Outcome], axis: str) -> Iterator[str]:
+    """Write the laws by one convention of compute: of both losses, and of each position range beside full attention."""
+    rows = _fits(stage, outcomes, axis)
     if not rows:
         return
     yield f"\n### Fitted laws, L = a · C^b, C by the convention {axis} ({behind(outcomes, 'trailing')})\n"
     yield from rows
     full = of_kind(outcomes, FULL)
     for own in by("arm", outcomes).values():
-        if full and own != full:
-            yield ""
-            yield from (f"- {sentence}" for sentence in slopes(own, full, axis))
-            yield from _position_laws(own, full, axis)
+        for other in references(own, outcomes) if own != full else ():
+            if sentences := list(slopes(own, other, axis)):
+                yield ""
+                yield from (f"- {sentence}" for sentence in sentences)
+                yield from _position_laws(own, other, axis)
 
 
-def _fits(outcomes: Sequence[Outcome], axis: str) -> list[str]:
+def _fits(stage: Stage, outcomes: Sequence[Outcome], axis: str) -> list[str]:
+    law_axes(stage, outcomes, axis)  # seconds that do not compare are an error
     rows = []
     for own in by("arm", outcomes).values():
         for kind, name in LOSSES.items():
@@ -249,28 +279,25 @@ def _fits(outcomes: Sequence[Outcome], axis: str) -> list[str]:
             if law is not None:
                 worst = float(abs(law.residual).max())
                 rows.append(
-                    [own[0].label, name, f"{law.law.a:.4g} [{law.a.low:.4g}, {law.a.high:.4g}]",
-                     f"{law.law.b:.4f} [{law.b.low:.4f}, {law.b.high:.4f}]", str(len(law.loss)), f"{worst:.2%}"]
+                    [own[0].label, name, f"{law.law.a:#.4g} [{law.a.low:#.4g}, {law.a.high:#.4g}]",
+                     f"{law.law.b:+.4f}{bounds(law.b)}", str(len(law.loss)), f"{worst:.2%}"]
                 )  # fmt: skip
-    return list(_table(["arm", "loss", "a", "b", "runs", "largest residual"], rows)) if rows else []
+    return list(table(["arm", "loss", "a", "b", "runs", "largest residual"], rows)) if rows else []
 
 
 def _position_laws(own: Sequence[Outcome], full: Sequence[Outcome], axis: str) -> Iterator[str]:
     """Yield both arms' laws of every position range, and the interval of their exponents' difference."""
-    yield f"\n{own[0].label} and full attention by position ({behind(own, 0)}):\n"
+    other = inside(full[0].label)
+    yield f"\n{own[0].label} and {other} by position ({behind(own, 0)}):\n"
     rows = []
     for number, (start, end) in enumerate(own[0].ranges):
         pair = fit_pair(own, full, number, axis)
         if pair is not None:
             found = slope_difference(*pair)
-            cells = [text for law in pair for text in (f"{law.law.a:.4g}", f"{law.law.b:.4f} {_bounds(law.b)}")]
-            rows.append([f"{start:,}-{end:,}", *cells, _bounds(found)])
+            cells = [text for law in pair for text in (f"{law.law.a:#.4g}", f"{law.law.b:+.4f}{bounds(law.b)}")]
+            rows.append([f"{start:,}-{end:,}", *cells, bounds(found).strip()])
     name = own[0].label
-    yield from _table(["positions", f"{name} a", f"{name} b", "full a", "full b", "difference of b"], rows)
-
-
-def _bounds(interval: Interval) -> str:
-    return f"[{interval.low:.4f}, {interval.high:.4f}]"
+    yield from table(["positions", f"{name} a", f"{name} b", f"{other} a", f"{other} b", "difference of b"], rows)
 
 
 def _runs(outcomes: Sequence[Outcome]) -> Iterator[str]:
@@ -284,7 +311,7 @@ def _runs(outcomes: Sequence[Outcome]) -> Iterator[str]:
              f"{run.tokens_per_second:,.0f}", "-" if run.mfu is None else f"{run.mfu:.0%}"]
         )  # fmt: skip
     heads = ["size", "arm", "seed", "parameters without embeddings", "tokens", *LOSSES.values()]
-    yield from _table([*heads, *(axis.head for axis in AXES.values()), "tokens/s", "MFU"], rows)
+    yield from table([*heads, *(axis.head for axis in AXES.values()), "tokens/s", "MFU"], rows)
 
 
 def _compute_cell(run: Outcome, axis: Axis) -> str:
@@ -323,10 +350,3 @@ def _hardware(run: Outcome) -> str:
     hardware = run.result["hardware"]
     gpus = [f"{len(list(same))} x {name}" for name, same in groupby(hardware["gpus"])]
     return ", ".join([*gpus, f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} threads"])
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(heads)} |"
-    yield f"|{'|'.join(' --- ' for _ in heads)}|"
-    for row in rows:
-        yield f"| {' | '.join(row)} |"

@@ -9,27 +9,31 @@ from pathlib import Path
 
 from openmoba.lab.arms import FULL
 from openmoba.lab.measure.needle_page import chance, needle_sentences, read_needles
+from openmoba.lab.measure.resample import SeedNoise
 from openmoba.lab.study.answers import answers, reach, sweep, switches, use_of_context
-from openmoba.lab.study.candidates import percent, standing_table, standings, tokens_per_second
-from openmoba.lab.study.charts import FOLDER
+from openmoba.lab.study.candidates import standing_table, standings, tokens_per_second
+from openmoba.lab.study.charts import FOLDER, describe_arm, describe_arms, law_axes
 from openmoba.lab.study.outcomes import (
     Outcome,
     behind,
     by,
     difference,
+    fair_full,
     mean_loss,
     of_kind,
     of_stage,
     read_outcomes,
     seed_noise,
+    speeds_apart,
 )
 from openmoba.lab.study.recipe import RECIPE_FILE, Recipe, Stage, read_recipe
 from openmoba.lab.study.report import REPORT_FILE
+from openmoba.lab.study.words import in_percent
 
 ORDER = ("positions", "compare", "scaling", "layers")
 """Charts in the order in which their questions build on each other."""
-LAWS = ("6nd", "causal_exact", "accelerator_seconds")
-"""The conventions of compute by which laws are compared."""
+AXIS = "6nd"
+"""The convention of compute that comes first; `law_axes` has the others."""
 NEEDLES = "needle.jsonl"
 """Record of `openmoba evaluate needle`, in a study's folder."""
 HEADLINES = {
@@ -86,15 +90,17 @@ def experiments(studies: Sequence[Study], page: Path) -> str:
 
 
 def headlines(studies: Sequence[Study], page: Path) -> str:
-    """Show the first scaling chart and the first of layer-wise hybrids, with what they say, as Markdown."""
+    """Show the first scaling chart and the first of layer-wise hybrids that say something, with what they say."""
     lines = []
     for chart, caption in HEADLINES.items():
-        stages = [(study, stage) for study in studies for stage in study.recipe.stages if stage.chart == chart]
-        for study, stage in stages[:1]:
-            lines += [f"![{caption}]({_link(figure, page)})\n" for figure in study.figures(stage)[:1]]
-            lines += [*(f"- {sentence}" for sentence in answers(stage, study.runs(stage), LAWS[0])), ""]
-            report = _link(study.folder / REPORT_FILE, page)
-            lines.append(f"[{study.recipe.title}]({report}): {provenance(study.outcomes)}.\n")
+        for study, stage in ((found, stage) for found in studies for stage in found.recipe.stages):
+            figures = study.figures(stage) if stage.chart == chart else []
+            sentences = answers(stage, study.runs(stage), AXIS) if figures else []
+            if sentences:
+                lines += [f"![{caption}]({_link(figures[0], page)})\n", f"{' '.join(sentences)}\n"]
+                report = _link(study.folder / REPORT_FILE, page)
+                lines.append(f"[{study.recipe.title}]({report}): {provenance(study.outcomes)}.\n")
+                break
     return "\n".join(lines)
 
 
@@ -102,10 +108,11 @@ def settings(studies: Sequence[Study], page: Path) -> str:
     """Say which setting to take, by length and by how many keys it may read, and on what it rests, as Markdown.
 
     A row is the arm with the lowest loss at the last position range of that length, among the arms that read no more
-    keys than the budget, in the stage with the most arms. Empty without an arm that could be compared.
+    keys than the budget, in the stage with the most arms; beside it the others whose difference from it lies within
+    noise. Empty without an arm that could be compared.
     """
-    heads = ("length", "keys read at most", "setting", "against full attention, %", "keys read",
-             "training speed", "measured with")  # fmt: skip
+    heads = ("length", "keys read at most", "setting", "against full attention, %", "with its key convolution, %",
+             "not told apart", "keys read", "training speed", "measured with")  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for study, runs in _most_arms(studies):
         for number, (_, end) in enumerate(runs[0].ranges):
@@ -145,22 +152,8 @@ def _experiment(study: Study, page: Path) -> Iterator[str]:
     if study.recipe.question:
         yield f"**{study.recipe.question}**\n"
     for stage in study.recipe.stages:
-        runs = study.runs(stage)
-        if not runs:
-            continue
-        for figure in study.figures(stage):
-            yield f"![{study.recipe.title}, stage {stage.name}]({_link(figure, page)})\n"
-        axes = LAWS if stage.chart == "scaling" else LAWS[:1]
-        yield from (f"- {sentence}" for axis in axes for sentence in answers(stage, runs, axis))
-        yield from (f"- {sentence}" for sentence in sweep(stage, study.outcomes))
-        if stage.chart in ("positions", "compare"):
-            said = (*switches(runs), *use_of_context(runs), *reach(of_kind(runs, FULL)))
-            yield from (f"- {sentence}" for sentence in said)
-        yield ""
-        if stage.chart == "compare":
-            for own in by("size", runs).values():
-                yield from standing_table(own, standings(own))
-                yield ""
+        if runs := study.runs(stage):
+            yield from _stage(study, stage, runs, page)
     yield from _needles(study, page)
     missing = len(study.recipe.runs) - len(study.outcomes)
     unfinished = f"; {missing} of {len(study.recipe.runs)} runs are not finished" if missing else ""
@@ -169,6 +162,28 @@ def _experiment(study: Study, page: Path) -> Iterator[str]:
         f"{len(study.outcomes)} runs{unfinished}: [report]({report}), [recipe]({recipe}), "
         f"`openmoba study RECIPE --out FOLDER`; {provenance(study.outcomes)}.\n"
     )
+
+
+def _stage(study: Study, stage: Stage, runs: list[Outcome], page: Path) -> Iterator[str]:
+    """Write one stage: figures, arms, answers, and the table of its candidates."""
+    for figure in study.figures(stage):
+        yield f"![{study.recipe.title}, stage {stage.name}]({_link(figure, page)})\n"
+    if arms := describe_arms(runs):
+        yield f"{arms}\n"
+    axes = law_axes(stage, runs, AXIS) if stage.chart == "scaling" else (AXIS,)
+    yield from (f"- {sentence}" for axis in axes for sentence in answers(stage, runs, axis))
+    if stage.chart == "scaling" and (apart := speeds_apart(runs)):
+        yield f"- Measured seconds are not compared, since these runs are of {apart}."
+    yield from (f"- {sentence}" for sentence in sweep(stage, study.outcomes))
+    if stage.chart in ("positions", "compare"):
+        yield from (f"- {sentence}" for sentence in switches(runs))
+        if stage.beside is None:  # the stage beside it has said this
+            yield from (f"- {sentence}" for sentence in (*use_of_context(runs), *reach(of_kind(runs, FULL))))
+    yield ""
+    for own in by("size", runs).values() if stage.chart == "compare" else ():
+        if found := standings(own):
+            yield from standing_table(own, found)
+            yield ""
 
 
 def _needles(study: Study, page: Path) -> Iterator[str]:
@@ -192,8 +207,9 @@ def _most_arms(studies: Sequence[Study]) -> list[tuple[Study, list[Outcome]]]:
     for study in studies:
         for stage in study.recipe.stages:
             for runs in by("size", study.runs(stage)).values():
-                length = runs[0].config.data.length
-                if of_kind(runs, FULL) and (length not in found or rank(runs) > rank(found[length][1])):
+                length, full = runs[0].config.data.length, of_kind(runs, FULL)
+                plain = bool(full) and full[0].config.arm.key_conv is None
+                if plain and (length not in found or rank(runs) > rank(found[length][1])):
                     found[length] = study, runs
     return [found[length] for length in sorted(found)]
 
@@ -201,7 +217,6 @@ def _most_arms(studies: Sequence[Study]) -> list[tuple[Study, list[Outcome]]]:
 def _rows(runs: Sequence[Outcome], number: int, study: Study, page: Path) -> Iterator[list[str]]:
     """Yield the cells of the best arm within each budget at one position range, each arm once."""
     full, noise, length = of_kind(runs, FULL), seed_noise(runs, number), runs[0].ranges[number][1]
-    level = mean_loss(full, number)
     found = []
     for own in by("arm", runs).values():
         against, share = difference(own, full, number, noise), own[0].key_share(length)
@@ -214,16 +229,20 @@ def _rows(runs: Sequence[Outcome], number: int, study: Study, page: Path) -> Ite
         if best is None or best == last:
             continue
         last = against, share, own = best
+        others = [(arm, difference(arm, own, number, noise)) for _, _, arm in within if arm != own]
+        alike = [arm[0].label for arm, apart in others if apart is not None and not apart.resolved]
         speed, parameters = tokens_per_second(own) / tokens_per_second(full), own[0].result["params"]["non_embedding"]
-        report = _link(study.folder / REPORT_FILE, page)
+        fair = fair_full(own, runs)
         yield [
-            f"{budget:.0%}", _describe(own[0]), percent(against, level), f"{share:.1%}", f"{speed:.2f}x",
-            f"[{parameters:,} parameters; {behind(own, number)}]({report})",
+            f"{budget:.0%}", describe_arm(own[0]), in_percent(against, mean_loss(full, number), sign=""),
+            _in_percent_of(own, fair, number, noise), ", ".join(alike), f"{share:.1%}", f"{speed:.2f}x",
+            f"[{parameters:,} parameters; {behind(own, number)}]({_link(study.folder / REPORT_FILE, page)})",
         ]  # fmt: skip
 
 
-def _describe(run: Outcome) -> str:
-    return ": ".join(filter(None, (run.label, run.config.arm.settings(run.layers, run.config.train.steps))))
+def _in_percent_of(own: Sequence[Outcome], fair: Sequence[Outcome], number: int, noise: SeedNoise | None) -> str:
+    found = difference(own, fair, number, noise)
+    return "" if found is None else in_percent(found, mean_loss(fair, number), sign="")
 
 
 def _by_arm_and_size(study: Study) -> Iterator[list[Outcome]]:

@@ -1,0 +1,75 @@
+"""Publish studies: gather their records below results/, draw figures and reports anew, and write the documents' tables.
+
+    python docs/publish.py runs/chart-a runs/chart-b
+    python docs/publish.py runs/chart-b elsewhere/chart-b
+
+A folder becomes results/h200/study/NAME by its own name; folders of one name are pieces of one study, made by several
+calls or on several machines. Finished runs are taken, as the few small files that a report is made of, without weights,
+and what `openmoba evaluate needle` wrote beside them. Do it again whenever more runs are finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import tables
+
+from openmoba.lab.data.identity import IDENTITY_FILE
+from openmoba.lab.study.outcomes import read_outcomes
+from openmoba.lab.study.recipe import RECIPE_FILE, read_recipe
+from openmoba.lab.study.report import write_report
+from openmoba.lab.study.results import AXIS, NEEDLES
+from openmoba.lab.train.history import METRICS_FILE, RESULT_FILE
+
+RECORDS = ("config.json", IDENTITY_FILE, METRICS_FILE, RESULT_FILE)
+"""What a finished run is, without weights."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="+", type=Path, help="folders of studies, or pieces of them")
+    options = parser.parse_args(arguments)
+    for name in dict.fromkeys(study.resolve().name for study in options.studies):
+        pieces = [study for study in options.studies if study.resolve().name == name]
+        print(*publish(pieces, tables.ROOT / tables.STUDIES.parent / name), sep="\n")
+    tables.main()
+
+
+def publish(pieces: Sequence[Path], out: Path) -> list[Path]:
+    """Gather the pieces of a study in `out`, beside what is there, and write its report; returns report and figures."""
+    gather(pieces, out)
+    recipe = read_recipe(out / RECIPE_FILE)
+    return write_report(recipe, out, AXIS)
+
+
+def gather(pieces: Sequence[Path], out: Path) -> None:
+    """Put copies of the records of the finished runs of a study's pieces into `out`.
+
+    Raises:
+        ValueError: pieces of different recipes, or a run that is finished twice with other records; nothing was copied.
+    """
+    found: dict[str, Path] = {}
+    for piece in (*([out] if (out / RECIPE_FILE).exists() else []), *pieces):
+        recipe = read_recipe(piece / RECIPE_FILE)
+        read_outcomes(recipe, piece)  # damaged records are an error
+        found.setdefault(RECIPE_FILE, piece)
+        for name in (RECIPE_FILE, *(f"{run.name}/{RESULT_FILE}" for run in recipe.runs)):
+            first = found.setdefault(name, piece) if (piece / name).exists() else piece
+            if (piece / name).exists() and (first / name).read_bytes() != (piece / name).read_bytes():
+                raise ValueError(f"{first / name} and {piece / name} differ; delete the one that does not count")
+    for name, piece in found.items():
+        for record in RECORDS if name != RECIPE_FILE else (RECIPE_FILE,):
+            source, target = (folder / Path(name).with_name(record) for folder in (piece, out))
+            if source.exists() and source != target:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
+    for piece in pieces:
+        for path in piece.glob(f"{Path(NEEDLES).stem}.*"):
+            shutil.copyfile(path, out / path.name)
+
+
+if __name__ == "__main__":
+    main()

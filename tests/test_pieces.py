@@ -1,0 +1,210 @@
+"""A study comes in pieces: some of its runs, from several machines and commits, without checkpoints, over days."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import publish
+import pytest
+import synthetic_study
+from synthetic_study import CANDIDATES, RECIPE, train
+
+from openmoba import cli
+from openmoba.lab.measure import resample
+from openmoba.lab.progress import Progress
+from openmoba.lab.study import charts, work
+from openmoba.lab.study import fit as fitting
+from openmoba.lab.study.recipe import RECIPE_FILE, Recipe, parse_recipe
+from openmoba.lab.study.report import write_report
+from openmoba.lab.study.results import experiments, headlines, limits, read_studies, settings
+from openmoba.lab.study.work import run_study
+from openmoba.lab.train import run as training
+
+KEYS = '[arms]\nkeys = { name = "moba", key_conv = 4 }\nfull-keys = { name = "full", key_conv = 4 }\n'
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """Figures are made but not written, laws and intervals are rough, nothing is planned."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(charts, "save", lambda figure, path: [path.with_name(f"{path.name}.png")])
+        patch.setattr(synthetic_study, "RANGES", 3)
+        for module in (fitting, resample):
+            patch.setattr(module, "REPLICATES", 20)
+        patch.setattr(fitting, "REWEIGHTINGS", 3)
+        patch.setattr(fitting, "HALVINGS", 8)
+        patch.setattr(work, "check_models", lambda _: None)
+        patch.setattr(work, "planned_work", lambda _: 1.0)
+        yield
+
+
+def make(out: Path, text: str = RECIPE, *patterns: str) -> Recipe:
+    """Make a study, or the runs of it that match the patterns; every run takes other seconds."""
+    recipe = parse_recipe(text, title="t")
+    run_study(recipe, out, train, lambda _: Progress(), recipe.chosen(patterns) if patterns else None)
+    for number, path in enumerate(sorted(out.glob("*/*/metrics.jsonl"))):
+        path.write_text(path.read_text().replace('"accelerator_seconds": 6', f'"accelerator_seconds": {6 + number}'))
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of which all runs are finished, without its checkpoints."""
+    out = tmp_path_factory.mktemp("whole") / "study"
+    make(out)
+    for checkpoint in out.glob("*/*/checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    return out
+
+
+def split(whole: Path, out: Path) -> list[Path]:
+    """Two pieces of a study, by seed."""
+    pieces = [out / str(seed) / whole.name for seed in (0, 1)]
+    for seed, piece in enumerate(pieces):
+        piece.mkdir(parents=True)
+        shutil.copy(whole / RECIPE_FILE, piece)
+        for run in whole.glob(f"*/*seed{seed}"):
+            shutil.copytree(run, piece / run.relative_to(whole))
+    return pieces
+
+
+def test_pieces_that_are_put_together_give_the_report_of_the_whole(whole: Path, tmp_path: Path) -> None:
+    """One after the other; weights stay where they are, needles come along."""
+    first, second = split(whole, tmp_path)
+    (first / "pretrain" / "small-full-seed0" / "checkpoint-9").mkdir()
+    (second / "needle.png").write_text("heat")
+    out = tmp_path / "results" / "study"
+    publish.publish([first], out)
+    assert "**11 of 22 runs are finished**" in (out / "report.md").read_text()
+    publish.publish([second], out)
+    write_report(parse_recipe(RECIPE, title="t"), whole, "6nd")
+    assert (out / "report.md").read_text() == (whole / "report.md").read_text()
+    assert not list(out.glob("*/*/checkpoint-*"))
+    assert (out / "needle.png").read_text() == "heat"
+
+
+def test_pieces_that_contradict_each_other_are_refused_and_nothing_is_copied(whole: Path, tmp_path: Path) -> None:
+    first, second = split(whole, tmp_path)
+    shutil.copytree(first / "pretrain" / "small-full-seed0", second / "pretrain" / "small-full-seed0")
+    publish.gather([first, second], tmp_path / "same")
+    result = second / "pretrain" / "small-full-seed0" / "result.json"
+    result.write_text(result.read_text().replace('"seconds": 60.0', '"seconds": 61.0'))
+    with pytest.raises(ValueError, match=r"small-full-seed0/result\.json differ; delete the one that does not count"):
+        publish.gather([first, second], tmp_path / "out")
+    (second / RECIPE_FILE).write_text(RECIPE.replace("Synthetic", "Other"))
+    with pytest.raises(ValueError, match=r"recipe\.toml differ"):
+        publish.gather([first, second], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_finished_runs_without_checkpoints_are_gone_on_from(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another call makes the other runs; only what starts from lost weights is refused, by name."""
+    first, _ = split(whole, tmp_path)
+    monkeypatch.setattr(training, "run_training", train)
+    command = ["study", str(first / RECIPE_FILE), "--out", str(first), "--runs"]
+    assert cli.main([*command, "pretrain/*"]) == 0
+    assert "the 12 chosen of 22 runs are finished" in capsys.readouterr().out
+    assert "**17 of 22 runs are finished**" in (first / "report.md").read_text()
+    shutil.rmtree(first / "finetune" / "large-last-2-seed0")
+    assert cli.main([*command, "finetune/large-last-2-seed0"]) == 2
+    assert "pretrain/large-moba-seed0, which is finished but has no checkpoint here" in capsys.readouterr().err
+    assert cli.main(["plot", str(first)]) == 0
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        ["pretrain/small-full-seed0"],
+        ["pretrain/small-*"],
+        ["pretrain/small-moba-*", "pretrain/large-moba-seed0"],
+        ["pretrain/*-seed0", "pretrain/small-full-seed1"],
+        ["pretrain/small-full-*", "pretrain/medium-full-seed0", "pretrain/medium-moba-seed1"],
+        ["pretrain/large-moba-*", "finetune/*last-1*"],
+        ["pretrain/large-*", "finetune/*-full-seed0", "finetune/*-last-1-seed1"],
+    ],
+)
+def test_an_unfinished_study_has_a_report_and_a_place_on_the_page(patterns: list[str], tmp_path: Path) -> None:
+    recipe = make(tmp_path / "study", RECIPE, *patterns)
+    write_report(recipe, tmp_path / "study", "6nd")
+    studies = read_studies([tmp_path / "study"])
+    assert f"of {len(recipe.runs)} runs are not finished" in experiments(studies, tmp_path)
+    assert limits(studies)
+    assert isinstance(settings(studies, tmp_path) + headlines(studies, tmp_path), str)
+    report = (tmp_path / "study" / "report.md").read_text()
+    assert f"of {len(recipe.runs)} runs are finished**" in report
+    assert " nan" not in report
+
+
+@pytest.mark.parametrize(
+    "patterns", [["*-full-seed0"], ["*-moba-*"], ["*keys-seed0"], ["*-full-seed0", "*-moba-seed1"], ["*-last-*"]]
+)
+def test_an_unfinished_short_list_has_a_report_and_a_place_on_the_page(patterns: list[str], tmp_path: Path) -> None:
+    text = CANDIDATES.replace('"fine", ', '"keys", "full-keys", ').replace("[arms]\n", KEYS)
+    recipe = make(tmp_path / "study", text, *patterns)
+    write_report(recipe, tmp_path / "study", "6nd")
+    studies = read_studies([tmp_path / "study"])
+    assert experiments(studies, tmp_path)
+    table = settings(studies, tmp_path)
+    report = (tmp_path / "study" / "report.md").read_text()
+    if patterns == ["*keys-seed0"]:  # the only full attention has key convolution: called by its name
+        assert "from full-keys: **" in report
+        assert "from full attention" not in report
+        assert table == ""
+
+
+def test_hybrids_of_other_seeds_than_full_attention_are_not_compared(tmp_path: Path) -> None:
+    recipe = make(tmp_path, RECIPE, "finetune/large-full-seed0", "finetune/large-last-1-seed1")
+    write_report(recipe, tmp_path, "6nd")
+    report = (tmp_path / "report.md").read_text()
+    finetune = report[report.index("## Stage finetune") :]
+    assert "Without a bar: of other seeds, not compared." in finetune
+    assert "layers full" not in finetune.partition("### Runs")[0].partition("Arms:")[2].partition("\n")[2]
+
+
+def test_two_sizes_make_a_law_that_nothing_checks(tmp_path: Path) -> None:
+    recipe = make(tmp_path, RECIPE, "pretrain/small-*", "pretrain/large-*")
+    write_report(recipe, tmp_path, "6nd")
+    assert (tmp_path / "report.md").read_text().count("Two sizes make a law that nothing checks.") == 1
+    one = make(tmp_path / "one", RECIPE, "pretrain/small-*")
+    write_report(one, tmp_path / "one", "6nd")
+    assert "Fitted laws" not in (tmp_path / "one" / "report.md").read_text(), "seconds differ, but it is one size"
+
+
+@pytest.mark.parametrize("differing", ["commit", "device"])
+def test_seconds_of_different_commits_or_devices_are_not_compared(
+    differing: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where they were before, their chart does not stay behind."""
+    study = Path(shutil.copytree(whole, tmp_path / "study"))
+    recipe = parse_recipe(RECIPE, title="t")
+    seconds = study / "figures" / "pretrain-scaling-law-seconds.png"
+    assert seconds in write_report(recipe, study, "6nd")
+    assert "C by the convention accelerator_seconds" in (study / "report.md").read_text()
+    assert "(accelerator_seconds) the trailing loss" in experiments(read_studies([study]), tmp_path)
+    path = study / "pretrain" / "large-moba-seed1" / "result.json"
+    result = json.loads(path.read_text())
+    if differing == "commit":
+        result["commit"] = "1111111"
+        said = "2 commits (0000000, 1111111)"
+    else:
+        result["hardware"]["gpus"] = ["a card"]
+        said = "2 devices (an imagined processor, a card)"
+    path.write_text(json.dumps(result))
+    seconds.parent.mkdir(exist_ok=True)
+    seconds.touch()
+    assert seconds not in write_report(recipe, study, "6nd")
+    assert not seconds.exists()
+    report = (study / "report.md").read_text()
+    assert f"Measured seconds are not compared, since these runs are of {said}." in report
+    assert "accelerator_seconds" not in report
+    page = experiments(read_studies([study]), tmp_path)
+    assert f"- Measured seconds are not compared, since these runs are of {said}." in page
+    assert "accelerator_seconds" not in page
+    for command in ("plot", "fit"):
+        assert cli.main([command, str(study), "--axis", "accelerator_seconds"]) == 2
+        assert f"the runs of stage pretrain are of {said}, so their seconds do not compare" in capsys.readouterr().err
