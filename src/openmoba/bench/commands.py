@@ -31,7 +31,7 @@ class Plot:
         """Draw, and print."""
         from openmoba.records.figures import save
 
-        of_training = read_columns(self.csv) == columns(TrainingRow)
+        of_training = set(read_columns(self.csv)) == set(columns(TrainingRow))
         rows: Sequence[Any] = read_rows(self.csv, TrainingRow if of_training else Row)
         if not rows:
             raise ValueError(f"{self.csv} holds no rows; run `openmoba bench attention`, `decode` or `training` first")
