@@ -88,7 +88,7 @@ def _completing(
     together = min(room, cdiv(programs, sequences * kv_heads))
     arguments = (Rows.of(key_strides), Rows.of(centroid_strides), Table(TENSOR, *paging), TENSOR, TENSOR, block_size)
     constants = centroid_sizes(block_size, width) | {"num_warps": 4}
-    return Launch(_complete, (together, kv_heads, sequences), arguments, constants)
+    return Launch(_complete_blocks, (together, kv_heads, sequences), arguments, constants)
 
 
 def _prefill(
@@ -160,7 +160,7 @@ def _gathering(geometry: PagedGeometry, centroid_strides: tuple[int, int, int]) 
 
 
 @triton.jit
-def _complete(
+def _complete_blocks(
     k,
     centroids,
     table,
