@@ -345,7 +345,7 @@ def launched_on_amd() -> list[str]:
 def names_in_profiles() -> dict[str, str]:
     """The kernels of all families by the names that the compiler gives them, with the modules that they are in."""
     from openmoba.bench.training.profiles import own_kernels
-    from openmoba.ops.triton import attention  # noqa: F401
+    from openmoba.ops.triton import attention, paged  # noqa: F401
     from openmoba.ops.triton.hopper import forward, keys, own_queries  # noqa: F401
 
     return own_kernels()

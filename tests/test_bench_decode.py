@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +16,20 @@ import torch
 from openmoba.bench import __main__ as module_main
 from openmoba.bench import decode, timing
 from openmoba.bench.attention import Session
-from openmoba.bench.decode import CHUNK, DENSE, EAGER, GRAPH, Bench, Cache, Shape, check_chunk
+from openmoba.bench.decode import (
+    CHUNK,
+    DENSE,
+    EAGER,
+    GRAPH,
+    Cache,
+    Shape,
+    check_chunk,
+    decode_tasks,
+    prefill_tasks,
+    told,
+)
 from openmoba.bench.decode_charts import prefill_chart, step_chart
+from openmoba.bench.machine import fill
 from openmoba.bench.rows import append_row, read_rows
 from openmoba.bench.table import Row
 from openmoba.cli import main
@@ -29,13 +45,23 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "SETTINGS", ((16, 2), (8, 3)))
 
 
-def bench(out: Path) -> Bench:
-    return Bench(Session(CPU, "abc", read_rows(out, Row)), out)
+def measured(out: Path, *kinds: Callable[[Session], Iterator[Any]]) -> list[Row]:
+    session = Session(CPU, "abc", read_rows(out, Row))
+    tasks = chain.from_iterable(tasks(session) for tasks in kinds)
+    return fill(out, session.rows, tasks, minutes=None, told=told)
+
+
+def steps(session: Session) -> Iterator[Any]:
+    return decode_tasks(session, SMALL)
+
+
+def chunks(session: Session) -> Iterator[Any]:
+    return prefill_tasks(session, replace(SMALL, batch=1), 32)
 
 
 def test_rows_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "decode.csv"
-    rows = [*bench(out).decode(SMALL), *bench(out).prefill(replace(SMALL, batch=1), 32)]
+    rows = measured(out, steps, chunks)
     assert read_rows(out, Row) == rows
     assert [(row.contender, row.passes, row.block_size) for row in rows if row.contender == "moba"] == [
         *(("moba", EAGER, size) for size in (16, 8)),
@@ -50,13 +76,30 @@ def test_rows_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         if row.passes == EAGER and row.contender == "moba":
             assert row.dense_ms == best
             assert row.speedup == pytest.approx(best / row.p50_ms, rel=1e-4)
-    monkeypatch.setattr(Bench, "_measure", None)
-    assert list(bench(out).decode(SMALL)) == rows[: len(dense) + 2]
+    monkeypatch.setattr(decode, "measure", None)
+    monkeypatch.setattr(decode, "Cache", None)
+    assert measured(out, steps) == rows[: len(dense) + 2]
+    assert measured(out, chunks) == rows[len(dense) + 2 :]
+
+
+def test_a_cache_is_made_once_and_given_back_with_its_last_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Cache]] = []
+
+    class Counted(Cache):
+        def __init__(self, *arguments: Any) -> None:
+            assert [cache() for cache in made] in ([], [None])
+            super().__init__(*arguments)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(decode, "Cache", Counted)
+    monkeypatch.setattr(decode, "DENSE", {})
+    measured(tmp_path / "decode.csv", steps, chunks)
+    assert [cache() for cache in made] == [None, None]
 
 
 def test_a_file_holds_chunks_of_one_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "decode.csv"
-    list(bench(out).prefill(replace(SMALL, batch=1), 32))
+    measured(out, chunks)
     check_chunk(32, out)
     assert main(["bench", "decode", "--chunk", "16", "--out", str(out)]) == 2
     assert "holds chunks of 32 tokens, got chunk=16" in capsys.readouterr().err

@@ -10,10 +10,11 @@ import torch
 
 from openmoba import moba_attention
 from openmoba.bench import __main__ as module_main
-from openmoba.bench import paged, timing
+from openmoba.bench import decode, paged, timing
 from openmoba.bench.attention import Session
-from openmoba.bench.decode import Cache, Shape
-from openmoba.bench.paged import Paged, PagedBench, PagedCache, markdown
+from openmoba.bench.decode import Cache, Shape, told
+from openmoba.bench.machine import fill
+from openmoba.bench.paged import Paged, PagedCache, markdown, paged_tasks
 from openmoba.bench.rows import read_rows
 from openmoba.bench.table import Row
 
@@ -41,8 +42,9 @@ def test_rows_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     out = tmp_path / "paged.csv"
 
     def rows() -> list[Row]:
-        bench = PagedBench(Session(CPU, "abc", read_rows(out, Row)), out)
-        return [*bench.compare(SMALL, None), *bench.compare(SMALL, 32)]
+        session = Session(CPU, "abc", read_rows(out, Row))
+        tasks = [*paged_tasks(session, SMALL, None), *paged_tasks(session, SMALL, 32)]
+        return fill(out, session.rows, tasks, minutes=None, told=told)
 
     first = rows()
     names = [
@@ -51,7 +53,7 @@ def test_rows_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [row.passes for row in first] == names
     assert all(row.p50_ms and row.block_size == 16 for row in first)
     assert read_rows(out, Row) == first
-    monkeypatch.setattr(PagedBench, "_measure", None)
+    monkeypatch.setattr(decode, "measure", None)
     assert rows() == first
     table = markdown(first)
     assert f"| {first[1].p50_ms / first[0].p50_ms:.2f} |" in table

@@ -82,9 +82,7 @@ def _is_comment(line: str) -> bool:
     return "# " in line and "# fmt:" not in line and "# noqa" not in line
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in KERNELS if not path.stem.startswith("decode")], ids=lambda path: str(path.name)
-)
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
 def test_long_kernels_say_why(path: Path) -> None:
     assert [(name, run) for name, run in unexplained(path.read_text()) if run > UNEXPLAINED] == []
 

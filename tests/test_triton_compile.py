@@ -141,6 +141,7 @@ def test_profiles_tell_the_families_apart(reports):
     where = reports["names"]
     assert where["hopper_attend_own"] == "hopper.own_queries"
     assert where["portable_attend_own"] == "portable.forward"
+    assert where["decode_attend"] == "decode_kernels"
     assert where["_gate"] == "gate"
     for configuration in (CONFIGURATIONS[-1], HOPPER_CONFIGURATIONS[0], HOPPER_CONFIGURATIONS[1]):
         for kernel in reports[configuration]:
@@ -200,12 +201,12 @@ def test_machine_code_over_a_block_table(reports, configuration):
     kernels = {kernel["kernel"]: kernel for kernel in reports[configuration]}
     _, block_size, top_k, queries, page_size = map(int, configuration.split(","))
     if queries == 4:
-        assert set(kernels) == {"_complete", "attend"} | ({"score"} if top_k > 1 else set())
+        assert set(kernels) == {"_complete_blocks", "attend"} | ({"score"} if top_k > 1 else set())
         assert kernels["attend"]["registers"] <= 128
         assert top_k == 1 or kernels["score"]["hgmma"] > 0
     elif page_size >= block_size:
         past = "attend_past_resident" if block_size == 128 else "attend_past_streaming"
-        assert set(kernels) == {"_complete", "_gather", past, "attend_own"}
+        assert set(kernels) == {"_complete_blocks", "_gather", past, "attend_own"}
         for name in (past, "attend_own"):
             kernel, (programs, threads, products) = kernels[name], HOPPER_KERNELS[name]
             assert programs * (kernel["shared"] + RESERVED_SHARED_MEMORY) <= ALL_SHARED_MEMORY, kernel
@@ -213,7 +214,7 @@ def test_machine_code_over_a_block_table(reports, configuration):
             assert kernel["hgmma"] >= products, kernel
             assert kernel["waits"] <= 4, kernel
     else:
-        assert set(kernels) == {"_complete", "_gather", "attend_past", "attend_own"}
+        assert set(kernels) == {"_complete_blocks", "_gather", "attend_past", "attend_own"}
         assert all(kernels[name]["hgmma"] > 0 for name in ("attend_past", "attend_own"))
     for kernel in kernels.values():
         assert kernel["shared"] <= SHARED_MEMORY, kernel

@@ -267,7 +267,7 @@ def test_the_registered_operation_completes_pages(randn, starts):
 @pytest.mark.parametrize(("block_size", "top_k"), [(128, 8), (512, 3), (4096, 12), (1, 64), (100, 1)])
 def test_shares_cover_the_pages_once(rows, block_size, top_k):
     tile = kernels.keys_per_tile(block_size, 128, itemsize=2)
-    ranks, piece = kernels.share_of(rows, block_size, top_k, tile, 132)
+    ranks, piece = kernels.portion_of(rows, block_size, top_k, tile, 132)
     shares = -(-top_k // ranks) * -(-block_size // piece)
     assert ranks == 1 or piece == block_size
     assert (piece % tile == 0) or piece == block_size

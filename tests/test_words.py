@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 OPS = ROOT / "src/openmoba/ops"
 FILES = {path.relative_to(OPS).as_posix(): path.read_text() for path in sorted(OPS.rglob("*.py"))}
 
-CACHES = {"centroids.py", "decode.py", "pages.py", "paged.py", "reference.py", "triton/decode.py", "triton/pages.py"}
+CACHES = {"centroids.py", "decode.py", "pages.py", "paged.py", "reference.py"}
 SORTING = {f"triton/{name}.py" for name in ("route", "gate", "ranking", "given", "plan", "attention")}
 ATTENTIONS = {"key_begin", "key_partial_bytes"}
 """Names in files that sort, of the keys that attention reads."""
@@ -85,6 +85,15 @@ def test_integers_to_sort_by_are_sort_keys() -> None:
         found = having("key", names(FILES[name])) - ATTENTIONS
         assert {one for one in found if "sort_key" not in one.lower()} == set(), name
     assert having("key", names(FILES["triton/plan.py"])) >= {"sort_keys", "key_begin"}
+
+
+def test_what_a_program_of_decoding_attends_to_is_a_portion() -> None:
+    """Shares are of dQ, and pages are a block table's: in kernels of decoding both were blocks once."""
+    for name in ("triton/decode.py", "triton/decode_kernels.py"):
+        assert having("portion", names(FILES[name]))
+        assert having("share", names(FILES[name])) == set(), name
+    of_tables = {"page", "page_N", "page_of", "k_page", "v_page"}
+    assert having("page", names(FILES["triton/decode_kernels.py"])) == of_tables
 
 
 def test_plans_are_of_lists() -> None:

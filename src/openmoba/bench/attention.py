@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import openmoba
 from openmoba.bench.cases import GRIDS, Case
 from openmoba.bench.contenders import CONTENDERS
 from openmoba.bench.inputs import Inputs, first_block_share, make_inputs
-from openmoba.bench.machine import Machine, failure, fill, say
+from openmoba.bench.machine import Machine, attempted, fill, say
 from openmoba.bench.rows import read_rows
 from openmoba.bench.table import Row, compared, markdown
 from openmoba.bench.timing import Work, measure
@@ -90,12 +89,8 @@ def run_benchmark(
 
 def measure_row(name: str, case: Case, session: Session) -> Row:
     """Measure one contender on one case. Its failure, out of memory included, is a row with an error."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    row = Row.of(name, case, **session.machine, library=CONTENDERS[name].version(), time=now)
-    try:
-        row = _measured(name, case, session, row)
-    except Exception as error:  # whatever kind a contender raises, others can still be timed
-        row = replace(row, error=failure(error))
+    row = Row.of(name, case, **session.machine, library=CONTENDERS[name].version())
+    row = attempted(row, partial(_measured, name, case, session))
     session.tidy()
     return row
 

@@ -33,8 +33,8 @@ class Plot:
         """Draw, and print."""
         from openmoba.records.figures import save
 
-        names = read_columns(self.csv)
-        kind = next((kind for kind in (TrainingRow, ParallelRow) if names == columns(kind)), Row)
+        names = set(read_columns(self.csv))
+        kind = next((kind for kind in (TrainingRow, ParallelRow) if names == set(columns(kind))), Row)
         rows: Sequence[Any] = read_rows(self.csv, kind)
         if not rows:
             raise ValueError(f"{self.csv} holds no rows; run `openmoba bench attention`, or another, first")

@@ -9,9 +9,10 @@ Rows have the columns of the attention benchmark (`bench.table`); `passes` says 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from openmoba.bench.attention import Session
-from openmoba.bench.machine import failure, say
-from openmoba.bench.rows import append_row, read_rows
+from openmoba.bench.machine import attempted, fill
+from openmoba.bench.rows import read_rows
 from openmoba.bench.table import Row, compared, markdown
 from openmoba.bench.timing import Work, measure
 from openmoba.limits import check_count
@@ -77,11 +78,11 @@ class Decode:
         if not torch.cuda.is_available():
             raise ValueError("openmoba bench decode needs a GPU")
         shapes = [Shape(tokens, batch) for batch in self.batches for tokens in self.lengths]
-        bench = Bench(Session(torch.device("cuda"), self.commit, read_rows(self.out, Row)), self.out)
-        rows = [row for shape in shapes for row in bench.decode(shape)]
+        session = Session(torch.device("cuda"), self.commit, read_rows(self.out, Row))
+        tasks = chain.from_iterable(decode_tasks(session, shape) for shape in shapes)
         if self.prefill:
-            rows += bench.prefill(Shape(self.prefill, 1), self.chunk)
-        print(markdown(rows))
+            tasks = chain(tasks, prefill_tasks(session, Shape(self.prefill, 1), self.chunk))
+        print(markdown(fill(self.out, session.rows, tasks, minutes=None, told=told)))
 
 
 @dataclass(frozen=True)
@@ -139,87 +140,73 @@ class Cache:
         return step
 
 
-@dataclass(frozen=True)
-class Bench:
-    """A session and the file that it writes."""
+Build = Callable[[Cache, Row], Callable[[], Tensor]]
+"""Makes the call to time, which may fail, for a row over a cache."""
 
-    session: Session
-    out: Path
 
-    def decode(self, shape: Shape) -> Iterator[Row]:
-        """Measure one cache, from a graph and eager, dense attention first; rows in the file stay as they are."""
-        passes = (GRAPH, EAGER) if self.session.device.type == "cuda" else (EAGER,)
-        dense = [shape.row(name, kind, None) for kind in passes for name in DENSE]
-        sparse = [shape.row("moba", kind, settings) for kind in passes for settings in SETTINGS]
-        cache: Cache | None = None
-        for row in dense + sparse:
-            known = self._known(row)
-            if known is None and cache is None:
-                cache = Cache(shape, self.session.device)
-            yield known or self._measure(row, self._step(cache, row))
-        cache = None
-        self.session.tidy()
+def decode_tasks(session: Session, shape: Shape) -> Iterator[tuple[Row, Callable[[], Row]]]:
+    """Yield what to measure over one cache, from a graph and eager, dense attention first (`machine.fill`)."""
+    passes = (GRAPH, EAGER) if session.device.type == "cuda" else (EAGER,)
+    dense = [shape.row(name, kind, None) for kind in passes for name in DENSE]
+    sparse = [shape.row("moba", kind, settings) for kind in passes for settings in SETTINGS]
+    return cache_tasks(session, shape, ((row, _step) for row in dense + sparse))
 
-    def prefill(self, shape: Shape, chunk: int) -> Iterator[Row]:
-        """Measure a row per chunk of a prompt and per setting of MoBA."""
-        rows = [
-            replace(shape, tokens=end).row("moba", CHUNK, settings)
-            for settings in SETTINGS
-            for end in range(chunk, shape.tokens + 1, chunk)
-        ]
-        cache: Cache | None = None
-        for row in rows:
-            known = self._known(row)
-            if known is None and cache is None:
-                cache = Cache(shape, self.session.device)
-            yield known or self._measure(row, self._chunk(cache, row, chunk))
-        cache = None
-        self.session.tidy()
 
-    def _known(self, row: Row) -> Row | None:
-        asked = replace(row, **self.session.machine).key
-        return next((known for known in self.session.rows if known.key == asked), None)
+def prefill_tasks(session: Session, shape: Shape, chunk: int) -> Iterator[tuple[Row, Callable[[], Row]]]:
+    """Yield what to measure of a prompt, per setting of MoBA and chunk (`machine.fill`)."""
+    ends = range(chunk, shape.tokens + 1, chunk)
+    rows = (replace(shape, tokens=end).row("moba", CHUNK, settings) for settings in SETTINGS for end in ends)
+    return cache_tasks(session, shape, ((row, partial(_chunk, chunk)) for row in rows))
 
-    def _step(self, cache: Cache | None, row: Row) -> Callable[[], Callable[[], Tensor]]:
-        """Return what makes the call to time, which may fail."""
 
-        def build() -> Callable[[], Tensor]:
-            assert cache is not None
-            if row.block_size is None or row.top_k is None:
-                step = cache.dense(*DENSE[row.contender])
-            else:
-                step = cache.moba(row.block_size, row.top_k)
-            return replayed(step) if row.passes == GRAPH else step
+def cache_tasks(
+    session: Session, shape: Shape, cases: Iterable[tuple[Row, Build]]
+) -> Iterator[tuple[Row, Callable[[], Row]]]:
+    """Yield rows, and the calls that measure them over one cache.
 
-        return build
+    The first call makes the cache, and its memory is given back once all rows have been taken.
+    """
+    made: list[Cache] = []
 
-    def _chunk(self, cache: Cache | None, row: Row, chunk: int) -> Callable[[], Callable[[], Tensor]]:
-        def build() -> Callable[[], Tensor]:
-            assert cache is not None
-            k, v = cache.k[:, : row.tokens], cache.v[:, : row.tokens]
-            q = torch.randn(1, chunk, row.heads, row.head_dim, dtype=k.dtype, device=k.device)
-            block_size, top_k = row.block_size, row.top_k
-            assert block_size is not None
-            assert top_k is not None
-            return lambda: moba_attention(q, k, v, block_size=block_size, top_k=top_k)
+    def measured(build: Build, row: Row) -> Row:
+        if not made:
+            made.append(Cache(shape, session.device))
+        found = measure(Work(build(made[0], row)), session.device)
+        return compared(replace(row, **vars(found)), session.rows)
 
-        return build
-
-    def _measure(self, row: Row, build: Callable[[], Callable[[], Tensor]]) -> Row:
-        """Measure and append; a failure is a row with an error."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        row = replace(row, **self.session.machine, time=now)
-        try:
-            found = measure(Work(build()), self.session.device)
-            row = compared(replace(row, **vars(found)), self.session.rows)
-        except Exception as error:  # whatever kind a backend raises, the others can still be timed
-            row = replace(row, error=failure(error))
-        append_row(self.out, row)
-        self.session.rows.append(row)
-        result = row.error or f"{row.p50_ms:.4f} ms"
-        case = f"{row.passes:<14} {row.contender:<22} {row.block_size or '':>4} B={row.batch} T={row.tokens}"
-        say(f"{case}: {result}")
+    def task(build: Build, row: Row) -> Row:
+        row = attempted(row, partial(measured, build))
+        session.tidy()
         return row
+
+    for row, build in cases:
+        asked = replace(row, **session.machine)
+        yield asked, partial(task, build, asked)
+    made.clear()
+    session.tidy()
+
+
+def told(row: Row) -> str:
+    """Say what was measured."""
+    case = f"{row.passes:<14} {row.contender:<22} {row.block_size or '':>4} B={row.batch} T={row.tokens}"
+    return f"{case}: {row.error or f'{row.p50_ms:.4f} ms'}"
+
+
+def _step(cache: Cache, row: Row) -> Callable[[], Tensor]:
+    if row.block_size is None or row.top_k is None:
+        step = cache.dense(*DENSE[row.contender])
+    else:
+        step = cache.moba(row.block_size, row.top_k)
+    return replayed(step) if row.passes == GRAPH else step
+
+
+def _chunk(chunk: int, cache: Cache, row: Row) -> Callable[[], Tensor]:
+    k, v = cache.k[:, : row.tokens], cache.v[:, : row.tokens]
+    q = torch.randn(1, chunk, row.heads, row.head_dim, dtype=k.dtype, device=k.device)
+    block_size, top_k = row.block_size, row.top_k
+    assert block_size is not None
+    assert top_k is not None
+    return lambda: moba_attention(q, k, v, block_size=block_size, top_k=top_k)
 
 
 def check_chunk(chunk: int, out: Path) -> None:

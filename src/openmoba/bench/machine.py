@@ -7,7 +7,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,20 @@ def fill(
             say(told(row))
         wanted[asked.key] = done[asked.key]
     return list(wanted.values())
+
+
+def attempted(row: R, measure: Callable[[R], R]) -> R:
+    """Return a row as measured, with the time; a failure, out of memory included, is a row with an error."""
+    row = replace(row, time=now())
+    try:
+        return measure(row)
+    except Exception as error:  # whatever kind a contender or a compiler raises, other cases can still be timed
+        return replace(row, error=failure(error))
+
+
+def now() -> str:
+    """Return a row's `time`."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def failure(error: Exception) -> str:

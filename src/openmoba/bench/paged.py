@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from openmoba.bench.attention import Session
-from openmoba.bench.decode import GRAPH, Bench, Cache, Shape, replayed
+from openmoba.bench.decode import GRAPH, Cache, Shape, cache_tasks, replayed, told
+from openmoba.bench.machine import fill
 from openmoba.bench.rows import length_name, markdown_table, read_rows
 from openmoba.bench.table import Row
 from openmoba.limits import check_count
@@ -61,14 +64,11 @@ class Paged:
         """Measure, and print a table."""
         if not torch.cuda.is_available():
             raise ValueError("openmoba bench paged needs a GPU")
-        bench = PagedBench(Session(torch.device("cuda"), self.commit, read_rows(self.out, Row)), self.out)
-        rows: list[Row] = []
-        if self.prefill:
-            rows += bench.compare(Shape(self.prefill, 1), self.chunk)
-        for tokens in self.lengths:
-            for batch in self.batches:
-                rows += bench.compare(Shape(tokens, batch), None)
-        print(markdown(rows))
+        session = Session(torch.device("cuda"), self.commit, read_rows(self.out, Row))
+        cases: list[tuple[Shape, int | None]] = [(Shape(self.prefill, 1), self.chunk)] if self.prefill else []
+        cases += [(Shape(tokens, batch), None) for tokens in self.lengths for batch in self.batches]
+        tasks = chain.from_iterable(paged_tasks(session, *case) for case in cases)
+        print(markdown(fill(self.out, session.rows, tasks, minutes=None, told=told)))
 
 
 def check_pages(name: str, tokens: int) -> None:
@@ -107,45 +107,35 @@ class PagedCache:
         return lambda: moba_paged(q, self.k, self.v, self.centroids, *where, block_size=self.block_size, top_k=top_k)
 
 
-class PagedBench(Bench):
-    """Measures what the file does not hold yet, and appends it."""
+def paged_tasks(session: Session, shape: Shape, chunk: int | None) -> Iterator[tuple[Row, Callable[[], Row]]]:
+    """Yield what to measure per setting and cache: decoding, or the last `chunk` tokens of a prompt."""
+    passes = GRAPH if chunk is None else f"chunk of {length_name(chunk)}"
+    cases = [(block_size, top_k, page) for block_size, top_k, pages in SETTINGS for page in (None, *pages)]
+    rows = (
+        (
+            shape.row("moba", passes if page is None else f"{passes}, pages of {page}", (block_size, top_k)),
+            partial(_call, page, chunk),
+        )
+        for block_size, top_k, page in cases
+    )
+    return cache_tasks(session, shape, rows)
 
-    def compare(self, shape: Shape, chunk: int | None) -> Iterator[Row]:
-        """Measure a row per setting and cache: decoding, or the last `chunk` tokens of a prompt."""
-        passes = GRAPH if chunk is None else f"chunk of {length_name(chunk)}"
-        cache: Cache | None = None
-        for block_size, top_k, pages in SETTINGS:
-            for page_size in (None, *pages):
-                name = passes if page_size is None else f"{passes}, pages of {page_size}"
-                row = shape.row("moba", name, (block_size, top_k))
-                known = self._known(row)
-                if known is None and cache is None:
-                    cache = Cache(shape, self.session.device)
-                yield known or self._measure(row, self._call(cache, row, page_size, chunk))
-                self.session.tidy()
 
-    def _call(
-        self, cache: Cache | None, row: Row, page_size: int | None, chunk: int | None
-    ) -> Callable[[], Callable[[], Tensor]]:
-        """Return what makes the call to time, which may fail."""
-
-        def build() -> Callable[[], Tensor]:
-            assert cache is not None
-            assert row.block_size is not None
-            assert row.top_k is not None
-            q = cache.q
-            if chunk is not None:
-                q = torch.randn(row.batch, chunk, row.heads, row.head_dim, dtype=q.dtype, device=q.device)
-            if page_size is not None:
-                step = PagedCache(cache, page_size, row.block_size).step(q, row.top_k)
-            elif chunk is None:
-                step = cache.moba(row.block_size, row.top_k)
-            else:
-                block_size, top_k = row.block_size, row.top_k
-                return lambda: moba_attention(q, cache.k, cache.v, block_size=block_size, top_k=top_k)
-            return replayed(step) if chunk is None and q.is_cuda else step
-
-        return build
+def _call(page_size: int | None, chunk: int | None, cache: Cache, row: Row) -> Callable[[], Tensor]:
+    """Return the call to time."""
+    assert row.block_size is not None
+    assert row.top_k is not None
+    q = cache.q
+    if chunk is not None:
+        q = torch.randn(row.batch, chunk, row.heads, row.head_dim, dtype=q.dtype, device=q.device)
+    if page_size is not None:
+        step = PagedCache(cache, page_size, row.block_size).step(q, row.top_k)
+    elif chunk is None:
+        step = cache.moba(row.block_size, row.top_k)
+    else:
+        block_size, top_k = row.block_size, row.top_k
+        return lambda: moba_attention(q, cache.k, cache.v, block_size=block_size, top_k=top_k)
+    return replayed(step) if chunk is None and q.is_cuda else step
 
 
 def markdown(rows: list[Row]) -> str:

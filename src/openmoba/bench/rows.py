@@ -6,7 +6,7 @@ import csv
 import io
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,28 @@ from openmoba.records.disk import append_lines, whole_lines
 
 @dataclass(frozen=True)
 class CsvRow:
-    """One row. Its fields are the columns, of type int, float, bool or str, or None for an empty cell."""
+    """One row. Its fields are the columns, of type int, float, bool or str, or None for an empty cell.
+
+    Attributes:
+        p20_ms, p50_ms, p80_ms: quantiles of `samples` timings.
+        error: why there is no result.
+        device, power_limit_w, torch, triton, openmoba, commit: what it was measured on (`openmoba.bench.machine`).
+        time: when, in UTC.
+    """
+
+    _: KW_ONLY
+    p20_ms: float | None = None
+    p50_ms: float | None = None
+    p80_ms: float | None = None
+    samples: int | None = None
+    error: str | None = None
+    device: str | None = None
+    power_limit_w: float | None = None
+    torch: str | None = None
+    triton: str | None = None
+    openmoba: str | None = None
+    commit: str | None = None
+    time: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -32,8 +53,9 @@ R = TypeVar("R", bound=CsvRow)
 
 
 def columns(kind: type[CsvRow]) -> list[str]:
-    """List the names of the columns."""
-    return [field.name for field in fields(kind)]
+    """List the names of the columns, those of all kinds last."""
+    common = [field.name for field in fields(CsvRow)]
+    return [field.name for field in fields(kind) if field.name not in common] + common
 
 
 def read_columns(path: Path) -> list[str]:
@@ -42,12 +64,12 @@ def read_columns(path: Path) -> list[str]:
 
 
 def read_rows(path: Path, kind: type[R]) -> list[R]:
-    """Read the whole rows of `path`; a torn last one is left out, a missing file has none.
+    """Read the whole rows of `path`, its columns in any order; a torn last one is left out, a missing file has none.
 
     Raises:
         ValueError: the columns are not those of `kind`.
     """
-    if read_columns(path) not in ([], columns(kind)):
+    if sorted(read_columns(path)) not in ([], sorted(columns(kind))):
         raise ValueError(f"{path} has other columns than this version writes; give another file")
     types = {field.name: str(field.type) for field in fields(kind)}
     reader = csv.DictReader(_open(path))
@@ -60,20 +82,16 @@ def read_rows(path: Path, kind: type[R]) -> list[R]:
 def newest(rows: Sequence[R]) -> list[R]:
     """Keep the last row of every case on the last row's device; a run that ended early leaves older ones too."""
 
-    def case(row: Any) -> tuple[Any, ...]:
-        return replace(row, commit=None).key  # type: ignore[no-any-return]
-
-    last: dict[tuple[Any, ...], R] = {}
-    for row in rows:
-        if _device(row) == _device(rows[-1]):
-            last[case(row)] = row
-    return [row for row in rows if last.get(case(row)) is row]
+    last = {replace(row, commit=None).key: row for row in rows if row.device == rows[-1].device}
+    return [row for row in rows if last.get(replace(row, commit=None).key) is row]
 
 
 def append_row(path: Path, row: CsvRow) -> None:
-    """Add one row, with the header before the first; on the disk when this returns."""
+    """Add one row, in the order of the file's columns, with these before the first; on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    append_lines(path, _line("" if value is None else value for value in vars(row).values()), _line(columns(type(row))))
+    names = read_columns(path) or columns(type(row))
+    values = (getattr(row, name) for name in names)
+    append_lines(path, _line("" if value is None else value for value in values), _line(names))
 
 
 def length_name(tokens: int) -> str:
@@ -91,7 +109,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> lis
     return [f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * len(kept), *lines[1:])]
 
 
-def commits(rows: Iterable[Any]) -> str:
+def commits(rows: Iterable[CsvRow]) -> str:
     """Name the commits that rows come from."""
     return " and ".join(dict.fromkeys(short_commit(row.commit) for row in rows))
 
@@ -100,11 +118,6 @@ def short_commit(commit: str | None) -> str:
     """Shorten a commit to ten digits, and whether the files differed."""
     number, plus, changes = (commit or "unknown").partition("+")
     return number[:10] + plus + changes
-
-
-def _device(row: Any) -> str | None:
-    device: str | None = row.device
-    return device
 
 
 def _open(path: Path) -> io.StringIO:

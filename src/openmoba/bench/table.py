@@ -16,7 +16,7 @@ class Row(CsvRow):
     """One contender on one case. An empty cell is None: MoBA's settings for a dense contender, results of a failure.
 
     Attributes:
-        p20_ms, p50_ms, p80_ms: quantiles of `samples` timings of the whole call.
+        p20_ms, p50_ms, p80_ms: of the whole call.
         forward_mb, backward_mb: peak memory of the pass above what it began with, 10^6 bytes.
         dense_ms: median of the fastest dense contender on this shape, device and torch that had been timed by then.
         speedup: `dense_ms / p50_ms`.
@@ -25,7 +25,6 @@ class Row(CsvRow):
         first_block_share: share of all queries that chose the first block as a past block.
         path: implementation and path as in `openmoba.explain`.
         library: what ran, with its version.
-        error: why there is no result.
     """
 
     contender: str
@@ -39,10 +38,6 @@ class Row(CsvRow):
     top_k: int | None
     routing: str | None
     dtype: str
-    p20_ms: float | None = None
-    p50_ms: float | None = None
-    p80_ms: float | None = None
-    samples: int | None = None
     forward_mb: float | None = None
     backward_mb: float | None = None
     dense_ms: float | None = None
@@ -52,14 +47,6 @@ class Row(CsvRow):
     first_block_share: float | None = None
     path: str | None = None
     library: str | None = None
-    error: str | None = None
-    device: str | None = None
-    power_limit_w: float | None = None
-    torch: str | None = None
-    triton: str | None = None
-    openmoba: str | None = None
-    commit: str | None = None
-    time: str | None = None
 
     @classmethod
     def of(cls, contender: str, case: Case, **results: Any) -> Row:

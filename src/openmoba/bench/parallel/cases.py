@@ -58,14 +58,13 @@ class ParallelRow(CsvRow):
 
     Attributes:
         ranks: devices.
-        p20_ms, p50_ms, p80_ms: quantiles of `samples` times, each that of the slowest device.
+        p20_ms, p50_ms, p80_ms: of times, each that of the slowest device.
         peak_mb: most memory that tensors took on a device, 10^6 bytes.
         one_ms: median of the same on one device of the kind, of this commit, if it had been timed by then.
         speedup: `one_ms / p50_ms`.
         gb_per_second: of a transfer, what a device sends, 10^9 bytes a second.
         tokens_per_second: of a step, over all devices.
         waiting: of a step, the share of its time in which no kernel ran but transfers.
-        error: why there is no result.
     """
 
     kind: str
@@ -82,24 +81,12 @@ class ParallelRow(CsvRow):
     size: str | None
     full_layers: int | None
     ranks: int
-    p20_ms: float | None = None
-    p50_ms: float | None = None
-    p80_ms: float | None = None
-    samples: int | None = None
     peak_mb: float | None = None
     one_ms: float | None = None
     speedup: float | None = None
     gb_per_second: float | None = None
     tokens_per_second: float | None = None
     waiting: float | None = None
-    error: str | None = None
-    device: str | None = None
-    power_limit_w: float | None = None
-    torch: str | None = None
-    triton: str | None = None
-    openmoba: str | None = None
-    commit: str | None = None
-    time: str | None = None
 
     @classmethod
     def of(cls, case: ParallelCase, ranks: int, **results: Any) -> ParallelRow:

@@ -8,14 +8,14 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 from torch import distributed
 
-from openmoba.bench.machine import Machine, failure, say
+from openmoba.bench.machine import Machine, failure, now, say
 from openmoba.bench.parallel.cases import GRIDS, ParallelCase, ParallelRow, compared, markdown
 from openmoba.bench.parallel.measure import measure_case, slowest
 from openmoba.bench.rows import append_row, read_rows
@@ -78,7 +78,7 @@ def run_parallel_benchmark(cases: Sequence[ParallelCase], out: Path, machine: Ma
         start = time.monotonic()
         row = ParallelRow.of(case, ranks, **machine.machine)
         if row.key not in done:
-            row = replace(row, time=datetime.now(UTC).isoformat(timespec="seconds"))
+            row = replace(row, time=now())
             try:
                 row = compared(measure_case(case, row, machine.device), done.values())
             except Exception as error:

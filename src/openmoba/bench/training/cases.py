@@ -66,7 +66,7 @@ class TrainingRow(CsvRow):
     Attributes:
         total, non_embedding: parameters.
         head_dim: width of a head.
-        p20_ms, p50_ms, p80_ms: quantiles of `samples` steps.
+        p20_ms, p50_ms, p80_ms: of steps.
         tokens_per_second, tflops: at the median; operations are counted as `causal_exact` of
             `openmoba.lab.measure.compute`, 10^12 a second.
         matrix_tflops: rate of a large matrix product in this run; `mfu` is `tflops` over it.
@@ -80,7 +80,6 @@ class TrainingRow(CsvRow):
         graphs: graphs that torch.compile made.
         loss: of the last step, nats per token.
         limit: of kind "longest", why no longer window was found: an error, or "time".
-        error: why there is no result.
     """
 
     family: str
@@ -97,10 +96,6 @@ class TrainingRow(CsvRow):
     head_dim: int | None = None
     total: int | None = None
     non_embedding: int | None = None
-    p20_ms: float | None = None
-    p50_ms: float | None = None
-    p80_ms: float | None = None
-    samples: int | None = None
     tokens_per_second: float | None = None
     tflops: float | None = None
     matrix_tflops: float | None = None
@@ -113,15 +108,7 @@ class TrainingRow(CsvRow):
     graphs: int | None = None
     loss: float | None = None
     limit: str | None = None
-    error: str | None = None
-    device: str | None = None
-    power_limit_w: float | None = None
-    torch: str | None = None
-    triton: str | None = None
     transformers: str | None = None
-    openmoba: str | None = None
-    commit: str | None = None
-    time: str | None = None
 
     @classmethod
     def of(cls, case: TrainingCase, dtype: str, **results: Any) -> TrainingRow:

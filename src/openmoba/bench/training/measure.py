@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch._dynamo import config as compiler_config
 from torch._dynamo.utils import counters
 
-from openmoba.bench.machine import Machine, failure, say
+from openmoba.bench.machine import Machine, attempted, say
 from openmoba.bench.timing import quantiles
 from openmoba.bench.training.cases import TrainingCase, TrainingRow
 from openmoba.bench.training.longest import find_longest
@@ -31,12 +30,12 @@ _GRAPHS_OF_LENGTHS = 64  # every length may be another graph
 
 def measure_case(case: TrainingCase, machine: Machine, step_seconds: float) -> TrainingRow:
     """Measure one case. Its failure, out of memory included, is a row with an error."""
-    row = replace(blank(case, machine), time=datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def measure(row: TrainingRow) -> TrainingRow:
+        return _longest(case, machine, row, step_seconds) if case.kind == "longest" else _steps(case, machine, row)
+
     with _fresh_compiler(case):
-        try:
-            row = _longest(case, machine, row, step_seconds) if case.kind == "longest" else _steps(case, machine, row)
-        except Exception as error:  # whatever kind a model or a compiler raises, other cases can still be timed
-            row = replace(row, error=failure(error))
+        row = attempted(blank(case, machine), measure)
         row = replace(row, graphs=counters["stats"]["unique_graphs"] if case.layers != "eager" else None)
     machine.tidy()
     return row

@@ -1,13 +1,13 @@
 """Decode: a few queries per row over a cache with centroids, in two launches that wait for nothing.
 
-    score    s[r, p] = <q_r, c_p> for the pages p before the last query's own, a tile of pages per program
-    attend   a program finds its share of the pages that a query reads, and attends to them; the last program of a
-             query to finish adds up the shares:  o = sum_i o_i exp(lse_i - lse), lse = log sum_i exp lse_i
+    score    s[r, p] = <q_r, c_p> for the blocks p before the last query's own, a tile of them per program
+    attend   a program finds its portion of the blocks that a query reads, and attends to them; the last program of a
+             query to finish adds up the portions:  o = sum_i o_i exp(lse_i - lse), lse = log sum_i exp lse_i
 
-Source: MoBA technical report, arXiv 2502.13189, equations 2 to 6. Shares are as small as it takes to keep all
-multiprocessors busy: some of the `top_k` pages, or a piece of one page. Every share repeats the choice up to its own
-last page, which costs less than a launch of its own. Shares are added in a fixed order, whichever program does it, so
-equal inputs give equal bits. All sizes that change while decoding are read on the device.
+Source: MoBA technical report, arXiv 2502.13189, equations 2 to 6. Portions are as small as it takes to keep all
+multiprocessors busy: some of the `top_k` blocks, or a piece of one. Every portion repeats the choice up to its own
+last block, which costs less than a launch of its own. Portions are added in a fixed order, whichever program does it,
+so equal inputs give equal bits. All sizes that change while decoding are read on the device.
 
 The kernels are in `decode_kernels`, which says what a query row r is.
 
@@ -15,7 +15,7 @@ The rows of a cache have equally many query tokens, or the queries of all are pa
 table names (`openmoba.ops.paged`). Packed query tokens are as many rows of one query each, whose sequence is looked up.
 
 One allocation holds, in this order: for each query row the number of programs that have finished (int32), its scores,
-its shares' outputs, and their log-sum-exps. `score` zeroes the numbers.
+its portions' outputs, and their log-sum-exps. `score` zeroes the numbers.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from openmoba.ops.triton.pages import complete_pages
 
 __all__ = ["complete_pages", "decode"]
 
-_PAGES_PER_TILE = 64
+_BLOCKS_PER_TILE = 64
 _MOST_ROWS = 64  # query rows per tile of the scores
-_LANES = (1024, 4096)  # pages whose scores a program keeps in registers; of more pages it looks at 1024 at once
+_LANES = (1024, 4096)  # blocks whose scores a program keeps in registers; of more it looks at 1024 at once
 _MERGED_AT_ONCE = 16
 _TILE_BYTES = 2**13  # keys of one tile: small enough for four programs per multiprocessor
 _TILES_IN_FLIGHT = 2
@@ -105,7 +105,7 @@ def run(
 
 
 class Workspace(NamedTuple):
-    """One allocation: `counters`, then for each query row `padded` scores, then outputs and log-sum-exps of shares."""
+    """One allocation: `counters`, then per query row `padded` scores, then outputs and log-sum-exps of portions."""
 
     ptr: Any
     counters: int
@@ -135,7 +135,7 @@ def _launches(
     tokens: int,
     heads: int,
     width: int,
-    pages: int,
+    blocks: int,
     kv_heads: int,
     block_size: int,
     top_k: int,
@@ -148,17 +148,17 @@ def _launches(
     centroid_strides: tuple[int, int, int],
     packed: Packed | None,
 ) -> Launches:
-    top_k = min(top_k, pages + 1)
+    top_k = min(top_k, blocks + 1)
     chooses = top_k > 1
     group = heads // kv_heads
     rows, d = batch * heads * tokens, kernel_width(width)
     n = keys_per_tile(block_size, d, dtype.itemsize)
-    ranks, piece = share_of(rows, block_size, top_k, n, multiprocessors(device))
+    ranks, piece = portion_of(rows, block_size, top_k, n, multiprocessors(device))
     pieces = cdiv(block_size, piece)
-    shares = cdiv(top_k, ranks) * pieces
+    portions = cdiv(top_k, ranks) * pieces
     # Multiples of 16 keep addresses aligned.
-    counters, padded = cdiv(rows, 16) * 16, cdiv(pages, 16) * 16 if chooses else 0
-    partials = shares * (width + 1) if shares > 1 else 0
+    counters, padded = cdiv(rows, 16) * 16, cdiv(blocks, 16) * 16 if chooses else 0
+    partials = portions * (width + 1) if portions > 1 else 0
     split, scored = 0, tokens
     if packed is not None:
         split = packed.table.page_size if packed.table.page_size < block_size else 0
@@ -173,13 +173,13 @@ def _launches(
     options = {"GROUP": group, "WIDTH": width, "D": d, "OVERLAPS": overlap, "num_warps": 4}
     score = Launch(
         decode_kernels.score,
-        (cdiv(pages, _PAGES_PER_TILE), kv_heads * cdiv(scored * group, m), row_tiles),
-        (queries, Rows.of(centroid_strides), workspace, TENSOR, packed, pages, block_size),
-        options | {"TOKENS": scored, "M": m, "N": _PAGES_PER_TILE, "W": min(d, 64) if dtype == torch.float32 else d},
+        (cdiv(blocks, _BLOCKS_PER_TILE), kv_heads * cdiv(scored * group, m), row_tiles),
+        (queries, Rows.of(centroid_strides), workspace, TENSOR, packed, blocks, block_size),
+        options | {"TOKENS": scored, "M": m, "N": _BLOCKS_PER_TILE, "W": min(d, 64) if dtype == torch.float32 else d},
     )
     attend = Launch(
         decode_kernels.attend,
-        (shares, heads * tokens, batch),
+        (portions, heads * tokens, batch),
         (
             queries,
             Rows.of(k_strides),
@@ -189,7 +189,7 @@ def _launches(
             TENSOR,
             TENSOR,
             packed,
-            pages,
+            blocks,
             block_size,
             top_k,
             ranks,
@@ -202,9 +202,9 @@ def _launches(
             "TOKENS": tokens,
             "SPLIT": split,
             "CHOOSES": chooses,
-            "SHARED": shares > 1,
-            "L": next((lanes for lanes in _LANES if lanes >= pages), _LANES[0]),
-            "IN_REGISTERS": pages <= _LANES[-1],
+            "SHARED": portions > 1,
+            "L": next((lanes for lanes in _LANES if lanes >= blocks), _LANES[0]),
+            "IN_REGISTERS": blocks <= _LANES[-1],
             "N": n,
             "C": _MERGED_AT_ONCE,
             "STAGES": _TILES_IN_FLIGHT + 1,
@@ -216,7 +216,7 @@ def _launches(
         numbers=counters + rows * (padded + partials),
         counters=counters,
         score=score if chooses else None,
-        shared=shares > 1,
+        shared=portions > 1,
         attend=attend,
     )
 
@@ -226,8 +226,8 @@ def keys_per_tile(block_size: int, d: int, itemsize: int) -> int:
     return min(64, _TILE_BYTES // (d * itemsize), max(16, power_of_two(block_size)))
 
 
-def share_of(rows: int, block_size: int, top_k: int, tile: int, multiprocessors: int) -> tuple[int, int]:
-    """Return what one program attends to, of `rows` query rows in all: a number of pages, and keys of each."""
+def portion_of(rows: int, block_size: int, top_k: int, tile: int, multiprocessors: int) -> tuple[int, int]:
+    """Return what one program attends to, of `rows` query rows in all: a number of blocks, and keys of each."""
     programs = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
     wanted = cdiv(programs, rows)
     if wanted <= top_k:

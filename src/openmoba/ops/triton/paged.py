@@ -88,7 +88,7 @@ def _completing(
     together = min(room, cdiv(programs, sequences * kv_heads))
     arguments = (Rows.of(key_strides), Rows.of(centroid_strides), Table(TENSOR, *paging), TENSOR, TENSOR, block_size)
     constants = centroid_sizes(block_size, width) | {"num_warps": 4}
-    return Launch(_complete, (together, kv_heads, sequences), arguments, constants)
+    return Launch(_complete_blocks, (together, kv_heads, sequences), arguments, constants)
 
 
 def _prefill(
@@ -144,9 +144,9 @@ def _side_by_side(
     centroids: Tensor, block_table: Tensor, cu_k: Tensor, geometry: PagedGeometry
 ) -> tuple[Tensor, Tensor]:
     """Return the centroids of all complete blocks, and their norms, as `pool` does."""
-    slots = (geometry.kv_heads, geometry.block_slots)
-    pooled = torch.empty((*slots, geometry.padded_width), dtype=centroids.dtype, device=centroids.device)
-    norms = torch.empty(slots, dtype=torch.float32, device=centroids.device)
+    shape = (geometry.kv_heads, geometry.block_slots)
+    pooled = torch.empty((*shape, geometry.padded_width), dtype=centroids.dtype, device=centroids.device)
+    norms = torch.empty(shape, dtype=torch.float32, device=centroids.device)
     _gathering(geometry, strides(centroids))(centroids, block_table, pooled, norms, cu_k)
     return pooled, norms
 
@@ -160,7 +160,7 @@ def _gathering(geometry: PagedGeometry, centroid_strides: tuple[int, int, int]) 
 
 
 @triton.jit
-def _complete(
+def _complete_blocks(
     k,
     centroids,
     table,
@@ -208,8 +208,8 @@ def _gather(
     D: tl.constexpr,
 ):
     """Write the centroids of a block slot side by side, of all heads, and their norms, if it has a complete block."""
-    slot = tl.program_id(0)
-    sequence, block = locate(slot, cu_k_ptr, sequences, 0, block_size, True)
+    block_slot = tl.program_id(0)
+    sequence, block = locate(block_slot, cu_k_ptr, sequences, 0, block_size, True)
     _begin, length = span(sequence, cu_k_ptr, 0, True)
     if (block + 1) * block_size > length:
         return
@@ -220,8 +220,8 @@ def _gather(
     exists_HD = (h_H < kv_heads)[:, None] & (d_D < WIDTH)[None, :]
     at_HD = h_H.to(tl.int64)[:, None] * centroids.head + d_D[None, :]
     centroid_HD = tl.load(base + at_HD, mask=exists_HD, other=0.0)
-    slot_H = h_H * block_slots + slot
-    out_at_HD = slot_H.to(tl.int64)[:, None] * D + d_D[None, :]
+    out_H = h_H * block_slots + block_slot
+    out_at_HD = out_H.to(tl.int64)[:, None] * D + d_D[None, :]
     tl.store(out_ptr + out_at_HD, centroid_HD, mask=(h_H < kv_heads)[:, None])
     wide_HD = centroid_HD.to(tl.float32)
-    tl.store(norm_ptr + slot_H, tl.sqrt(tl.sum(wide_HD * wide_HD, 1)), mask=h_H < kv_heads)
+    tl.store(norm_ptr + out_H, tl.sqrt(tl.sum(wide_HD * wide_HD, 1)), mask=h_H < kv_heads)
