@@ -70,7 +70,7 @@ def stacked(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def steps(kind: Any, batch_size: int, collate: Any = stacked, data: Any = None, **settings: Any) -> list[Any]:
-    """Loss and gradient norm of two steps, the loss of an evaluation, and the weights."""
+    """Loss and gradient norm of two steps, the loss of an evaluation whose last batch is not full, and the weights."""
     options = {name: settings.pop(name) for name in OPTIONS if name in settings}
     arguments = TrainingArguments(
         output_dir=mkdtemp(),
@@ -90,7 +90,7 @@ def steps(kind: Any, batch_size: int, collate: Any = stacked, data: Any = None, 
     )
     data = rows() if data is None else data
     made = options.pop("made", None) or model()
-    trainer = kind(made, arguments, data_collator=collate, train_dataset=data, eval_dataset=data[:4], **options)
+    trainer = kind(made, arguments, data_collator=collate, train_dataset=data, eval_dataset=data[:3], **options)
     trainer.train()
     logged = [row[name] for row in trainer.state.log_history for name in ("loss", "grad_norm") if name in row]
     weight = made.model.layers[0].self_attn.k_proj.weight.detach()
@@ -182,6 +182,8 @@ def loss_in_16_bits() -> None:
 def refusals() -> None:
     """One sentence with the way out, before anything is trained."""
     refuses("do not divide the 2 that there are; start a multiple of 3", context_parallel=3)
+    for number in (0, -1, 2.0, "2", True):
+        refuses(f"context_parallel must be a whole number >= 1, got {number!r}", context_parallel=number)
     refuses("attn_implementation='sdpa' does not know", made=configure(model(), None))
     refuses("compute_metrics needs logits", compute_metrics=print)
     refuses("leave compute_loss_func and label", label_smoothing_factor=0.1)

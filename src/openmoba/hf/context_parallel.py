@@ -42,6 +42,10 @@ class ContextParallel:
 
     def __init__(self, *args: Any, context_parallel: int = 1, **kwargs: Any) -> None:
         _check_hook()
+        if type(context_parallel) is not int or context_parallel < 1:
+            raise ValueError(
+                f"context_parallel must be a whole number >= 1, got {context_parallel!r}; 1 splits nothing"
+            )
         super().__init__(*args, **kwargs)
         trainer: Any = self
         config = getattr(trainer.accelerator, "parallelism_config", None)
@@ -107,6 +111,23 @@ class ContextParallel:
         if self._context_group is not None and not self._meshed_by_accelerate and num_items_in_batch is not None:
             num_items_in_batch = num_items_in_batch // self.get_cp_size()
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as Trainer does, every sequence counted once."""
+        if self._context_group is not None:
+            self.gather_function = self._gather  # Trainer takes its own back after the loop
+        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
+    def _gather(self, x: Tensor) -> Tensor:
+        """Gather what there is for each sequence of a batch, of one among the neighbours that share it.
+
+        accelerate fills the last batch up and then drops what is too much, by a count of sequences.
+        """
+        accelerator = self.accelerator  # type: ignore[attr-defined]
+        ranks = distributed.get_world_size(self._context_group)
+        every: Tensor = accelerator.gather(x).unflatten(0, (-1, ranks, len(x)))[:, 0].flatten(0, 1)
+        state = accelerator.gradient_state
+        return every[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else every
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, Any, Any]:
         """Evaluate as Trainer does, with the loss of whole sequences in every process that shares them."""
