@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from openmoba import moba_attention
+from openmoba import moba_attention, moba_paged
 from openmoba.vllm import register
 from openmoba.vllm.layers import MobaLayer, keys_and_values, write_rows
 from openmoba.vllm.served import Served, check_engine, check_layer, served
@@ -92,12 +92,13 @@ class Requests:
         q, k, v = torch.cat([*packed, packed[0].new_zeros(3, padding, HEADS, WIDTH)], 1)
         k, v = k[:, :KV_HEADS], v[:, :KV_HEADS]
         write_rows(k, v, self.cache, torch.tensor(slots))
-        longest = max(len(self.tables[request]) for request in news)
+        room = max(len(self.tables[request]) for request in news) + 3
         batch = SimpleNamespace(
             num_actual_tokens=len(slots),
             query_start_loc=torch.tensor([0, *news.values()]).cumsum(0).int(),
             seq_lens=torch.tensor([self.states[request].shape[1] for request in news]).int(),
-            block_table=torch.tensor([self.tables[r] + [0] * (longest - len(self.tables[r])) for r in news]).int(),
+            block_table=torch.tensor([self.tables[r] + [-1] * (room - len(self.tables[r])) for r in news]).int(),
+            max_seq_len=max(self.states[request].shape[1] for request in news),
             causal=True,
         )
         out = torch.full_like(q, -1)
@@ -116,6 +117,21 @@ def test_batches(randn: Randn) -> None:
     c = requests.begin(like=b, shared=3)
     for news in ({c: 5, a: 1}, {a: 1, c: 1}):
         torch.testing.assert_close(*requests.step(news), rtol=1e-12, atol=1e-12)
+
+
+def test_kernels_get_no_more_of_the_table_than_there_is(randn: Randn, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def watched(*arguments: Any, **settings: Any) -> Tensor:
+        seen.append(arguments[4].shape)
+        return moba_paged(*arguments, **settings)
+
+    monkeypatch.setattr("openmoba.vllm.layers.moba_paged", watched)
+    requests = Requests(randn)
+    a, b = requests.begin(), requests.begin()
+    requests.step({a: 2 * PAGE, b: 3})
+    requests.step({a: 1, b: 1})
+    assert seen == [(2, 2), (2, 3)]
 
 
 def test_another_cache_gets_other_centroids(randn: Randn) -> None:
