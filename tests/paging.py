@@ -32,8 +32,8 @@ class Server:
         self.page_size, self.block_size = page_size, block_size
         self.heads, self.kv_heads, self.width, self.device = heads, kv_heads, width, device
         self.generator = torch.Generator(device).manual_seed(0)
-        pool = torch.full((pages, kv_heads, page_size, 2 * width), float("nan"), dtype=dtype, device=device)
-        self.k_pages, self.v_pages = (x.transpose(1, 2) for x in pool.split(width, 3))
+        self.pool = torch.full((pages, kv_heads, page_size, 2 * width), float("nan"), dtype=dtype, device=device)
+        self.k_pages, self.v_pages = (x.transpose(1, 2) for x in self.pool.split(width, 3))
         self.centroids = new_paged_centroids(self.k_pages, block_size).fill_(float("nan"))
         self.free = torch.randperm(pages, generator=self.generator, device=device).tolist()
         self.tables: list[list[int]] = []

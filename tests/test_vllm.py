@@ -12,131 +12,74 @@ from typing import Any
 
 import pytest
 import torch
+from paging import Server
+from serving_stubs import BLOCKS, SCALE, SETTINGS, FakeLayer, config, forward, new_layer, place
 from torch import Tensor
 
-from openmoba import moba_attention
+from openmoba import moba_attention, moba_paged
 from openmoba.vllm import register
-from openmoba.vllm.layers import MobaLayer, keys_and_values, write_rows
+from openmoba.vllm.layers import keys_and_values, write_rows
 from openmoba.vllm.served import Served, check_engine, check_layer, served
 
-SETTINGS = {"block_size": 4, "top_k": 2, "full_layers": [1]}
-HEADS, KV_HEADS, WIDTH, PAGE = 4, 2, 8, 8
+PAGE = 8
 Randn = Callable[..., Tensor]
 
 
-def config(moba: dict[str, Any] | None = SETTINGS, **changed: Any) -> Any:
-    """A `VllmConfig` as far as it is read; parts are changed as in `cache__block_size=16`."""
-    text = SimpleNamespace(moba=moba, num_hidden_layers=3, layer_types=["full_attention"] * 3)
-    made = SimpleNamespace(
-        model_config=SimpleNamespace(hf_text_config=text, dtype=torch.bfloat16),
-        cache_config=SimpleNamespace(cache_dtype="auto", block_size=PAGE, prefix_match_unit=None),
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
-        attention_config=SimpleNamespace(backend=None, backend_per_kind={}),
-        speculative_config=None,
-        kv_transfer_config=None,
-    )
-    for name, value in changed.items():
-        part, _, of_part = name.partition("__")
-        setattr(*((made, part) if not of_part else (getattr(made, f"{part}_config"), of_part)), value)
-    return made
-
-
-class FullLayer:
-    """In the place of vLLM's own implementation of attention."""
-
-    def __init__(self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, **asked: Any) -> None:
-        self.scale, self.asked = scale, asked
-
-    def forward(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, batch: Any, out: Tensor) -> Tensor:
-        return out.fill_(7)
-
-
-class Layer(MobaLayer, FullLayer):
-    @staticmethod
-    def settings() -> Served | None:
-        return served(config())
-
-
-class Requests:
-    """A cache `[Z, Hkv, P, 2 D]` in pages of random order, and requests that grow in it."""
-
-    def __init__(self, randn: Randn, dtype: torch.dtype = torch.float64) -> None:
-        self.randn, self.dtype = randn, dtype
-        self.cache = torch.full((20, KV_HEADS, PAGE, 2 * WIDTH), float("nan"), dtype=dtype)
-        self.free = torch.randperm(20, generator=torch.Generator().manual_seed(0)).tolist()
-        self.tables: list[list[int]] = []
-        self.states: list[Tensor] = []  # [3 (query, key, value), tokens, heads, width] of each request
-        self.sparse = Layer(HEADS, WIDTH, 0.3, KV_HEADS)
-
-    def begin(self, like: int | None = None, shared: int = 0) -> int:
-        """A new request, whose first pages are those of another one."""
-        self.tables.append([] if like is None else self.tables[like][:shared])
-        empty = torch.empty(3, 0, HEADS, WIDTH, dtype=self.dtype)
-        self.states.append(empty if like is None else self.states[like][:, : shared * PAGE])
-        return len(self.tables) - 1
-
-    def step(self, news: dict[int, int], padding: int = 0) -> tuple[Tensor, Tensor]:
-        """Let requests grow; what the layer gives for the new tokens, and what each gives in a call of its own."""
-        packed, slots, expected = [], [], []
-        for request, new in news.items():
-            begin = self.states[request].shape[1]
-            grown = self.randn(3, new, HEADS, WIDTH, dtype=self.dtype)
-            self.states[request] = torch.cat([self.states[request], grown], 1)
-            table = self.tables[request]
-            table += [self.free.pop() for _ in range(-(-(begin + new) // PAGE) - len(table))]
-            slots += [table[token // PAGE] * PAGE + token % PAGE for token in range(begin, begin + new)]
-            packed.append(grown)
-            q, k, v = self.states[request][None].unbind(1)
-            k, v = k[:, :, :KV_HEADS], v[:, :, :KV_HEADS]
-            expected.append(moba_attention(q[:, begin:], k, v, block_size=4, top_k=2, scale=0.3)[0])
-        q, k, v = torch.cat([*packed, packed[0].new_zeros(3, padding, HEADS, WIDTH)], 1)
-        k, v = k[:, :KV_HEADS], v[:, :KV_HEADS]
-        write_rows(k, v, self.cache, torch.tensor(slots))
-        longest = max(len(self.tables[request]) for request in news)
-        batch = SimpleNamespace(
-            num_actual_tokens=len(slots),
-            query_start_loc=torch.tensor([0, *news.values()]).cumsum(0).int(),
-            seq_lens=torch.tensor([self.states[request].shape[1] for request in news]).int(),
-            block_table=torch.tensor([self.tables[r] + [0] * (longest - len(self.tables[r])) for r in news]).int(),
-            causal=True,
-        )
-        out = torch.full_like(q, -1)
-        place = SimpleNamespace(layer_name="model.layers.2.self_attn.attn")
-        assert self.sparse.forward(place, q, k, v, self.cache, batch, out) is out
-        assert (out[len(slots) :] == -1).all(), "padding is left alone"
-        return out[: len(slots)], torch.cat(expected)
-
-
-def test_batches(randn: Randn) -> None:
+def test_batches() -> None:
     """Prompts in chunks beside steps of others, padding behind them, and a request that begins with another's pages."""
-    requests = Requests(randn)
-    a, b = requests.begin(), requests.begin()
+    server = Server(PAGE, 4)
+    layer = new_layer(server)
+    a, b = server.begin(), server.begin()
     for news in ({a: 21}, {a: 1, b: 19}, {a: 1, b: 1}, {b: 20, a: 2}):
-        torch.testing.assert_close(*requests.step(news, padding=3), rtol=1e-12, atol=1e-12)
-    c = requests.begin(like=b, shared=3)
+        torch.testing.assert_close(*step(layer, server, news), rtol=1e-12, atol=1e-12)
+    c = server.begin(like=b, shared=3)
     for news in ({c: 5, a: 1}, {a: 1, c: 1}):
-        torch.testing.assert_close(*requests.step(news), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(*step(layer, server, news), rtol=1e-12, atol=1e-12)
 
 
-def test_another_cache_gets_other_centroids(randn: Randn) -> None:
+def step(layer: FakeLayer, server: Server, news: dict[int, int]) -> tuple[Tensor, Tensor]:
+    """Let requests grow: what the layer gives for the new tokens, and what each gives in a call of its own."""
+    call = server.call(news)
+    got = forward(layer, server, call, padding=3)
+    assert (got[-3:] == -1).all(), "padding is left alone"
+    alone = [
+        moba_attention(q[None], server.keys[request][None], server.values[request][None], **BLOCKS, scale=SCALE)[0]
+        for request, q in zip(news, call["q"].split(list(news.values())), strict=True)
+    ]
+    return got[:-3], torch.cat(alone)
+
+
+def test_kernels_get_no_more_of_the_table_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def watched(*arguments: Any, **settings: Any) -> Tensor:
+        seen.append(arguments[4].shape)
+        return moba_paged(*arguments, **settings)
+
+    monkeypatch.setattr("openmoba.vllm.layers.moba_paged", watched)
+    server = Server(PAGE, 4)
+    layer, a, b = new_layer(server), server.begin(), server.begin()
+    step(layer, server, {a: 2 * PAGE, b: 3})
+    step(layer, server, {a: 1, b: 1})
+    assert seen == [(2, 2), (2, 3)]
+
+
+def test_another_cache_gets_other_centroids() -> None:
     """vLLM makes a small cache to measure with, then the real one."""
-    requests = Requests(randn)
-    requests.step({requests.begin(): 20})
-    old = requests.sparse.centroids
-    requests.cache = torch.cat([requests.cache, requests.cache])
-    a = requests.begin()
-    for new in (20, 1):
-        torch.testing.assert_close(*requests.step({a: new}))
-    assert requests.sparse.centroids is not old
-    assert requests.sparse.centroids is not None
-    assert requests.sparse.centroids.shape == (40, 2, KV_HEADS, WIDTH)
+    small, large = Server(PAGE, 4, pages=20), Server(PAGE, 4, pages=40)
+    layer = new_layer(small)
+    for server in (small, large):
+        request = server.begin()
+        for new in (20, 1):
+            torch.testing.assert_close(*step(layer, server, {request: new}))
+        assert layer.centroids is not None
+        assert layer.centroids.shape == server.centroids.shape
 
 
 def test_full_layers_and_profiling_are_the_parents(randn: Randn) -> None:
-    layer, out = Layer(HEADS, WIDTH, 0.3, KV_HEADS), randn(3, HEADS, WIDTH)
+    layer, out = new_layer(Server(PAGE, 4)), randn(3, 6, 8)
     for index, batch in ((1, SimpleNamespace()), (2, None)):
-        place = SimpleNamespace(layer_name=f"model.layers.{index}.self_attn.attn")
-        assert (layer.forward(place, out, out, out, out, batch, out.clone()) == 7).all()
+        assert (layer.forward(place(index), out, out, out, out, batch, out.clone()) == 7).all()
     assert layer.asked["kv_cache_dtype"] == "auto"
 
 
@@ -145,15 +88,14 @@ def test_full_layers_and_profiling_are_the_parents(randn: Randn) -> None:
     [({"causal": False}, (), "causal, and this batch is not"), ({"causal": True}, (1.0,), "does not quantise")],
 )
 def test_batches_of_another_kind(batch: dict[str, Any], scales: Any, message: str, randn: Randn) -> None:
-    layer, x = Layer(HEADS, WIDTH, 0.3, KV_HEADS), randn(3, HEADS, WIDTH)
-    place = SimpleNamespace(layer_name="model.layers.0.self_attn.attn")
+    layer, x = new_layer(Server(PAGE, 4)), randn(3, 6, 8)
     with pytest.raises(ValueError, match=message):
-        layer.forward(place, x, x, x, x, SimpleNamespace(**batch), x, *scales)
+        layer.forward(place(0), x, x, x, x, SimpleNamespace(**batch), x, *scales)
 
 
 def test_rows_are_written_where_slots_say(randn: Randn) -> None:
-    cache = torch.zeros(3, KV_HEADS, PAGE, 2 * WIDTH, dtype=torch.bfloat16)
-    key, value = randn(2, 5, KV_HEADS, WIDTH).unbind()
+    cache = torch.zeros(3, 2, PAGE, 2 * 8, dtype=torch.bfloat16)
+    key, value = randn(2, 5, 2, 8).unbind()
     write_rows(key, value, cache, torch.tensor([17, -1, 7]))
     keys, values = keys_and_values(cache)
     assert torch.equal(keys[2, 1], key[0].bfloat16())

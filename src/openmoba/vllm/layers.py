@@ -89,7 +89,9 @@ class MobaLayer:
             raise ValueError("MoBA is causal, and this batch is not; serve a model that generates text")
         tokens = attn_metadata.num_actual_tokens
         k_pages, v_pages = keys_and_values(kv_cache)
-        batch = (attn_metadata.block_table, attn_metadata.seq_lens, attn_metadata.query_start_loc)
+        # vLLM's table has room for the longest request that it takes; kernels are launched for every column.
+        pages = -(-attn_metadata.max_seq_len // k_pages.shape[1])
+        batch = (attn_metadata.block_table[:, :pages], attn_metadata.seq_lens, attn_metadata.query_start_loc)
         block_size = self.served.block_size
         centroids = self._centroids(k_pages)
         complete_paged(centroids, k_pages, *batch, block_size)
