@@ -128,7 +128,7 @@ def test_planned_activations_are_those_that_a_forward_pass_keeps(family: str, sh
 
 
 def test_plans_foretell_the_measured_steps_of_a_gpu() -> None:
-    """Rows of `bench training` below 100 M parameters, of both attentions, and the runs of the study: within 25 %."""
+    """What the GPU is busy for in rows of `bench training`, and runs of the study that the host kept up with: 25 %."""
     rows = [row for row in read_rows(RESULTS / "training.csv", TrainingRow) if row.kind == "loop" and row.mfu]
     matrices = 1e12 * statistics.median(row.matrix_tflops for row in rows)
     found = {}
@@ -137,10 +137,12 @@ def test_plans_foretell_the_measured_steps_of_a_gpu() -> None:
         train = TrainConfig(steps=1000, batch_size=row.batch)
         data, model = DataConfig(length=row.tokens, vocab_size=row.vocabulary), ModelConfig(row.family, row.size)
         seconds = planned_work(RunConfig(data, model, arm, train, EvalConfig(1)), "cuda") / SHARE["cuda"] / matrices
-        found[f"{row.family} {row.size} {row.batch} {arm}"] = seconds / row.p50_ms, row.non_embedding  # of 1,000 steps
+        found[f"{row.family} {row.size} {row.batch} {arm}"] = seconds / row.busy_ms, row.non_embedding  # of 1,000 steps
     for file in (RESULTS / "study").rglob("result.json"):
         result = read_json(file)
         config = from_dict(RunConfig, result["config"])
+        if config.arm.name != "full" and not result.get("graphed"):
+            continue  # one window a step, and the host launched its kernels one by one
         seconds = planned_work(replace(config, eval=EvalConfig(1)), "cuda") / SHARE["cuda"] / matrices
         found[str(file)] = seconds * result["speed"]["tokens_per_second"] / config.tokens, 0
     assert len(found) > 15

@@ -191,7 +191,10 @@ def _captured(run: Callable[[], Tensor], stream: torch.cuda.Stream) -> tuple[tor
     gc.collect()  # what is collected while a graph is captured may not be freed then
     try:
         # A thread of the loader's or a logger's may do what it likes meanwhile.
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with (
+            _own_workspaces(),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             loss = run()
     except torch.OutOfMemoryError:
         _abandon(graph, pool, stream)
@@ -202,6 +205,20 @@ def _captured(run: Callable[[], Tensor], stream: torch.cuda.Stream) -> tuple[tor
             f"capturing it failed: {_first_line(error)}; one cause is an earlier loss, kept without detach()"
         ) from error
     return graph, loss
+
+
+@contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """Have products take their workspaces from the graph's own memory in the body of the `with`.
+
+    torch keeps one for each stream until it is told to forget them, which inductor's graphs do: what a launch wrote to
+    would be somebody else's then. A graph's own memory is given to nobody as long as the graph lives.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 _abandoned: list[torch.cuda.CUDAGraph] = []

@@ -58,9 +58,8 @@ def attach_loss(model: Any) -> None:
             return losses.view(labels.shape) if count is None else losses.sum() / count
         hidden = self.base_model(**inputs).last_hidden_state
         head = self.get_output_embeddings()
-        head(
-            hidden[:, :0]
-        )  # on no token: FSDP gathers the weights of a module, and takes note of it, where it is called
+        if hasattr(head, "unshard"):  # FSDP2 gathers weights, and takes note of it, where a module is called
+            head(hidden[:, :0])
         return linear_loss(hidden, head.weight, head.bias, labels, count, places, self.chunk_gradient)
 
     model.forward = MethodType(forward, model)
