@@ -44,6 +44,19 @@ def test_decoding_refuses(name: str, change: Change, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("keys", "block_size", "message"),
+    [
+        ([1], 4, "keys must be a torch.Tensor, got list"),
+        (torch.zeros(12, 2, 8), 4, r"keys must be a float cache .*, got torch.float32 \(12, 2, 8\)"),
+        (torch.zeros(1, 12, 2, 8), 0, "block_size must be >= 1, got 0"),
+    ],
+)
+def test_centroids_of_what_is_no_cache(keys: Any, block_size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        new_centroids(keys, 12, block_size)
+
+
+@pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"keys": [1]}, "keys must be a torch.Tensor, got list"),

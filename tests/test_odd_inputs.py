@@ -44,6 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(root / "run" / "checkpoint-4", root / "model")
     (root / "file").write_text("x")
     (root / "empty").mkdir()
+    (root / "taken.md").mkdir()
     for name, file, content in (
         ("no-config", "config.json", b""),
         ("list-config", "config.json", b"[]"),
@@ -109,6 +110,7 @@ ROWS: list[tuple[list[str], int, str]] = [
     (["evaluate", "run", "--out", "empty"], 2, "--out empty is a folder; name a file"),
     (["evaluate", "run", "--out", "file/x.json"], 2, "cannot write into the folder of --out"),
     (["evaluate", "needle", "run", "--out", "/proc/x"], 2, "cannot write into the folder of --out"),
+    (["evaluate", "needle", "run", "--out", "taken"], 2, "--out taken.md is a folder; name a file"),
     (["convert", "model", "file", *CONVERT], 2, "file exists; name a new folder"),
     (["convert", "model", "file/out", *CONVERT], 2, "Not a directory"),
     (["convert", "model", "/proc/out", *CONVERT], 2, "No such file or directory"),
@@ -183,6 +185,7 @@ ROWS: list[tuple[list[str], int, str]] = [
     (setting("data.hold-out", HUGE), 2, "data.hold_out must be at most"),
     (setting("data.vocab-size", HUGE), 2, "data.vocab_size must be at most"),
     (setting("arm.block-size", HUGE), 2, "block_size must be at most"),
+    (setting("arm.key-conv", HUGE), 2, "key_conv must be at most 2147483647"),
     (setting("arm.top-k", HUGE), 2, "top_k must be at most"),
     (setting("arm.switch-at", "nan"), 2, "arm.switch_at is a share of the steps in [0, 1], got nan"),
     (setting("eval.batch-size", "0"), 2, "eval.batch_size must be >= 1, got 0"),

@@ -16,6 +16,7 @@ from openmoba import (
     moba_decode,
     moba_paged,
     new_centroids,
+    new_paged_centroids,
 )
 from openmoba.ops.decode import MAX_QUERIES
 
@@ -145,7 +146,7 @@ def wrong(name: str, change: Callable[[Tensor], Tensor], message: str) -> Any:
         wrong("centroids", lambda x: x.to("meta"), "centroids must be on k_pages' device cpu, got meta"),
         wrong("v_pages", lambda x: x.to("meta"), "v_pages must be on k_pages' device cpu, got meta"),
         wrong("cu_seqlens_q", lambda x: x.to("meta"), "cu_seqlens_q must be on k_pages' device cpu, got meta"),
-        wrong("k_pages", lambda x: x.int(), "k_pages must be floats"),
+        wrong("k_pages", lambda x: x.int(), "k_pages must be a float cache"),
         wrong("k_pages", lambda x: x[..., :7], "head width must be 8 to 256, got 7"),
     ],
 )
@@ -155,6 +156,20 @@ def test_bad_input(name: str, change: Callable[[Tensor], Tensor], message: str) 
     call = server.call({0: 4, 1: 2})
     with pytest.raises(ValueError, match=message):
         moba_paged(**call | {name: change(call[name])}, top_k=2)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (5, "k_pages must be a torch.Tensor, got int"),
+        (torch.zeros(4, 2, 8), r"k_pages must be a float cache .*, got torch.float32 \(4, 2, 8\)"),
+        (torch.zeros(3, 4, 2, 8).int(), "k_pages must be a float cache .*, got torch.int32"),
+        (torch.zeros(3, 0, 2, 8), "with something in a page"),
+    ],
+)
+def test_centroids_of_what_is_no_cache(keys: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        new_paged_centroids(keys, 4)
 
 
 def test_queries_of_no_sequence_are_zero() -> None:

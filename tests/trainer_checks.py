@@ -21,6 +21,7 @@ from openmoba import MobaConfig
 from openmoba.hf import configure
 from openmoba.hf.context_parallel import ContextParallel
 from openmoba.hf.releases import CHECKPOINTING
+from openmoba.hf.shards import shard_inputs
 from openmoba.parallel import Sharding, sharded
 
 HYBRID = MobaConfig(block_size=4, top_k=2, full_layers=1)
@@ -194,6 +195,16 @@ def refusals() -> None:
         ({"token_type_ids": [0] * LENGTH}, "the input token_type_ids cannot be split"),
     ):
         refuses(said, data=[row | add for row in rows()], remove_unused_columns=False)
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    for inputs, said in (
+        ({"inputs_embeds": torch.zeros(2, 8, 32)}, "a batch is split by its input_ids .*, got None; give token ids"),
+        ({"input_ids": tokens[0]}, r"got torch.Size\(\[8\]\)"),
+        ({"input_ids": tokens[:, :0]}, r"got torch.Size\(\[2, 0\]\)"),
+        ({"input_ids": tokens, "position_ids": tokens[:, :5]}, r"position_ids of shape \(2, 5\) do not fit input_ids"),
+        ({"input_ids": tokens, "labels": tokens[:, :5]}, r"labels of shape \(2, 5\) do not fit"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            shard_inputs(inputs, None, 4, 2)
     rotating = model()
     rotating.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     refuses("rope_type='dynamic' rotates by the highest position", made=rotating)

@@ -33,6 +33,7 @@ class MobaConfig:
         object.__setattr__(self, "full_layers", parse_full_layers(self.full_layers))
         if self.key_conv is not None and (type(self.key_conv) is not int or self.key_conv < 2):
             raise ValueError(f"key_conv is a width >= 2 in tokens, or None for none, got {self.key_conv!r}")
+        check_count("key_conv", self.key_conv, 2)
 
     def full_layer_indices(self, num_layers: int) -> frozenset[int]:
         """Return the indices of the full-attention layers in a model of `num_layers` layers.

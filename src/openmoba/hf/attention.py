@@ -105,7 +105,8 @@ def _after_pages(
 def _refuse_variants(module: Any, dropout: float, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
     if dropout > 0:
         raise ValueError(
-            f"no attention dropout in MoBA, got {dropout}; set attention_dropout=0 in the model configuration"
+            f"no attention dropout in MoBA, got {dropout}; load the model with attention_dropout=0, which some "
+            "families call attn_pdrop or attention_probs_dropout_prob"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal:

@@ -44,7 +44,12 @@ def shard_inputs(inputs: Inputs, group: Any, heads: int, kv_heads: int) -> tuple
         ValueError: an input that cannot be split, or padding between the tokens of a sequence.
     """
     inputs = dict(inputs)
-    tokens_BT = inputs["input_ids"]
+    tokens_BT = inputs.get("input_ids")
+    if not isinstance(tokens_BT, Tensor) or tokens_BT.dim() != 2 or tokens_BT.numel() == 0:
+        raise ValueError(
+            f"a batch is split by its input_ids [batch, tokens], got {getattr(tokens_BT, 'shape', tokens_BT)!r}; give "
+            "token ids, not embeddings"
+        )
     mask = inputs.pop("attention_mask", None)
     _check(inputs)
     if "shift_labels" not in inputs and inputs.get("labels") is not None:
@@ -67,6 +72,13 @@ def shard_inputs(inputs: Inputs, group: Any, heads: int, kv_heads: int) -> tuple
 def _check(inputs: Inputs) -> None:
     if inputs.get("past_key_values") is not None:
         raise ValueError("a cache cannot be split over processes; leave past_key_values out")
+    shape = tuple(inputs["input_ids"].shape)
+    for name in _SPLIT:
+        x = inputs.get(name)
+        if x is not None and tuple(x.shape) != shape and (name != "position_ids" or tuple(x.shape) != (1, shape[1])):
+            raise ValueError(
+                f"{name} of shape {tuple(x.shape)} do not fit input_ids of {shape}; give one for each token"
+            )
     for name, x in inputs.items():
         if isinstance(x, Tensor) and x.dim() > 0 and name not in (*_SPLIT, *_BOUNDARIES):
             raise ValueError(f"the input {name} cannot be split over processes; leave it out of the batch")

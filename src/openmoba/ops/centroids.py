@@ -15,6 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openmoba.config import check_blocks
+from openmoba.ops.checks import check_cache
+
 ANCHOR_KEYS = 64
 ROOM = 4  # deviations from the anchor are scaled to 2^4, leaving 2^12 to the largest fp16
 LARGEST_FP16 = 65504.0
@@ -32,7 +35,12 @@ def new_centroids(keys: Tensor, slots: int, block_size: int) -> Tensor:
         keys: `[B, any, Hkv, D]`, whose dtype and device count.
         slots: tokens that the cache has room for.
         block_size: tokens per page, >= 1.
+
+    Raises:
+        ValueError: naming the argument and its value.
     """
+    check_blocks(block_size, 1)
+    check_cache("keys", keys, "[batch, slots, heads, dim]")
     batch, _, heads, width = keys.shape
     shape = (batch, heads, slots // block_size, width)
     # Head-major in memory, as the keys are: a head's pages lie side by side.

@@ -161,6 +161,13 @@ def check_tensors(**named: object) -> None:
             raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
 
 
+def check_cache(name: str, keys: Tensor, layout: str) -> None:
+    """Raise ValueError unless these are the keys of a cache, `layout` with four dimensions, in a dtype of keys."""
+    check_tensors(**{name: keys})
+    if keys.dim() != 4 or keys.dtype not in DTYPES:
+        raise ValueError(f"{name} must be a float cache {layout}, got {keys.dtype} {tuple(keys.shape)}")
+
+
 def check_rows(lengths: Tensor, starts: Tensor | None, like: Tensor) -> None:
     """Raise ValueError unless these are one number for each row of a cache, where the cache is."""
     for name, x in (("lengths", lengths), ("starts", starts)):

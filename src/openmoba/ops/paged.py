@@ -27,9 +27,9 @@ from openmoba.ops.api import moba_attention
 from openmoba.ops.backends import DECODERS, PagedDecoder, implementation, paged_decoder
 from openmoba.ops.centroids import centroid_dtype
 from openmoba.ops.checks import (
-    DTYPES,
     MAX_HEAD_WIDTH,
     MIN_HEAD_WIDTH,
+    check_cache,
     check_rows,
     check_scale,
     check_tensors,
@@ -60,8 +60,9 @@ def new_paged_centroids(k_pages: Tensor, block_size: int) -> Tensor:
     """Return undefined centroids `[Z, blocks that end in a page, Hkv, D]` for keys `[Z, P, Hkv, D]`.
 
     Raises:
-        ValueError: neither of page and block size divides the other.
+        ValueError: naming the argument and its value; neither of page and block size divides the other.
     """
+    _check_pages(k_pages)
     pages, page_size, heads, width = k_pages.shape
     _check_sizes(page_size, block_size)
     shape = (pages, max(1, page_size // block_size), heads, width)
@@ -281,16 +282,20 @@ def _check_contiguous(**named: Tensor) -> None:
             raise ValueError(f"{name}'s last dimension must be contiguous, got strides {x.stride()}")
 
 
+def _check_pages(k_pages: Tensor) -> None:
+    layout = "[pages, tokens of a page, heads, dim]"
+    check_cache("k_pages", k_pages, layout)
+    if 0 in k_pages.shape[1:]:
+        raise ValueError(f"k_pages must be {layout} with something in a page, got {tuple(k_pages.shape)}")
+
+
 def _check_cache(
     centroids: Tensor, k_pages: Tensor, block_table: Tensor, lengths: Tensor, cu_seqlens_q: Tensor, block_size: int
 ) -> None:
     check_tensors(
         k_pages=k_pages, centroids=centroids, block_table=block_table, lengths=lengths, cu_seqlens_q=cu_seqlens_q
     )
-    if k_pages.dim() != 4 or 0 in k_pages.shape[1:] or k_pages.dtype not in DTYPES:
-        raise ValueError(
-            f"k_pages must be floats [pages, tokens of a page, heads, dim], got {k_pages.dtype} {tuple(k_pages.shape)}"
-        )
+    _check_pages(k_pages)
     if not MIN_HEAD_WIDTH <= k_pages.shape[3] <= MAX_HEAD_WIDTH:
         raise ValueError(f"head width must be 8 to 256, got {k_pages.shape[3]}; pad the heads with zeros")
     pages, page_size, heads, width = k_pages.shape

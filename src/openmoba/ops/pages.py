@@ -19,7 +19,7 @@ from openmoba.config import check_blocks
 from openmoba.limits import check_count
 from openmoba.ops.backends import Decoder, decoder
 from openmoba.ops.centroids import centroid_dtype
-from openmoba.ops.checks import DTYPES, check_rows, check_tensors
+from openmoba.ops.checks import check_cache, check_rows, check_tensors
 from openmoba.ops.operation import operation
 from openmoba.ops.reference import reference_complete_pages
 
@@ -51,8 +51,7 @@ def complete_pages(
     check_blocks(block_size, 1)
     check_count("new", new, 0)
     check_tensors(centroids=centroids, keys=keys)
-    if keys.dim() != 4 or keys.dtype not in DTYPES:
-        raise ValueError(f"keys must be a float cache [batch, slots, heads, dim], got {keys.dtype} {tuple(keys.shape)}")
+    check_cache("keys", keys, "[batch, slots, heads, dim]")
     wanted = (keys.shape[0], *keys.shape[2:])
     if (*centroids.shape[:1], *centroids.shape[2:]) != wanted or centroids.dtype != centroid_dtype(keys.dtype):
         raise ValueError(

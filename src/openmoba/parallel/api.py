@@ -142,6 +142,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sharding: Sharding) -> None:
             way_out = "the sharding has cu_seqlens" if packed else "packed sequences need a sharding with cu_seqlens"
             raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}; {way_out}")
         sharding.check_shard(name, x.shape[-3])
+    if (*q.shape[:-3], q.shape[-1]) != (*k.shape[:-3], k.shape[-1]):
+        raise ValueError(
+            f"q of shape {tuple(q.shape)} and k of {tuple(k.shape)} must have one batch and one head width"
+        )
     if k.shape != v.shape or q.shape[-2] % max(1, k.shape[-2]):
         raise ValueError(
             f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}, and q's {q.shape[-2]} heads must be a "

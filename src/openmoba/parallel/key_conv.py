@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from openmoba.ops import key_conv as ops
-from openmoba.ops.checks import check_tensors
+from openmoba.ops.checks import DTYPES, check_tensors
 from openmoba.parallel.collectives import exchanged
 from openmoba.parallel.sharding import Sharding
 
@@ -42,6 +42,9 @@ def key_convolution(k: Tensor, weight_CW: Tensor, sharding: Sharding) -> Tensor:
         way_out = "the sharding has cu_seqlens" if packed else "packed sequences need a sharding with cu_seqlens"
         raise ValueError(f"k must be {layout}, got shape {tuple(k.shape)}; {way_out}")
     sharding.check_shard("k", k.shape[-2])
+    for name, x in (("k", k), ("weight_CW", weight_CW)):
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} has dtype {x.dtype}; use float64, float32, float16 or bfloat16")
     if weight_CW.dim() != 2 or weight_CW.shape[0] != k.shape[-1]:
         raise ValueError(
             f"weight_CW must be [channels, width] with k's {k.shape[-1]} channels, got {tuple(weight_CW.shape)}"

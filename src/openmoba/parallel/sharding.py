@@ -74,8 +74,8 @@ class Sharding:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
         if way not in WAYS:
             raise ValueError(f"way must be one of {', '.join(WAYS)}, got {way!r}")
-        if tokens < 1:
-            raise ValueError(f"a sharded sequence needs at least 1 token, got {tokens}")
+        if type(tokens) is not int or tokens < 1:
+            raise ValueError(f"a sharded sequence needs at least 1 token, got {tokens!r}")
         if cu_seqlens is not None:
             check_tensors(cu_seqlens=cu_seqlens)
             if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:

@@ -42,9 +42,7 @@ class Evaluate:
         from openmoba.lab.measure.evaluate import evaluate_source
 
         if self.out is not None:
-            make_parent(self.out)
-            if self.out.is_dir():
-                raise ValueError(f"--out {self.out} is a folder; name a file")
+            make_parent(self.out, "")
         row = evaluate_source(self.source, self.data, self.eval, TerminalProgress(Path(self.source).name))
         print(losses_table(row))
         if self.out is not None:
@@ -138,9 +136,9 @@ class Needle:
     def run(self) -> None:
         """Measure, and write the record, the page and the charts."""
         from openmoba.lab.measure.needle import measure_needles
-        from openmoba.lab.measure.needle_page import needle_table, write_needles
+        from openmoba.lab.measure.needle_page import SUFFIXES, needle_table, write_needles
 
-        make_parent(self.out)
+        make_parent(self.out, *SUFFIXES)
         progress = TerminalProgress("needle")
         searches = measure_needles(
             self._models(progress),
@@ -160,11 +158,11 @@ class Needle:
         return list(dict.fromkeys(model for source in self.sources for model in models_in(source, progress)))
 
 
-def make_parent(out: Path) -> None:
-    """Make the folder that `out` will lie in, before the work whose result it takes.
+def make_parent(out: Path, *suffixes: str) -> None:
+    """Make the folder of the files `out` + suffix, before the work whose result they take.
 
     Raises:
-        ValueError: there can be no such folder, or nothing written into it.
+        ValueError: there can be no such folder, nothing written into it, or a folder is where a file is to be.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -172,6 +170,9 @@ def make_parent(out: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"cannot write into the folder of --out {out}: {error.strerror}; choose another") from error
+    for file in (out.with_name(f"{out.name}{suffix}") for suffix in suffixes):
+        if file.is_dir():
+            raise ValueError(f"--out {file} is a folder; name a file")
 
 
 def losses_table(row: dict[str, Any]) -> str:

@@ -29,6 +29,9 @@ from openmoba.records.provenance import provenance
 NOWHERE = "none"
 """Row of a heat map with the examples that lack the needle."""
 
+SUFFIXES = (".md", ".jsonl", ".png", ".svg")
+"""What the names of the files end in."""
+
 
 def write_needles(searches: Sequence[Search], out: Path) -> list[Path]:
     """Write page, record and heat maps of some models of one tokenizer; returns the files in this order."""
