@@ -17,6 +17,7 @@ import imports
 import measured
 import paper
 import planned
+import served
 
 from openmoba.lab.study import results
 
@@ -122,6 +123,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "training_h200": partial(measured.training, machine="h200"),
     "longest_h200": partial(measured.longest, machine="h200"),
     "attention_cpu": measured.attention_cpu,
+    "serving_cpu": served.speed,
     "costs": planned.costs,
     "needle": planned.needle,
     "vocabulary": planned.vocabulary,

@@ -218,6 +218,25 @@ def test_tables_follow_their_files(tmp_path: Path) -> None:
     assert "| float32 | 128 / 8 | 16K | 75.2 | 300 | 4.0x |" in table("attention_cpu")
 
 
+def test_the_table_of_serving_follows_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "cpu" / "serving.csv"
+    path.parent.mkdir(parents=True)
+    names = "attention,block_size,top_k,context,batch,prefill_tokens_per_s,decode_tokens_per_s,"
+    names += "cpu,threads,torch,vllm,commit"
+    rows = [
+        f"{name},{blocks},{context},{batch},{rate / context},{rate * batch},a CPU,1,2.13,0.32,abc"
+        for name, blocks, rate in (("full", ",", 4096), ("moba", "128,8", 10240))
+        for context in (1024, 2048)
+        for batch in (1, 4)
+    ]
+    path.write_text("\n".join([names, *rows, ""]))
+    table = writer(tmp_path)("serving_cpu")
+    assert "| context | prefill | decoding, 1 request | decoding, 4 requests |" in table
+    assert "| 2K | 2, 5: 2.5x | 4,096, 10,240: 2.5x | 16,384, 40,960: 2.5x |" in table
+    assert "a CPU, 1 thread, seconds of the processor" in table
+    assert "blocks of 128, top-8. vLLM 0.32, torch 2.13, commit abc" in table
+
+
 def test_the_picture_of_shards_is_that_of_shardings() -> None:
     assert held.PICTURE.read_text() == held.picture(), "run python docs/held.py"
     chunks = [owner for chunk, head, owner in held._owners(2) if head == 0]

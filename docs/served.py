@@ -1,0 +1,44 @@
+"""The table of docs/serving.md: tokens per second of vLLM with MoBA, beside the same engine with full attention."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from openmoba.bench.rows import length_name, markdown_table, short_commit
+
+
+def speed(root: Path) -> str:
+    """Write prefill and decoding over the length of the context, for each batch."""
+    file = root / "results" / "cpu" / "serving.csv"
+    if not file.exists():
+        return ""
+    with file.open() as lines:
+        rows = {(row["attention"], int(row["context"]), int(row["batch"])): row for row in csv.DictReader(lines)}
+    found = sorted({(context, batch) for _, context, batch in rows})
+    contexts, batches = (sorted({case[i] for case in found}) for i in (0, 1))
+    head = ["context", "prefill", *(f"decoding, {_requests(batch)}" for batch in batches)]
+    cells = []
+    for context in contexts:
+        prefill = _gain(rows, context, batches[0], "prefill_tokens_per_s")
+        decoding = [_gain(rows, context, batch, "decode_tokens_per_s") for batch in batches]
+        cells.append([length_name(context), prefill, *decoding])
+    first = rows["moba", contexts[0], batches[0]]
+    threads = f"{first['threads']} thread{'s' if first['threads'] != '1' else ''}"
+    origin = (
+        f"Tokens per second with full attention and with MoBA, {first['cpu']}, {threads}, seconds of the processor; "
+        "four layers, eight query and two key/value heads of width 64, bf16; MoBA in every layer, blocks of "
+        f"{first['block_size']}, top-{first['top_k']}. vLLM {first['vllm']}, torch {first['torch']}, "
+        f"commit {short_commit(first['commit'])}: "
+        "[results/cpu/serving.csv](../results/cpu/serving.csv), by `benchmarks/serving.py`."
+    )
+    return "\n".join([*markdown_table(head, cells), "", origin, ""])
+
+
+def _requests(batch: int) -> str:
+    return f"{batch} request{'s' if batch > 1 else ''}"
+
+
+def _gain(rows: dict[tuple[str, int, int], dict[str, str]], context: int, batch: int, column: str) -> str:
+    full, moba = (float(rows[name, context, batch][column]) for name in ("full", "moba"))
+    return f"{full:,.0f}, {moba:,.0f}: {moba / full:.1f}x"
