@@ -45,7 +45,7 @@ def far_off(out: Tensor, wanted: Tensor) -> float:
 @pytest.fixture(params=["decoding", "prefill"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever kernels run: those for a few queries, or those for many."""
-    monkeypatch.setattr(paged, "MAX_QUERIES", 0 if request.param == "prefill" else 10**6)
+    monkeypatch.setattr(paged, "are_few", lambda *_: request.param == "decoding")
 
 
 @pytest.mark.usefixtures("kernels")
@@ -112,7 +112,7 @@ def test_cuda_graph_whose_lengths_and_tables_change(
     page_size: int, kernels_for: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One capture of upkeep and attention; other sequences, lengths and numbers of new tokens in each replay."""
-    monkeypatch.setattr(paged, "MAX_QUERIES", 0 if kernels_for == "prefill" else 16)
+    monkeypatch.setattr(paged, "are_few", lambda *_: kernels_for == "decoding")
     server = new_server(page_size, 128)
     for tokens in (3000, 255, 128, 1, 700):
         server.complete(server.call({server.begin(): tokens}))
