@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from attending import poisoned_memory
-from paging import Server, expected
+from paging import NOWHERE, Server, expected
 from torch import Tensor
 
 from openmoba import complete_paged, complete_pages, moba_attention, moba_decode, moba_paged, new_centroids
@@ -140,7 +140,7 @@ def test_cuda_graph_whose_lengths_and_tables_change(
         call = server.call(news)
         sequences, tokens = len(news), call["q"].shape[0]
         q.zero_()[:tokens] = call["q"]
-        static["block_table"].fill_(-1)[:sequences, : call["block_table"].shape[1]] = call["block_table"]
+        static["block_table"].fill_(NOWHERE)[:sequences, : call["block_table"].shape[1]] = call["block_table"]
         static["lengths"].zero_()[:sequences] = call["lengths"]
         static["cu_seqlens_q"].fill_(tokens)[: sequences + 1] = call["cu_seqlens_q"]
         graph.replay()
