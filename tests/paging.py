@@ -11,11 +11,14 @@ from torch import Tensor
 from openmoba import complete_paged, moba_paged, new_paged_centroids
 from openmoba.ops.decode import MAX_QUERIES
 
+NOWHERE = 2**30  # a page
+
 
 class Server:
     """A pool of pages in vLLM's layout, keys and values side by side, and the sequences that it serves.
 
-    What nobody wrote is NaN, pages and centroids alike.
+    What nobody wrote is NaN, pages and centroids alike. Behind its last page a table names one far outside of any
+    memory: a kernel that looks there, and goes, crashes.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class Server:
         for sequence, new in news.items():
             self.write(sequence, new)
         longest = max(len(self.tables[sequence]) for sequence in news)
-        table = [self.tables[sequence] + [-1] * (longest - len(self.tables[sequence]) + 1) for sequence in news]
+        table = [self.tables[sequence] + [NOWHERE] * (longest - len(self.tables[sequence]) + 1) for sequence in news]
         lengths = [len(self.keys[sequence]) for sequence in news]
         ends = torch.tensor([0, *news.values()]).cumsum(0)
         return {

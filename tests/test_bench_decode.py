@@ -6,9 +6,11 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -117,6 +119,17 @@ def test_contenders_attend_to_the_cache() -> None:
     torch.testing.assert_close(cache.moba(16, 4)(), expected)
     torch.testing.assert_close(cache.dense(backend, False)(), expected.transpose(1, 2))
     torch.testing.assert_close(cache.dense(backend, True)().reshape(expected.shape), expected)
+
+
+def test_what_a_graph_reads_lives_as_long_as_its_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph has addresses alone: without the tensors it would read what comes to lie there."""
+    centroids = torch.ones(3)
+    alive = weakref.ref(centroids)
+    monkeypatch.setattr(torch, "cuda", MagicMock())
+    replay = decode.replayed(partial(torch.neg, centroids))
+    del centroids
+    assert alive() is not None
+    assert replay().equal(-torch.ones(3))
 
 
 def test_figures(tmp_path: Path) -> None:

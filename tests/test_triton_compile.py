@@ -21,8 +21,8 @@ GIVEN_CONFIGURATIONS = ["64,128,8:given", "128,128,8:given", "128,512,3:given", 
 WIDEST_FLOAT32 = "256,80,8:float32"  # launches every kernel
 DECODE_CONFIGURATIONS = ["64,128,8,1", "128,128,8,1", "128,512,3,16", "256,128,8,16", "80,16,1,2"]
 PAGED_CONFIGURATIONS = [  # with queries and page size
-    *("128,128,8,4,128", "128,128,8,4,16", "64,512,3,4,64", "80,16,1,4,32"),
-    *("128,128,8,4096,128", "128,512,3,4096,512", "128,128,8,4096,16", "64,512,3,4096,64"),
+    *("128,128,8,4,128", "64,512,3,4,64", "80,16,1,4,32", "16,5,40,4,1"),
+    *("128,128,8,4096,128", "128,512,3,4096,512", "128,128,8,4096,16"),
 ]
 SHARED_MEMORY = 227 * 1024  # of one thread block
 ALL_SHARED_MEMORY, RESERVED_SHARED_MEMORY = 228 * 1024, 1024  # of a multiprocessor, of which some for every block

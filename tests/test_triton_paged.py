@@ -36,7 +36,7 @@ def poisoned_memory() -> Iterator[None]:
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever kernels run: those for a few queries, with blocks whole or cut, or those for many."""
     monkeypatch.setattr(decode, "_PROGRAMS_PER_MULTIPROCESSOR", 80 if request.param == "pieces" else 1)
-    monkeypatch.setattr(paged, "MAX_QUERIES", 0 if request.param == "prefill" else 16)
+    monkeypatch.setattr(paged, "are_few", lambda *_: request.param != "prefill")
 
 
 def new_server(page_size: int, block_size: int, dtype: torch.dtype = FP32, heads: int = 2, kv_heads: int = 1) -> Server:
@@ -130,6 +130,7 @@ def test_bits_are_those_of_contiguous_calls(page_size: int, monkeypatch: pytest.
         assert moba_decode(q, *cache, centroids, lengths, block_size=8, top_k=3, impl="triton").equal(
             out[row][None, None]
         )
+    monkeypatch.setattr(paged, "are_few", lambda *_: False)
     chunk = server.call({0: 19})
     cache = [x[0][None] for x in (server.keys, server.values)]
     contiguous = moba_attention(chunk["q"][None], *cache, block_size=8, top_k=3, impl="triton")[0]
@@ -180,9 +181,11 @@ def test_strides() -> None:
     assert moba_paged(**call | other, top_k=3, impl="triton").equal(out)
 
 
-@pytest.mark.parametrize(("queries", "megabytes", "decoded"), [(2, "1", True), (8, "800", True), (8, "1", False)])
+@pytest.mark.parametrize(
+    ("queries", "megabytes", "decoded"), [(2, "1", True), (64, "800", True), (65, "800", False), (8, "1", False)]
+)
 def test_which_kernels_run(queries: int, megabytes: str, decoded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many queries of many sequences are not decoded where their scores would take too much memory."""
+    """Many queries are not decoded, nor more than sequences where their scores would take too much memory."""
     monkeypatch.setenv("OPENMOBA_WORKSPACE_MB", megabytes)
     ran = []
     monkeypatch.setattr(decode, "run", lambda *_: ran.append(True))

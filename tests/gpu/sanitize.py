@@ -1,4 +1,6 @@
-"""Forward and backward on tiny shapes that reach every kernel but that of ranges, to run under compute-sanitizer:
+"""Forward and backward, and calls over block tables, on tiny shapes that reach every kernel but that of ranges.
+
+To run under compute-sanitizer:
 
     PYTHONPATH=src:tests PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
     PYTHONPATH=src:tests compute-sanitizer --tool racecheck python tests/gpu/sanitize.py
@@ -15,8 +17,10 @@ import torch
 from attending import Case, batched, packed, run
 from given import at_random
 from given import run as run_given
+from paging import Server
 
-from openmoba.ops.triton import plan
+from openmoba import moba_paged
+from openmoba.ops.triton import paged, plan
 from openmoba.ops.triton.host import replay
 
 CASES = {
@@ -34,6 +38,27 @@ CASES = {
     "Hopper, given": at_random(batched(torch.bfloat16, (1, 300, 510, 4, 2, 64), 128, 0, "cuda"), 5, 2),
     "Hopper, given, wide": at_random(batched(torch.float16, (1, 530, 900, 2, 1, 128), 256, 0, "cuda"), 3, 1),
 }
+PAGED = {
+    "pages, alike": (128, 128),
+    "pages, smaller": (16, 128),
+    "pages, larger": (512, 256),
+    "pages of a token": (1, 5),
+}
+"""Page and block size."""
+
+
+def run_paged(page_size: int, block_size: int) -> list[torch.Tensor]:
+    """Write centroids, decode and prefill: a chunk, single tokens, none, and queries of no sequence behind them."""
+    server = Server(page_size, block_size, torch.bfloat16, 2048 // page_size, 4, 2, 64, "cuda")
+    server.complete(server.call({server.begin(): 700, server.begin(): 130, server.begin(): 0}))
+    results = []
+    for few in (True, False):
+        paged.are_few = lambda *_, few=few: few
+        call = server.call({0: 20, 1: 1, 2: 0})
+        server.complete(call)
+        call["q"] = torch.cat([call["q"], call["q"][:3]])
+        results.append(moba_paged(**call, top_k=3))
+    return results
 
 
 def main(words: list[str]) -> None:
@@ -48,6 +73,12 @@ def main(words: list[str]) -> None:
             torch.cuda.synchronize()
             assert all(torch.isfinite(x).all() for x in results), name
             print(f"{name}, {way}: done", flush=True)
+    for name, sizes in PAGED.items():
+        if not words or any(word in name for word in words):
+            results = run_paged(*sizes)
+            torch.cuda.synchronize()
+            assert all(torch.isfinite(x).all() for x in results), name
+            print(f"{name}: done", flush=True)
 
 
 if __name__ == "__main__":

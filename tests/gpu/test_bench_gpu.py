@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from openmoba.bench import timing
+from openmoba.bench import paged, timing
 from openmoba.bench.attention import run_benchmark
 from openmoba.bench.cases import Case
 from openmoba.bench.contenders import CONTENDERS
+from openmoba.bench.decode import GRAPH, Cache, Shape
 from openmoba.bench.training.profiles import own_kernels
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -79,3 +80,16 @@ def test_memory_is_counted_by_pass() -> None:
     tensor_mb, slack_mb = 40, 1.1  # the allocator may hand out a block larger than asked for by a MiB
     assert 2 * tensor_mb <= found.forward_mb <= 2 * (tensor_mb + slack_mb)
     assert tensor_mb <= found.backward_mb <= tensor_mb + slack_mb
+
+
+@pytest.mark.parametrize("page_size", [16, 128, 512])
+def test_a_graph_over_pages_is_timed_at_its_work(page_size: int) -> None:
+    """Replayed after other tensors took what was free, it gives what a contiguous cache gives."""
+    shape = Shape(4096, 2, heads=8, kv_heads=2)
+    cache = Cache(shape, torch.device("cuda"))
+    replay = paged._call(page_size, None, cache, shape.row("moba", GRAPH, (128, 4)))
+    taken = [torch.full((size,), 2**30, dtype=torch.int32, device="cuda") for size in (16, 64, 256, 1024, 2**14) * 50]
+    expected = cache.moba(128, 4)()[:, 0]
+    for _ in range(3):
+        assert (replay().double() - expected.double()).norm() <= 2**-7 * expected.double().norm()
+    del taken

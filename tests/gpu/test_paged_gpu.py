@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from attending import poisoned_memory
-from paging import Server, expected
+from paging import NOWHERE, Server, expected
 from torch import Tensor
 
 from openmoba import complete_paged, complete_pages, moba_attention, moba_decode, moba_paged, new_centroids
@@ -45,7 +45,7 @@ def far_off(out: Tensor, wanted: Tensor) -> float:
 @pytest.fixture(params=["decoding", "prefill"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever kernels run: those for a few queries, or those for many."""
-    monkeypatch.setattr(paged, "MAX_QUERIES", 0 if request.param == "prefill" else 10**6)
+    monkeypatch.setattr(paged, "are_few", lambda *_: request.param == "decoding")
 
 
 @pytest.mark.usefixtures("kernels")
@@ -112,7 +112,7 @@ def test_cuda_graph_whose_lengths_and_tables_change(
     page_size: int, kernels_for: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One capture of upkeep and attention; other sequences, lengths and numbers of new tokens in each replay."""
-    monkeypatch.setattr(paged, "MAX_QUERIES", 0 if kernels_for == "prefill" else 16)
+    monkeypatch.setattr(paged, "are_few", lambda *_: kernels_for == "decoding")
     server = new_server(page_size, 128)
     for tokens in (3000, 255, 128, 1, 700):
         server.complete(server.call({server.begin(): tokens}))
@@ -140,7 +140,7 @@ def test_cuda_graph_whose_lengths_and_tables_change(
         call = server.call(news)
         sequences, tokens = len(news), call["q"].shape[0]
         q.zero_()[:tokens] = call["q"]
-        static["block_table"].fill_(-1)[:sequences, : call["block_table"].shape[1]] = call["block_table"]
+        static["block_table"].fill_(NOWHERE)[:sequences, : call["block_table"].shape[1]] = call["block_table"]
         static["lengths"].zero_()[:sequences] = call["lengths"]
         static["cu_seqlens_q"].fill_(tokens)[: sequences + 1] = call["cu_seqlens_q"]
         graph.replay()

@@ -38,9 +38,15 @@ class Table(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Sequences whose queries are packed and whose keys lie in pages: boundaries of the queries, and how many."""
+    """Sequences whose queries are packed and whose keys lie in pages.
 
-    table: Table
+    What a `Table` has, flat, since Triton 3.6 loses a 1 in a struct within a struct behind a `return`; then boundaries
+    of the queries, and how many sequences.
+    """
+
+    ptr: Any
+    sequence: int
+    page_size: int
     cu_q: Any
     sequences: int
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from openmoba.ops.triton import decode_kernels
-from openmoba.ops.triton.arguments import Packed, Rows, Table
+from openmoba.ops.triton.arguments import Packed, Rows
 from openmoba.ops.triton.geometry import cdiv, kernel_width, power_of_two, strides
 from openmoba.ops.triton.host.device import most_registers, multiprocessors, nvidia_capability
 from openmoba.ops.triton.host.launch import REMEMBERED, TENSOR, Launch
@@ -76,7 +76,7 @@ def packed_launches(
     """Return the launches for packed queries `[N, H, D]` over the pages that a block table names."""
     (tokens, heads, width), (_, page_size, kv_heads, _) = q.shape, k_pages.shape
     sequences, pages = block_table.shape
-    packed = Packed(Table(TENSOR, block_table.stride(0), page_size), TENSOR, sequences)
+    packed = Packed(TENSOR, block_table.stride(0), page_size, TENSOR, sequences)
     return _launches(
         tokens, 1, heads, width, pages * page_size // block_size, kv_heads, block_size, top_k, scale, q.dtype, q.device,
         (q.stride(0), *q.stride()[:2]), strides(k_pages), strides(v_pages), strides(centroids), packed,
@@ -161,7 +161,7 @@ def _launches(
     partials = portions * (width + 1) if portions > 1 else 0
     split, scored = 0, tokens
     if packed is not None:
-        split = packed.table.page_size if packed.table.page_size < block_size else 0
+        split = packed.page_size if packed.page_size < block_size else 0
         scored = cdiv(batch, packed.sequences)
     m = min(_MOST_ROWS, max(16, power_of_two(scored * group)))
     row_tiles = batch

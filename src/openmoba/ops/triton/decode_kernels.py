@@ -85,7 +85,7 @@ def score(
         centroid_ptr = head_base(centroids, batch, head)
     else:
         last_key_N = (block_N + 1) * block_size - 1
-        page_N, place_N = page_of(packed.table, sequence, last_key_N, block_N < past)
+        page_N, place_N = page_of(packed, sequence, last_key_N, block_N < past)
         centroid_at_N = page_N * centroids.batch + (place_N // block_size).to(tl.int64) * centroids.token
         centroid_ptr = head_base(centroids, 0 * head, head)
     # A power of two per row changes no ranking, and brings bf16 into the range of the fp16 that centroids have.
@@ -183,7 +183,6 @@ def attend(
     if packed is None:
         sequence = batch
         position = tl.load(length_ptr + batch) - TOKENS + token
-        table = None
     else:
         sequence = sequence_of(batch, packed, True)
         end_q = tl.load(packed.cu_q + sequence + 1)
@@ -191,7 +190,6 @@ def attend(
             tl.store(out_ptr + flat * WIDTH + d_D, tl.zeros([D], out_ptr.dtype.element_ty), mask=d_D < WIDTH)
             return
         position = tl.load(length_ptr + sequence) - end_q + batch
-        table = packed.table
     # Ranks of this portion: the own block is rank 0, and past blocks follow, best first.
     own = tl.maximum(position, 0) // block_size
     past = tl.minimum(own, blocks) if CHOOSES else 0
@@ -202,8 +200,8 @@ def attend(
     q_ptr = head_base(q, batch, head * GROUP + member) + token.to(tl.int64) * q.token
     q_D = tl.load(q_ptr + d_D, mask=d_D < WIDTH, other=0.0).to(tl.float32) * (scale * LOG2E)
     start_of_row = 0 if start_ptr is None else tl.load(start_ptr + batch)
-    k_ptr = head_base(k, batch if table is None else batch * 0, head) + tl.cast(start_of_row, tl.int64) * k.token
-    v_ptr = head_base(v, batch if table is None else batch * 0, head) + tl.cast(start_of_row, tl.int64) * v.token
+    k_ptr = head_base(k, batch if packed is None else batch * 0, head) + tl.cast(start_of_row, tl.int64) * k.token
+    v_ptr = head_base(v, batch if packed is None else batch * 0, head) + tl.cast(start_of_row, tl.int64) * v.token
 
     if OVERLAPS:
         gdc_wait()
@@ -230,13 +228,13 @@ def attend(
         begin = portion % pieces * piece
         end = tl.minimum(tl.minimum(begin + piece, block_size), position + 1 - block * block_size)
         k_page, v_page, first_key = k_ptr, v_ptr, block * block_size
-        if table is not None and SPLIT == 0:
-            page, first_key = page_of(table, sequence, first_key)
+        if packed is not None and SPLIT == 0:
+            page, first_key = page_of(packed, sequence, first_key)
             k_page = head_base(k, page, head)
             v_page = head_base(v, page, head)
         for start in tl.range(begin, end, N, num_stages=STAGES):
             n_N = start + tl.arange(0, N)
-            k_ND, v_ND = load_keys(k, v, k_page, v_page, first_key + n_N, n_N < end, table, sequence, SPLIT, WIDTH, D)
+            k_ND, v_ND = load_keys(k, v, k_page, v_page, first_key + n_N, n_N < end, packed, sequence, SPLIT, WIDTH, D)
             s_N = tl.where(n_N < end, tl.sum(k_ND.to(tl.float32) * q_D[None, :], 1), _LOWEST)
             m_new_N = tl.maximum(m_N, s_N)
             alpha_N = tl.exp2(m_N - m_new_N)

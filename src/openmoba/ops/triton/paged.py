@@ -5,7 +5,7 @@
     prefill   centroids are brought side by side, 1 / (2 block_size) of the cache; then route, plan and attention are
               those of a packed call (`attention`), whose kernels look up each block's page
 
-A batch is decoded if its sequences have few query tokens each, on average; which kernels run changes nothing else.
+A batch of few query tokens is decoded (`are_few`), any other prefilled; which kernels run changes nothing else.
 Nothing here waits for the device: launches depend on shapes alone, and what the block table has room for counts.
 
 H key/value heads padded to a power of two, D head width padded to one (WIDTH is the real one).
@@ -21,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from openmoba.ops.decode import MAX_QUERIES
 from openmoba.ops.triton import attention, decode
 from openmoba.ops.triton.arguments import Rows, Table
 from openmoba.ops.triton.geometry import PagedGeometry, Paging, cdiv, locate, power_of_two, span, strides
@@ -31,7 +30,9 @@ from openmoba.ops.triton.pool import block_centroid, centroid_sizes
 from openmoba.ops.triton.route import new_sort_keys, write_sort_keys
 from openmoba.ops.triton.table import page_of
 
-_MOST_DECODED = 65535  # query tokens: programs in a grid's third dimension
+# Query tokens that are decoded: decoding reads keys once per row, prefill once per list, and has more launches.
+_FEW, _FEW_PER_SEQUENCE = 64, 4
+_MOST_DECODED = 65535  # programs in a grid's third dimension
 _POOLING_PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
@@ -51,11 +52,16 @@ def attend_paged(
     tokens, sequences = q.shape[0], block_table.shape[0]
     if tokens == 0 or sequences == 0:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    if tokens <= min(MAX_QUERIES * sequences, _MOST_DECODED):
+    if are_few(tokens, sequences):
         launches = decode.packed_launches(q, k_pages, v_pages, centroids, block_table, block_size, top_k, scale)
         if tokens <= sequences or 4 * launches.numbers <= attention.workspaces(q.device)[0]:
             return decode.run(launches, q, k_pages, v_pages, centroids, lengths, None, block_table, cu_q)
     return _prefill(q, k_pages, v_pages, centroids, block_table, lengths, cu_q, block_size, top_k, scale)
+
+
+def are_few(tokens: int, sequences: int) -> bool:
+    """Say whether so many query tokens are for decoding, if their scores fit in memory."""
+    return tokens <= min(max(_FEW, _FEW_PER_SEQUENCE * sequences), _MOST_DECODED)
 
 
 def complete_paged(
