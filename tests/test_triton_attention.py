@@ -21,7 +21,7 @@ from openmoba import moba_attention
 from openmoba.ops.triton import attend, attention, gradients
 from openmoba.ops.triton import plan as plans
 from openmoba.ops.triton.family import pairs_per_item
-from openmoba.ops.triton.geometry import Geometry
+from openmoba.ops.triton.geometry import Geometry, Heads
 from openmoba.ops.triton.host.launch import Launch
 from openmoba.ops.triton.plan import item_bounds, make_items, make_plan
 from openmoba.ops.triton.portable import tuning
@@ -203,7 +203,7 @@ def test_ranges_of_queries_do_not_change_the_bits(monkeypatch, case, ranges):
 
 
 def test_own_slots_are_those_of_the_tokens():
-    geometry = Geometry(False, 3, 7, 10, 1, 1, 8, 4, 2)  # queries at 3 to 9 in the blocks 0, 1, 1, 1, 1, 2, 2
+    geometry = Geometry(False, 3, 7, 10, Heads(1, 1, 8), 4, 2)  # queries at 3 to 9 in the blocks 0, 1, 1, 1, 1, 2, 2
     slots = [sequence * 3 + block for sequence in range(3) for block in (0, 1, 1, 1, 1, 2, 2)]
     for first, end in ((0, 21), (0, 1), (1, 2), (5, 9), (20, 21)):
         assert geometry.own_block_slots(range(first, end)) == range(slots[first], slots[end - 1] + 1)
@@ -213,7 +213,7 @@ def test_own_slots_are_those_of_the_tokens():
 @pytest.mark.parametrize("block_size", [100, 512, 4096, 8192])
 def test_partials_of_key_gradients_take_less_than_shares_of_query_gradients(block_size):
     """At a million tokens they do not decide what fits in memory."""
-    geometry = Geometry(False, 1, 2**20, 2**20, 32, 8, 128, block_size, 8)
+    geometry = Geometry(False, 1, 2**20, 2**20, Heads(32, 8, 128), block_size, 8)
     pairs = geometry.rows * 7
     items = pairs // pairs_per_item(geometry) + geometry.block_slots
     shares = max(1, gradients.dq_pieces(geometry, FP16))
@@ -238,7 +238,7 @@ def test_more_pairs_than_int32_counts_are_refused():
 def test_heads_at_once_on_a_large_device(monkeypatch, tokens, block_size, top_k, heads, tokens_at_once):
     device = torch.device("cuda")
     monkeypatch.setattr(attention, "memory_bytes", lambda _: 80 * 2**30)
-    geometry = Geometry(False, 1, tokens, tokens, 32, 8, 128, block_size, top_k)
+    geometry = Geometry(False, 1, tokens, tokens, Heads(32, 8, 128), block_size, top_k)
     assert attention.heads_at_once(geometry, FP16, device) == heads
     assert attention.tokens_at_once(geometry, heads, FP16, device) == tokens_at_once
 
@@ -320,7 +320,7 @@ def test_plan(monkeypatch, absent, heads, block_slots, rows, segment, sorted_lis
     random = torch.rand(2, heads, rows, 2, generator=generator)
     keys = (random[0] * past_blocks[:, None]).int() + torch.arange(heads)[:, None, None] * block_slots
     keys[(random[1] < absent) | (past_blocks == 0)[:, None]] = none
-    geometry = Geometry(False, 1, rows, block_slots * 4, heads, heads, 8, 4, 3)
+    geometry = Geometry(False, 1, rows, block_slots * 4, Heads(heads, heads, 8), 4, 3)
     pairs, offsets = (torch.empty(n, dtype=torch.int32) for n in (keys.numel(), heads * (block_slots + 1)))
     plan = make_plan(keys.short(), pairs, offsets.view(heads, -1), geometry)
 

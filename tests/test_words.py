@@ -106,8 +106,8 @@ def test_rows_of_a_key_value_head_are_not_its_query_tokens() -> None:
     """`rows` once were tokens on the host, and tokens in all heads of a group on the device."""
     pytest.importorskip("triton")
     from openmoba.ops.triton.arguments import Call
-    from openmoba.ops.triton.geometry import Geometry
+    from openmoba.ops.triton.geometry import Geometry, Heads
 
-    geometry = Geometry(False, 2, 5, 7, 6, 2, 8, 4, 3)
+    geometry = Geometry(False, 2, 5, 7, Heads(6, 2, 8), 4, 3)
     assert (geometry.query_tokens, geometry.rows) == (2 * 5, 2 * 5 * 3)
     assert Call.of(geometry).rows == geometry.rows

@@ -77,7 +77,7 @@ def forward(
         sort_keys = given_sort_keys(blocks, cu_q, cu_k, geometry, heads, counts)
     elif geometry.top_k > 1:
         sort_keys = route(q, k, cu_q, cu_k, geometry, heads)
-    attend(q, k, v, cu_q, cu_k, geometry, scale, sort_keys, choice, out, lse)
+    attend(q, k, v, cu_q, cu_k, geometry, scale, heads, sort_keys, choice, out, lse)
     return out, lse, choice
 
 
@@ -89,14 +89,17 @@ def attend(
     cu_k: Tensor | None,
     geometry: Geometry,
     scale: float,
+    heads: int,
     sort_keys: Tensor | None,
     choice: Tensor,
     out: Tensor,
     lse: Tensor,
     *table: Tensor,
 ) -> None:
-    """Write output and log-sum-exp of what sort keys name (None: own blocks alone), and the plan into `choice`."""
-    heads = heads_at_once(geometry, q.dtype, q.device)
+    """Write output and log-sum-exp of what sort keys name (None: own blocks alone), and the plan into `choice`.
+
+    `heads`: of keys and values, are worked on at once, as the sort keys are counted.
+    """
     tokens = tokens_at_once(geometry, heads, q.dtype, q.device)
     for first, together, plan in _plans(choice, geometry, heads):
         if sort_keys is not None and plan is not None:

@@ -42,19 +42,32 @@ class Paging(NamedTuple):
     page_size: int
 
 
+class Heads(NamedTuple):
+    """How many heads there are, of queries and of keys and values, and their width."""
+
+    query: int
+    key_value: int
+    width: int
+
+
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """Sizes of one call. `tokens_q` and `tokens_k` are per sequence in a batch, totals in a packed batch."""
+    """Sizes of one call.
+
+    Attributes:
+        packed: whether all sequences lie behind one another, in one row of the batch.
+        tokens_q, tokens_k: of a row of the batch; of keys in pages, what the block table has room for.
+        paging: where a block table says that keys lie; None for keys side by side.
+    """
 
     packed: bool
     sequences: int
     tokens_q: int
     tokens_k: int
-    heads: int
-    kv_heads: int
-    width: int
+    shape: Heads
     block_size: int
     top_k: int
+    paging: Paging | None = None
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> Geometry:
@@ -66,10 +79,20 @@ class Geometry:
         """Return the same for lengths that are numbers: one object per shape, found by its identity in caches."""
         return _shared(*_sizes(q, k, cu_q, block_size, top_k))
 
-    @property
-    def paging(self) -> Paging | None:
-        """Return where a block table says that keys lie; None for keys side by side."""
-        return None
+    @cached_property
+    def heads(self) -> int:
+        """Return the query heads."""
+        return self.shape.query
+
+    @cached_property
+    def kv_heads(self) -> int:
+        """Return the key/value heads."""
+        return self.shape.key_value
+
+    @cached_property
+    def width(self) -> int:
+        """Return the head width."""
+        return self.shape.width
 
     @property
     def split(self) -> int:
@@ -101,7 +124,8 @@ class Geometry:
     @cached_property
     def longest(self) -> int:
         """Return an upper bound of the blocks in one sequence."""
-        return cdiv(self.tokens_k, self.block_size)
+        of_pages = self.paging is not None  # a block table has as much room for each sequence
+        return cdiv(self.tokens_k // self.sequences if of_pages else self.tokens_k, self.block_size)
 
     @cached_property
     def padded_width(self) -> int:
@@ -133,40 +157,15 @@ class Geometry:
         return self.sequences * cdiv(tokens, tile)
 
 
-@dataclass(frozen=True, eq=False)
-class PagedGeometry(Geometry):
-    """Sizes of a packed call whose keys lie in pages; `tokens_k` is the room that the block table names."""
-
-    table_stride: int
-    page_size: int
-
-    @property
-    def paging(self) -> Paging:
-        return Paging(self.table_stride, self.page_size)
-
-    @cached_property
-    def longest(self) -> int:
-        return cdiv(self.tokens_k // self.sequences, self.block_size)
-
-
 @lru_cache(maxsize=REMEMBERED)
-def _shared(packed: bool, *sizes: int) -> Geometry:
-    return Geometry(packed, *sizes)
+def _shared(*sizes: Any) -> Geometry:
+    return Geometry(*sizes)
 
 
 def _sizes(q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> tuple[Any, ...]:
     sequences = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
-    return (
-        cu_q is not None,
-        sequences,
-        q.shape[-3],
-        k.shape[-3],
-        q.shape[-2],
-        k.shape[-2],
-        q.shape[-1],
-        block_size,
-        top_k,
-    )
+    heads = Heads(q.shape[-2], k.shape[-2], q.shape[-1])
+    return cu_q is not None, sequences, q.shape[-3], k.shape[-3], heads, block_size, top_k
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:

@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 
 from openmoba.ops.triton import attention, decode
 from openmoba.ops.triton.arguments import Rows, Table
-from openmoba.ops.triton.geometry import PagedGeometry, Paging, cdiv, locate, power_of_two, span, strides
+from openmoba.ops.triton.geometry import Geometry, Heads, Paging, cdiv, locate, power_of_two, span, strides
 from openmoba.ops.triton.host.device import multiprocessors
 from openmoba.ops.triton.host.launch import REMEMBERED, TENSOR, Launch
 from openmoba.ops.triton.pool import block_centroid, centroid_sizes
@@ -117,13 +117,12 @@ def _prefill(
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)  # what fills up a graph's batch is of no sequence
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     choice = torch.empty(attention.choice_numbers(geometry, given=False), dtype=torch.int32, device=q.device)
-    sort_keys = None
+    heads, sort_keys = attention.heads_at_once(geometry, q.dtype, q.device), None
     if geometry.top_k > 1:
-        heads = attention.heads_at_once(geometry, q.dtype, q.device)
         sort_keys = new_sort_keys(geometry, heads, q.device).fill_(heads * geometry.block_slots)
         pooled = _side_by_side(centroids, block_table, cu_k, geometry)
         write_sort_keys(sort_keys, q, pooled, cu_q, cu_k, geometry, heads)
-    attention.attend(q, k_pages, v_pages, cu_q, cu_k, geometry, scale, sort_keys, choice, out, lse, block_table)
+    attention.attend(q, k_pages, v_pages, cu_q, cu_k, geometry, scale, heads, sort_keys, choice, out, lse, block_table)
     return out
 
 
@@ -139,16 +138,14 @@ def _geometry(
     kv_heads: int,
     block_size: int,
     top_k: int,
-) -> PagedGeometry:
+) -> Geometry:
     room = pages * page_size
     most_read = min(top_k, cdiv(room, block_size))
-    sizes = (True, sequences, tokens, sequences * room, heads, kv_heads, width, block_size, most_read)
-    return PagedGeometry(*sizes, table_stride, page_size)
+    shape, paging = Heads(heads, kv_heads, width), Paging(table_stride, page_size)
+    return Geometry(True, sequences, tokens, sequences * room, shape, block_size, most_read, paging)
 
 
-def _side_by_side(
-    centroids: Tensor, block_table: Tensor, cu_k: Tensor, geometry: PagedGeometry
-) -> tuple[Tensor, Tensor]:
+def _side_by_side(centroids: Tensor, block_table: Tensor, cu_k: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """Return the centroids of all complete blocks, and their norms, as `pool` does."""
     shape = (geometry.kv_heads, geometry.block_slots)
     pooled = torch.empty((*shape, geometry.padded_width), dtype=centroids.dtype, device=centroids.device)
@@ -158,7 +155,8 @@ def _side_by_side(
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _gathering(geometry: PagedGeometry, centroid_strides: tuple[int, int, int]) -> Launch:
+def _gathering(geometry: Geometry, centroid_strides: tuple[int, int, int]) -> Launch:
+    assert geometry.paging is not None
     sizes = (geometry.sequences, geometry.block_size, geometry.block_slots, geometry.kv_heads)
     arguments = (Rows.of(centroid_strides), Table(TENSOR, *geometry.paging), TENSOR, TENSOR, TENSOR, *sizes)
     constants = {"H": power_of_two(geometry.kv_heads), "WIDTH": geometry.width, "D": geometry.padded_width}
