@@ -65,7 +65,7 @@ def test_a_short_list_names_the_best_what_is_not_told_apart_and_what_is_as_good(
     fair = "full attention (for arms with key convolution: full attention that has it)"
     assert good.startswith(f"At most 0.5% above {fair} at the upper end of the interval: ")
     assert "last-1" not in good
-    assert level == f"last-3 alone is not resolved above {fair}."
+    assert level == f"All but last-3 are resolved above {fair}."
     plant(monkeypatch, luck=0.0, hybrid=(full[0] * 0.98, full[1]))
     *_, alike, good, level = said(tmp_path / "better", CANDIDATES, "candidates")
     assert "at the upper end of the interval: last-3 (-" in good

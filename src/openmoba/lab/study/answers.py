@@ -294,9 +294,9 @@ def _nearest(runs: Sequence[Outcome]) -> Iterator[str]:
     fewest = min(level, key=lambda found: found.key_share or 0, default=None)
     if fewest is None:
         yield f"All of them are resolved above {FAIR}."
-    elif len(level) == 1:
-        yield f"{fewest.runs[0].label} alone is not resolved above {FAIR}."
-    else:
+    elif len(level) == 1 < len(sparse):
+        yield f"All but {fewest.runs[0].label} are resolved above {FAIR}."
+    elif len(level) > 1:
         yield (
             f"{len(level)} are not resolved above {FAIR}, which does not make them equal; the fewest keys of these "
             f"reads {_stands(fewest)}."

@@ -153,7 +153,7 @@ def _layers(stage: Stage, size: str, runs: list[Outcome], study: Path) -> Chart:
     if reference:
         caption += (
             f" Bars: {LEVEL:.0%} interval of the difference from {inside(reference[0].label)}, on the same windows: a "
-            "bar that does not reach its line is resolved from it."
+            "bar that does not reach that one's line is resolved from it."
         )
         if not all(share_a_seed(own, reference) for own in hybrids):
             caption += " Without a bar: of other seeds, not compared."
