@@ -7,7 +7,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from test_hf_workflow import save_model  # noqa: E402
 from openmoba import MobaConfig  # noqa: E402
 from openmoba.cli import main  # noqa: E402
 from openmoba.hf import configure  # noqa: E402
-from openmoba.lab.config import DataConfig, RunConfig, to_dict  # noqa: E402
+from openmoba.lab.config import DataConfig, RunConfig, TrainConfig, to_dict  # noqa: E402
 from openmoba.lab.data.tokenizer import byte_tokenizer  # noqa: E402
 from openmoba.lab.measure import needle, needle_page  # noqa: E402
 from openmoba.lab.measure.commands import Needle  # noqa: E402
@@ -34,6 +34,7 @@ from openmoba.lab.measure.needle_page import (  # noqa: E402
     read_needles,
     write_needles,
 )
+from openmoba.lab.model.build import model_folder  # noqa: E402
 from openmoba.lab.model.checkpoint import seal  # noqa: E402
 from openmoba.lab.progress import Progress  # noqa: E402
 from openmoba.lab.study.recipe import parse_recipe  # noqa: E402
@@ -68,13 +69,13 @@ def texts(tmp_path: Path) -> list[str]:
     return ["--data.source", "stdlib", "--data.valid", str(tmp_path / "texts"), "--data.cache", str(tmp_path / "cache")]
 
 
-def make_run(model: Path, folder: Path, **config: Any) -> Path:
-    """A finished run with the weights of a model."""
+def make_run(model: Path, folder: Path, steps: int = 1, **config: Any) -> Path:
+    """A run with the weights of a model after its first step, which is the last."""
     checkpoint = folder / "checkpoint-1"
     shutil.copytree(model, checkpoint)
     seal(checkpoint)
     (folder / "metrics.jsonl").write_text("")
-    (folder / "config.json").write_text(json.dumps(to_dict(RunConfig(**config))))
+    (folder / "config.json").write_text(json.dumps(to_dict(RunConfig(train=TrainConfig(steps=steps), **config))))
     return folder
 
 
@@ -141,12 +142,12 @@ def test_examples_together_and_one_by_one_have_the_same_scores(tmp_path: Path, t
 
 
 def test_one_call_compares_the_runs_of_a_folder(tmp_path: Path, texts: list[str], capsys: Any) -> None:
-    """Those with weights; the others are named by number. The page and the record are of all."""
+    """Those with weights; the others are named by number. The page and the record are of all, and say who stopped."""
     configure(save_model(tmp_path / "model"), MobaConfig(16, 3)).save_pretrained(tmp_path / "model")
     data = DataConfig(source="stdlib", valid=texts[3], cache=texts[5])
-    for name, arm in (("a-moba-seed0", "moba"), ("b-full-seed0", "full")):
+    for name, arm, steps in (("a-moba-seed0", "moba", 4), ("b-full-seed0", "full", 1)):
         config = RunConfig(data=data)
-        make_run(tmp_path / "model", tmp_path / "study" / name, data=data, arm=replace(config.arm, name=arm))
+        make_run(tmp_path / "model", tmp_path / "study" / name, steps, data=data, arm=replace(config.arm, name=arm))
     shutil.copytree(tmp_path / "study" / "a-moba-seed0", tmp_path / "study" / "c-seed0")
     shutil.rmtree(tmp_path / "study" / "c-seed0" / "checkpoint-1")
     options = ["--lengths", "128", "256", "--depths", "3", "--samples", "2", "--out", str(tmp_path / "new" / "v1.0")]
@@ -154,7 +155,7 @@ def test_one_call_compares_the_runs_of_a_folder(tmp_path: Path, texts: list[str]
     assert "| b-full-seed0 | 256 | 0 of 6 |" in capsys.readouterr().out
     page = (tmp_path / "new" / "v1.0.md").read_text()
     assert "| from b-full-seed0 |" in page
-    assert "- a-moba-seed0, 256 tokens: the needle changes the loss of the answer by " in page
+    assert "- a-moba-seed0 (step 1 of 4), 256 tokens: the needle changes the loss of the answer by " in page
     rows = [json.loads(line) for line in (tmp_path / "new" / "v1.0.jsonl").read_text().splitlines()]
     assert [(Path(row["source"]).name, row["full"]) for row in rows] == [
         ("a-moba-seed0", False),
@@ -167,19 +168,32 @@ def test_one_call_compares_the_runs_of_a_folder(tmp_path: Path, texts: list[str]
     assert "9000" in capsys.readouterr().err
 
 
+class Notes(Progress):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_weights_of_an_unfinished_run_are_said_to_be_such(tmp_path: Path) -> None:
+    """Whatever is done with them: they are measured, copied and continued like those of a finished one."""
+    save_model(tmp_path / "model")
+    for steps, said in ((4, ["is not finished: these are the weights of step 1 of 4"]), (1, [])):
+        notes = Notes()
+        with model_folder(make_run(tmp_path / "model", tmp_path / str(steps), steps), notes) as folder:
+            assert Path(folder).name == "checkpoint-1"
+        assert notes.said == [f"{tmp_path / str(steps)} {text}" for text in said]
+
+
 def test_runs_without_weights_are_left_out_and_said(tmp_path: Path) -> None:
-    class Notes(Progress):
-        said: ClassVar[list[str]] = []
-
-        def note(self, text: str) -> None:
-            self.said.append(text)
-
     for name in ("a", "b"):
         (tmp_path / "stage" / name / "checkpoint-1").mkdir(parents=True)
         (tmp_path / "stage" / name / "metrics.jsonl").write_text("")
     (tmp_path / "stage" / "b" / "checkpoint-1").rmdir()
-    assert models_in(str(tmp_path), Notes()) == [str(tmp_path / "stage" / "a")]
-    assert Notes.said == [f"1 of 2 runs below {tmp_path} have no checkpoint here: left out"]
+    notes = Notes()
+    assert models_in(str(tmp_path), notes) == [str(tmp_path / "stage" / "a")]
+    assert notes.said == [f"1 of 2 runs below {tmp_path} have no checkpoint here: left out"]
     assert models_in("Qwen/Qwen3-0.6B", Notes()) == ["Qwen/Qwen3-0.6B"]
 
 
@@ -250,6 +264,7 @@ def test_names_are_as_long_as_they_must_be() -> None:
     a, b = (replace(SEARCHES[0], source=f"runs/{name}/14m-full-seed0") for name in "ab")
     assert model_names([a, b]) == ["a/14m-full-seed0", "b/14m-full-seed0"]
     assert model_names([a]) == ["14m-full-seed0"]
+    assert model_names([a, replace(b, stopped="step 1 of 4")]) == ["a/14m-full-seed0", "b/14m-full-seed0 (step 1 of 4)"]
 
 
 def test_the_tokens_of_a_search_are_counted() -> None:

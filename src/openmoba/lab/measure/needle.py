@@ -30,7 +30,7 @@ from openmoba.lab.data.load import data_of_run, load_validation
 from openmoba.lab.data.tokenizer import fingerprint, load_tokenizer
 from openmoba.lab.data.windows import Windows
 from openmoba.lab.measure.evaluate import autocast
-from openmoba.lab.model.build import load_model, model_folder
+from openmoba.lab.model.build import load_model, model_folder, stopped_at
 from openmoba.lab.model.checkpoint import checkpoints
 from openmoba.lab.progress import Progress
 
@@ -67,6 +67,7 @@ class Search:
         full: whether it is a run with full attention.
         vocabulary: entries of the model's table; a guess among all of them has the loss ln(vocabulary).
         seconds: it took, loading included.
+        stopped: of a run that is not finished, where: "step 10 of 400".
     """
 
     source: str
@@ -74,6 +75,7 @@ class Search:
     vocabulary: int
     grids: tuple[Grid, ...]
     seconds: float
+    stopped: str | None = None
 
 
 def measure_needles(
@@ -109,7 +111,8 @@ def measure_needles(
     found: list[Search] = []
     for source in sources:
         start = time.monotonic()
-        with model_folder(source, progress) as folder:
+        with model_folder(source) as folder:
+            stopped = stopped_at(source, folder)
             tokenizer, model = load_tokenizer(folder), load_model(folder)
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         grids = []
@@ -121,7 +124,9 @@ def measure_needles(
             detail = f"{source}, {windows.length:,} tokens: loss {np.mean(scores[1][:-1]):.2f}"
             progress.step(done, total, detail, share)
         full = is_run(source) and stored_config(source).arm.kind is FULL
-        found.append(Search(str(source), full, model.config.vocab_size, tuple(grids), time.monotonic() - start))
+        found.append(
+            Search(str(source), full, model.config.vocab_size, tuple(grids), time.monotonic() - start, stopped)
+        )
     return found
 
 

@@ -138,7 +138,12 @@ def reference_of(searches: Sequence[Search]) -> Search:
 
 
 def model_names(searches: Sequence[Search]) -> list[str]:
-    """Return a name for every model, all different: the end of its path, as long as it must be."""
+    """Return a name for every model, all different: the end of its path, as long as it must be; how far a run is."""
+    far = [f" ({search.stopped})" if search.stopped else "" for search in searches]
+    return [f"{name}{stopped}" for name, stopped in zip(_ends(searches), far, strict=True)]
+
+
+def _ends(searches: Sequence[Search]) -> list[str]:
     parts = [Path(search.source).parts for search in searches]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]

@@ -12,8 +12,8 @@ import torch
 
 from openmoba.config import MobaConfig
 from openmoba.hub import check_source
-from openmoba.lab.config import ModelConfig, is_run
-from openmoba.lab.model.checkpoint import newest_held
+from openmoba.lab.config import ModelConfig, is_run, stored_config
+from openmoba.lab.model.checkpoint import checkpoint_step, newest_held
 from openmoba.lab.model.overrides import check_rotation, fitting, replace_entries, transformers_config
 from openmoba.lab.progress import Progress
 
@@ -157,7 +157,17 @@ def model_folder(source: str | Path, progress: Progress | None = None) -> Iterat
     with newest_held(Path(source), progress) as checkpoint:
         if checkpoint is None:
             raise ValueError(f"{source} is a run without a whole checkpoint; run `openmoba train {source}` first")
+        if progress is not None and (stopped := stopped_at(source, checkpoint)):
+            progress.note(f"{source} is not finished: these are the weights of {stopped}")
         yield checkpoint
+
+
+def stopped_at(source: str | Path, checkpoint: str | Path) -> str | None:
+    """Say how far an unfinished run is at a checkpoint, "step 10 of 400"; None if it is finished, or no run."""
+    if not is_run(source):
+        return None
+    step, steps = checkpoint_step(Path(checkpoint)), stored_config(source).train.steps
+    return f"step {step:,} of {steps:,}" if step < steps else None
 
 
 def set_attention(model: Any, attention: MobaConfig | None) -> None:
