@@ -18,6 +18,7 @@ from pathlib import Path
 import tables
 
 from openmoba.lab.data.identity import IDENTITY_FILE
+from openmoba.lab.measure.needle_page import draw_needles, read_needles
 from openmoba.lab.study.outcomes import read_outcomes
 from openmoba.lab.study.recipe import RECIPE_FILE, read_recipe
 from openmoba.lab.study.report import write_report
@@ -41,8 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def publish(pieces: Sequence[Path], out: Path) -> list[Path]:
     """Gather the pieces of a study in `out`, beside what is there, and write its report; returns report and figures."""
     gather(pieces, out)
-    recipe = read_recipe(out / RECIPE_FILE)
-    return write_report(recipe, out, AXIS)
+    if (out / NEEDLES).exists():
+        draw_needles(read_needles(out / NEEDLES), (out / NEEDLES).with_suffix(""))
+    return write_report(read_recipe(out / RECIPE_FILE), out, AXIS)
 
 
 def gather(pieces: Sequence[Path], out: Path) -> None:
@@ -63,12 +65,12 @@ def gather(pieces: Sequence[Path], out: Path) -> None:
     for name, piece in found.items():
         for record in RECORDS if name != RECIPE_FILE else (RECIPE_FILE,):
             source, target = (folder / Path(name).with_name(record) for folder in (piece, out))
-            if source.exists() and source != target:
+            if source.exists() and source.resolve() != target.resolve():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
     for piece in pieces:
-        for path in piece.glob(f"{Path(NEEDLES).stem}.*"):
-            shutil.copyfile(path, out / path.name)
+        if (piece / NEEDLES).exists() and piece.resolve() != out.resolve():
+            shutil.copyfile(piece / NEEDLES, out / NEEDLES)
 
 
 if __name__ == "__main__":

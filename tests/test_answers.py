@@ -16,6 +16,7 @@ from openmoba.lab.progress import Progress
 from openmoba.lab.study import charts, results
 from openmoba.lab.study import fit as fitting
 from openmoba.lab.study.answers import answers
+from openmoba.lab.study.candidates import standing_table, standings
 from openmoba.lab.study.outcomes import of_stage, read_outcomes
 from openmoba.lab.study.recipe import parse_recipe
 from openmoba.lab.study.results import headlines, read_studies, settings
@@ -107,6 +108,34 @@ def test_an_arm_with_key_convolution_is_compared_with_full_attention_that_has_it
     table = settings(read_studies([tmp_path / "list"]), tmp_path)
     row = next(line for line in table.splitlines() if line.startswith("| 1,024 | 50% | last-keys: "))
     assert re.match(r"[+-]\d\.\d\d \[", row.split(" | ")[4]), "against full attention with its key convolution"
+
+
+def test_an_arm_whose_fair_reference_has_no_run_is_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full attention without key convolution is no measure of what the choice of blocks costs an arm that has it."""
+    full = synthetic_study.LAWS["full"]
+    plant(monkeypatch, luck=0.0, hybrid=(full[0] * 0.9, full[1]))
+    text = CANDIDATES.replace('"fine", "last-1", "last-3"]', '"last-keys", "last-3"]').replace("[arms]\n", KEYS)
+    best, _, unfair, good, *rest = said(tmp_path, text, "candidates")
+    assert "with the same key convolution" not in best
+    assert unfair.startswith("last-keys: full attention with the same key convolution has no run yet")
+    assert "interval: last-3 (-" in good
+    assert not any("last-keys" in sentence for sentence in (good, *rest))
+    write_recipe(tmp_path, text)
+    monkeypatch.setattr(results, "BUDGETS", (0.5,))
+    table = settings(read_studies([tmp_path]), tmp_path)
+    row = next(line for line in table.splitlines() if line.startswith("| 1,024 | 50% | last-keys: "))
+    assert row.split(" | ")[4] == "not known yet: it has no run"
+
+
+def test_seeds_of_different_speed_are_shown_from_slowest_to_fastest(tmp_path: Path) -> None:
+    recipe = parse_recipe(CANDIDATES, title="t")
+    run_study(recipe, tmp_path, train, lambda _: Progress())
+    path = tmp_path / "candidates" / "large-moba-seed1" / "result.json"
+    path.write_text(path.read_text().replace('"tokens_per_second": 50000.0', '"tokens_per_second": 80000.0'))
+    outcomes = read_outcomes(recipe, tmp_path)
+    table = "\n".join(standing_table(outcomes, standings(outcomes)))
+    assert " | 50,000 to 80,000 | 1.20x |" in table
+    assert " | 50,000 | 1.00x |" in table
 
 
 def write_recipe(out: Path, text: str) -> None:

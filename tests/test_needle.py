@@ -28,6 +28,7 @@ from openmoba.lab.measure import needle, needle_page  # noqa: E402
 from openmoba.lab.measure.commands import Needle  # noqa: E402
 from openmoba.lab.measure.needle import Grid, Search, hide, measure_needles, models_in  # noqa: E402
 from openmoba.lab.measure.needle_page import (  # noqa: E402
+    draw_needles,
     model_names,
     needle_chart,
     needle_sentences,
@@ -155,7 +156,8 @@ def test_one_call_compares_the_runs_of_a_folder(tmp_path: Path, texts: list[str]
     assert "| b-full-seed0 | 256 | 0 of 6 |" in capsys.readouterr().out
     page = (tmp_path / "new" / "v1.0.md").read_text()
     assert "| from b-full-seed0 |" in page
-    assert "- a-moba-seed0 (step 1 of 4), 256 tokens: the needle changes the loss of the answer by " in page
+    found = "a-moba-seed0 (step 1 of 4), 256 tokens: 0 of 6 answered exactly; the needle changes the loss of the answer by "
+    assert f"- {found}" in page
     rows = [json.loads(line) for line in (tmp_path / "new" / "v1.0.jsonl").read_text().splitlines()]
     assert [(Path(row["source"]).name, row["full"]) for row in rows] == [
         ("a-moba-seed0", False),
@@ -238,8 +240,9 @@ def test_all_models_share_one_scale_from_zero_to_chance_with_a_bar_of_colours() 
 def test_sentences_compare_with_full_attention_document_by_document() -> None:
     moba, full, last = needle_sentences(SEARCHES)
     assert moba.startswith(
-        "moba-seed0, 1,024 tokens: the needle changes the loss of the answer by -0.500 [-0.500, -0.500] nats per "
-        "token, **resolved on these documents**; from that of full-seed0 it is +1.250 [+1.250, +1.250], **resolved"
+        "moba-seed0, 1,024 tokens: 0 of 18 answered exactly; the needle changes the loss of the answer by -0.500 "
+        "[-0.500, -0.500] nats per token, **resolved on these documents**; its loss lies +1.250 [+1.250, +1.250] "
+        "from that of full-seed0, **resolved"
     )
     assert full.endswith("nats per token, **resolved on these documents** (5 documents, 6 windows, 1 seed).")
     assert "by +0.250 [+0.250, +0.250] nats per token" in last
@@ -253,8 +256,9 @@ def test_the_record_gives_the_page_again(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(needle_page, "save", lambda figure, path: [path.with_name(f"{path.name}.png")])
     page, record, *_ = write_needles(SEARCHES, tmp_path / "needle")
     assert read_needles(record) == SEARCHES
-    again, *_ = write_needles(read_needles(record), tmp_path / "again" / "needle")
-    assert again.read_text() == page.read_text()
+    before = page.read_text(), record.read_text()
+    draw_needles(read_needles(record), tmp_path / "needle")
+    assert (page.read_text(), record.read_text()) == before
     record.write_text(record.read_text().replace('"length":512', '"length":"512"'))
     with pytest.raises(ValueError, match="length must be int"):
         read_needles(record)
@@ -282,5 +286,5 @@ def test_the_results_show_what_a_study_found(tmp_path: Path, monkeypatch: pytest
     after = experiments(read_studies([tmp_path / "study"]), tmp_path)
     assert "needle" not in before
     assert "![Needle in a haystack, 3 models of Short list](study/needle.png)" in after
-    assert "- moba-seed0, 1,024 tokens: the needle changes the loss of the answer by -0.500" in after
+    assert "- moba-seed0, 1,024 tokens: 0 of 18 answered exactly; the needle changes the loss of" in after
     assert "- A guess has a loss of 8.32 nats; every length stands in the [table](study/needle.md)." in after

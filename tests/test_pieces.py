@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import publish
@@ -13,7 +14,8 @@ import synthetic_study
 from synthetic_study import CANDIDATES, RECIPE, train
 
 from openmoba import cli
-from openmoba.lab.measure import resample
+from openmoba.lab.measure import needle_page, resample
+from openmoba.lab.measure.needle import Grid, Search
 from openmoba.lab.progress import Progress
 from openmoba.lab.study import charts, work
 from openmoba.lab.study import fit as fitting
@@ -22,6 +24,7 @@ from openmoba.lab.study.report import write_report
 from openmoba.lab.study.results import experiments, headlines, limits, read_studies, settings
 from openmoba.lab.study.work import run_study
 from openmoba.lab.train import run as training
+from openmoba.records.disk import keep
 
 KEYS = '[arms]\nkeys = { name = "moba", key_conv = 4 }\nfull-keys = { name = "full", key_conv = 4 }\n'
 
@@ -31,6 +34,7 @@ def quick() -> Iterator[None]:
     """Figures are made but not written, laws and intervals are rough, nothing is planned."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(charts, "save", lambda figure, path: [path.with_name(f"{path.name}.png")])
+        patch.setattr(needle_page, "save", lambda figure, path: [path.with_name(f"{path.name}.png")])
         patch.setattr(synthetic_study, "RANGES", 3)
         for module in (fitting, resample):
             patch.setattr(module, "REPLICATES", 20)
@@ -75,7 +79,8 @@ def test_pieces_that_are_put_together_give_the_report_of_the_whole(whole: Path, 
     """One after the other; weights stay where they are, needles come along."""
     first, second = split(whole, tmp_path)
     (first / "pretrain" / "small-full-seed0" / "checkpoint-9").mkdir()
-    (second / "needle.png").write_text("heat")
+    grid = Grid(64, (0.0, None), (0, 1), ((True, False), (False, False)), ((1.0, 2.0), (3.0, 4.0)))
+    keep(second / "needle.jsonl", [asdict(Search("runs/large-full-seed1", True, 320, (grid,), 1.0))])
     out = tmp_path / "results" / "study"
     publish.publish([first], out)
     assert "**11 of 22 runs are finished**" in (out / "report.md").read_text()
@@ -83,7 +88,7 @@ def test_pieces_that_are_put_together_give_the_report_of_the_whole(whole: Path, 
     write_report(parse_recipe(RECIPE, title="t"), whole, "6nd")
     assert (out / "report.md").read_text() == (whole / "report.md").read_text()
     assert not list(out.glob("*/*/checkpoint-*"))
-    assert (out / "needle.png").read_text() == "heat"
+    assert "| large-full-seed1 | 64 | 1 of 2 |" in (out / "needle.md").read_text()
 
 
 def test_pieces_that_contradict_each_other_are_refused_and_nothing_is_copied(whole: Path, tmp_path: Path) -> None:

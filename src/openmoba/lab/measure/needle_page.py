@@ -38,10 +38,16 @@ def write_needles(searches: Sequence[Search], out: Path) -> list[Path]:
     record, origin = out.with_name(f"{out.name}.jsonl"), provenance()
     out.parent.mkdir(parents=True, exist_ok=True)
     keep(record, ({**asdict(search), **origin} for search in searches))
+    page, *figures = draw_needles(searches, out)
+    return [page, record, *figures]
+
+
+def draw_needles(searches: Sequence[Search], out: Path) -> list[Path]:
+    """Write the page and the heat maps of what was found; returns the files in this order."""
     files = save(needle_chart(searches), out)
     page = out.with_name(f"{out.name}.md")
     write_text(page, "\n".join(_page(searches, files[0].name)) + "\n")
-    return [page, record, *files]
+    return [page, *files]
 
 
 def read_needles(record: Path) -> list[Search]:
@@ -98,10 +104,8 @@ def needle_table(searches: Sequence[Search]) -> Iterator[str]:
     yield f"|{' --- |' * len(heads)}"
     for name, search in zip(names, searches, strict=True):
         for number, grid in enumerate(search.grids):
-            hidden = [scores for depth, scores in zip(grid.depths, grid.exact, strict=True) if depth is not None]
-            answered = f"{np.sum(hidden):.0f} of {np.size(hidden)}"
             losses = [f"{loss:.3f}" for loss in _mean_losses(grid)]
-            cells = [name, f"{grid.length:,}", answered, *losses, _signed(brings(grid))]
+            cells = [name, f"{grid.length:,}", _answered(grid), *losses, _signed(brings(grid))]
             if len(searches) > 1:
                 same = search is reference
                 cells.append("" if same else _signed(beside(grid, reference.grids[number])))
@@ -116,14 +120,13 @@ def needle_sentences(searches: Sequence[Search]) -> Iterator[str]:
         grid = search.grids[-1]
         found = brings(grid)
         sentence = (
-            f"{name}, {grid.length:,} tokens: the needle changes the loss of the answer by {_signed(found)} nats per "
-            f"token, {_verdict(found)}"
+            f"{name}, {grid.length:,} tokens: {_answered(grid)} answered exactly; the needle changes the loss of the "
+            f"answer by {_signed(found)} nats per token, {_verdict(found)}"
         )
         if search is not reference:
             against = beside(grid, known)
-            sentence += (
-                f"; from that of {names[searches.index(reference)]} it is {_signed(against)}, {_verdict(against)}"
-            )
+            other = names[searches.index(reference)]
+            sentence += f"; its loss lies {_signed(against)} from that of {other}, {_verdict(against)}"
         yield f"{sentence} ({_behind(grid)})."
 
 
@@ -183,6 +186,12 @@ def _page(searches: Sequence[Search], figure: str) -> Iterator[str]:
         f"{name} {search.seconds:.0f}" for name, search in zip(model_names(searches), searches, strict=True)
     )
     yield f"Seconds: {seconds}."
+
+
+def _answered(grid: Grid) -> str:
+    """Count the examples with a needle that were answered exactly."""
+    hidden = [scores for depth, scores in zip(grid.depths, grid.exact, strict=True) if depth is not None]
+    return f"{np.sum(hidden):.0f} of {np.size(hidden)}"
 
 
 def _losses(grid: Grid) -> tuple[Floats, Floats]:

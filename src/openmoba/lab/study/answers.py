@@ -274,7 +274,7 @@ def _nearest(runs: Sequence[Outcome]) -> Iterator[str]:
     Then those that are as good as full attention, and the one with the fewest keys that is not resolved above it.
     """
     sparse = [found for found in standings(runs) if found.key_share is not None and found.key_share < 1]
-    sparse = [found for found in sparse if found.fair.trailing is not None]
+    sparse = [found for found in sparse if found.plain.trailing is not None]
     if not sparse:
         return
     best, *others = sparse
@@ -285,16 +285,25 @@ def _nearest(runs: Sequence[Outcome]) -> Iterator[str]:
     alike = [f"{one.runs[0].label} ({nats(found)})" for one, found in against if found and not found.resolved]
     if others:
         yield f"Not told apart from {best.runs[0].label}: {', '.join(alike) or 'none of the others'}."
-    good = [one for one in sparse if _at_most(one, AS_GOOD)]
-    yield (
-        f"At most {AS_GOOD:g}% above {FAIR} at the upper end of the interval: "
-        f"{', '.join(_as_good(one) for one in good) or 'none'}."
-    )
-    level = [found for found in sparse if found.fair.trailing and not _resolved_above(found.fair.trailing)]
+    if unfair := [one.runs[0].label for one in sparse if one.fair is None]:
+        yield (
+            f"{', '.join(unfair)}: full attention with the same key convolution has no run yet, so what comes of the "
+            "choice of blocks is not known."
+        )
+    yield from _level([one for one in sparse if one.fair is not None and one.fair.trailing is not None])
+
+
+def _level(judged: Sequence[Standing]) -> Iterator[str]:
+    """Say which of the candidates are as good as full attention, and which are resolved above it."""
+    if not judged:
+        return
+    good = [_as_good(one) for one in judged if _at_most(one, AS_GOOD)]
+    yield f"At most {AS_GOOD:g}% above {FAIR} at the upper end of the interval: {', '.join(good) or 'none'}."
+    level = [one for one in judged if one.fair and one.fair.trailing and not _resolved_above(one.fair.trailing)]
     fewest = min(level, key=lambda found: found.key_share or 0, default=None)
     if fewest is None:
         yield f"All of them are resolved above {FAIR}."
-    elif len(level) == 1 < len(sparse):
+    elif len(level) == 1 < len(judged):
         yield f"All but {fewest.runs[0].label} are resolved above {FAIR}."
     elif len(level) > 1:
         yield (
@@ -319,14 +328,17 @@ def _stands(found: Standing) -> str:
 
 
 def _as_good(found: Standing) -> str:
+    assert found.fair is not None, "chosen by it"
+    assert found.fair.trailing is not None
     trailing, loss = found.fair.trailing, found.fair.trailing_loss
-    assert trailing is not None, "chosen by it"
     return f"{found.runs[0].label} ({in_percent(trailing, loss)}, {found.key_share:.1%} of the keys)"
 
 
 def _at_most(found: Standing, percent: float) -> bool:
-    trailing, loss = found.fair.trailing, found.fair.trailing_loss
-    return bool(trailing and trailing.interval and 100 * trailing.interval.high / loss <= percent)
+    trailing = found.fair and found.fair.trailing
+    if found.fair is None or not trailing or trailing.interval is None:
+        return False
+    return 100 * trailing.interval.high / found.fair.trailing_loss <= percent
 
 
 def _resolved_above(found: Difference) -> bool:

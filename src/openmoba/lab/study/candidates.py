@@ -22,6 +22,9 @@ from openmoba.lab.study.outcomes import (
 from openmoba.lab.study.panels import Candidate
 from openmoba.lab.study.words import bounds, in_percent
 
+SAME_SPEED = 1.05
+"""Fastest seed over slowest, up to which their mean is one speed."""
+
 
 @dataclass(frozen=True)
 class Against:
@@ -50,6 +53,8 @@ class Standing:
         runs: the seeds of the arm.
         plain: against full attention.
         own: against full attention with the same parameters of its own, for an arm that has some (key convolution).
+        fair: the one of both that is against full attention which differs in nothing but the choice of blocks; None
+            where that has no run.
         key_share: keys read in training over all layers, as a share of those that full attention reads.
         tokens_per_second, speedup: of training; the latter as a multiple of full attention's.
     """
@@ -57,14 +62,10 @@ class Standing:
     runs: list[Outcome]
     plain: Against
     own: Against | None
+    fair: Against | None
     key_share: float | None
     tokens_per_second: float
     speedup: float
-
-    @property
-    def fair(self) -> Against:
-        """Against the full attention that differs in nothing but the choice of blocks."""
-        return self.own or self.plain
 
     @property
     def candidate(self) -> Candidate:
@@ -90,19 +91,18 @@ def standings(runs: Sequence[Outcome]) -> list[Standing]:
     found = []
     for own in by("arm", runs).values():
         if full and own != full and share_a_seed(own, full):
-            fair = fair_full(own, runs)
-            against = Against.of(own, fair, runs) if fair and fair != full and share_a_seed(own, fair) else None
+            same = fair_full(own, runs)
+            plain, against = Against.of(own, full, runs), None
+            if same and same != full and share_a_seed(own, same):
+                against = Against.of(own, same, runs)
+            alike = own[0].config.arm.key_conv == full[0].config.arm.key_conv
             speed = tokens_per_second(own)
             found.append(
                 Standing(
-                    own,
-                    Against.of(own, full, runs),
-                    against,
-                    own[0].key_share(),
-                    speed,
+                    own, plain, against, plain if alike else against, own[0].key_share(), speed,
                     speed / tokens_per_second(full),
                 )
-            )
+            )  # fmt: skip
     return sorted(found, key=lambda standing: standing.plain.trailing.mean if standing.plain.trailing else 0.0)
 
 
@@ -122,7 +122,7 @@ def standing_table(runs: Sequence[Outcome], found: Sequence[Standing]) -> Iterat
             own = standing.own
             cells += _cells(own.trailing, own.trailing_loss) if own else ["", ""]
         share = "" if standing.key_share is None else f"{standing.key_share:.1%}"
-        yield f"| {' | '.join([*cells, share, f'{standing.tokens_per_second:,.0f}', f'{standing.speedup:.2f}x'])} |"
+        yield f"| {' | '.join([*cells, share, speeds(standing.runs), f'{standing.speedup:.2f}x'])} |"
     yield ""
     yield _noise_sentence(runs, found[0].plain.trailing_loss)
 
@@ -130,6 +130,14 @@ def standing_table(runs: Sequence[Outcome], found: Sequence[Standing]) -> Iterat
 def tokens_per_second(runs: Sequence[Outcome]) -> float:
     """Return the training speed of one arm, the mean over its seeds."""
     return sum(run.tokens_per_second for run in runs) / len(runs)
+
+
+def speeds(runs: Sequence[Outcome]) -> str:
+    """Write the tokens per second of an arm's seeds: their mean, or slowest to fastest where they differ."""
+    slowest, fastest = (end(run.tokens_per_second for run in runs) for end in (min, max))
+    if fastest < SAME_SPEED * slowest:
+        return f"{tokens_per_second(runs):,.0f}"
+    return f"{slowest:,.0f} to {fastest:,.0f}"
 
 
 def _noise_sentence(runs: Sequence[Outcome], loss: float) -> str:

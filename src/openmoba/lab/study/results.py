@@ -242,6 +242,8 @@ def _rows(runs: Sequence[Outcome], number: int, study: Study, page: Path) -> Ite
 
 def _in_percent_of(own: Sequence[Outcome], fair: Sequence[Outcome], number: int, noise: SeedNoise | None) -> str:
     found = difference(own, fair, number, noise)
+    if found is None and own[0].config.arm.key_conv is not None and own[0].config.arm.kind is not FULL:
+        return "not known yet: it has no run"
     return "" if found is None else in_percent(found, mean_loss(fair, number), sign="")
 
 
