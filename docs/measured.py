@@ -171,6 +171,32 @@ def decode(root: Path, machine: str) -> str:
     return _table(head, cells, origin)
 
 
+def paged(root: Path, machine: str) -> str:
+    """Write what a cache in pages takes beside a contiguous one."""
+    file = f"results/{machine}/paged.csv"
+    rows = [row for row in _newest_rows(root, file) if row.error is None]
+    contiguous = {(row.passes, row.batch, row.tokens, _blocks(row)): row for row in rows}
+    cells = []
+    for row in rows:
+        what, _, page_size = row.passes.partition(", pages of ")
+        beside = contiguous.get((what, row.batch, row.tokens, _blocks(row)))
+        if page_size and beside:
+            ratio = f"{(row.p50_ms or 0) / (beside.p50_ms or 1):.2f}"
+            cells.append(
+                (what, row.batch, length_name(row.tokens), _blocks(row), page_size, _ms(beside), _ms(row), ratio)
+            )
+    if not cells:
+        return ""
+    first = rows[0]
+    head = ("call", "batch", "cached tokens", "block / top-k", "page", "contiguous", "in pages", "ratio")
+    origin = (
+        f"One attention layer: one {first.device}, bf16, {first.heads} query and {first.kv_heads} key/value heads, "
+        f"D {first.head_dim}. Medians in ms. Commit {commits(rows)}, torch {first.torch}, Triton {first.triton}: "
+        f"{_source(file)}.\n"
+    )
+    return _table(head, cells, origin)
+
+
 def prefill(root: Path, machine: str) -> str:
     """Write the times of the first and last chunk of a long prompt."""
     rows = [row for row in _newest_rows(root, f"results/{machine}/decode.csv") if row.error is None]

@@ -119,6 +119,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "flex_h200": partial(measured.flex, machine="h200"),
     "cited_h200": partial(measured.cited, machine="h200"),
     "decode_h200": partial(measured.decode, machine="h200"),
+    "paged_h200": partial(measured.paged, machine="h200"),
     "prefill_h200": partial(measured.prefill, machine="h200"),
     "training_h200": partial(measured.training, machine="h200"),
     "longest_h200": partial(measured.longest, machine="h200"),

@@ -190,6 +190,12 @@ def test_tables_follow_their_files(tmp_path: Path) -> None:
     )
     assert first_and_last in table("prefill_h200")
     assert "| a decoding step of one layer, batch 16 | 128K | 0.200 ms | 0.020 ms | 10.0x |" in table("speed")
+    path = tmp_path / "results" / "h200" / "paged.csv"
+    chunk = replace(step, passes="chunk of 8K", tokens=2**19, p50_ms=2.0)
+    for passes, ms in (("chunk of 8K", 2.0), ("chunk of 8K, pages of 16", 2.25), ("decode, pages of 16", 9.0)):
+        append_row(path, replace(chunk, passes=passes, p50_ms=ms))
+    assert "| chunk of 8K | 1 | 512K | 128 / 8 | 16 | 2.00 | 2.25 | 1.12 |" in table("paged_h200")
+    assert "9.00" not in table("paged_h200")  # nothing stands beside it
     path = tmp_path / "results" / "h200" / "training.csv"
     rates = {"full": 1e5, "512/3": 4e5, "128/9": 3e5}
     times = {"p50_ms": 2000.0, "busy_ms": 1e3, "mfu": 0.5, "matrix_tflops": 700.0, "attention_share": 0.25}
