@@ -156,8 +156,8 @@ def test_one_call_compares_the_runs_of_a_folder(tmp_path: Path, texts: list[str]
     assert "| b-full-seed0 | 256 | 0 of 6 |" in capsys.readouterr().out
     page = (tmp_path / "new" / "v1.0.md").read_text()
     assert "| from b-full-seed0 |" in page
-    found = "a-moba-seed0 (step 1 of 4), 256 tokens: 0 of 6 answered exactly; the needle changes the loss of the answer by "
-    assert f"- {found}" in page
+    found = "0 of 6 answered exactly; the needle changes the loss of the answer by "
+    assert f"- a-moba-seed0 (step 1 of 4), 256 tokens: {found}" in page
     rows = [json.loads(line) for line in (tmp_path / "new" / "v1.0.jsonl").read_text().splitlines()]
     assert [(Path(row["source"]).name, row["full"]) for row in rows] == [
         ("a-moba-seed0", False),
