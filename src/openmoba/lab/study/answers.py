@@ -290,11 +290,16 @@ def _nearest(runs: Sequence[Outcome]) -> Iterator[str]:
             f"{', '.join(unfair)}: full attention with the same key convolution has no run yet, so what comes of the "
             "choice of blocks is not known."
         )
-    yield from _level([one for one in sparse if one.fair is not None and one.fair.trailing is not None])
+    every = "All others" if unfair else "All"
+    yield from _level([one for one in sparse if one.fair is not None and one.fair.trailing is not None], every)
 
 
-def _level(judged: Sequence[Standing]) -> Iterator[str]:
-    """Say which of the candidates are as good as full attention, and which are resolved above it."""
+def _level(judged: Sequence[Standing], every: str) -> Iterator[str]:
+    """Say which of the candidates are as good as full attention, and which are resolved above it.
+
+    Args:
+        judged: those that have a fair comparison; `every`: what they are called together.
+    """
     if not judged:
         return
     good = [_as_good(one) for one in judged if _at_most(one, AS_GOOD)]
@@ -302,9 +307,9 @@ def _level(judged: Sequence[Standing]) -> Iterator[str]:
     level = [one for one in judged if one.fair and one.fair.trailing and not _resolved_above(one.fair.trailing)]
     fewest = min(level, key=lambda found: found.key_share or 0, default=None)
     if fewest is None:
-        yield f"All of them are resolved above {FAIR}."
+        yield f"{every} are resolved above {FAIR}."
     elif len(level) == 1 < len(judged):
-        yield f"All but {fewest.runs[0].label} are resolved above {FAIR}."
+        yield f"{every} but {fewest.runs[0].label} are resolved above {FAIR}."
     elif len(level) > 1:
         yield (
             f"{len(level)} are not resolved above {FAIR}, which does not make them equal; the fewest keys of these "

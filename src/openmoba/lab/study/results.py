@@ -37,10 +37,11 @@ AXIS = "6nd"
 NEEDLES = "needle.jsonl"
 """Record of `openmoba evaluate needle`, in a study's folder."""
 HEADLINES = {
-    "scaling": "Trailing loss over compute, with the fitted laws of MoBA and full attention",
-    "layers": "Trailing loss over the number of full layers, between MoBA and full attention",
+    "compare": ("Loss of every candidate against full attention", 3),
+    "scaling": ("Trailing loss over compute, with the fitted laws of MoBA and full attention", None),
+    "layers": ("Trailing loss over the number of full layers, between MoBA and full attention", None),
 }
-"""What the two charts show that the project is about."""
+"""What the charts show that the project is about, and how many of their sentences stand below them, if not all."""
 BUDGETS = (0.1, 0.2, 0.35, 1.0)
 """Shares of the keys that a setting may read."""
 PARTS = (8, 4, 2, 1)
@@ -62,7 +63,8 @@ class Study:
     def figures(self, stage: Stage) -> list[Path]:
         """Return the charts that the stage asks for, as far as they are drawn."""
         ends = {"scaling": "scaling-law*", "layers": "*layerwise-hybrid", "compare": "*candidates"}
-        names = [ends.get(stage.chart, "positions"), *(["contexts"] if stage.chart not in HEADLINES else [])]
+        more = [] if stage.chart in ("scaling", "layers") else ["contexts"]
+        names = [ends.get(stage.chart, "positions"), *more]
         found = [
             sorted((self.folder / FOLDER).glob(f"{stage.name}-{name}.png"), key=lambda p: p.stem) for name in names
         ]
@@ -90,14 +92,14 @@ def experiments(studies: Sequence[Study], page: Path) -> str:
 
 
 def headlines(studies: Sequence[Study], page: Path) -> str:
-    """Show the first scaling chart and the first of layer-wise hybrids that say something, with what they say."""
+    """Show the first chart of each of these kinds that says something, with what it says."""
     lines = []
-    for chart, caption in HEADLINES.items():
+    for chart, (caption, most) in HEADLINES.items():
         for study, stage in ((found, stage) for found in studies for stage in found.recipe.stages):
             figures = study.figures(stage) if stage.chart == chart else []
             sentences = answers(stage, study.runs(stage), AXIS) if figures else []
             if sentences:
-                lines += [f"![{caption}]({_link(figures[0], page)})\n", f"{' '.join(sentences)}\n"]
+                lines += [f"![{caption}]({_link(figures[0], page)})\n", f"{' '.join(sentences[:most])}\n"]
                 report = _link(study.folder / REPORT_FILE, page)
                 lines.append(f"[{study.recipe.title}]({report}): {provenance(study.outcomes)}.\n")
                 break
