@@ -127,6 +127,22 @@ def test_an_arm_whose_fair_reference_has_no_run_is_not_judged(tmp_path: Path, mo
     assert row.split(" | ")[4] == "not known yet: it has no run"
 
 
+def test_percentages_are_of_the_seeds_that_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in the list and in the table of settings, where full attention has more seeds."""
+    plant(monkeypatch, luck=0.05)
+    said(tmp_path, CANDIDATES, "candidates")
+    write_recipe(tmp_path, CANDIDATES)
+    monkeypatch.setattr(results, "BUDGETS", (0.5,))
+    (study,) = read_studies([tmp_path])
+    row = next(line for line in settings([study], tmp_path).splitlines() if line.startswith("| 1,024 | 50% | last-"))
+    arm = row.split(" | ")[2].partition(":")[0]
+    found = next(one for one in standings(study.outcomes) if one.runs[0].label == arm).plain
+    (full,) = (run for run in study.outcomes if run.run.name == "candidates/large-full-seed0")
+    assert found.trailing is not None
+    assert found.trailing_loss == full.loss("trailing")
+    assert row.split(" | ")[3].startswith(f"{100 * found.trailing.mean / full.loss('trailing'):+.2f} [")
+
+
 def test_seeds_of_different_speed_are_shown_from_slowest_to_fastest(tmp_path: Path) -> None:
     recipe = parse_recipe(CANDIDATES, title="t")
     run_study(recipe, tmp_path, train, lambda _: Progress())

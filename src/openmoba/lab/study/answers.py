@@ -20,6 +20,7 @@ from openmoba.lab.study.outcomes import (
     gain,
     mean_loss,
     of_kind,
+    paired_loss,
     references,
     seed_noise,
     slope_difference,
@@ -228,7 +229,7 @@ def _closing(runs: Sequence[Outcome]) -> Iterator[str]:
     if full and not full[0].has("trailing"):
         return
     if gap is not None:
-        base = mean_loss(full, "trailing")
+        base = paired_loss(full, moba, "trailing")
         yield (
             f"{runs[0].run.size}: {moba[0].label} in every layer costs {nats(gap)} ({in_percent(gap, base)}) in "
             f"trailing loss ({behind(moba, 'trailing', len(gap.per_seed))}): {verdict(gap)}."
@@ -240,8 +241,9 @@ def _closing(runs: Sequence[Outcome]) -> Iterator[str]:
             of = f" of {layers} layers full ({count / layers:.0%}" if layers else " layers full ("
             gains = gap is not None and gap.resolved and gap.mean > 0
             closed = f", {1 - found.mean / gap.mean:.0%} of the gap closed" if gap and gains else ""
+            share = in_percent(found, paired_loss(full, own, "trailing"))
             yield (
-                f"With {count}{of}; {own[0].label}): {nats(found)} ({in_percent(found, mean_loss(full, 'trailing'))}) "
+                f"With {count}{of}; {own[0].label}): {nats(found)} ({share}) "
                 f"from {inside(full[0].label)}{closed}: {verdict(found)}."
             )
     if full and any(run.layers and run.layers != REPORTED_LAYERS for run in runs):
@@ -260,7 +262,7 @@ def _from_full(stage: Stage, runs: Sequence[Outcome]) -> Iterator[str]:
         for other in (full, moba):
             found = difference(own, other, "trailing", noise) if other and own not in (full, other) else None
             if found is not None:
-                base = mean_loss(other, "trailing")
+                base = paired_loss(other, own, "trailing")
                 shown = f"{nats(found)} ({in_percent(found, base)})"
                 parts.append(f"{shown} from {inside(other[0].label)}, {verdict(found)}")
         if parts:

@@ -14,8 +14,8 @@ from openmoba.lab.study.outcomes import (
     by,
     difference,
     fair_full,
-    mean_loss,
     of_kind,
+    paired_loss,
     seed_noise,
     share_a_seed,
 )
@@ -41,8 +41,7 @@ class Against:
         """Compare `runs` with `full`, with the noise of seeds in `all_runs`."""
         kinds: tuple[Named, Named] = ("trailing", "lm")
         trailing, lm = (difference(runs, full, kind, seed_noise(all_runs, kind)) for kind in kinds)
-        pairs = [other for other in full if other.run.seed in {run.run.seed for run in runs}]
-        return cls(full[0].label, trailing, lm, *(mean_loss(pairs, kind) for kind in kinds))
+        return cls(full[0].label, trailing, lm, *(paired_loss(full, runs, kind) for kind in kinds))
 
 
 @dataclass(frozen=True)

@@ -275,6 +275,12 @@ def mean_loss(outcomes: Sequence[Outcome], kind: Named | int | Cut) -> float:
     return sum(outcome.loss(kind) for outcome in outcomes) / len(outcomes)
 
 
+def paired_loss(reference: Sequence[Outcome], own: Sequence[Outcome], kind: Named | int | Cut) -> float:
+    """Return the mean final loss of the reference's runs whose seeds `own` has too: what a difference is a part of."""
+    seeds = {run.run.seed for run in own}
+    return mean_loss([run for run in reference if run.run.seed in seeds], kind)
+
+
 def seed_noise(outcomes: Iterable[Outcome], kind: Loss) -> SeedNoise | None:
     """Return the noise of seeds, pooled over the arms that have several; None if none has.
 

@@ -19,9 +19,9 @@ from openmoba.lab.study.outcomes import (
     by,
     difference,
     fair_full,
-    mean_loss,
     of_kind,
     of_stage,
+    paired_loss,
     read_outcomes,
     seed_noise,
     speeds_apart,
@@ -236,7 +236,7 @@ def _rows(runs: Sequence[Outcome], number: int, study: Study, page: Path) -> Ite
         speed, parameters = tokens_per_second(own) / tokens_per_second(full), own[0].result["params"]["non_embedding"]
         fair = fair_full(own, runs)
         yield [
-            f"{budget:.0%}", describe_arm(own[0]), in_percent(against, mean_loss(full, number), sign=""),
+            f"{budget:.0%}", describe_arm(own[0]), in_percent(against, paired_loss(full, own, number), sign=""),
             _in_percent_of(own, fair, number, noise), ", ".join(alike), f"{share:.1%}", f"{speed:.2f}x",
             f"[{parameters:,} parameters; {behind(own, number)}]({_link(study.folder / REPORT_FILE, page)})",
         ]  # fmt: skip
@@ -246,7 +246,7 @@ def _in_percent_of(own: Sequence[Outcome], fair: Sequence[Outcome], number: int,
     found = difference(own, fair, number, noise)
     if found is None and own[0].config.arm.key_conv is not None and own[0].config.arm.kind is not FULL:
         return "not known yet: it has no run"
-    return "" if found is None else in_percent(found, mean_loss(fair, number), sign="")
+    return "" if found is None else in_percent(found, paired_loss(fair, own, number), sign="")
 
 
 def _by_arm_and_size(study: Study) -> Iterator[list[Outcome]]:
