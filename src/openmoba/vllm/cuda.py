@@ -33,8 +33,6 @@ class Builder(FlashAttentionMetadataBuilder):  # type: ignore[misc]
 class Backend(FlashAttentionBackend):  # type: ignore[misc]
     """What vLLM finds under `CUSTOM`."""
 
-    supported_kv_cache_dtypes = ("auto", "float16", "bfloat16")
-
     @staticmethod
     def get_name() -> str:
         """Return the name in vLLM's registry."""
