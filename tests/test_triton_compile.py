@@ -219,3 +219,4 @@ def test_machine_code_over_a_block_table(reports, configuration):
     for kernel in kernels.values():
         assert kernel["shared"] <= SHARED_MEMORY, kernel
         assert kernel["spills"] <= PAGED_SPILLS, kernel
+        assert (kernel["calls"] > 0) == (kernel["kernel"] == "_complete_blocks"), "upkeep alone asserts"

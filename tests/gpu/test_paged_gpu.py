@@ -5,8 +5,11 @@ The kernels run in poisoned memory: `torch.empty` returns NaN and the largest in
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -189,3 +192,26 @@ def test_waits_for_nothing_and_copies_no_cache(
         moba_paged(**call, top_k=3)
     cache = 2 * 2 * 250_000 * 2 * 128
     assert torch.cuda.max_memory_allocated() - before < (2e6 if new == 1 else cache / 4)
+
+
+@pytest.mark.parametrize("wrong", ["call['lengths'] -= 900", "call['block_table'] = call['block_table'][:, :3]"])
+def test_lengths_that_cannot_be_are_asserted_against_on_the_device(wrong: str) -> None:
+    """In a process of its own: after a device-side assertion, no other kernel runs."""
+    program = f"""
+import torch
+from paging import Server
+server = Server(16, 64, torch.bfloat16, 80, 8, 2, 64, "cuda")
+call = server.call({{server.begin(): 700}})
+server.complete(call)
+torch.cuda.synchronize()
+print("right", flush=True)
+{wrong}
+server.complete(call)
+torch.cuda.synchronize()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.startswith("right"), done.stderr
+    assert done.returncode != 0
+    assert "lengths must count the new tokens" in done.stdout + done.stderr

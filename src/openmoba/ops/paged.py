@@ -79,7 +79,8 @@ def complete_paged(
         k_pages, block_table, lengths, cu_seqlens_q, block_size: as in `moba_paged`.
 
     Raises:
-        ValueError: naming the argument and its value.
+        ValueError: naming the argument and its value. On CUDA the host reads no lengths: that they count the new
+            tokens, and that the table has room for them, is asserted on the device.
     """
     _check_cache(centroids, k_pages, block_table, lengths, cu_seqlens_q, block_size)
     if k_pages.is_cuda and k_pages.dtype != torch.float64:

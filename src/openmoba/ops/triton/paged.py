@@ -69,8 +69,8 @@ def complete_paged(
 ) -> None:
     """Do what `openmoba.complete_paged` says, checked; the last dimension of all tensors is contiguous."""
     sequences, pages = block_table.shape
-    room = pages * k_pages.shape[1] // block_size
-    if sequences and room:
+    room = pages * k_pages.shape[1]
+    if sequences and room >= block_size:
         paging = Paging(block_table.stride(0), k_pages.shape[1])
         launch = _completing(
             sequences, room, *k_pages.shape[2:], block_size, strides(k_pages), strides(centroids), paging,
@@ -91,9 +91,11 @@ def _completing(
     paging: Paging,
     programs: int,
 ) -> Launch:
-    together = min(room, cdiv(programs, sequences * kv_heads))
-    arguments = (Rows.of(key_strides), Rows.of(centroid_strides), Table(TENSOR, *paging), TENSOR, TENSOR, block_size)
+    together = min(room // block_size, cdiv(programs, sequences * kv_heads))
+    rows = Rows.of(key_strides), Rows.of(centroid_strides)
+    arguments = (*rows, Table(TENSOR, *paging), TENSOR, TENSOR, room, block_size)
     constants = centroid_sizes(block_size, width) | {"num_warps": 4}
+    constants |= {"debug": True, "sanitize_overflow": False}  # keep assertions, but not those of the compiler's own
     return Launch(_complete_blocks, (together, kv_heads, sequences), arguments, constants)
 
 
@@ -170,6 +172,7 @@ def _complete_blocks(
     table,
     length_ptr,
     cu_q_ptr,
+    room,
     block_size,
     ANCHOR: tl.constexpr,
     ANCHOR_TILE: tl.constexpr,
@@ -182,6 +185,8 @@ def _complete_blocks(
     sequence = tl.program_id(2)
     _begin, new = span(sequence, cu_q_ptr, 0, True)
     length = tl.load(length_ptr + sequence)
+    counted = (new >= 0) & (new <= length) & (length <= room)
+    tl.device_assert(counted, "lengths must count the new tokens, and block_table must name pages for all of them")
     first = tl.maximum(length - new, 0) // block_size + tl.program_id(0)
     k_ptr = k.ptr + head.to(tl.int64) * k.head
     centroid_ptr = centroids.ptr + head.to(tl.int64) * centroids.head
