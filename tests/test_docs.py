@@ -40,7 +40,7 @@ KERNELS = ROOT / "src/openmoba/ops/triton"
 MODULES = "|".join(
     re.escape(".".join(path.relative_to(KERNELS).with_suffix("").parts)) for path in KERNELS.rglob("[!_]*.py")
 )
-KERNEL = re.compile(rf"`({MODULES})\.(?!py)(\w+)`")
+KERNEL = re.compile(rf"`({MODULES})\.(?!py|csv)(\w+)`")
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 SETTING = re.compile(r"\bOPENMOBA_\w+")
 

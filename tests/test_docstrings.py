@@ -22,7 +22,7 @@ VERBS = re.compile(
     |Enter|Estimate|Evaluate|Fill|Find|Fit|Fold|Forget|Gather|Generate|Give|Go|Group|Hash|Have|Hold|Import|Install
     |Invert|Keep|Launch|Lay|Let|List|Load|Lock|Make|Measure|Merge|Move|Multiply|Name|Note|Number|Open|Order|Pick
     |Place|Plan|Predict|Prefer|Prepare|Print|Put|Raise|Rank|Read|Refuse|Remember|Remove|Repeat|Replace|Replay
-    |Resolve|Return|Run|Say|Score|Search|See|Set|Share|Shorten|Show|Sort|Stack|Start|Stop|Store|Stream|Sum|Take|Tell
+    |Resolve|Return|Run|Save|Say|Score|Search|See|Serve|Set|Share|Shorten|Show|Sort|Stack|Start|Stop|Store|Stream|Sum|Take|Tell
     |Tile|Time|Tokenise|Train|Turn|Use|View|Wait|Work|Write|Yield
     """,
     re.VERBOSE,

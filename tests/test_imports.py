@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import imports
@@ -30,6 +32,32 @@ def test_families_of_kernels_do_not_import_each_other() -> None:
         own = name.split(".")[3]
         others = {other.split(".")[3] for other in its if other.count(".") >= 3} & families
         assert others <= {own}, name
+
+
+def ways() -> list[list[str]]:
+    """The ways from a call to its kernel that docs/architecture.md shows; one that begins with "..." is an end."""
+    page = (Path(__file__).parent.parent / "docs/architecture.md").read_text()
+    rows = [line for line in page.splitlines() if " → " in line]
+    return [[f"openmoba.{name}" for name in re.findall(r"`(ops[\w.]*)`", row)] for row in rows]
+
+
+@pytest.mark.parametrize("way", ways(), ids=lambda way: way[-1])
+def test_a_call_is_followed_to_its_kernel_by_imports_alone(way: list[str]) -> None:
+    graph = imports.imports(MODULES)
+    assert len(way) > 1
+    for module, imported in pairwise(way):
+        assert imported in graph[module], f"{module} does not import {imported}"
+
+
+def test_ways_end_where_kernels_are() -> None:
+    ends = {way[-1].removeprefix("openmoba.ops.") for way in ways()}
+    assert ends >= {"cpu", "triton.hopper.forward", "triton.hopper.keys", "triton.portable.forward"}
+    assert {"triton.decode_kernels", "triton.ranking"} <= ends
+
+
+def test_no_module_is_imported_by_a_string() -> None:
+    """One is named by one: the profile's reader looks for kernels among the modules that are there."""
+    assert imports.named(MODULES) == {("openmoba.bench.training.profiles", "openmoba.ops.triton")}
 
 
 @pytest.mark.parametrize(

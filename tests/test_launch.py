@@ -105,6 +105,15 @@ def test_every_device_has_its_own_compiled_kernel():
     assert [entry[4] for entry in kernel.log[2:]] == [("stream", 0), ("stream", 1)]
 
 
+def test_a_tensor_for_each_place():
+    """Too many would shift what the kernel takes for numbers."""
+    launch = Launch(Kernel(), (1,), (Rows(TENSOR, 3), TENSOR, 4), {})
+    x = torch.zeros(4)
+    for tensors in ((x,), (x, x, x)):
+        with pytest.raises(AssertionError, match="a tensor for each place"):
+            launch(*tensors)
+
+
 def test_what_compiles_nothing_always_goes_through_triton():
     kernel = Kernel(compiles=False)  # Triton's interpreter
     run = Launch(kernel, (5,), ARGUMENTS, CONSTANTS)

@@ -1,7 +1,8 @@
 """The public verbs over whole sequences: choosing, attending, merging. Contract and checks.
 
 `openmoba.ops.reference` defines what they compute, `openmoba.ops.backends` says what runs them, and
-`openmoba.ops.attend` is where torch learns of them. Decoding is in `openmoba.ops.decode`.
+`openmoba.ops.attend` is where torch learns of them. Decoding is in `openmoba.ops.decode`, over a block table in
+`openmoba.ops.paged`; `openmoba` has all public names.
 """
 
 from __future__ import annotations

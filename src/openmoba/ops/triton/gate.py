@@ -186,27 +186,11 @@ def _fixed_point(geometry: Geometry, lanes: int) -> FixedPoint:
 
 @triton.jit
 def _gate(
-    q,
-    centroids,
-    out,
-    again,
-    call,
-    heads_per_sort,
-    fixed,
-    PICKS: tl.constexpr,
-    KEEP: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    D: tl.constexpr,
-    LOCAL: tl.constexpr,
-    PACKED: tl.constexpr,
-    GROUP_PART: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    COMPLETE: tl.constexpr,
-    REPEAT: tl.constexpr,
-    M: tl.constexpr,
-    LANES: tl.constexpr,
-):
+    q, centroids, out, again, call, heads_per_sort, fixed,
+    PICKS: tl.constexpr, KEEP: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
+    LOCAL: tl.constexpr, PACKED: tl.constexpr, GROUP_PART: tl.constexpr, ROUNDS: tl.constexpr, COMPLETE: tl.constexpr,
+    REPEAT: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     """Rank the blocks of one tile: M // GROUP_PART query tokens of one sequence, and GROUP_PART heads of a group."""
     PARTS: tl.constexpr = (GROUP + GROUP_PART - 1) // GROUP_PART
     TOKENS: tl.constexpr = M // GROUP_PART
@@ -271,23 +255,10 @@ def _gate(
 
 @triton.jit
 def _second_look(
-    q,
-    centroids,
-    out,
-    again,
-    call,
-    heads_per_sort,
-    fixed,
-    PICKS: tl.constexpr,
-    KEEP: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    D: tl.constexpr,
-    LOCAL: tl.constexpr,
-    PACKED: tl.constexpr,
-    M: tl.constexpr,
-    LANES: tl.constexpr,
-):
+    q, centroids, out, again, call, heads_per_sort, fixed,
+    PICKS: tl.constexpr, KEEP: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
+    LOCAL: tl.constexpr, PACKED: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     """Rank the listed rows again, in tiles of M gathered rows, with as many passes as they need."""
     head = tl.program_id(1)
     length = tl.load(again.lengths + head)

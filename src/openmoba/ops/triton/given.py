@@ -77,18 +77,10 @@ def _launch(geometry: Geometry, shape: tuple[int, ...], strides: tuple[int, ...]
 
 @triton.jit(do_not_specialize_on_alignment=["counts_ptr"])
 def _sort_given(
-    blocks,
-    sort_keys_ptr,
-    counts_ptr,
-    call,
-    heads_per_sort,
-    GIVEN: tl.constexpr,
-    PAST: tl.constexpr,
-    GROUP: tl.constexpr,
-    PACKED: tl.constexpr,
-    M: tl.constexpr,
+    blocks, sort_keys_ptr, counts_ptr, call, heads_per_sort,
+    GIVEN: tl.constexpr, PAST: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr, M: tl.constexpr,
     L: tl.constexpr,
-):
+):  # fmt: skip
     """Write the blocks that M rows of a key/value head read, each once, in front of none; and how many they are."""
     head = tl.program_id(1)
     row_M = tl.program_id(0) * M + tl.arange(0, M)

@@ -47,19 +47,9 @@ def _launch(
 
 @triton.jit(do_not_specialize=["new", "pages"])
 def _complete(
-    k,
-    centroids,
-    length_ptr,
-    start_ptr,
-    new,
-    pages,
-    block_size,
-    ANCHOR: tl.constexpr,
-    ANCHOR_TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    D: tl.constexpr,
-):
+    k, centroids, length_ptr, start_ptr, new, pages, block_size,
+    ANCHOR: tl.constexpr, ANCHOR_TILE: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     length = tl.load(length_ptr + batch)

@@ -211,16 +211,9 @@ def _chose(sort_keys_ptr, at_M, end, wanted):
 
 @triton.jit
 def _count_pairs(
-    sort_keys_ptr,
-    lengths_ptr,
-    block_slots,
-    pairs,
-    sequence_block_slots,
-    sequence_pairs,
-    block_pairs,
-    pairs_before,
+    sort_keys_ptr, lengths_ptr, block_slots, pairs, sequence_block_slots, sequence_pairs, block_pairs, pairs_before,
     M: tl.constexpr,
-):
+):  # fmt: skip
     """Count the pairs of one list."""
     block_slot = tl.program_id(0)
     head = tl.program_id(1)
@@ -235,19 +228,10 @@ def _count_pairs(
 
 @triton.jit
 def _place_pairs(
-    sort_keys_ptr,
-    lengths_ptr,
-    pairs_ptr,
-    offsets_ptr,
-    block_slots,
-    pairs,
-    sequence_block_slots,
-    sequence_pairs,
-    block_pairs,
-    pairs_before,
-    M: tl.constexpr,
-    LANES: tl.constexpr,
-):
+    sort_keys_ptr, lengths_ptr, pairs_ptr, offsets_ptr, block_slots, pairs, sequence_block_slots, sequence_pairs,
+    block_pairs, pairs_before,
+    M: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     """Place one list behind the head's lists before it, and its pairs. The last program writes the head's end."""
     block_slot = tl.program_id(0)
     head = tl.program_id(1)
@@ -272,16 +256,9 @@ def _place_pairs(
 
 @triton.jit
 def _write_plan(
-    sort_keys_ptr,
-    order_ptr,
-    pairs_ptr,
-    offsets_ptr,
-    heads,
-    block_slots,
-    pairs,
-    COPIED: tl.constexpr,
-    LANES: tl.constexpr,
-):
+    sort_keys_ptr, order_ptr, pairs_ptr, offsets_ptr, heads, block_slots, pairs,
+    COPIED: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     """Write pairs = order, and offsets[h, b] = how many sort keys are below `h * block_slots + b`, by binary search."""
     at = tl.program_id(0) * COPIED + tl.arange(0, COPIED)
     tl.store(pairs_ptr + at, tl.load(order_ptr + at, mask=at < pairs, other=0).to(tl.int32), mask=at < pairs)

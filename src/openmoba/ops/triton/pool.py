@@ -62,20 +62,9 @@ def scale_to(x, TARGET: tl.constexpr):
 
 @triton.jit
 def block_centroid(
-    k_ptr,
-    block,
-    block_size,
-    stride_t,
-    dtype: tl.constexpr,
-    ANCHOR: tl.constexpr,
-    ANCHOR_TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    D: tl.constexpr,
-    table=None,
-    sequence=0,
-    stride_page=0,
-):
+    k_ptr, block, block_size, stride_t, dtype: tl.constexpr, ANCHOR: tl.constexpr, ANCHOR_TILE: tl.constexpr,
+    CHUNK: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, table=None, sequence=0, stride_page=0,
+):  # fmt: skip
     """Return the centroid `[D]` of a complete block; `k_ptr` is where the sequence's keys of one head begin.
 
     With a `table`, it is where the first page's keys of that head begin.
@@ -106,21 +95,10 @@ def block_centroid(
 
 @triton.jit
 def _pool(
-    k,
-    centroid_ptr,
-    norm_ptr,
-    cu_k_ptr,
-    sequences,
-    tokens_k,
-    block_size,
-    block_slots,
-    ANCHOR: tl.constexpr,
-    ANCHOR_TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    D: tl.constexpr,
+    k, centroid_ptr, norm_ptr, cu_k_ptr, sequences, tokens_k, block_size, block_slots,
+    ANCHOR: tl.constexpr, ANCHOR_TILE: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
     PACKED: tl.constexpr,
-):
+):  # fmt: skip
     block_slot = tl.program_id(0)
     head = tl.program_id(1)
     sequence, block = locate(block_slot, cu_k_ptr, sequences, tokens_k, block_size, PACKED)

@@ -78,22 +78,9 @@ def insert_two(first_ML, second_ML, third_ML, x_ML, y_ML, KEEP: tl.constexpr):
 
 @triton.jit
 def _keep_tile(
-    kept_1,
-    kept_2,
-    kept_3,
-    tile,
-    q_MD,
-    scale_M,
-    past_M,
-    ceiling_M,
-    most,
-    centroid_ptr,
-    fixed,
-    LANES: tl.constexpr,
-    KEEP: tl.constexpr,
-    MASKED: tl.constexpr,
-    BELOW: tl.constexpr,
-):
+    kept_1, kept_2, kept_3, tile, q_MD, scale_M, past_M, ceiling_M, most, centroid_ptr, fixed,
+    LANES: tl.constexpr, KEEP: tl.constexpr, MASKED: tl.constexpr, BELOW: tl.constexpr,
+):  # fmt: skip
     """Score the blocks `[2 LANES tile, 2 LANES (tile + 1))` and keep the best per lane.
 
     In these loops a sort key's index is `j // LANES`; the lane is appended once, at the end.
@@ -127,18 +114,9 @@ def _keep_tile(
 
 @triton.jit
 def keep_best(
-    q_MD,
-    scale_M,
-    past_M,
-    ceiling_M,
-    fewest,
-    most,
-    centroid_ptr,
-    fixed,
-    LANES: tl.constexpr,
-    KEEP: tl.constexpr,
-    BELOW: tl.constexpr,
-):
+    q_MD, scale_M, past_M, ceiling_M, fewest, most, centroid_ptr, fixed,
+    LANES: tl.constexpr, KEEP: tl.constexpr, BELOW: tl.constexpr,
+):  # fmt: skip
     """Keep, in one pass, the KEEP best sort keys of each lane (negative: none), below `ceiling_M` if BELOW."""
     M: tl.constexpr = q_MD.shape[0]
     kept_1 = tl.full([M, LANES], -1, tl.int32)
@@ -179,18 +157,9 @@ def pop(kept_1, kept_2, kept_3, KEEP: tl.constexpr, COMPLETE: tl.constexpr):
 
 @triton.jit
 def rank_once(
-    q_MD,
-    scale_M,
-    past_M,
-    fewest,
-    most,
-    centroid_ptr,
-    fixed,
-    PICKS: tl.constexpr,
-    KEEP: tl.constexpr,
-    LANES: tl.constexpr,
-    COMPLETE: tl.constexpr,
-):
+    q_MD, scale_M, past_M, fewest, most, centroid_ptr, fixed,
+    PICKS: tl.constexpr, KEEP: tl.constexpr, LANES: tl.constexpr, COMPLETE: tl.constexpr,
+):  # fmt: skip
     """Rank in one pass: the best blocks in a row's first PICKS lanes (-1: none); may a lane hide one?"""
     lane_L = tl.arange(0, LANES)[None, :]
     kept_1, kept_2, kept_3 = keep_best(
@@ -212,23 +181,9 @@ def rank_once(
 
 @triton.jit
 def rank_repeatedly(
-    q_MD,
-    scale_M,
-    past_M,
-    live_M,
-    fewest,
-    most,
-    centroid_ptr,
-    out_ptr_M,
-    offset,
-    none,
-    fixed,
-    PICKS: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    KEEP: tl.constexpr,
-    LANES: tl.constexpr,
-    COMPLETE: tl.constexpr,
-):
+    q_MD, scale_M, past_M, live_M, fewest, most, centroid_ptr, out_ptr_M, offset, none, fixed,
+    PICKS: tl.constexpr, ROUNDS: tl.constexpr, KEEP: tl.constexpr, LANES: tl.constexpr, COMPLETE: tl.constexpr,
+):  # fmt: skip
     """Rank in as many passes as live rows need, each over the sort keys below the last pick, up to ROUNDS each."""
     done_M = tl.zeros_like(past_M)
     ceiling_M = tl.full(past_M.shape, _NO_CEILING, tl.int32)

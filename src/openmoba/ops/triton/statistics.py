@@ -32,17 +32,9 @@ def _launch(geometry: Geometry, d_out_strides: tuple[int, int, int]) -> Launch:
 
 @triton.jit
 def _row_statistics(
-    d_out,
-    d_lse_ptr,
-    results,
-    statistics_ptr,
-    tokens_q,
-    rows,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    M: tl.constexpr,
-    D: tl.constexpr,
-):
+    d_out, d_lse_ptr, results, statistics_ptr, tokens_q, rows,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * M + tl.arange(0, M)
     valid = row < rows
     token = (row // HEADS).to(tl.int64)

@@ -60,29 +60,10 @@ def _store_partials(out_ptr, lse_ptr, smem, ring, tile, o_MD, m_M, l_M, WIDTH: g
     do_not_specialize_on_alignment=["offsets_ptr", "skips_ptr"],
 )
 def attend_past_resident(
-    q,
-    k,
-    v,
-    partials,
-    lists,
-    offsets_ptr,
-    skips_ptr,
-    call,
-    table,
-    first_head,
-    first_pair,
-    scale,
-    GROUP: gl.constexpr,
-    PAST: gl.constexpr,
-    WIDTH: gl.constexpr,
-    SEGMENT: gl.constexpr,
-    PACKED: gl.constexpr,
-    SPLIT: gl.constexpr,
-    M: gl.constexpr,
-    N: gl.constexpr,
-    D: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    q, k, v, partials, lists, offsets_ptr, skips_ptr, call, table, first_head, first_pair, scale,
+    GROUP: gl.constexpr, PAST: gl.constexpr, WIDTH: gl.constexpr, SEGMENT: gl.constexpr, PACKED: gl.constexpr,
+    SPLIT: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """Attend the rows of one item, which chose a block, to the N keys of that block."""
     DTYPE: gl.constexpr = q.ptr.dtype.element_ty
     ROW: gl.constexpr = row_layout(D, gl.num_warps())
@@ -160,28 +141,10 @@ def attend_past_resident(
     do_not_specialize_on_alignment=["offsets_ptr", "skips_ptr"],
 )
 def attend_past_streaming(
-    q,
-    k,
-    v,
-    partials,
-    lists,
-    offsets_ptr,
-    skips_ptr,
-    call,
-    table,
-    first_head,
-    first_pair,
-    scale,
-    GROUP: gl.constexpr,
-    PAST: gl.constexpr,
-    WIDTH: gl.constexpr,
-    SEGMENT: gl.constexpr,
-    PACKED: gl.constexpr,
-    SPLIT: gl.constexpr,
-    M: gl.constexpr,
-    N: gl.constexpr,
-    D: gl.constexpr,
-):
+    q, k, v, partials, lists, offsets_ptr, skips_ptr, call, table, first_head, first_pair, scale,
+    GROUP: gl.constexpr, PAST: gl.constexpr, WIDTH: gl.constexpr, SEGMENT: gl.constexpr, PACKED: gl.constexpr,
+    SPLIT: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
     """Attend the rows of one item, which chose a block, to that block: a multiple of N keys, at least 2 N."""
     DTYPE: gl.constexpr = q.ptr.dtype.element_ty
     ROW: gl.constexpr = row_layout(D, gl.num_warps())

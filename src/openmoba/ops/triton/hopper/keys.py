@@ -179,32 +179,11 @@ def _store_shares(partial_dq_ptr, dq_smem, at_M, WIDTH: gl.constexpr, D: gl.cons
     do_not_specialize=["first_head"],
 )
 def key_gradients(
-    d_out,
-    q,
-    k,
-    v,
-    statistics_ptr,
-    partials,
-    shares_ptr,
-    lists,
-    offsets_ptr,
-    call,
-    first_head,
-    all_pairs,
-    scale,
-    HEADS: gl.constexpr,
-    GROUP: gl.constexpr,
-    PAST: gl.constexpr,
-    WIDTH: gl.constexpr,
-    PACKED: gl.constexpr,
-    SHARES: gl.constexpr,
-    SEGMENT: gl.constexpr,
-    FUSED: gl.constexpr,
-    M: gl.constexpr,
-    N: gl.constexpr,
-    D: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    d_out, q, k, v, statistics_ptr, partials, shares_ptr, lists, offsets_ptr, call, first_head, all_pairs, scale,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, PAST: gl.constexpr, WIDTH: gl.constexpr, PACKED: gl.constexpr,
+    SHARES: gl.constexpr, SEGMENT: gl.constexpr, FUSED: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """Work N keys of a block against an item's rows: partial dK / scale and dV, and the pairs' dQ if FUSED."""
     WARPS: gl.constexpr = gl.num_warps()
     DTYPE: gl.constexpr = q.ptr.dtype.element_ty
@@ -327,29 +306,11 @@ def _longest_first(call, pieces, together):
     do_not_specialize=["first_head"],
 )
 def own_key_gradients(
-    d_out,
-    q,
-    k,
-    v,
-    statistics_ptr,
-    partials,
-    gradients,
-    offsets_ptr,
-    call,
-    first_head,
-    scale,
-    HEADS: gl.constexpr,
-    GROUP: gl.constexpr,
-    PAST: gl.constexpr,
-    WIDTH: gl.constexpr,
-    PACKED: gl.constexpr,
-    SHARES: gl.constexpr,
-    SEGMENT: gl.constexpr,
-    M: gl.constexpr,
-    N: gl.constexpr,
-    D: gl.constexpr,
+    d_out, q, k, v, statistics_ptr, partials, gradients, offsets_ptr, call, first_head, scale,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, PAST: gl.constexpr, WIDTH: gl.constexpr, PACKED: gl.constexpr,
+    SHARES: gl.constexpr, SEGMENT: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr,
-):
+):  # fmt: skip
     """Go through the own queries of N keys of a block, add the partials of its items, write dK and dV."""
     WARPS: gl.constexpr = gl.num_warps()
     DTYPE: gl.constexpr = q.ptr.dtype.element_ty

@@ -51,29 +51,10 @@ def _exist(start, low, high, M: gl.constexpr, LAYOUT: gl.constexpr):
     do_not_specialize_on_alignment=["counts_ptr"],
 )
 def attend_own(
-    q,
-    k,
-    v,
-    partials,
-    counts_ptr,
-    results,
-    call,
-    table,
-    first_head,
-    first_block_slot,
-    first_token,
-    end_token,
-    scale,
-    HEADS: gl.constexpr,
-    GROUP: gl.constexpr,
-    PAST: gl.constexpr,
-    WIDTH: gl.constexpr,
-    PACKED: gl.constexpr,
-    SPLIT: gl.constexpr,
-    M: gl.constexpr,
-    N: gl.constexpr,
-    D: gl.constexpr,
-):
+    q, k, v, partials, counts_ptr, results, call, table, first_head, first_block_slot, first_token, end_token, scale,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, PAST: gl.constexpr, WIDTH: gl.constexpr, PACKED: gl.constexpr,
+    SPLIT: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
     """Attend M queries of a head to their own block causally, merge the partials, write output and LSE."""
     DTYPE: gl.constexpr = q.ptr.dtype.element_ty
     WARPS: gl.constexpr = gl.num_warps()
@@ -207,28 +188,10 @@ def _weigh(partial_lse_ptr, pair_M, past, count_M, own_M, PAST: gl.constexpr, RO
     do_not_specialize_on_alignment=["counts_ptr"],
 )
 def own_query_gradients(
-    d_out,
-    q,
-    k,
-    v,
-    statistics_ptr,
-    shares_ptr,
-    counts_ptr,
-    dq_ptr,
-    call,
-    first_head,
-    scale,
-    HEADS: gl.constexpr,
-    GROUP: gl.constexpr,
-    PAST: gl.constexpr,
-    WIDTH: gl.constexpr,
-    PACKED: gl.constexpr,
-    SHARES: gl.constexpr,
-    M: gl.constexpr,
-    N: gl.constexpr,
-    D: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    d_out, q, k, v, statistics_ptr, shares_ptr, counts_ptr, dq_ptr, call, first_head, scale,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, PAST: gl.constexpr, WIDTH: gl.constexpr, PACKED: gl.constexpr,
+    SHARES: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """Compute the own block's dQ of M queries of a head, add the pairs' shares, write dQ."""
     DTYPE: gl.constexpr = q.ptr.dtype.element_ty
     WARPS: gl.constexpr = gl.num_warps()

@@ -114,6 +114,7 @@ class Launch:
         if direct is not None and around and notes is None:
             direct.launch(current_stream(device), direct.pick((*pointers, *self._numbers)))
             return
+        assert len(tensors) == len(self._order) - len(self._numbers), "a tensor for each place"
         given = iter(tensors)
         compiled = self._kernel[self.grid](*[filled(x, given) for x in self._arguments], **self._constants)
         if direct is None and around and compiled is not None:  # Triton's interpreter compiles nothing

@@ -38,30 +38,10 @@ from openmoba.ops.triton.table import key_row, load_keys
     do_not_specialize_on_alignment=["offsets_ptr", "skips_ptr"],
 )
 def attend_past(
-    q,
-    k,
-    v,
-    partials,
-    lists,
-    offsets_ptr,
-    skips_ptr,
-    call,
-    table,
-    first_head,
-    first_pair,
-    scale,
-    GROUP: tl.constexpr,
-    PAST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    EVEN: tl.constexpr,
-    PACKED: tl.constexpr,
-    SPLIT: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-):
+    q, k, v, partials, lists, offsets_ptr, skips_ptr, call, table, first_head, first_pair, scale,
+    GROUP: tl.constexpr, PAST: tl.constexpr, WIDTH: tl.constexpr, SEGMENT: tl.constexpr, RESIDENT: tl.constexpr,
+    EVEN: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
     """Attend the rows of one item to the block they chose. RESIDENT: its keys fit one tile and stay on chip."""
     _, list_id, begin, end = item_bounds(lists.items, offsets_ptr, tl.program_id(0), call.block_slots, SEGMENT)
     if begin >= end:
@@ -122,29 +102,10 @@ def attend_past(
     do_not_specialize_on_alignment=["counts_ptr"],
 )
 def attend_own(
-    q,
-    k,
-    v,
-    partials,
-    counts_ptr,
-    results,
-    call,
-    table,
-    first_head,
-    first_block_slot,
-    first_token,
-    end_token,
-    scale,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    PAST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PACKED: tl.constexpr,
-    SPLIT: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-):
+    q, k, v, partials, counts_ptr, results, call, table, first_head, first_block_slot, first_token, end_token, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PAST: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr,
+    SPLIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
     """Merge the partials of M queries of a head, add the own block causally, write output and LSE."""
     tl.static_assert(M % N == 0)  # the loop over earlier keys has no mask
     tiles = tl.cdiv(call.block_size, M)

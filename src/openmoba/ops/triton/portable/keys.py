@@ -32,32 +32,11 @@ def _add_rows(k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, reads_NM, dk_ND, dv_ND
     do_not_specialize=["first_head"],
 )
 def key_gradients(
-    d_out,
-    q,
-    k,
-    v,
-    statistics_ptr,
-    partials,
-    shares_ptr,
-    lists,
-    offsets_ptr,
-    call,
-    first_head,
-    all_pairs,
-    scale,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    PAST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PACKED: tl.constexpr,
-    SHARES: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    FUSED: tl.constexpr,
-    EVEN: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-):
+    d_out, q, k, v, statistics_ptr, partials, shares_ptr, lists, offsets_ptr, call, first_head, all_pairs, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PAST: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr,
+    SHARES: tl.constexpr, SEGMENT: tl.constexpr, FUSED: tl.constexpr, EVEN: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
     """Work N keys of a block against an item's rows: partial dK / scale and dV, and the pairs' dQ if FUSED."""
     # The tiles of a block run side by side: they read the same rows.
     pieces = tl.cdiv(call.block_size, N)
@@ -126,28 +105,10 @@ def key_gradients(
     do_not_specialize=["first_head"],
 )
 def own_key_gradients(
-    d_out,
-    q,
-    k,
-    v,
-    statistics_ptr,
-    partials,
-    gradients,
-    offsets_ptr,
-    call,
-    first_head,
-    scale,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    PAST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PACKED: tl.constexpr,
-    SHARES: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-):
+    d_out, q, k, v, statistics_ptr, partials, gradients, offsets_ptr, call, first_head, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PAST: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr,
+    SHARES: tl.constexpr, SEGMENT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
     """Go through the own queries of N keys of a block, add the partials of its items, write dK and dV."""
     pieces = tl.cdiv(call.block_size, N)
     block_slot = tl.program_id(0) // pieces

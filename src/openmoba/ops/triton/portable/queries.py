@@ -39,30 +39,11 @@ def _add_keys(k_ND, v_ND, q_MD, d_out_MD, lse_M, delta_M, reads_MN, dq_MD, scale
     do_not_specialize=["first_head"],
 )
 def query_gradients(
-    d_out,
-    q,
-    k,
-    v,
-    statistics_ptr,
-    shares_ptr,
-    lists,
-    offsets_ptr,
-    call,
-    first_head,
-    all_pairs,
-    scale,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    PAST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PACKED: tl.constexpr,
-    SHARES: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    EVEN: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
+    d_out, q, k, v, statistics_ptr, shares_ptr, lists, offsets_ptr, call, first_head, all_pairs, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PAST: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr,
+    SHARES: tl.constexpr, SEGMENT: tl.constexpr, EVEN: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr,
-):
+):  # fmt: skip
     """Work M pairs of one list against all keys of its block: the pairs' share of dQ."""
     _, list_id, begin, end = item_bounds(lists.items, offsets_ptr, tl.program_id(0), call.block_slots, SEGMENT)
     if begin >= end:
@@ -107,27 +88,10 @@ def query_gradients(
     do_not_specialize_on_alignment=["counts_ptr"],
 )
 def own_query_gradients(
-    d_out,
-    q,
-    k,
-    v,
-    statistics_ptr,
-    shares_ptr,
-    counts_ptr,
-    dq_ptr,
-    call,
-    first_head,
-    scale,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    PAST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PACKED: tl.constexpr,
-    SHARES: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-):
+    d_out, q, k, v, statistics_ptr, shares_ptr, counts_ptr, dq_ptr, call, first_head, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PAST: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr,
+    SHARES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
     """Sum the pairs' shares of dQ of M queries of a head, add the own block's, write dQ."""
     tiles = tl.cdiv(call.block_size, M)
     block_slot = tl.program_id(0) // tiles
