@@ -71,7 +71,7 @@ def _attention(rows: Sequence[ParallelRow]) -> str:
     if not shown:
         return ""
     bandwidth = _bandwidth(rows)
-    head = ("passes", "block / top-k", "tokens", "one GPU", "GPUs", "by", "ms", "gain", "waiting", "on paper")
+    head = ("passes", "block / top-k", "tokens", "one GPU", "GPUs", "by", "ms", "gain", "lost", "on paper")
     return "\n".join([*markdown_table(head, [_attention_cells(row, bandwidth) for row in shown]), ""])
 
 

@@ -47,7 +47,8 @@ def leave_group() -> None:
     so; it aborts a process whose interpreter ends meanwhile. A barrier waits for all that and leaves nothing behind.
     """
     if distributed.is_available() and distributed.is_initialized():
-        distributed.barrier()
+        on_gpus = "nccl" in distributed.get_backend()
+        distributed.barrier(device_ids=[torch.cuda.current_device()] if on_gpus else None)
         distributed.destroy_process_group()
 
 
@@ -59,31 +60,50 @@ def gather(x: Tensor, ranks: int, group_name: str) -> Waiting:
 
 def exchange(x: Tensor, ranks: int, group_name: str) -> Waiting:
     """Start to send the n-th part of `x` along dimension 0 to rank n; what arrives lies in the order of its senders."""
+    coming = _start(x, ranks, group_name)
+    return lambda: torch.ops._c10d_functional.wait_tensor(coming)
+
+
+def _start(x: Tensor, ranks: int, group_name: str) -> Tensor:
     sizes = [x.shape[0] // ranks] * ranks
-    started = torch.ops._c10d_functional.all_to_all_single(x, sizes, sizes, group_name)
-    return lambda: torch.ops._c10d_functional.wait_tensor(started)
+    coming: Tensor = torch.ops._c10d_functional.all_to_all_single(x, sizes, sizes, group_name)
+    return coming
 
 
-@torch.library.custom_op("openmoba::exchange", mutates_args=())
-def exchanged(x: Tensor, ranks: int, group_name: str) -> Tensor:
-    """Return what `exchange` brings, with a gradient; it is its own transpose."""
-    return exchange(x.contiguous(), ranks, group_name)()
+def started(x: Tensor, ranks: int, group_name: str) -> Tensor:
+    """Start an `exchange` with a gradient. What it returns is on its way: it is for `arrived` alone.
+
+    An exchange is its own transpose, so in the backward pass `arrived` starts one, and `started` waits for it. Those of
+    calls that were made one after another are under way together there too.
+    """
+    return _Started.apply(x, ranks, group_name)  # type: ignore[no-any-return, no-untyped-call]
 
 
-@exchanged.register_fake
-def _fake(x: Tensor, ranks: int, group_name: str) -> Tensor:
-    return x.new_empty(x.shape)
+def arrived(x: Tensor, ranks: int, group_name: str) -> Tensor:
+    """Wait for what was `started`, and return it."""
+    return _Arrived.apply(x, ranks, group_name)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _remember(ctx: Any, inputs: tuple[Tensor, int, str], output: Tensor) -> None:
-    _, *ctx.group = inputs
+class _Started(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: int, group_name: str) -> Tensor:
+        return _start(x, ranks, group_name)
+
+    @staticmethod
+    def backward(ctx: Any, coming: Tensor) -> tuple[Tensor, None, None]:
+        return torch.ops._c10d_functional.wait_tensor(coming), None, None
 
 
-def _transpose(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-    return exchanged(gradient, *ctx.group), None, None
+class _Arrived(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, coming: Tensor, ranks: int, group_name: str) -> Tensor:
+        ctx.group = ranks, group_name
+        got: Tensor = torch.ops._c10d_functional.wait_tensor(coming)
+        return got
 
-
-exchanged.register_autograd(_transpose, setup_context=_remember)
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _start(gradient.contiguous(), *ctx.group), None, None
 
 
 def sum_parts(x: Tensor, ranks: int, group_name: str) -> Waiting:

@@ -17,7 +17,7 @@ from math import gcd
 
 WAYS = ("auto", "heads", "keys")
 BYTES_PER_TURN = 1 << 28
-"""Of the keys and values that a turn by keys gathers, where more than one head fits into it."""
+"""Of what a turn brings to a rank, where more than one key/value head fits into it."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Call:
 def predicted_seconds(way: str, call: Call, ranks: int, bandwidth: float) -> float:
     """Estimate both passes over several devices: their share of the computation, and what of transfers it cannot hide.
 
-    By heads nothing hides, since attention begins when the last token has come. By keys the first turn's gather and the
-    last turn's sum stand alone, and of the others what takes longer than computing. Shards are balanced.
+    The first turn's way there and the last turn's way back stand alone, and of the others what takes longer than
+    computing. Shards are balanced. Copies between layouts are not counted.
 
     Args:
         way: "heads" or "keys".
@@ -51,15 +51,21 @@ def predicted_seconds(way: str, call: Call, ranks: int, bandwidth: float) -> flo
     """
     values = values_sent(way, call.heads, call.kv_heads, ranks) * call.head_dim * call.tokens
     computing, sending = call.seconds / ranks, values * call.itemsize / bandwidth
-    if way == "heads":
-        return computing + sending
-    of_one = 2 * call.tokens * call.head_dim * call.itemsize
-    turn = sending * heads_per_turn(call.kv_heads, of_one) / call.kv_heads
+    turn = sending / _turns(way, call, ranks)
     return max(computing, sending - turn) + turn
 
 
+def _turns(way: str, call: Call, ranks: int) -> int:
+    """Return in how many turns of key/value heads a call goes."""
+    of_head = call.tokens * call.head_dim * call.itemsize
+    if way == "keys":
+        return call.kv_heads // heads_per_turn(call.kv_heads, 2 * of_head)
+    own = call.kv_heads * key_copies(call.kv_heads, ranks) // ranks
+    return own // heads_per_turn(own, (call.heads // ranks // own + 2) * of_head)
+
+
 def heads_per_turn(kv_heads: int, bytes_of_one: int) -> int:
-    """Return the largest divisor of the key/value heads of which `BYTES_PER_TURN` are gathered at most, or 1."""
+    """Return the largest divisor of the key/value heads that bring `BYTES_PER_TURN` at most, or 1."""
     fitting = (n for n in range(kv_heads, 1, -1) if kv_heads % n == 0 and n * bytes_of_one <= BYTES_PER_TURN)
     return next(fitting, 1)
 
@@ -96,7 +102,7 @@ def choose_way(heads: int, kv_heads: int, ranks: int) -> str:
 def crossover(call: Call, ranks: int) -> float | None:
     """Return the bandwidth at which both ways take as long, found by halving; None if one is faster at any.
 
-    Above it keys hide behind computing and are faster; below it what sends less is.
+    Below it, what sends less is faster; above it, what leaves less for the first and the last turn.
     """
 
     def keys_gain(bandwidth: float) -> float:

@@ -8,6 +8,9 @@ Within, the call is that of one device, so the choice of blocks is too. Where N 
 computed in another order, and outputs and gradients are one device's bit for bit. Elsewhere keys are repeated as often
 as it takes, and their gradients summed.
 
+Long sequences go some key/value heads at a time: while a turn computes, the next one's tokens are on their way here and
+the last one's output back. So it is in the backward pass, where autograd takes the same nodes in the other order.
+
 Source: DeepSpeed-Ulysses, arXiv 2309.14509.
 """
 
@@ -18,14 +21,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from openmoba.parallel.collectives import exchanged
-from openmoba.parallel.cost import key_copies
+from openmoba.parallel.collectives import arrived, started
+from openmoba.parallel.cost import heads_per_turn, key_copies
 from openmoba.parallel.sharding import Sharding
 
 Attend = Callable[..., Tensor]
 """(q, k, v, cu_seqlens_q, cu_seqlens_k) -> out, as `openmoba.moba_attention`; with lists of blocks, these follow."""
 
-# B batch, T tokens of the whole, S of a shard, N ranks, H heads, h heads of a rank, D head width
+# B batch, T tokens of the whole, S of a shard, N ranks, H heads, h heads of a turn on one rank, D head width
 
 
 def attend_by_heads(
@@ -42,29 +45,47 @@ def attend_by_heads(
         k_BSHD, v_BSHD = (x.repeat_interleave(copies, 2) for x in (k_BSHD, v_BSHD))
         if lists is not None and lists.shape[2] == kv_heads:
             lists = lists.repeat_interleave(copies, 2)
-    given = () if lists is None else _to_heads((lists,), sharding)
-    q_BThD, k_BThD, v_BThD = _to_heads((q_BSHD, k_BSHD, v_BSHD), sharding)
+    own = k_BSHD.shape[2] // sharding.ranks
+    # The last dimensions differ in width, but a turn's share of each is the same.
+    turns = own // heads_per_turn(own, (q_BSHD.nbytes + 2 * k_BSHD.nbytes) // own)
+    tensors = (q_BSHD, k_BSHD, v_BSHD) if lists is None else (q_BSHD, k_BSHD, v_BSHD, lists)
+    split = [_split_heads(x, turns, sharding) for x in tensors]
+    coming = [[started(x, *_group(sharding)) for x in turn] for turn in zip(*split, strict=True)]
+    going = [_start_back(_attend(attend, turn, sharding), sharding) for turn in coming]
+    outs_BSNhD = [arrived(x, *_group(sharding)).permute(2, 1, 0, 3, 4) for x in going]
+    return torch.cat(outs_BSNhD, 3).flatten(2, 3)
+
+
+def _group(sharding: Sharding) -> tuple[int, str]:
+    return sharding.ranks, sharding.group_name
+
+
+def _split_heads(x_BSHD: Tensor, turns: int, sharding: Sharding) -> list[Tensor]:
+    """Return what every rank is sent in each turn, `[N, S, B, h, D]`."""
+    x_BSNhD = x_BSHD.reshape(*x_BSHD.shape[:2], sharding.ranks, -1, x_BSHD.shape[3])
+    parts = [x_BSNhD] if turns == 1 else torch.split(x_BSNhD, x_BSNhD.shape[3] // turns, 3)
+    return [part.permute(2, 1, 0, 3, 4).contiguous() for part in parts]
+
+
+def _attend(attend: Attend, coming: list[Tensor], sharding: Sharding) -> Tensor:
+    """Return the output of a turn's heads for all tokens, `[B, T, h, D]`."""
+    q, k, v, *given = (_whole(arrived(x, *_group(sharding)), sharding) for x in coming)
     cu = sharding.cu_seqlens
     if cu is None:
-        return _to_tokens(attend(q_BThD, k_BThD, v_BThD, None, None, *given), sharding)
-    given = tuple(x[0] for x in given)
-    return _to_tokens(attend(q_BThD[0], k_BThD[0], v_BThD[0], cu, cu, *given)[None], sharding)
+        return attend(q, k, v, None, None, *given)
+    return attend(q[0], k[0], v[0], cu, cu, *(x[0] for x in given))[None]
 
 
-def _to_heads(tensors: tuple[Tensor, ...], sharding: Sharding) -> tuple[Tensor, ...]:
-    """Return all tokens `[B, T, h, D]` of this rank's heads, in one exchange."""
-    ranks = sharding.ranks
-    parts_BSNhD = [x.reshape(*x.shape[:2], ranks, x.shape[2] // ranks, x.shape[3]) for x in tensors]
-    sent_NSBhD = torch.cat(parts_BSNhD, 3).permute(2, 1, 0, 3, 4)
-    got_TBhD = exchanged(sent_NSBhD, ranks, sharding.group_name).flatten(0, 1)
-    whole_BThD = sharding.in_order(got_TBhD)[: sharding.tokens].transpose(0, 1)
-    return torch.split(whole_BThD, [x.shape[3] for x in parts_BSNhD], 2)
+def _whole(got_NSBhD: Tensor, sharding: Sharding) -> Tensor:
+    """Return all tokens `[B, T, h, D]`; without padding a view, and so is its gradient."""
+    whole_TBhD = sharding.in_order(got_NSBhD.flatten(0, 1))
+    return (whole_TBhD[: sharding.tokens] if sharding.padding else whole_TBhD).transpose(0, 1)
 
 
-def _to_tokens(out_BThD: Tensor, sharding: Sharding) -> Tensor:
-    """Return this rank's tokens `[B, S, H, D]` of all heads; the inverse of `_to_heads`."""
-    padding = sharding.ranks * sharding.local_tokens - sharding.tokens
-    whole_TBhD = torch.nn.functional.pad(out_BThD.transpose(0, 1), (0, 0, 0, 0, 0, 0, 0, padding))
-    sent_NSBhD = sharding.by_rank(whole_TBhD).view(sharding.ranks, -1, *whole_TBhD.shape[1:])
-    got_NSBhD: Tensor = exchanged(sent_NSBhD, sharding.ranks, sharding.group_name)
-    return got_NSBhD.permute(2, 1, 0, 3, 4).flatten(2, 3)
+def _start_back(out_BThD: Tensor, sharding: Sharding) -> Tensor:
+    """Start to send the output to the ranks that hold its tokens; what arrives is `[N, S, B, h, D]`."""
+    whole_TBhD = out_BThD.transpose(0, 1)
+    if sharding.padding:
+        whole_TBhD = torch.nn.functional.pad(whole_TBhD, (0, 0, 0, 0, 0, 0, 0, sharding.padding))
+    by_rank_TBhD = sharding.by_rank(whole_TBhD).contiguous()
+    return started(by_rank_TBhD.view(sharding.ranks, -1, *by_rank_TBhD.shape[1:]), *_group(sharding))

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from openmoba.ops import key_conv as ops
 from openmoba.ops.checks import DTYPES, check_tensors
-from openmoba.parallel.collectives import exchanged
+from openmoba.parallel.collectives import arrived, started
 from openmoba.parallel.sharding import Sharding
 
 # B batch, S tokens of a shard, N ranks, C channels of all key/value heads, W width
@@ -63,7 +63,8 @@ def _ends_before(parts_BPLC: Tensor, reach: int, sharding: Sharding) -> Tensor:
     """Return the `reach` keys before each of this rank's chunks, `[B, P, R, C]`; zeros before the first token."""
     end = min(reach, sharding.chunk)
     ends_XBC = parts_BPLC[:, :, sharding.chunk - end :].permute(1, 2, 0, 3).flatten(0, 1)
-    got_NXBC = exchanged(ends_XBC.expand(sharding.ranks, *ends_XBC.shape), sharding.ranks, sharding.group_name)
+    group = sharding.ranks, sharding.group_name
+    got_NXBC = arrived(started(ends_XBC.expand(sharding.ranks, *ends_XBC.shape).contiguous(), *group), *group)
     in_order = pad(sharding.in_order(got_NXBC.flatten(0, 1)), (0, 0, 0, 0, reach, 0))
     return torch.stack([in_order[c * end : c * end + reach] for c in sharding.own_chunks]).permute(2, 0, 1, 3)
 

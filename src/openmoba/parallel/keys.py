@@ -46,7 +46,7 @@ class _ByKeys(torch.autograd.Function):
     ) -> Tensor:
         ctx.sharding, ctx.saved, ctx.calls = sharding, _Saved(), []
         differentiate = any(ctx.needs_input_grad)
-        out = torch.zeros_like(q)
+        out = _covered_like(q, sharding)
         for turn in _turns(q.shape[2], k, v, sharding):
             ctx.saved.gathered = turn.kv_TB2KD
             for piece in _pieces(sharding):
@@ -68,19 +68,22 @@ class _ByKeys(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         sharding: Sharding = ctx.sharding
         k, v, *ctx.saved.tensors = ctx.saved_tensors
-        dq, dk, dv = torch.zeros_like(d_out), torch.empty_like(k), torch.empty_like(v)
+        dq, dk, dv = _covered_like(d_out, sharding), torch.empty_like(k), torch.empty_like(v)
         calls, under_way = iter(ctx.calls), _Sums(dk, dv)
         for turn in _turns(d_out.shape[2], k, v, sharding):
             ctx.saved.gathered = turn.kv_TB2KD
             padded = (sharding.ranks * sharding.local_tokens, *turn.kv_TB2KD.shape[1:])
-            dkv_TB2KD = turn.kv_TB2KD.new_zeros(padded)
+            dkv_TB2KD, written = turn.kv_TB2KD.new_empty(padded), 0
             for piece in _pieces(sharding):
                 call = next(calls)
                 gradient = d_out[:, piece.local, turn.heads]
                 inner = torch.autograd.grad(call.out, [call.q, call.k, call.v], gradient, retain_graph=True)
                 dq[:, piece.local, turn.heads] = inner[0]
                 for i, x in enumerate(inner[1:]):
-                    dkv_TB2KD[: piece.end, :, i] += x.transpose(0, 1)
+                    its = dkv_TB2KD[: piece.end, :, i]
+                    (its.add_ if written else its.copy_)(x.transpose(0, 1))
+                written = max(written, piece.end)
+            dkv_TB2KD[written:] = 0
             under_way.add(turn.kv_heads, sum_parts(sharding.by_rank(dkv_TB2KD), sharding.ranks, sharding.group_name))
         under_way.finish()
         ctx.saved.take()
@@ -142,11 +145,16 @@ class _Piece(NamedTuple):
 
 
 def _pieces(sharding: Sharding) -> Iterator[_Piece]:
-    """Yield the chunks of this rank that hold tokens, not padding alone."""
-    for i, (start, end) in enumerate(sharding.stretches):
+    """Yield the chunks of this rank that hold tokens, not padding alone; the last of the sequence first."""
+    for i, (start, end) in reversed(list(enumerate(sharding.stretches))):
         if end > start:
             first = i * sharding.chunk
             yield _Piece(slice(first, first + end - start), start, end)
+
+
+def _covered_like(x: Tensor, sharding: Sharding) -> Tensor:
+    """Return room for what pieces write, zero where they leave padding."""
+    return torch.zeros_like(x) if sharding.padding else torch.empty_like(x)
 
 
 class _Call(NamedTuple):

@@ -115,6 +115,11 @@ class Sharding:
         return self.chunk * self.per_rank
 
     @property
+    def padding(self) -> int:
+        """Tokens that fill up the last chunks."""
+        return self.ranks * self.local_tokens - self.tokens
+
+    @property
     def chunks(self) -> tuple[int, ...]:
         """The chunks of all ranks, rank by rank: what an all-gather puts behind each other."""
         last = 2 * self.ranks - 1
