@@ -99,9 +99,9 @@ def headlines(studies: Sequence[Study], page: Path) -> str:
             figures = study.figures(stage) if stage.chart == chart else []
             sentences = answers(stage, study.runs(stage), AXIS) if figures else []
             if sentences:
-                lines += [f"![{caption}]({_link(figures[0], page)})\n", f"{' '.join(sentences[:most])}\n"]
-                report = _link(study.folder / REPORT_FILE, page)
-                lines.append(f"[{study.recipe.title}]({report}): {provenance(study.outcomes)}.\n")
+                source = f"[{study.recipe.title}]({_link(study.folder / REPORT_FILE, page)})"
+                told = " ".join([*sentences[:most], f"{source}: {provenance(study.outcomes)}."])
+                lines += [f"![{caption}]({_link(figures[0], page)})\n", f"{told}\n"]
                 break
     return "\n".join(lines)
 
