@@ -81,11 +81,22 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, line in (("no-record", "{}"), ("no-evaluation", '{"kind": "eval", "step": 4}')):
         study = root / f"study-{name}"
         (study / "one").mkdir(parents=True)
-        recipe = (root / "nan.toml").read_text().replace("nan\n", "1.0\n", 1)
-        (study / "recipe.toml").write_text(recipe)
+        (study / "recipe.toml").write_text(recipe_of(config))
         shutil.copytree(root / "run", study / "one" / "nano-full-seed0")
         (study / "one" / "nano-full-seed0" / "metrics.jsonl").write_text(f"{line}\n")
     return root
+
+
+def recipe_of(config: RunConfig) -> str:
+    """A recipe of one run, `one/nano-full-seed0`, of this configuration."""
+    tables = to_dict(config)
+    overrides = ", ".join(f"{key} = {json.dumps(value)}" for key, value in tables["model"]["overrides"].items())
+    lines = ["[run.model]", f"overrides = {{ {overrides} }}", f"family = {json.dumps(config.model.family)}"]
+    for group in ("data", "arm", "train", "eval"):
+        entries = {key: value for key, value in tables[group].items() if value is not None and key != "seed"}
+        lines += [f"[run.{group}]", *(f"{key} = {json.dumps(value)}" for key, value in entries.items())]
+    lines += [f"[sizes.nano.model]\nsize = {json.dumps(config.model.size)}", f'[arms.full]\nname = "{config.arm.name}"']
+    return "\n".join([*lines, '[[stages]]\nname = "one"\nsizes = ["nano"]\narms = ["full"]\n'])
 
 
 def setting(name: str, *values: str) -> list[str]:

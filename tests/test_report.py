@@ -463,6 +463,20 @@ def test_fit_and_plot_work_on_the_folder_alone(study: Path, capsys: pytest.Captu
     assert cli.main(["plot", str(study)]) == 0
 
 
+def test_a_run_that_is_not_the_recipes_is_not_drawn_as_if_it_were(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after folders of two studies were merged: charts would show one arm, or one length of training, as another."""
+    copy = Path(shutil.copytree(study, tmp_path / "study")) / "pretrain"
+    shutil.rmtree(copy / "large-full-seed0")
+    shutil.copytree(copy / "large-moba-seed0", copy / "large-full-seed0")
+    for command in ("fit", "plot"):
+        assert cli.main([command, str(copy.parent)]) == 2
+        said = capsys.readouterr().err
+        assert f"{copy / 'large-full-seed0'} holds another run than {copy.parent / RECIPE_FILE} says" in said
+        assert "(arm.name was 'moba' and is 'full'); bring the run or the recipe" in said
+
+
 def test_an_axis_of_compute_is_one_entry(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn, fitted and tabled for runs that were recorded before anybody thought of it."""
     read = Axis("tokens", "tokens (M)", "Tokens", "million tokens", ".1f", read=lambda row: row["tokens"] / 1e6)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.resample import Difference, Floats, Interval, Numbers, SeedNoise, paired_difference
 from openmoba.lab.model.build import SIZES
 from openmoba.lab.study.fit import Fit, fit_arms, fit_runs
-from openmoba.lab.study.recipe import PlannedRun, Recipe, Stage
+from openmoba.lab.study.recipe import RECIPE_FILE, PlannedRun, Recipe, Stage
 from openmoba.lab.study.same_data import RunData, check_same_data, origin
 from openmoba.lab.train.history import evaluations, history, read_result
 from openmoba.records.disk import Row
@@ -160,13 +160,15 @@ def read_outcomes(recipe: Recipe, study: Path) -> list[Outcome]:
     """Read the finished runs of `recipe` in the folder `study`, in the recipe's order.
 
     Raises:
-        ValueError: damaged records, or runs of the same documents by their settings that were trained on others.
+        ValueError: damaged records, a run that is not the recipe's, or runs of the same documents by their settings
+            that were trained on others.
     """
     outcomes = []
     for run in recipe.runs:
         folder = study / run.name
         if (folder / "result.json").exists():
             config, result = read_result(folder)
+            _check_planned(run, config, study)
             trained = {row["step"]: row["loss"] for row in history(folder) if row["kind"] == "train"}
             outcomes.append(Outcome(run, config, result, evaluations(folder, config, result), trained))
     check_same_data(
@@ -179,6 +181,16 @@ def read_outcomes(recipe: Recipe, study: Path) -> list[Outcome]:
         for outcome in outcomes:
             outcome.final["windows"].pop("positions", None)
     return outcomes
+
+
+def _check_planned(run: PlannedRun, config: RunConfig, study: Path) -> None:
+    """Raise ValueError if the folder of `run` holds another one, as after folders were merged."""
+    source = run.config(study).data.source  # that of `study --source` is not in the recipe that the folder keeps
+    if changed := run.changed_from(replace(config, data=replace(config.data, source=source)), study):
+        raise ValueError(
+            f"{study / run.name} holds another run than {study / RECIPE_FILE} says ({'; '.join(changed)}); bring the "
+            "run or the recipe that belongs there"
+        )
 
 
 def of_stage(stage: Stage, outcomes: Iterable[Outcome]) -> list[Outcome]:

@@ -63,7 +63,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from openmoba.lab.arms import KINDS
-from openmoba.lab.config import RunConfig, from_dict
+from openmoba.lab.config import RunConfig, changes, from_dict
 from openmoba.lab.model.build import SIZES
 
 RECIPE_FILE = "recipe.toml"
@@ -108,6 +108,15 @@ class PlannedRun:
         """Return the run's configuration in the study folder `study`."""
         start = {"start_from": str(study / self.after)} if self.after else {}
         return from_dict(RunConfig, _merge(self.tables, {"train": {"seed": self.seed, **start}}))
+
+    def changed_from(self, stored: RunConfig, study: Path) -> list[str]:
+        """Say what differs between the configuration `stored` of a run in the folder `study` and this one's."""
+        wanted = self.config(study)
+        if self.after is not None and str(stored.train.start_from).endswith(
+            self.after
+        ):  # the study may move as a whole
+            stored = replace(stored, train=replace(stored.train, start_from=wanted.train.start_from))
+        return changes(stored, wanted)
 
     def alone(self) -> RunConfig:
         """Return its configuration without the run that it starts from, which has the same model."""

@@ -11,10 +11,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-from openmoba.lab.config import RunConfig, changes, from_dict, stored_config, to_dict
+from openmoba.lab.config import RunConfig, from_dict, stored_config, to_dict
 from openmoba.lab.errors import DivergenceError
 from openmoba.lab.model.build import check_model
 from openmoba.lab.model.checkpoint import checkpoints
@@ -86,7 +85,7 @@ def failure(run: PlannedRun, study: Path) -> str | None:
         return None
     found = read_json(file)
     expect(found, {"reason": str, "config": dict}, str(file))
-    return None if _changes(from_dict(RunConfig, found["config"]), run, study) else str(found["reason"])
+    return None if run.changed_from(from_dict(RunConfig, found["config"]), study) else str(found["reason"])
 
 
 def failures(recipe: Recipe, study: Path) -> str | None:
@@ -119,7 +118,7 @@ def check_folders(recipe: Recipe, study: Path) -> None:
         folder = study / run.name
         if not (folder / "config.json").exists() or not has_begun(folder) or (folder / FAILED_FILE).exists():
             continue  # what failed is trained anew with another configuration
-        if changed := _changes(stored_config(folder), run, study):
+        if changed := run.changed_from(stored_config(folder), study):
             raise ValueError(
                 f"{folder} was made with another configuration ({'; '.join(changed)}); "
                 "restore the recipe, choose another --out, or delete that folder to train it again"
@@ -156,14 +155,6 @@ def check_models(recipe: Recipe) -> None:
                 check_model(*checked[-1])
             except ValueError as error:
                 raise ValueError(f"run {run.name}: {error}") from error
-
-
-def _changes(stored: RunConfig, run: PlannedRun, study: Path) -> list[str]:
-    """Say what differs between the configuration `stored` of a run and that of the recipe."""
-    wanted = run.config(study)
-    if run.after is not None and str(stored.train.start_from).endswith(run.after):  # the study may move as a whole
-        stored = replace(stored, train=replace(stored.train, start_from=wanted.train.start_from))
-    return changes(stored, wanted)
 
 
 class StudyClock:
