@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from openmoba.records.disk import append_lines, whole_lines
+from openmoba.records.markdown import table
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ def length_name(tokens: int) -> str:
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     """Write the lines of a table; columns without a value ("-") in all rows are left out."""
     kept = [i for i in range(len(head)) if any(row[i] != "-" for row in rows)]
-    lines = [[str(line[i]) for i in kept] for line in (head, *rows)]
-    return [f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * len(kept), *lines[1:])]
+    lines = [[line[i] for i in kept] for line in (head, *rows)]
+    return table(lines[0], lines[1:])
 
 
 def commits(rows: Iterable[CsvRow]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from openmoba.bench.cases import Case
 from openmoba.bench.contenders import CONTENDERS
 from openmoba.bench.rows import CsvRow, length_name
+from openmoba.records.markdown import table
 
 
 @dataclass(frozen=True)
@@ -95,22 +96,13 @@ def dense_names(rows: Iterable[Row], timed: Sequence[Row]) -> list[str]:
 
 def markdown(rows: Iterable[Row]) -> str:
     """Write MoBA's rows as a Markdown table; dense contenders are in it as the fastest of them."""
-    lines = [
-        "| D | block/top-k | T | passes | routing | ms | best dense, ms | speed-up | roofline | extra MB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        if row.contender == "moba":
-            cells = (
-                row.head_dim,
-                f"{row.block_size}/{row.top_k}",
-                _length(row),
-                row.passes,
-                row.routing,
-                *_results(row),
-            )
-            lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return "\n".join(lines)
+    heads = ("D", "block/top-k", "T", "passes", "routing", "ms", "best dense, ms", "speed-up", "roofline", "extra MB")
+    cells = (
+        (row.head_dim, f"{row.block_size}/{row.top_k}", _length(row), row.passes, row.routing, *_results(row))
+        for row in rows
+        if row.contender == "moba"
+    )
+    return "\n".join(table(heads, cells))
 
 
 def _results(row: Row) -> tuple[str, ...]:

@@ -84,11 +84,12 @@ def complete_paged(
             tokens, and that the table has room for them, is asserted on the device.
     """
     _check_cache(centroids, k_pages, block_table, lengths, cu_seqlens_q, block_size)
-    if k_pages.is_cuda and k_pages.dtype != torch.float64:
-        _check_contiguous(centroids=centroids, k_pages=k_pages, block_table=block_table)
-        write_paged("triton", centroids, k_pages, block_table, lengths, cu_seqlens_q, block_size)
-    else:
+    name, _ = implementation(k_pages, "auto", DECODERS)
+    if name == "reference":
         _complete(centroids, k_pages, block_table, lengths, cu_seqlens_q, block_size)
+        return
+    _check_contiguous(centroids=centroids, k_pages=k_pages, block_table=block_table)
+    write_paged(name, centroids, k_pages, block_table, lengths, cu_seqlens_q, block_size)
 
 
 def _complete(

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from openmoba.config import check_blocks
 from openmoba.limits import check_count
-from openmoba.ops.backends import Decoder, decoder
+from openmoba.ops.backends import DECODERS, Decoder, decoder, implementation
 from openmoba.ops.centroids import centroid_dtype
 from openmoba.ops.checks import check_cache, check_rows, check_tensors
 from openmoba.ops.operation import operation
@@ -61,7 +60,8 @@ def complete_pages(
     if centroids.device != keys.device:
         raise ValueError(f"centroids must be on the cache's device {keys.device}, got {centroids.device}")
     check_rows(lengths, starts, keys)
-    if keys.is_cuda and keys.dtype != torch.float64:
-        write_pages("triton", centroids, keys, lengths, starts, new, block_size)
-    else:
+    name, _ = implementation(keys, "auto", DECODERS)
+    if name == "reference":
         reference_complete_pages(centroids, keys, lengths, starts, new, block_size)
+    else:
+        write_pages(name, centroids, keys, lengths, starts, new, block_size)

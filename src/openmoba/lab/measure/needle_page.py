@@ -24,6 +24,7 @@ from openmoba.lab.measure.needle import Grid, Search
 from openmoba.lab.measure.resample import LEVEL, Difference, Floats, paired_difference
 from openmoba.records.disk import keep, read, write_text
 from openmoba.records.figures import chart_style, save
+from openmoba.records.markdown import table
 from openmoba.records.provenance import provenance
 
 NOWHERE = "none"
@@ -95,13 +96,12 @@ def needle_chart(searches: Sequence[Search]) -> Figure:
     return figure
 
 
-def needle_table(searches: Sequence[Search]) -> Iterator[str]:
+def needle_table(searches: Sequence[Search]) -> list[str]:
     """Write a row for every model and length as a Markdown table."""
     reference, names = reference_of(searches), model_names(searches)
     heads = ["model", "length", "answered exactly", "loss of the answer", "without the needle", "the needle brings"]
     heads += [f"from {names[searches.index(reference)]}"] if len(searches) > 1 else []
-    yield f"| {' | '.join(heads)} |"
-    yield f"|{' --- |' * len(heads)}"
+    rows = []
     for name, search in zip(names, searches, strict=True):
         for number, grid in enumerate(search.grids):
             losses = [f"{loss:.3f}" for loss in _mean_losses(grid)]
@@ -109,7 +109,8 @@ def needle_table(searches: Sequence[Search]) -> Iterator[str]:
             if len(searches) > 1:
                 same = search is reference
                 cells.append("" if same else _signed(beside(grid, reference.grids[number])))
-            yield f"| {' | '.join(cells)} |"
+            rows.append(cells)
+    return table(heads, rows)
 
 
 def needle_sentences(searches: Sequence[Search]) -> Iterator[str]:

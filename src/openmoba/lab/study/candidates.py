@@ -21,6 +21,7 @@ from openmoba.lab.study.outcomes import (
 )
 from openmoba.lab.study.panels import Candidate
 from openmoba.lab.study.words import bounds, in_percent
+from openmoba.records.markdown import table
 
 SAME_SPEED = 1.05
 """Fastest seed over slowest, up to which their mean is one speed."""
@@ -111,8 +112,7 @@ def standing_table(runs: Sequence[Outcome], found: Sequence[Standing]) -> Iterat
     heads = ["arm", "seeds", "trailing, nats", "%", "LM, nats", "%"]
     heads += ["trailing, from full with the same keys", "%"] if with_own else []
     heads += ["keys read", "tokens/s", "of full's"]
-    yield f"| {' | '.join(heads)} |"
-    yield f"|{' --- |' * len(heads)}"
+    rows = []
     for standing in found:
         cells = [standing.runs[0].label, str(len(standing.runs))]
         cells += [*_cells(standing.plain.trailing, standing.plain.trailing_loss)]
@@ -121,7 +121,8 @@ def standing_table(runs: Sequence[Outcome], found: Sequence[Standing]) -> Iterat
             own = standing.own
             cells += _cells(own.trailing, own.trailing_loss) if own else ["", ""]
         share = "" if standing.key_share is None else f"{standing.key_share:.1%}"
-        yield f"| {' | '.join([*cells, share, speeds(standing.runs), f'{standing.speedup:.2f}x'])} |"
+        rows.append([*cells, share, speeds(standing.runs), f"{standing.speedup:.2f}x"])
+    yield from table(heads, rows)
     yield ""
     yield _noise_sentence(runs, found[0].plain.trailing_loss)
 

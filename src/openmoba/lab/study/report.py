@@ -29,11 +29,12 @@ from openmoba.lab.study.outcomes import (
     speeds_apart,
 )
 from openmoba.lab.study.recipe import Recipe, Stage
-from openmoba.lab.study.tables import comparisons, reach, table
+from openmoba.lab.study.tables import comparisons, reach
 from openmoba.lab.study.words import LOSSES, bounds, inside
 from openmoba.lab.train.history import RESULT_FILE
 from openmoba.records.disk import write_text
 from openmoba.records.locks import CLAIM_FILE, claim
+from openmoba.records.markdown import table
 
 REPORT_FILE = "report.md"
 
@@ -282,7 +283,7 @@ def _fits(stage: Stage, outcomes: Sequence[Outcome], axis: str) -> list[str]:
                     [own[0].label, name, f"{law.law.a:#.4g} [{law.a.low:#.4g}, {law.a.high:#.4g}]",
                      f"{law.law.b:+.4f}{bounds(law.b)}", str(len(law.loss)), f"{worst:.2%}"]
                 )  # fmt: skip
-    return list(table(["arm", "loss", "a", "b", "runs", "largest residual"], rows)) if rows else []
+    return table(["arm", "loss", "a", "b", "runs", "largest residual"], rows) if rows else []
 
 
 def _position_laws(own: Sequence[Outcome], full: Sequence[Outcome], axis: str) -> Iterator[str]:

@@ -29,6 +29,7 @@ from openmoba.lab.study.outcomes import (
 from openmoba.lab.study.recipe import RECIPE_FILE, Recipe, Stage, read_recipe
 from openmoba.lab.study.report import REPORT_FILE
 from openmoba.lab.study.words import in_percent
+from openmoba.records.markdown import table
 
 ORDER = ("positions", "compare", "scaling", "layers")
 """Charts in the order in which their questions build on each other."""
@@ -115,12 +116,12 @@ def settings(studies: Sequence[Study], page: Path) -> str:
     """
     heads = ("length", "keys read at most", "setting", "against full attention, %", "with its key convolution, %",
              "not told apart", "keys read", "training speed", "measured with")  # fmt: skip
-    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    rows = []
     for study, runs in _most_arms(studies):
         for number, (_, end) in enumerate(runs[0].ranges):
             if end in [runs[0].config.data.length // part for part in PARTS]:
-                lines += [f"| {' | '.join([f'{end:,}', *row])} |" for row in _rows(runs, number, study, page)]
-    return "\n".join([*lines, ""]) if len(lines) > 2 else ""
+                rows += [[f"{end:,}", *row] for row in _rows(runs, number, study, page)]
+    return "\n".join([*table(heads, rows), ""]) if rows else ""
 
 
 def limits(studies: Sequence[Study]) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 from openmoba.lab.arms import FULL, MOBA
 from openmoba.lab.measure.resample import Difference
 from openmoba.lab.study.outcomes import Cut, Outcome, by, difference, gain, of_kind, references, seed_noise
 from openmoba.lab.study.words import LOSSES, bounds
+from openmoba.records.markdown import table
 
 
 def comparisons(outcomes: Sequence[Outcome]) -> list[str]:
@@ -24,7 +25,7 @@ def comparisons(outcomes: Sequence[Outcome]) -> list[str]:
         pairs += [(own, moba) for own in arms if moba and own != moba]
         rows += [row for own, reference in pairs if (row := _compared(own, reference, runs))]
     heads = ["size", "arm", "from", "seeds", *(f"{name}, nats" for name in LOSSES.values()), "trailing loss by seed"]
-    return list(table(heads, rows)) if rows else []
+    return table(heads, rows) if rows else []
 
 
 def reach(outcomes: Sequence[Outcome]) -> list[str]:
@@ -40,15 +41,7 @@ def reach(outcomes: Sequence[Outcome]) -> list[str]:
                 lost = {context: gain(own, Cut(context), "trailing") for context in own[0].contexts}
                 cells = [_cell(lost[context]) if context in lost else "" for context in contexts]
                 rows.append([own[0].run.size, own[0].label, str(len(own)), *cells])
-    return list(table(["size", "arm", "seeds", *(f"{context:,}" for context in contexts)], rows)) if rows else []
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Write a Markdown table, line by line."""
-    yield f"| {' | '.join(heads)} |"
-    yield f"|{'|'.join(' --- ' for _ in heads)}|"
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
+    return table(["size", "arm", "seeds", *(f"{context:,}" for context in contexts)], rows) if rows else []
 
 
 def _compared(own: Sequence[Outcome], reference: Sequence[Outcome], runs: Sequence[Outcome]) -> list[str]:
