@@ -70,7 +70,7 @@ def complete_paged(
     """Do what `openmoba.complete_paged` says, checked; the last dimension of all tensors is contiguous."""
     sequences, pages = block_table.shape
     room = pages * k_pages.shape[1]
-    if sequences and room >= block_size:
+    if sequences:  # also where no block fits: that lengths fit in the table is asserted there
         paging = Paging(block_table.stride(0), k_pages.shape[1])
         launch = _completing(
             sequences, room, *k_pages.shape[2:], block_size, strides(k_pages), strides(centroids), paging,
@@ -91,7 +91,7 @@ def _completing(
     paging: Paging,
     programs: int,
 ) -> Launch:
-    together = min(room // block_size, cdiv(programs, sequences * kv_heads))
+    together = max(1, min(room // block_size, cdiv(programs, sequences * kv_heads)))
     rows = Rows.of(key_strides), Rows.of(centroid_strides)
     arguments = (*rows, Table(TENSOR, *paging), TENSOR, TENSOR, room, block_size)
     constants = centroid_sizes(block_size, width) | {"num_warps": 4}
