@@ -9,6 +9,7 @@ import numpy as np
 from openmoba.lab.config import RunConfig, to_dict
 from openmoba.lab.data.identity import Known
 from openmoba.lab.progress import Progress
+from openmoba.lab.train.history import keep
 
 LAWS = {"moba": (1.546, -0.108), "full": (1.464, -0.097), "hybrid": (1.50, -0.103)}
 PARAMETERS = {"small": 200_000, "medium": 500_000, "large": 1_200_000}
@@ -85,14 +86,14 @@ def train(config: RunConfig, folder: Path, *, progress: Progress | None = None, 
             progress.step(int(step), config.train.steps)
     (folder / f"checkpoint-{config.train.steps}").mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keep(folder, rows)
     result = {
         "config": to_dict(config),
         "params": {"total": 2 * PARAMETERS[size], "non_embedding": PARAMETERS[size]},
         "tokens": rows[-1]["tokens"],
         "compute": rows[-1]["compute"],
         "speed": {"tokens_per_second": 50_000.0, "mfu": 0.42, "peak": 1e15},
-        "eval": rows[-1],
+        "eval": {key: rows[-1][key] for key in ("step", "lm_loss", "trailing_loss")},
         "data": {"training_windows": 1000, "epochs": 1.0, "vocabulary": 2048},
         "hardware": {"cpu": "an imagined processor", "cores": 2, "threads": 2, "gpus": []},
         "versions": {"openmoba": "0", "torch": "2"},

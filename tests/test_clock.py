@@ -23,7 +23,7 @@ from openmoba.lab.progress import Progress, duration
 from openmoba.lab.study.overview import overview
 from openmoba.lab.study.recipe import parse_recipe
 from openmoba.lab.study.work import StudyClock, run_study
-from openmoba.lab.train.clock import PEAKS, Speedometer, median_speed, peak_operations
+from openmoba.lab.train.clock import PEAKS, Clock, Speedometer, median_speed, peak_operations
 from openmoba.lab.train.plan import SHARE, activation_bytes, matrix_rate, plan_of, planned_shape, planned_work
 from openmoba.records.disk import read_json
 
@@ -44,6 +44,16 @@ def test_mfu_by_hand() -> None:
     assert meter.read(4000, 7.0, 7e12 / PFLOPS_DAY) == {"tokens_per_second": 1500, "mfu": 0.1}
     assert meter.read(5000, 8.0, 7.3e12 / PFLOPS_DAY) == {"tokens_per_second": 1000, "mfu": 0.01}
     assert Speedometer(peak=None).read(10, 1.0, 1.0) == {"tokens_per_second": 10, "mfu": None}
+
+
+def test_time_of_earlier_attempts_is_added_as_it_was_whatever_the_devices_are_now() -> None:
+    """7 seconds of one device, then 3 of two."""
+    clock = Clock(torch.device("cpu"), devices=2)
+    clock.go_on(seconds=100.0, accelerator_seconds=7.0)
+    clock.tick()
+    begun, clock.trained = clock.trained, 3.0
+    assert clock.accelerator_seconds == 13.0
+    assert 0 < begun < clock.seconds - 100.0 < 60.0
 
 
 def test_the_peak_is_stated_for_known_devices_in_bf16_alone(monkeypatch: pytest.MonkeyPatch) -> None:

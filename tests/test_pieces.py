@@ -50,7 +50,7 @@ def make(out: Path, text: str = RECIPE, *patterns: str) -> Recipe:
     recipe = parse_recipe(text, title="t")
     run_study(recipe, out, train, lambda _: Progress(), recipe.chosen(patterns) if patterns else None)
     for number, path in enumerate(sorted(out.glob("*/*/metrics.jsonl"))):
-        path.write_text(path.read_text().replace('"accelerator_seconds": 6', f'"accelerator_seconds": {6 + number}'))
+        path.write_text(path.read_text().replace('"accelerator_seconds":6', f'"accelerator_seconds":{6 + number}'))
     return recipe
 
 

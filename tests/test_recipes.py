@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from openmoba.config import MobaConfig
 from openmoba.lab.arms import ArmConfig
+from openmoba.lab.measure.evaluate import summary
 from openmoba.lab.model.build import SIZES, build_model, set_attention
 from openmoba.lab.study.recipe import PlannedRun, read_recipe
+from openmoba.lab.train.history import METRICS_FILE, record
 from openmoba.lab.train.plan import planned_shape
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+RESULTS = Path(__file__).parents[1] / "results" / "h200" / "study"
 STUDY = [path for path in RECIPES if path.stem != "demo"]
 
 
@@ -130,3 +137,53 @@ def test_demo_draws_both_charts() -> None:
     }
     (hybrids,) = {run.stage.name: run.stage for run in runs.values() if run.stage.chart == "layers"}.values()
     assert (hybrids.sizes, hybrids.arms, hybrids.beside) == (("tiny",), ("last-1", "last-2"), "pretrain")
+
+
+OTHER_FILES = 4_400
+"""Bytes of config.json, data.json and result.json of a run; those that are committed are held against it."""
+
+
+def test_the_records_of_the_whole_study_stay_below_five_megabytes(tmp_path: Path) -> None:
+    """Every run of its recipes with all that it will measure, from records of their shapes; needles come on top."""
+    shapes = Counter(
+        (
+            config.eval.windows,
+            config.eval.contexts,
+            config.train.steps // config.train.log_every,
+            config.evaluation_steps,
+        )
+        for path in STUDY
+        for config in (run.alone() for run in read_recipe(path).runs)
+    )
+    sizes = {shape: written(tmp_path / str(number), *shape) for number, shape in enumerate(shapes)}
+    (shape,) = (shape for shape in shapes if shape[0] == 240 and shape[2] == 86)
+    committed = RESULTS / "candidates" / "candidates" / "14m-full-seed0" / "metrics.jsonl"
+    assert sizes[shape] == pytest.approx(committed.stat().st_size, rel=0.05), "they are as large as real ones"
+    for folder in {path.parent for path in RESULTS.glob("*/*/*/result.json")}:
+        assert sum((folder / name).stat().st_size for name in ("config.json", "data.json", "result.json")) < OTHER_FILES
+    assert sum(shapes.values()) == 117
+    assert sum(count * (sizes[shape] + OTHER_FILES) for shape, count in shapes.items()) < 4.5e6
+
+
+def written(folder: Path, windows: int, contexts: tuple[int, ...], lines: int, evaluated: tuple[int, ...]) -> int:
+    """Write the records of a run of 32K windows with losses that look like measured ones; return their bytes."""
+    folder.mkdir()
+    rng = np.random.default_rng(windows)
+    compute = {"6nd": 1.3858e-4, "chinchilla": 2.16241e-3, "causal_exact": 1.13898e-3, "accelerator_seconds": 297.021}
+    for step in range(lines):
+        loss, rate, gradient, seconds = rng.uniform(1, 9, 4).tolist()
+        row = {"kind": "train", "step": 50 * step, "tokens": 1638400 * step, "loss": loss, "lr": rate / 1e3}
+        row |= {"grad_norm": gradient, "seconds": 100 * seconds, "tokens_per_second": 475900.0, "mfu": 0.3361}
+        record(folder, {**row, "compute": {"accelerator_seconds": 99 * seconds}})
+    measured: Any = SimpleNamespace(full=np.ones(windows, dtype=bool), documents=np.arange(windows) * 40 // windows)
+    for step in evaluated:
+        loss_WT = np.abs(rng.normal(1.6, 0.4, (windows, 1)) + rng.normal(0, 0.3, (windows, 16)))
+        final = step == evaluated[-1]
+        row = summary(loss_WT, np.ones_like(loss_WT, dtype=bool), measured, 1, 1, each_window=final)
+        for number, part in enumerate(row["position_loss"]):
+            part |= {"start": 2048 * number, "end": 2048 * number + 2048}
+        if final and contexts:
+            row["context_loss"] = [{**part, "context": 2048} for part in row["position_loss"][: len(contexts)]]
+            row["windows"]["contexts"] = [losses[: len(contexts)] for losses in row["windows"]["positions"]]
+        record(folder, {"kind": "eval", "step": step, "tokens": 32768 * step, **row, "compute": compute})
+    return (folder / METRICS_FILE).stat().st_size

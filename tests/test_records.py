@@ -18,6 +18,7 @@ from openmoba.lab.arms import ArmConfig
 from openmoba.lab.config import DataConfig, EvalConfig, RunConfig, TrainConfig, from_dict, spaced_steps, to_dict
 from openmoba.lab.progress import TerminalProgress, bar, duration
 from openmoba.records import disk
+from openmoba.records.compact import pack, rounded, unpack
 from openmoba.records.locks import lock
 
 
@@ -134,6 +135,24 @@ def test_an_unreadable_json_file_is_named(tmp_path: Path, content: str | None, m
         path.write_text(content)
     with pytest.raises(ValueError, match=message):
         disk.read_json(path)
+
+
+def test_numbers_are_rounded_to_six_digits_wherever_they_stand() -> None:
+    row = {"a": 1.23456789, "b": [1234567.8, None, (2 / 3e5, 7)], "c": {"d": 123456789, "e": True, "f": "1.23456789"}}
+    said = {"a": 1.23457, "b": [1234570.0, None, [6.66667e-6, 7]], "c": row["c"]}
+    assert rounded(row) == said == rounded(said)
+
+
+def test_packed_lists_are_read_back_as_they_were() -> None:
+    values = [[1.23457, None, 0.1], [1e-300, -0.0, 12345.6]]
+    assert unpack(pack(values), "") == values
+    assert unpack(pack([]), "") == []
+
+
+@pytest.mark.parametrize("text", [[[1.5, 2.5]], None, "1.5", "AAAA", pack([1.5])[:-4], pack({"a": 1})])
+def test_what_is_no_packed_list_is_named(text: object) -> None:
+    with pytest.raises(ValueError, match=r"^here (is no packed list but|holds a dict, not a list).*; restore the file"):
+        unpack(text, "here")
 
 
 def test_configurations_survive_json() -> None:

@@ -405,7 +405,7 @@ def test_records_with_a_mean_for_every_range_and_no_documents_are_read(tmp_path:
 def test_runs_on_different_windows_are_not_compared(tmp_path: Path) -> None:
     recipe = make(tmp_path, CANDIDATES)
     path = tmp_path / "candidates" / "large-moba-seed0" / "metrics.jsonl"
-    path.write_text(path.read_text().replace('"document": [0, 0, 0, 1', '"document": [0, 0, 1, 1'))
+    path.write_text(path.read_text().replace('"document":[0,0,0,1', '"document":[0,0,1,1'))
     with pytest.raises(ValueError, match=r"large-moba-seed0 and .* were not measured on the same validation windows"):
         write_report(recipe, tmp_path, "6nd")
 

@@ -18,14 +18,15 @@ from openmoba import cli
 from openmoba.lab.arms import ArmConfig
 from openmoba.lab.config import EvalConfig, RunConfig, TrainConfig, stored_config
 from openmoba.lab.data import load as data_module
-from openmoba.lab.errors import DivergenceError
+from openmoba.lab.errors import DivergenceError, Terminated
 from openmoba.lab.measure.evaluate import evaluate_source
 from openmoba.lab.measure.generate import generate_text
 from openmoba.lab.measure.needle import measure_needles
 from openmoba.lab.model.checkpoint import checkpoints, damage, newest_checkpoint, newest_held, prune, seal
 from openmoba.lab.progress import Progress
 from openmoba.lab.train import run as train_module
-from openmoba.lab.train.history import evaluations, history_until, read_result
+from openmoba.lab.train.clock import Clock
+from openmoba.lab.train.history import evaluations, history, history_until, read_result
 from openmoba.lab.train.run import run_training
 from openmoba.lab.train.schedule import check_lengthening
 from openmoba.lab.train.trainer import RunTrainer
@@ -291,6 +292,36 @@ def test_a_run_that_diverges_keeps_its_settings(
     assert cli.main(["train", str(folder), "--train.learning-rate", "1e-4"]) == 0
     assert stored_config(folder) == replace(config, train=replace(config.train, learning_rate=1e-4))
     assert not (folder / "failed.json").exists()
+
+
+def test_a_stopped_run_goes_on_from_its_time_to_the_last_digit(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after step 3, between the records of 2 and 4: what the third step took is neither rounded nor lost."""
+    config, third = tiny_config(root, log_every=2), 1e6 / 3
+    monkeypatch.setattr(Clock, "tick", lambda self: setattr(self, "trained", self.trained + third))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            RunTrainer, "must_stop", lambda trainer, _: trainer.state.global_step == 3 and trainer.stop() is None
+        )
+        with pytest.raises(Terminated, match="stopped at step 3"):
+            run_training(config, tmp_path)
+    kept = disk.read_json(tmp_path / "checkpoint-3" / "unrecorded.json")
+    assert (kept["accelerator_seconds"], kept["since"]) == (third + third, 2)
+    run_training(config, tmp_path)
+    trained = {row["step"]: row for row in history(tmp_path) if row["kind"] == "train"}
+    assert [row["compute"]["accelerator_seconds"] for row in trained.values()] == [333333.0, 1000000.0]
+    assert trained[4]["seconds"] >= round(kept["seconds"], 5) > trained[2]["seconds"]
+
+
+def test_a_checkpoint_that_does_not_say_its_time_is_named(config: RunConfig, cut: Path) -> None:
+    (cut / "checkpoint-4").rename(cut / "checkpoint-3")
+    state = disk.read_json(cut / "checkpoint-3" / "trainer_state.json")
+    disk.write_json(cut / "checkpoint-3" / "trainer_state.json", state | {"global_step": 3})
+    (cut / "checkpoint-3" / "unrecorded.json").unlink()
+    seal(cut / "checkpoint-3")
+    with pytest.raises(ValueError, match=r"checkpoint-3 does not say how long its run has taken.*delete the folder"):
+        run_training(config, cut)
 
 
 CONSTANT = {"schedule": "wsd", "decay": 0.0, "warmup": 0.0}

@@ -23,11 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from openmoba import cli
 from openmoba.lab.arms import ArmConfig
 from openmoba.lab.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig, to_dict
+from openmoba.lab.measure.evaluate import evaluate_source
 from openmoba.lab.model.build import SIZES, build_model, load_model
 from openmoba.lab.model.checkpoint import damage, newest_checkpoint
 from openmoba.lab.progress import Progress
 from openmoba.lab.train import callback
 from openmoba.lab.train import trainer as trainer_module
+from openmoba.lab.train.history import evaluations, history, read_result
 from openmoba.lab.train.run import run_training
 from openmoba.lab.train.schedule import learning_rate_factor
 from openmoba.lab.train.trainer import RunTrainer
@@ -62,7 +64,7 @@ def finished(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_a_run_leaves_its_records(config: RunConfig, finished: Path) -> None:
-    rows = disk.read(finished / "metrics.jsonl")
+    rows = history(finished)
     train = [row for row in rows if row["kind"] == "train"]
     evaluations = [row for row in rows if row["kind"] == "eval"]
     assert [row["step"] for row in train] == [2, 4, 6, 8, 10, 12]
@@ -70,7 +72,8 @@ def test_a_run_leaves_its_records(config: RunConfig, finished: Path) -> None:
     assert train[-1]["tokens"] == 12 * 4 * 64 == config.tokens
     assert train[-1]["loss"] < train[0]["loss"] - 0.5
     assert set(train[0]) >= {"kind", "step", "tokens", "loss", "lr", "seconds", "tokens_per_second", "mfu", "compute"}
-    assert set(train[0]["compute"]) == {"6nd", "chinchilla", "causal_exact", "accelerator_seconds"}
+    assert set(train[0]["compute"]) == {"accelerator_seconds"}, "the others follow from the step"
+    assert set(evaluations[0]["compute"]) == {"6nd", "chinchilla", "causal_exact", "accelerator_seconds"}
     assert 0 < train[-1]["compute"]["accelerator_seconds"] < train[-1]["seconds"]
     assert [part["end"] for part in evaluations[0]["position_loss"]] == [16, 32, 48, 64]
     assert not {"windows", "intervals"} & set(evaluations[0])
@@ -80,7 +83,7 @@ def test_a_run_leaves_its_records(config: RunConfig, finished: Path) -> None:
     assert [len(ranges) for ranges in windows["positions"]] == [4] * 4
     assert sum(windows["lm"]) / 4 == pytest.approx(evaluations[-1]["lm_loss"], rel=1e-5)
     result = disk.read_json(finished / "result.json")
-    assert result["eval"] == evaluations[-1]
+    assert result["eval"] == {name: evaluations[-1][name] for name in ("step", "lm_loss", "trailing_loss")}
     assert result["config"] == to_dict(config) == disk.read_json(finished / "config.json")
     assert (result["arm"], result["size"], result["seed"]) == ("moba", "nano", 0)
     assert result["params"]["total"] > result["params"]["non_embedding"] > 0
@@ -105,6 +108,14 @@ def test_checkpoints_hold_safetensors_and_nothing_pickled_that_runs_code(finishe
     assert {"model.safetensors", "tokenizer.json", "optimizer.pt", "complete.json"} <= names
     assert "training_args.bin" not in names
     torch.load(checkpoint / "optimizer.pt", weights_only=True)
+
+
+def test_what_an_evaluation_found_in_every_window_is_read_back(finished: Path) -> None:
+    measured = evaluate_source(str(finished))
+    *_, recorded = evaluations(finished, *read_result(finished))
+    assert recorded["windows"] == measured["windows"]
+    assert recorded["intervals"]["lm"] == pytest.approx(measured["intervals"]["lm"], rel=5e-6)
+    assert recorded["lm_loss"] == float(f"{measured['lm_loss']:.6g}") != measured["lm_loss"]
 
 
 def test_a_finished_run_is_not_trained_again(

@@ -144,7 +144,7 @@ class TrainerLoop:
         store = TokenStore(tokens, np.asarray([0, len(tokens)]), None)
         windows = cut_windows(store, np.asarray([0]), case.tokens)
         none = windows.spread(0)  # nothing is evaluated, nor compiled for it
-        return RunTrainer(config, folder, self.model, Data(windows, none, byte_tokenizer(), {}), notes, (0.0, 0.0))
+        return RunTrainer(config, folder, self.model, Data(windows, none, byte_tokenizer(), {}), notes)
 
 
 class _Notes(Progress):

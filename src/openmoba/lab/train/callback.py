@@ -54,15 +54,17 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         compute = trainer.compute()["causal_exact"]
         speed = trainer.speedometer.read(trainer.tokens, trainer.clock.trained, compute)
         trainer.record(
+            "train",
             {
-                "kind": "train",
                 "loss": logs["loss"],
                 "lr": logs["learning_rate"],
                 "grad_norm": logs["grad_norm"],
                 "seconds": trainer.clock.seconds,
                 **speed,
                 **({"mesh": trainer.mesh} if trainer.args.world_size > 1 else {}),
-            }
+            },
+            # What is measured alone: the other conventions follow from the step, and evaluations have them.
+            {"accelerator_seconds": trainer.clock.accelerator_seconds},
         )
         self._detail = _told(logs, speed)
         self._tell(state)

@@ -20,17 +20,35 @@ PEAKS = {
 
 
 class Clock:
-    """Wall seconds of the run, and of its training steps alone, over all attempts at it."""
+    """Wall seconds of the run, and the seconds that its devices trained, over all attempts at it.
 
-    def __init__(self, device: torch.device, seconds: float, trained: float) -> None:
-        self.device, self.trained = device, trained
-        self._start = time.perf_counter() - seconds
-        self._mark = time.perf_counter()
+    Args:
+        device: that of this process.
+        devices: how many train together.
+
+    Attributes:
+        trained: wall seconds of the training steps of this attempt.
+    """
+
+    def __init__(self, device: torch.device, devices: int) -> None:
+        self.device, self.devices, self.trained = device, devices, 0.0
+        self._before = 0.0
+        self._start = self._mark = time.perf_counter()
+
+    def go_on(self, seconds: float, accelerator_seconds: float) -> None:
+        """Add what the earlier attempts took, on however many devices they were."""
+        self._start -= seconds
+        self._before += accelerator_seconds
 
     @property
     def seconds(self) -> float:
         """Wall seconds so far."""
         return time.perf_counter() - self._start
+
+    @property
+    def accelerator_seconds(self) -> float:
+        """Seconds of training steps so far, summed over devices."""
+        return self._before + self.trained * self.devices
 
     def tick(self) -> None:
         """Count the time since the last mark as training."""

@@ -49,6 +49,7 @@ class Train:
     def run(self) -> None:
         """Train, and say where the result is."""
         from openmoba.lab.train.check import check_run
+        from openmoba.lab.train.history import evaluations
         from openmoba.lab.train.run import run_training
         from openmoba.parallel.collectives import leave_group
 
@@ -63,5 +64,6 @@ class Train:
                 raise ValueError(f"{self.folder} is being trained by {holder(self.folder)}; wait for it, or stop it")
             result = run_training(self._settings(), self.folder, progress=TerminalProgress(self.folder.name))
         if result:
-            print(losses_table(result["eval"]), f"{self.folder / 'result.json'}", sep="\n")
+            measured = evaluations(self.folder, self._settings(), result)[-1]
+            print(losses_table(measured), f"{self.folder / 'result.json'}", sep="\n")
         leave_group()

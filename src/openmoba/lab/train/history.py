@@ -1,24 +1,40 @@
-"""The records of a run read as a whole: none missing, none twice, as far as its checkpoint or its result says.
+"""The records of a run: written in few bytes, and read as a whole, none missing, none twice.
 
-Charts and comparisons are made of these rows, and a resumed run adds to them. A lost line would change a number without
-a word, so each missing one is an error that names it.
+Numbers are written to six digits, and what an evaluation found in every window and range is packed, since a study has
+thousands of lines. Charts and comparisons are made of these rows, and a resumed run adds to them. A lost line would
+change a number without a word, so each missing one, as far as checkpoint or result says, is an error that names it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from openmoba.lab.config import RunConfig, from_dict
 from openmoba.records import disk
+from openmoba.records.compact import pack, rounded, unpack
 from openmoba.records.disk import Row
 
 METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "result.json"
 FAILED_FILE = "failed.json"
 """In the folder of a run that failed: the reason, and the configuration with which it did."""
+
+
+PACKED = ("positions", "contexts")
+"""Of the losses of every window, what is packed: several for each window."""
+
+
+def record(folder: Path, row: Row) -> None:
+    """Add a record to those of the run in `folder`, on the disk when this returns."""
+    disk.append(folder / METRICS_FILE, _packed(rounded(row)))
+
+
+def keep(folder: Path, rows: Iterable[Row]) -> None:
+    """Replace the records of the run in `folder` by `rows`, some of what `history` read."""
+    disk.keep(folder / METRICS_FILE, map(_packed, rows))
 
 
 def history(folder: Path) -> list[Row]:
@@ -35,6 +51,8 @@ def history(folder: Path) -> list[Row]:
         if row["kind"] not in _SHAPES:
             raise ValueError(f"{where}: unknown kind {row['kind']!r}, not {' or '.join(_SHAPES)}; restore the file")
         disk.expect(row, _SHAPES[row["kind"]], where)
+        windows = row.get("windows", {})
+        windows |= {name: unpack(windows[name], f"{where}: windows: {name}") for name in PACKED if name in windows}
     return rows
 
 
@@ -74,7 +92,7 @@ def evaluations(folder: Path, config: RunConfig, result: Row) -> list[Row]:
     """Read the evaluations of the finished run in `folder`, in order.
 
     Raises:
-        ValueError: one is missing or there twice, or the last is not that of the result.
+        ValueError: one is missing or there twice, or the last is not that of the result or lacks its windows.
     """
     path, final = folder / METRICS_FILE, result["eval"]
     rows = [row for row in history(folder) if row["kind"] == "eval"]
@@ -86,7 +104,14 @@ def evaluations(folder: Path, config: RunConfig, result: Row) -> list[Row]:
             f"{path}: the evaluation of step {rows[-1]['step']} says {unlike[0]}={rows[-1][unlike[0]]}, "
             f"{folder / RESULT_FILE} {final[unlike[0]]}; {_WAY_OUT.format(folder=folder)}"
         )
+    disk.expect(rows[-1], _FINAL, f"{path}: the evaluation of step {final['step']}")
     return rows
+
+
+def _packed(row: Row) -> Row:
+    windows = row.get("windows", {})
+    packed = {name: pack(windows[name]) for name in PACKED if name in windows}
+    return {**row, "windows": windows | packed} if packed else row
 
 
 def _check(path: Path, kind: str, found: list[int], wanted: set[int], because: str) -> None:
@@ -113,11 +138,12 @@ _SHAPES: Mapping[str, Any] = {
         "compute": {"accelerator_seconds": float},
     },
 }
+_FINAL: Mapping[str, Any] = {"intervals": dict, "windows": {"lm": list, "trailing": list}}
 _RESULT: Mapping[str, Any] = {
     "config": dict,
     "params": {"total": int, "non_embedding": int},
     "tokens": int,
-    "eval": {"step": int, "lm_loss": float, "trailing_loss": float | None, "position_loss": list, "intervals": dict},
+    "eval": {"step": int, "lm_loss": float, "trailing_loss": float | None},
     "data": {"vocabulary": int},
     "hardware": {"cpu": str, "gpus": list},
     "versions": dict,

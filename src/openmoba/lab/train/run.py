@@ -4,7 +4,7 @@ config.json     the run's configuration, written before the first step
 data.json       what it trains on: digests of documents and tokenizer, written with it
 metrics.jsonl   records of training and evaluation
 checkpoint-*/   weights, tokenizer, and the state to resume from
-result.json     the outcome, written last: a run that has one is finished
+result.json     the outcome, written last: a run that has one is finished; what it measured is its last evaluation
 failed.json     instead of it, why a run diverged, and with which settings
 """
 
@@ -26,7 +26,7 @@ from openmoba.lab.model.checkpoint import checkpoint_step, newest_checkpoint, pr
 from openmoba.lab.progress import Progress
 from openmoba.lab.train.check import check_labels, check_run, check_start, check_vocabulary
 from openmoba.lab.train.clock import median_speed
-from openmoba.lab.train.history import FAILED_FILE, METRICS_FILE, RESULT_FILE, history, history_until, read_result
+from openmoba.lab.train.history import FAILED_FILE, RESULT_FILE, history, history_until, keep, read_result
 from openmoba.lab.train.summary import summary_of
 from openmoba.records import disk
 from openmoba.records.provenance import provenance
@@ -96,7 +96,7 @@ def _prepare(
     from openmoba.lab.train.trainer import RunTrainer  # transformers.Trainer takes seconds to import
 
     training_arguments(config, folder)  # refuses before the data are read
-    spent = _spent(folder, config, checkpoint)
+    _drop_later(folder, config, checkpoint)
     with _origin(config, progress) as source:
         # Documents that the run it starts from was trained on must not be validation documents of this one.
         origin = known_of_run(config.train.start_from, config.data, OTHER_DOCUMENTS, progress)
@@ -112,7 +112,7 @@ def _prepare(
         model = build_model(config.model, len(data.tokenizer), config.data.length, config.train.seed)
         set_attention(model, config.arm.sparsest(config.train.steps))
     check_vocabulary(config, model, data)
-    return RunTrainer(config, folder, model, data, progress, spent)
+    return RunTrainer(config, folder, model, data, progress)
 
 
 @contextmanager
@@ -167,13 +167,11 @@ def _begun_with(folder: Path, checkpoint: Path | None, progress: Progress) -> li
     return [Known(str(folder), identity, "restore it as it was, or train in another folder")]
 
 
-def _spent(folder: Path, config: RunConfig, checkpoint: Path | None) -> tuple[float, float]:
-    """Return the wall and accelerator seconds up to the checkpoint; records after it, to be made again, are dropped."""
+def _drop_later(folder: Path, config: RunConfig, checkpoint: Path | None) -> None:
+    """Drop the records after the checkpoint, which are to be made again."""
     kept = history_until(folder, config, 0 if checkpoint is None else checkpoint_step(checkpoint))
     if _is_first() and len(kept) < len(history(folder)):
-        disk.keep(folder / METRICS_FILE, kept)
-    trained = [row for row in kept if row["kind"] == "train"]
-    return (trained[-1]["seconds"], trained[-1]["compute"]["accelerator_seconds"]) if trained else (0.0, 0.0)
+        keep(folder, kept)
 
 
 def _result(trainer: RunTrainer) -> Row:
@@ -195,7 +193,7 @@ def _result(trainer: RunTrainer) -> Row:
         **({"mesh": trainer.mesh} if trainer.args.world_size > 1 else {}),
         "tokens": config.tokens,
         "compute": evaluation["compute"],
-        "eval": {key: value for key, value in evaluation.items() if key != "windows"},
+        "eval": {key: evaluation[key] for key in ("step", "lm_loss", "trailing_loss")},
         "data": {
             "training_windows": len(data.train),
             "epochs": config.train.steps * config.train.batch_size / len(data.train),

@@ -36,12 +36,14 @@ from openmoba.lab.train.arguments import training_arguments
 from openmoba.lab.train.callback import RunCallback
 from openmoba.lab.train.clock import Clock, Speedometer, peak_operations
 from openmoba.lab.train.graphs import StepGraphs, reason_against, wanted
+from openmoba.lab.train.history import record
 from openmoba.lab.train.schedule import learning_rate_factor
 from openmoba.parallel import Sharding
 from openmoba.records import disk
 
 _UNRECORDED = "unrecorded.json"
-"""In a checkpoint between two records: the sum of the losses since the last one, and its step."""
+"""In a checkpoint, what its run goes on from and no record holds in full: the time that all attempts took, and the sum
+of the losses since the last record, with its step."""
 
 
 class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
@@ -50,7 +52,6 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     Args:
         model: a decoder of the transformers library; its `forward` is replaced by `attach_loss`.
         data: all training windows, the validation windows to measure, and the tokenizer, saved with every checkpoint.
-        spent: (wall seconds, accelerator seconds) of the earlier attempts at this run.
     """
 
     def __init__(
@@ -60,7 +61,6 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         model: Any,
         data: Data,
         progress: Progress,
-        spent: tuple[float, float],
     ) -> None:
         self.config, self.folder, self.data, self.progress = config, folder, data, progress
         self.shape = Shape.of(model, config.data.length)
@@ -84,7 +84,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.data_collator = _stack if self.sharding is None else partial(_stack, sharding=self.sharding)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # our loss is divided by the whole step's count already
-        self.clock = Clock(self.args.device, *spent)
+        self.clock = Clock(self.args.device, self.args.world_size)
         self.speedometer = Speedometer(peak_operations(self.args.device, self.args.bf16, self.args.world_size))
         self._unchecked: list[tuple[int, Tensor]] = []
         self.compiled = False
@@ -191,10 +191,16 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return self.stopping
 
     def go_on(self) -> None:
-        """Take up the losses that the checkpoint of a stopped run has and no record yet."""
-        file = self.folder / f"checkpoint-{self.state.global_step}" / _UNRECORDED
-        if file.exists():
-            found = disk.read_json(file)
+        """Take up what the checkpoint has and no record: the time spent, and the losses since the last record."""
+        if self.state.global_step > 0:
+            checkpoint = self.folder / f"checkpoint-{self.state.global_step}"
+            if not (checkpoint / _UNRECORDED).exists():
+                raise ValueError(
+                    f"{checkpoint} does not say how long its run has taken, as those of older versions; delete the "
+                    f"folder {self.folder} to train the run again"
+                )
+            found = disk.read_json(checkpoint / _UNRECORDED)
+            self.clock.go_on(found["seconds"], found["accelerator_seconds"])
             self._tr_loss += found["loss"]
             self._globalstep_last_logged = found["since"]
 
@@ -219,12 +225,11 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             f"{' or '.join(ways_out)}"
         )
 
-    def record(self, row: dict[str, Any]) -> None:
-        """Append a record, completed by step, tokens and compute."""
-        if not self.is_world_process_zero():
-            return
-        head = {"kind": row.pop("kind"), "step": self.state.global_step, "tokens": self.tokens}
-        disk.append(self.folder / "metrics.jsonl", {**head, **row, "compute": self.compute()})
+    def record(self, kind: str, row: dict[str, Any], compute: dict[str, float]) -> None:
+        """Append a record, completed by step and tokens."""
+        if self.is_world_process_zero():
+            head = {"kind": kind, "step": self.state.global_step, "tokens": self.tokens}
+            record(self.folder, {**head, **row, "compute": compute})
 
     def start_clock(self) -> None:
         """Measure time and speed from here on."""
@@ -240,13 +245,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         """Count the compute of the first `step` steps, by all conventions; by default of those so far."""
         step, settings = self.state.global_step if step is None else step, self.config.train
         return training_compute(
-            self.shape, self.config.arm, step, settings.steps, settings.batch_size, self.accelerator_seconds
+            self.shape, self.config.arm, step, settings.steps, settings.batch_size, self.clock.accelerator_seconds
         )
-
-    @property
-    def accelerator_seconds(self) -> float:
-        """Seconds of training steps, summed over devices."""
-        return float(self.clock.trained * self.args.world_size)
 
     # What Trainer calls.
 
@@ -318,7 +318,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         with autocast(self.args.device, self.args.bf16):
             last = self.state.global_step == self.config.train.steps
             row = measure(self._losses(model), self.data.valid, self.config, self.args.device, each_window=last)
-        self.record({"kind": "eval", **row})
+        self.record("eval", row, self.compute())
         tail = "" if row["trailing_loss"] is None else f", last {row['trailing']:,} tokens {row['trailing_loss']:.4f}"
         self.progress.note(f"step {self.state.global_step:,}: held-out loss {row['lm_loss']:.4f}{tail}")
         logs = {f"eval_{name}": row[name] for name in ("lm_loss", "trailing_loss") if row[name] is not None}
@@ -336,10 +336,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         try:
             super()._save_checkpoint(*args)
             self.accelerator.wait_for_everyone()
-            if self._globalstep_last_logged < self.state.global_step:  # stopped between two records, on one device
-                row = {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}
-                disk.write_json(checkpoint / _UNRECORDED, row)
             if self.is_world_process_zero():
+                disk.write_json(checkpoint / _UNRECORDED, self._unrecorded())
                 seal(checkpoint)
                 prune(self.folder, keep=2)
         except (OSError, RuntimeError, SafetensorError) as error:  # as writers of files and of tensors say it
@@ -347,6 +345,15 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
                 f"cannot write {checkpoint}: {error}; earlier checkpoints are whole, make room and run again"
             ) from error
         self.clock.skip()
+
+    def _unrecorded(self) -> dict[str, float]:
+        """Return what the checkpoint of this step keeps for `go_on`; only a single device stops between two records."""
+        return {
+            "seconds": self.clock.seconds,
+            "accelerator_seconds": self.clock.accelerator_seconds,
+            "loss": self._tr_loss.item(),
+            "since": self._globalstep_last_logged,
+        }
 
     def get_train_dataloader(self) -> Any:
         """Return Trainer's, of which processes that share windows get the same ones."""
