@@ -39,6 +39,7 @@ _BLOCKS_PER_TILE = 64
 _MOST_ROWS = 64  # query rows per tile of the scores
 _LANES = (1024, 4096)  # blocks whose scores a program keeps in registers; of more it looks at 1024 at once
 _MERGED_AT_ONCE = 16
+_MOST_PAGES = 64  # looked up at once, of a block that lies in several
 _TILE_BYTES = 2**13  # keys of one tile: small enough for four programs per multiprocessor
 _TILES_IN_FLIGHT = 2
 _PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -205,6 +206,7 @@ def _launches(
             "SHARED": portions > 1,
             "L": next((lanes for lanes in _LANES if lanes >= blocks), _LANES[0]),
             "IN_REGISTERS": blocks <= _LANES[-1],
+            "PAGES": min(power_of_two(cdiv(piece, split)), _MOST_PAGES) if split else 0,
             "N": n,
             "C": _MERGED_AT_ONCE,
             "STAGES": _TILES_IN_FLIGHT + 1,

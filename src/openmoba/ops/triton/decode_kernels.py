@@ -1,8 +1,8 @@
 """The kernels of decoding: `score` and `attend`, as `openmoba.ops.triton.decode` describes and launches them.
 
 A *query row* r is (query token, query head of one key/value head's group). M query rows, N blocks or keys per tile,
-L blocks looked at at once, C portions merged at once, D head width padded to a power of two (WIDTH is the real one), of
-which the scores take W at a time.
+L blocks and P pages looked at at once, C portions merged at once, D head width padded to a power of two (WIDTH is the
+real one), of which the scores take W at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from openmoba.ops.triton.family import called
 from openmoba.ops.triton.geometry import locate, sequence_of, span
 from openmoba.ops.triton.pool import scale_to
 from openmoba.ops.triton.rows import LOG2E, SCORE_PRECISION, head_base, load_rows
-from openmoba.ops.triton.table import load_keys, page_of
+from openmoba.ops.triton.table import load_paged, page_of
 
 _LOWEST = tl.constexpr(-1e38)
 _NO_SORT_KEY = tl.constexpr(-(2**63))
@@ -162,6 +162,7 @@ def attend(
     SHARED: tl.constexpr,
     L: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
+    PAGES: tl.constexpr,
     N: tl.constexpr,
     C: tl.constexpr,
     STAGES: tl.constexpr,
@@ -169,7 +170,8 @@ def attend(
 ):
     """Attend from one query row to one portion: `ranks` of its blocks, best first, and `piece` keys of each.
 
-    The own block comes first. SPLIT: tokens of a page of the cache, if a block lies in several; else 0.
+    The own block comes first. SPLIT: tokens of a page of the cache, if a block lies in several; else 0. PAGES are then
+    looked up at once.
     """
     # Portions of low rank choose longest: they start first.
     portion = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -202,6 +204,8 @@ def attend(
     start_of_row = 0 if start_ptr is None else tl.load(start_ptr + batch)
     k_ptr = head_base(k, batch if packed is None else batch * 0, head) + tl.cast(start_of_row, tl.int64) * k.token
     v_ptr = head_base(v, batch if packed is None else batch * 0, head) + tl.cast(start_of_row, tl.int64) * v.token
+    if SPLIT > 0:
+        table_ptr = packed.ptr + tl.cast(sequence, tl.int64) * packed.sequence
 
     if OVERLAPS:
         gdc_wait()
@@ -228,20 +232,25 @@ def attend(
         begin = portion % pieces * piece
         end = tl.minimum(tl.minimum(begin + piece, block_size), position + 1 - block * block_size)
         k_page, v_page, first_key = k_ptr, v_ptr, block * block_size
-        if packed is not None and SPLIT == 0:
-            page, first_key = page_of(packed, sequence, first_key)
-            k_page = head_base(k, page, head)
-            v_page = head_base(v, page, head)
-        for start in tl.range(begin, end, N, num_stages=STAGES):
-            n_N = start + tl.arange(0, N)
-            k_ND, v_ND = load_keys(k, v, k_page, v_page, first_key + n_N, n_N < end, packed, sequence, SPLIT, WIDTH, D)
-            s_N = tl.where(n_N < end, tl.sum(k_ND.to(tl.float32) * q_D[None, :], 1), _LOWEST)
-            m_new_N = tl.maximum(m_N, s_N)
-            alpha_N = tl.exp2(m_N - m_new_N)
-            p_N = tl.where(n_N < end, tl.exp2(s_N - m_new_N), 0.0)
-            l_N = l_N * alpha_N + p_N
-            o_ND = o_ND * alpha_N[:, None] + p_N[:, None] * v_ND.to(tl.float32)
-            m_N = m_new_N
+        if SPLIT > 0:
+            # Pages are looked up before the loop over keys, whose copies run tiles ahead and must wait for none of it.
+            # One turn, but for a piece of very many pages.
+            for page in range(begin // SPLIT, tl.cdiv(end, SPLIT), PAGES):
+                number_P = page + tl.arange(0, PAGES)
+                page_P = tl.load(table_ptr + first_key // SPLIT + number_P, mask=number_P * SPLIT < end, other=0)
+                m_N, l_N, o_ND = _attend_keys(
+                    q_D, k, v, k_page, v_page, first_key, tl.maximum(begin, page * SPLIT),
+                    tl.minimum(end, (page + PAGES) * SPLIT), first_key // SPLIT + page, page_P, m_N, l_N, o_ND,
+                    SPLIT, WIDTH, STAGES,
+                )  # fmt: skip
+        else:
+            if packed is not None:
+                page, first_key = page_of(packed, sequence, first_key)
+                k_page = head_base(k, page, head)
+                v_page = head_base(v, page, head)
+            m_N, l_N, o_ND = _attend_keys(
+                q_D, k, v, k_page, v_page, first_key, begin, end, 0, None, m_N, l_N, o_ND, SPLIT, WIDTH, STAGES
+            )
     o_D, lse = _normalised(m_N, l_N, o_ND)
 
     # A row of one portion is done. Of several, each writes its partial, and whichever program is the last to finish
@@ -262,6 +271,36 @@ def attend(
             tl.store(out_ptr + d_D, o_D.to(out_ptr.dtype.element_ty), mask=d_D < WIDTH)
     else:
         tl.store(out_ptr + d_D, o_D.to(out_ptr.dtype.element_ty), mask=d_D < WIDTH)
+
+
+@triton.jit
+def _attend_keys(
+    q_D, k, v, k_base, v_base, first_key, begin, end, first_page, page_P, m_N, l_N, o_ND,
+    SPLIT: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Add keys `begin` to `end` of a block to N softmaxes, of maximum m, sum l and weighted values o.
+
+    SPLIT: `page_P` are pages of the sequence, from its page number `first_page` on, where all these keys lie.
+    """
+    N: tl.constexpr = o_ND.shape[0]
+    D: tl.constexpr = o_ND.shape[1]
+    for start in tl.range(begin, end, N, num_stages=STAGES):
+        n_N = start + tl.arange(0, N)
+        at_N = first_key + n_N
+        if SPLIT > 0:
+            page_N = tl.gather(page_P, tl.where(n_N < end, at_N // SPLIT - first_page, 0), 0)
+            k_ND, v_ND = load_paged(k, v, k_base, v_base, page_N, at_N % SPLIT, n_N < end, WIDTH, D)
+        else:
+            k_ND = load_rows(k_base, at_N, k.token, n_N < end, WIDTH, D)
+            v_ND = load_rows(v_base, at_N, v.token, n_N < end, WIDTH, D)
+        s_N = tl.where(n_N < end, tl.sum(k_ND.to(tl.float32) * q_D[None, :], 1), _LOWEST)
+        m_new_N = tl.maximum(m_N, s_N)
+        alpha_N = tl.exp2(m_N - m_new_N)
+        p_N = tl.where(n_N < end, tl.exp2(s_N - m_new_N), 0.0)
+        l_N = l_N * alpha_N + p_N
+        o_ND = o_ND * alpha_N[:, None] + p_N[:, None] * v_ND.to(tl.float32)
+        m_N = m_new_N
+    return m_N, l_N, o_ND
 
 
 @triton.jit

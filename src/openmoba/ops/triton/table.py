@@ -65,11 +65,19 @@ def load_keys(
     """Load keys and values `at_N` of a row, or of a sequence (SPLIT, with the bases of page 0), `[N, D]` each."""
     if SPLIT > 0:
         table_ptr = table.ptr + tl.cast(sequence, tl.int64) * table.sequence
-        page_N = tl.load(table_ptr + at_N // SPLIT, mask=valid, other=0).to(tl.int64)
-        place_N = (at_N % SPLIT).to(tl.int64)
-        k_ND = load_rows(k_base, page_N * k.batch + place_N * k.token, 1, valid, WIDTH, D)
-        v_ND = load_rows(v_base, page_N * v.batch + place_N * v.token, 1, valid, WIDTH, D)
+        page_N = tl.load(table_ptr + at_N // SPLIT, mask=valid, other=0)
+        return load_paged(k, v, k_base, v_base, page_N, at_N % SPLIT, valid, WIDTH, D)
     else:
         k_ND = load_rows(k_base, at_N, k.token, valid, WIDTH, D)
         v_ND = load_rows(v_base, at_N, v.token, valid, WIDTH, D)
+        return k_ND, v_ND
+
+
+@triton.jit
+def load_paged(k, v, k_base, v_base, page_N, place_N, valid, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Load keys and values in these pages at these places, with the bases of page 0, `[N, D]` each."""
+    page_N = page_N.to(tl.int64)
+    place_N = place_N.to(tl.int64)
+    k_ND = load_rows(k_base, page_N * k.batch + place_N * k.token, 1, valid, WIDTH, D)
+    v_ND = load_rows(v_base, page_N * v.batch + place_N * v.token, 1, valid, WIDTH, D)
     return k_ND, v_ND
