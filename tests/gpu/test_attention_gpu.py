@@ -121,6 +121,19 @@ def test_packed_batch_on_hopper():
     assert_repeatable_and_as_accurate_as_plain_pytorch(case)
 
 
+def test_rows_before_the_first_are_not_read():
+    """The first sequence has keys, of no whole number of tiles, and no query; NaN lies where a row before it would."""
+    case = packed(BF16, [0, 900], [70, 900], (8, 2, 128), 128, 3, "cuda")
+
+    def behind_nan(x):
+        room = torch.full((len(x) + 1, *x.shape[1:]), float("nan"), dtype=x.dtype, device="cuda")
+        room[1:] = x
+        return room[1:]
+
+    case = replace(case, q=behind_nan(case.q), d_out=behind_nan(case.d_out))
+    assert all(x.isfinite().all() for x in run(case))
+
+
 def test_one_block_alone():
     """top_k=1 reads the own block and nothing else."""
     assert_as_accurate_as_plain_pytorch(batched(BF16, (2, 500, 610, 4, 2, 64), 128, 1, "cuda"))

@@ -330,9 +330,11 @@ def own_key_gradients(
     q_base = head_base(q, sequence, wide_head * GROUP)
     d_out_base = head_base(d_out, sequence, wide_head * GROUP)
     flat = first_row(sequence, call, PACKED)
-    first = gl.maximum(start, -shift) // M * M
+    first_own = gl.maximum(start, -shift)
+    first = first_own // M * M
     tiles_per_head = gl.cdiv(gl.maximum(block_keys - first, 0), M)
-    tiles = tiles_per_head * GROUP
+    # Where no query of the sequence lies in the block there is no row to repeat, and none is copied.
+    tiles = gl.where(first_own < block_keys, tiles_per_head * GROUP, 0)
 
     KEYS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
     k_smem = gl.allocate_shared_memory(DTYPE, [N, D], KEYS)
