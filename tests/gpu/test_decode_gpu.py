@@ -173,6 +173,7 @@ def test_cuda_graph_over_a_growing_cache():
         return cache.decode(q, lengths, 3)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     torch.cuda.synchronize()

@@ -133,6 +133,7 @@ def test_cuda_graph_whose_lengths_and_tables_change(
         return moba_paged(q, server.k_pages, server.v_pages, server.centroids, **static, **settings, top_k=4)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     torch.cuda.synchronize()

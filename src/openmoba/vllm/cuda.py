@@ -14,6 +14,8 @@ from vllm.v1.attention.backends.flash_attn import (
 from openmoba.vllm.current import current
 from openmoba.vllm.layers import MobaLayer
 
+_LARGEST_PAGE = 512  # requests share whole pages, and leave half of one empty
+
 
 class Layer(MobaLayer, FlashAttentionImpl):  # type: ignore[misc]
     """The attention of one layer; the parent writes the cache, in rows."""
@@ -48,6 +50,15 @@ class Backend(FlashAttentionBackend):  # type: ignore[misc]
     def get_builder_cls() -> type[Any]:
         """Return the class that describes batches."""
         return Builder
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Return the tokens of a page where the user names none: those of a block, which is then read from one page."""
+        preferred: int = super().get_preferred_block_size(default_block_size)
+        settings = current()
+        if settings is None or settings.block_size % preferred or settings.block_size > _LARGEST_PAGE:
+            return preferred
+        return settings.block_size
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:
