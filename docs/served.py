@@ -8,9 +8,9 @@ from pathlib import Path
 from openmoba.bench.rows import length_name, markdown_table, short_commit
 
 
-def speed(root: Path) -> str:
-    """Write prefill and decoding over the length of the context, for each batch."""
-    file = root / "results" / "cpu" / "serving.csv"
+def speed(root: Path, machine: str) -> str:
+    """Write prefill and decoding over the length of the context, for each batch; nothing before it was measured."""
+    file = root / "results" / machine / "serving.csv"
     if not file.exists():
         return ""
     with file.open() as lines:
@@ -24,15 +24,23 @@ def speed(root: Path) -> str:
         decoding = [_gain(rows, context, batch, "decode_tokens_per_s") for batch in batches]
         cells.append([length_name(context), prefill, *decoding])
     first = rows["moba", contexts[0], batches[0]]
-    threads = f"{first['threads']} thread{'s' if first['threads'] != '1' else ''}"
     origin = (
-        f"Tokens per second with full attention and with MoBA, {first['cpu']}, {threads}, seconds of the processor; "
-        "four layers, eight query and two key/value heads of width 64, bf16; MoBA in every layer, blocks of "
+        f"Tokens per second with full attention and with MoBA, {_served(first)}, bf16; MoBA in every layer, blocks of "
         f"{first['block_size']}, top-{first['top_k']}. vLLM {first['vllm']}, torch {first['torch']}, "
-        f"commit {short_commit(first['commit'])}: "
-        "[results/cpu/serving.csv](../results/cpu/serving.csv), by `benchmarks/serving.py`."
+        f"commit {short_commit(first['commit'])}: [results/{machine}/serving.csv](../results/{machine}/serving.csv), "
+        "by `benchmarks/serving.py`."
     )
     return "\n".join([*markdown_table(head, cells), "", origin, ""])
+
+
+def _served(row: dict[str, str]) -> str:
+    """Say on what it was measured, and what was served; as `benchmarks/serving.py` has it."""
+    if row.get("gpu"):
+        heads = "twelve layers, sixteen query and four key/value heads of width 128"
+        return f"{row['gpu']}, in CUDA graphs as vLLM makes them by itself; {heads}"
+    threads = f"{row['threads']} thread{'s' if row['threads'] != '1' else ''}"
+    heads = "four layers, eight query and two key/value heads of width 64"
+    return f"{row['cpu']}, {threads}, seconds of the processor; {heads}"
 
 
 def _requests(batch: int) -> str:

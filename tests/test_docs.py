@@ -96,6 +96,7 @@ def test_tables_are_those_of_the_results() -> None:
     rows = (ROOT / "results" / "h200" / "training.csv").read_text()
     unmeasured = {name for name, kind in TRAINING.items() if f",{kind}," not in rows}
     unmeasured |= set() if list((ROOT / "results").glob("h200x*/parallel.csv")) else {"parallel_h200"}
+    unmeasured |= set() if (ROOT / "results" / "h200" / "serving.csv").exists() else {"serving_h200"}
     assert {name for name in tables.TABLES if not writer(ROOT)(name)} == unmeasured
 
 
@@ -241,6 +242,14 @@ def test_the_table_of_serving_follows_its_file(tmp_path: Path) -> None:
     assert "| 2K | 2, 5: 2.5x | 4,096, 10,240: 2.5x | 16,384, 40,960: 2.5x |" in table
     assert "a CPU, 1 thread, seconds of the processor" in table
     assert "blocks of 128, top-8. vLLM 0.32, torch 2.13, commit abc" in table
+    assert writer(tmp_path)("serving_h200") == ""
+    on_gpu = path.parent.with_name("h200") / path.name
+    on_gpu.parent.mkdir()
+    on_gpu.write_text("\n".join([names + ",gpu", *(f"{row},a GPU" for row in rows), ""]))
+    table = writer(tmp_path)("serving_h200")
+    assert "| 2K | 2, 5: 2.5x |" in table
+    assert "a GPU, in CUDA graphs as vLLM makes them by itself; twelve layers" in table
+    assert "(../results/h200/serving.csv)" in table
 
 
 def test_the_picture_of_shards_is_that_of_shardings() -> None:

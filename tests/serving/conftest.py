@@ -1,4 +1,7 @@
-"""A model, and engines over it in this process. Run by `make test-vllm`; without vLLM everything here is left out."""
+"""A model, and engines over it in this process. Run by `make test-vllm`; without vLLM everything here is left out.
+
+vLLM runs on a CPU or on a GPU, as it was built; `*_gpu.py` wants the latter, and all else the former.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,9 @@ if find_spec("vllm") is None:
     collect_ignore_glob = ["*"]
 else:
     from served_models import Engine, Generated, save_full, text, tokens
+    from vllm.platforms import current_platform
+
+    collect_ignore_glob = ["*_gpu.py"] if current_platform.is_cpu() else ["test_*[!u].py"]
 
 # Read when an engine is made: its core stays in this process, where a test can look inside.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from vllm import SamplingParams
+from vllm.inputs import TokensPrompt
 
 from openmoba import MobaConfig
 from openmoba.hf import convert
@@ -21,21 +24,21 @@ Generated = Callable[[Path, list[int], int], list[int]]
 """Folder, prompt, count -> the tokens with which `openmoba generate` continues."""
 
 
-def save_full(folder: Path) -> Path:
+SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.1,
+}
+
+
+def save_full(folder: Path, **sizes: Any) -> Path:
     """Save a model of four layers, fp32, whose next token depends on all that came before."""
-    config = Qwen3Config(
-        vocab_size=WORDS,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=2048,
-        initializer_range=0.1,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
+    sizes = {"num_hidden_layers": 4, **SMALL, **sizes}
+    config = Qwen3Config(vocab_size=WORDS, eos_token_id=None, bos_token_id=None, **sizes)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
@@ -64,3 +67,16 @@ def text(tokens: list[int]) -> str:
 def tokens(words: str) -> list[int]:
     """Return the tokens of words."""
     return [int(word.removeprefix("w")) for word in words.split()]
+
+
+def serve(llm: Any, asked: list[list[int]], count: int, **options: Any) -> list[Any]:
+    """Generate greedily for all prompts at once."""
+    sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, **options)
+    return llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in asked], sampling, use_tqdm=False)
+
+
+def log_probabilities(model: Any, prompt: list[int]) -> Tensor:
+    """Return those of each token of a prompt but the first."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt], device=model.device)).logits[0, :-1].float()
+    return logits.log_softmax(-1).gather(1, torch.tensor(prompt[1:], device=model.device)[:, None])[:, 0]

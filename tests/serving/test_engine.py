@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from served_models import Engine, Generated, prompts, save_moba
-from torch import Tensor
+from served_models import Engine, Generated, log_probabilities, prompts, save_moba, serve
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -24,12 +23,6 @@ HYBRID = MobaConfig(block_size=16, top_k=3, full_layers=(1,))
 """Blocks smaller than pages: two in one of 32 tokens."""
 LONG_BLOCKS = MobaConfig(block_size=64, top_k=2, full_layers=(0, 3))
 """Blocks larger than pages: one in two of 32 tokens."""
-
-
-def serve(llm: Any, asked: list[list[int]], count: int, **options: Any) -> list[Any]:
-    """Generate greedily for all prompts at once."""
-    sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, **options)
-    return llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in asked], sampling, use_tqdm=False)
 
 
 def new_tokens(outputs: list[Any]) -> list[list[int]]:
@@ -162,10 +155,3 @@ def test_16_bits(full: Path, engine: Engine) -> None:
     error, known = (torch.tensor(got) - exact).abs().mean(), (rounded - exact).abs().mean()
     print(error, known)
     assert 0 < error < 1.5 * known
-
-
-def log_probabilities(model: Any, prompt: list[int]) -> Tensor:
-    """Return those of each token of a prompt but the first."""
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt])).logits[0, :-1].float()
-    return logits.log_softmax(-1).gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
