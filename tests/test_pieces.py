@@ -19,8 +19,9 @@ from openmoba.lab.measure.needle import Grid, Search
 from openmoba.lab.progress import Progress
 from openmoba.lab.study import charts, work
 from openmoba.lab.study import fit as fitting
+from openmoba.lab.study.outcomes import read_outcomes
 from openmoba.lab.study.recipe import RECIPE_FILE, Recipe, parse_recipe
-from openmoba.lab.study.report import write_report
+from openmoba.lab.study.report import missing, write_report
 from openmoba.lab.study.results import experiments, headlines, limits, read_studies, settings
 from openmoba.lab.study.work import run_study
 from openmoba.lab.train import run as training
@@ -177,7 +178,39 @@ def test_two_sizes_make_a_law_that_nothing_checks(tmp_path: Path) -> None:
     assert (tmp_path / "report.md").read_text().count("Two sizes make a law that nothing checks.") == 1
     one = make(tmp_path / "one", RECIPE, "pretrain/small-*")
     write_report(one, tmp_path / "one", "6nd")
-    assert "Fitted laws" not in (tmp_path / "one" / "report.md").read_text(), "seconds differ, but it is one size"
+    report = (tmp_path / "one" / "report.md").read_text()
+    assert "Fitted laws" not in report, "seconds differ, but it is one size"
+    assert "fitted laws" not in report
+    assert "There is no law yet: it takes two sizes of an arm, and a third to check it." in report
+
+
+def test_an_unfinished_chart_b_draws_what_is_there_and_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of five sizes, every arm, one seed; then one run of a third size."""
+    text = (Path(__file__).parents[1] / "recipes" / "chart-b.toml").read_text()
+    for size in ("2m", "5m", "9m", "17m", "32m"):
+        monkeypatch.setitem(synthetic_study.PARAMETERS, size, int(size[:-1]) * 10**6)
+    chosen = ["pretrain/2m-*-seed0", "pretrain/5m-*-seed0"]
+    recipe = make(tmp_path, text, *chosen)
+    drawn = {path.name for path in write_report(recipe, tmp_path, "6nd")}
+    assert {"pretrain-scaling-law.png", "pretrain-scaling-law-equal-cost.png", "pretrain-positions.png"} <= drawn
+    report = (tmp_path / "report.md").read_text()
+    assert (
+        "**8 of 54 runs are finished**; what follows is of these alone. Missing: all of stage sweep; of stage pretrain "
+        "the sizes 9m, 17m, 32m, the seeds 1, 2.\n"
+    ) in report
+    assert report.count("Two sizes make a law that nothing checks.") == 4
+    make(tmp_path, text, *chosen, "pretrain/9m-moba-seed0", "pretrain/5m-full-seed1")
+    said = missing(recipe, read_outcomes(recipe, tmp_path))
+    assert said == "all of stage sweep; of stage pretrain the sizes 17m, 32m, the seed 2, 14 others"
+    make(tmp_path, text, "sweep/*", "pretrain/2m-*", "pretrain/5m-*", "pretrain/9m-*-seed[02]", "pretrain/17m-*")
+    make(tmp_path, text, "pretrain/9m-full-seed1", "pretrain/32m-moba-*")
+    assert missing(recipe, read_outcomes(recipe, tmp_path)) == "of stage pretrain 6 others"
+    make(tmp_path, text, "pretrain/9m-*", "pretrain/32m-full-seed0")
+    assert missing(recipe, read_outcomes(recipe, tmp_path)) == (
+        "of stage pretrain 32m-last-2-keys-seed0, 32m-full-keys-seed0"
+    )
 
 
 @pytest.mark.parametrize("differing", ["commit", "device"])

@@ -349,6 +349,10 @@ def test_chosen_runs_are_trained_alone_with_those_that_they_start_from(tmp_path:
     assert run_study(recipe, tmp_path, train, silent) == len(recipe.runs) - 4
     with pytest.raises(ValueError, match=r"no run matches 'pretrain/tiny\*'; the runs are pretrain/small-full-seed0, "):
         recipe.chosen(["pretrain/*", "pretrain/tiny*"])
+    with pytest.raises(
+        ValueError, match=r"no pattern to choose runs by; leave --runs out for all, or choose of pretrain/"
+    ):
+        recipe.chosen([])
 
 
 def test_the_chosen_runs_of_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -158,6 +158,49 @@ def test_a_killed_run_goes_on_with_the_same_records(config: RunConfig, finished:
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-12"]
 
 
+KILLED = """
+import os, signal, sys
+from openmoba import cli
+from openmoba.lab.train import trainer
+plain, calls = trainer.{name}, []
+def killed(*args, **kwargs):
+    found = plain(*args, **kwargs)
+    calls.append(args)
+    if len(calls) == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return found
+trainer.{name} = killed
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "last"),
+    [
+        ("measure", 1, ("train", 6)),  # in the middle of an evaluation
+        ("record", 4, ("eval", 6)),  # after its record, before the next checkpoint
+        ("measure", 2, ("train", 12)),
+        ("record", 8, ("eval", 12)),  # before the last checkpoint
+        ("seal", 3, ("eval", 12)),  # before the result
+    ],
+)
+def test_a_run_killed_around_an_evaluation_has_every_record_once(
+    config: RunConfig, finished: Path, tmp_path: Path, name: str, call: int, last: tuple[str, int]
+) -> None:
+    disk.write_json(tmp_path / "config.json", to_dict(config))
+    code = KILLED.format(name=name, call=call)
+    command = [sys.executable, "-c", code, "train", str(tmp_path)]
+    done = subprocess.run(command, check=False, capture_output=True, env=_environment())
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    row = disk.read(tmp_path / "metrics.jsonl")[-1]
+    assert (row["kind"], row["step"]) == last
+    assert not (tmp_path / "result.json").exists()
+    run_training(config, tmp_path)
+    assert curve(tmp_path) == curve(finished)
+    spent = [row["compute"]["accelerator_seconds"] for row in disk.read(tmp_path / "metrics.jsonl")]
+    assert spent == sorted(spent)
+
+
 def test_a_run_killed_between_its_last_checkpoint_and_its_result_only_writes_that(
     config: RunConfig, tmp_path: Path, finished: Path
 ) -> None:

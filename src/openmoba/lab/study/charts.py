@@ -204,9 +204,13 @@ def _scaling(stage: Stage, runs: list[Outcome], study: Path, axis: str, name: st
     )
     caption = (
         f"Trailing loss over compute by the convention {axis}: along the runs of each size, named by its parameters "
-        f"without embeddings (solid, mean of seeds), and the fitted laws through their ends (dashed; "
-        f"{behind(runs, 'trailing')})."
+        "without embeddings (solid, mean of seeds)"
     )
+    counts = behind(runs, "trailing")
+    if any(laws.values()):
+        caption += f", and the fitted laws through their ends (dashed; {counts})."
+    else:
+        caption += f" ({counts}). There is no law yet: it takes two sizes of an arm, and a third to check it."
     if any(pairs.values()):
         caption += (
             f" Bands: pointwise {LEVEL:.0%} interval of a law's difference from that of full attention, over runs, "

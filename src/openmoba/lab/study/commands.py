@@ -31,7 +31,7 @@ class Study:
     """Folder of the study; left out: runs/ and the recipe's name."""
     source: str | None = None
     """Documents to use instead of the recipe's run.data.source."""
-    runs: tuple[str, ...] = ()
+    runs: tuple[str, ...] | None = None
     """Only the runs whose names match one of these patterns, such as 'pretrain/*-seed0', and those that they start
     from; left out: all."""
     axis: AxisName = "6nd"
@@ -60,7 +60,7 @@ class Study:
 
         recipe = read_recipe(self.recipe, self.source)
         out = self.out or Path("runs") / self.recipe.stem
-        part = recipe.chosen(self.runs) if self.runs else recipe
+        part = recipe if self.runs is None else recipe.chosen(self.runs)
         if self.dry_run:
             check_folders(recipe, out)
             check_models(recipe)

@@ -138,9 +138,11 @@ class Recipe:
         """Return this recipe with the runs whose names match one of the patterns, and those that they start from.
 
         Raises:
-            ValueError: a pattern that matches no run.
+            ValueError: no pattern, as when a shell has left none, or one that matches no run.
         """
         names = [run.name for run in self.runs]
+        if not patterns:
+            raise ValueError(f"no pattern to choose runs by; leave --runs out for all, or choose of {', '.join(names)}")
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):
                 raise ValueError(f"no run matches {pattern!r}; the runs are {', '.join(names)}")

@@ -38,6 +38,9 @@ from openmoba.records.markdown import table
 
 REPORT_FILE = "report.md"
 
+FEW = 4
+"""Missing runs that a report names one by one."""
+
 BOLD = "Bold where the interval excludes zero; what is not bold lies within noise."
 
 # Smallest model, its tokens, and the window of arXiv 2502.13189's scaling law.
@@ -107,7 +110,10 @@ def _report(
         yield f"**{recipe.question}**\n"
     yield from _setting(outcomes)
     if len(outcomes) < len(recipe.runs):
-        yield f"\n**{len(outcomes)} of {len(recipe.runs)} runs are finished**; what follows is of these alone."
+        yield (
+            f"\n**{len(outcomes)} of {len(recipe.runs)} runs are finished**; what follows is of these alone. Missing: "
+            f"{missing(recipe, outcomes)}."
+        )
     yield ""
     yield from _scale(recipe, outcomes)
     for stage in recipe.stages:
@@ -161,6 +167,30 @@ def _setting(outcomes: Sequence[Outcome]) -> Iterator[str]:
         f"Compute in PFLOP/s-days (8.64e19 operations). All intervals: {LEVEL:.0%}, by a bootstrap over "
         "documents and their windows."
     )
+
+
+def missing(recipe: Recipe, outcomes: Sequence[Outcome]) -> str:
+    """Say what is not finished: stages, sizes, arms, seeds without a run; then runs by name, of many their count."""
+    done, parts = {outcome.run.name for outcome in outcomes}, []
+    for stage in recipe.stages:
+        planned = [run for run in recipe.runs if run.stage == stage]
+        finished = [run for run in planned if run.name in done]
+        left = [run for run in planned if run.name not in done]
+        if left and not finished:
+            parts.append(f"all of stage {stage.name}")
+            continue
+        lacking = []
+        for key in ("size", "arm", "seed"):
+            there = {getattr(run, key) for run in finished}
+            none = [value for value in dict.fromkeys(getattr(run, key) for run in left) if value not in there]
+            if none:
+                lacking.append(f"the {key}{'s' * (len(none) > 1)} {', '.join(map(str, none))}")
+            left = [run for run in left if getattr(run, key) not in none]
+        names = [run.name.removeprefix(f"{stage.name}/") for run in left]
+        lacking += names if len(names) <= FEW else [f"{len(names)} others"]
+        if lacking:
+            parts.append(f"of stage {stage.name} {', '.join(lacking)}")
+    return "; ".join(parts)
 
 
 def _scale(recipe: Recipe, outcomes: Sequence[Outcome]) -> Iterator[str]:
