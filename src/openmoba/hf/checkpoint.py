@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from openmoba.config import MobaConfig
 from openmoba.hf.key_conv import set_key_conv
 from openmoba.hf.settings import NAME, saved
-from openmoba.hf.support import check_supported
+from openmoba.hf.support import check_settings, check_supported
 from openmoba.hub import check_source
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -41,6 +41,7 @@ def convert(source: str | Path, out: Path, settings: MobaConfig) -> Path:
     Raises:
         ValueError: no such model, no safetensors weights, attention that MoBA does not replace, or `out` exists.
     """
+    check_settings(settings)
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out} exists; name a new folder for the converted model")
