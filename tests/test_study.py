@@ -60,7 +60,7 @@ def silent(label: str) -> Progress:
 
 
 def start(recipe: Path, out: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "openmoba.cli", "study", str(recipe), "--out", str(out)]
+    command = [sys.executable, "-m", "openmoba", "study", str(recipe), "--out", str(out)]
     return subprocess.Popen(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

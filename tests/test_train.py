@@ -131,12 +131,20 @@ def test_another_configuration_in_the_same_folder_is_refused(config: RunConfig, 
         run_training(other, finished)
 
 
+def test_a_run_keeps_its_sharding(config: RunConfig, finished: Path) -> None:
+    other = replace(config, train=replace(TRAIN, fsdp=True))
+    with pytest.raises(
+        ValueError, match=r"began with train\.fsdp=False and keeps it.* got True; go on as it began, or"
+    ):
+        run_training(other, finished)
+
+
 def test_a_killed_run_goes_on_with_the_same_records(config: RunConfig, finished: Path, tmp_path: Path) -> None:
     """Killed twice: once somewhere after the first checkpoint, once in the middle of writing one."""
     folder = tmp_path / "run"
     folder.mkdir()
     disk.write_json(folder / "config.json", to_dict(config))
-    command = [sys.executable, "-m", "openmoba.cli", "train", str(folder)]
+    command = [sys.executable, "-m", "openmoba", "train", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_environment()) as process:
         deadline = time.monotonic() + 120
         while newest_checkpoint(folder) is None and time.monotonic() < deadline and process.poll() is None:
@@ -420,7 +428,7 @@ def test_two_processes_train_as_one(config: RunConfig, finished: Path, tmp_path:
     folder.mkdir()
     disk.write_json(folder / "config.json", to_dict(config))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "openmoba.cli", "train", str(folder)]
+    command = [*launcher, "-m", "openmoba", "train", str(folder)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=_environment())
     assert done.returncode == 0, done.stderr
     losses = [[row["loss"] for row in curve(f) if row["kind"] == "train"] for f in (finished, folder)]

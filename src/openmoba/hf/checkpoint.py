@@ -16,7 +16,7 @@ from openmoba.config import MobaConfig
 from openmoba.hf.key_conv import set_key_conv
 from openmoba.hf.settings import NAME, saved
 from openmoba.hf.support import check_settings, check_supported
-from openmoba.hub import check_source
+from openmoba.hub import A_MODEL, check_model_source
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _TRAINING_STATE = ("trainer_state.json", "complete.json", "unrecorded.json")
@@ -100,7 +100,7 @@ def _folder(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
-    check_source(source)
+    check_model_source(source, A_MODEL)
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(_FILES)))
     except Exception as error:  # those of the hub and of the connection to it have no common base

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from openmoba.config import MobaConfig
-from openmoba.hub import check_source
+from openmoba.hub import check_model_source
 from openmoba.lab.config import ModelConfig, is_run, stored_config
 from openmoba.lab.model.checkpoint import checkpoint_step, newest_held
 from openmoba.lab.model.overrides import check_rotation, fitting, replace_entries, transformers_config
@@ -151,7 +151,7 @@ def model_folder(source: str | Path, progress: Progress | None = None) -> Iterat
     Anything that is no run's folder is returned as it is.
     """
     if not is_run(source):
-        check_source(source, "a run's folder, a model's folder, or OWNER/NAME on the hub")
+        check_model_source(source, "a run's folder, a model's folder, or OWNER/NAME on the hub")
         yield source
         return
     with newest_held(Path(source), progress) as checkpoint:
