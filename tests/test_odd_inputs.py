@@ -383,6 +383,17 @@ def test_sigterm_stops_what_does_not_handle_it(capsys: pytest.CaptureFixture[str
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_whoever_interrupts_is_told_that_it_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("openmoba.lab.study.commands.Plot.run", stop)
+    assert cli.main(["plot", "anything"]) == 130
+    assert capsys.readouterr().err == "\nstopped\n"
+
+
 def test_whoever_asks_twice_does_not_wait_for_the_end_of_the_step() -> None:
     asked: list[str] = []
 
