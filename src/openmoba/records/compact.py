@@ -40,7 +40,10 @@ def unpack(text: Any, where: str) -> list[Any]:
     try:
         values = json.loads(bz2.decompress(base64.b64decode(text, validate=True)))
     except (ValueError, OSError, TypeError) as error:
-        raise ValueError(f"{where} is no packed list but {text!r:.40} ({error}); restore the file") from None
+        raise ValueError(
+            f"{where} is no packed list but {text!r:.40} ({error}); restore the file, or train the run again if an "
+            "older version wrote it"
+        ) from None
     if not isinstance(values, list):
         raise ValueError(f"{where} holds a {type(values).__name__}, not a list; restore the file")
     return values
