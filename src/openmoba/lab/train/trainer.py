@@ -258,7 +258,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             self.graphs.forget()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Warn as Trainer does, but not of weights that are tied to others, which a checkpoint holds once."""
+        """Say what Trainer says, but nothing of weights that are tied to others, which a checkpoint holds once."""
         tied = self.accelerator.unwrap_model(self.model).all_tied_weights_keys
         missing = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
