@@ -312,6 +312,7 @@ def test_grids_of_a_gpu_are_refused_without_one(capsys: pytest.CaptureFixture[st
 
 def test_grids_name_sizes_that_there_are() -> None:
     assert {case.size for cases in GRIDS.values() for case in cases} <= SIZES.keys()
+    assert {case.layers for case in GRIDS["cpu"]} == {"compiled", "eager"}, "only GPUs have graphs"
 
 
 def test_headline_has_the_models_and_arms_that_are_compared() -> None:

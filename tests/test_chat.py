@@ -97,6 +97,13 @@ def test_columns_that_other_messages_have_are_no_part_of_a_message(tmp_path: Pat
     assert list(sources[0].documents()) == list(sources[1].documents()) == rows
 
 
+def test_conversations_without_the_assistant_are_refused_for_that(tmp_path: Path) -> None:
+    source = chats(tmp_path / "chat.jsonl", *([{"role": "user", "content": f"hello {n} " * 9}] for n in range(6)))
+    for length in (16, 640):
+        with pytest.raises(ValueError, match="none of 3 conversations has words of the assistant's to learn"):
+            load(source, tmp_path, length=length)
+
+
 def test_an_assistant_may_begin() -> None:
     end = byte_tokenizer().eos_token
     assert taught(byte_tokenizer(), [ASSISTANT]) == f"hello{end}\n"

@@ -44,6 +44,46 @@ def test_decoding_refuses(name: str, change: Change, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("lengths", "starts", "message"),
+    [
+        ([5, 13], None, r"row 1 has 13 tokens from slot 0 on in a cache of 12 slots"),
+        ([5, 12], [0, 1], r"row 1 has 12 tokens from slot 1 on in a cache of 12 slots"),
+        ([-1, 12], None, r"row 0 has -1 tokens"),
+        ([5, 5], [-1, 0], r"row 0 has 5 tokens from slot -1 on"),
+    ],
+)
+def test_rows_that_are_not_in_the_cache(lengths: list[int], starts: list[int] | None, message: str) -> None:
+    keys, q = torch.randn(2, 12, 2, 8), torch.randn(2, 1, 4, 8)
+    centroids = new_centroids(keys, 12, 4).zero_()
+    rows = [None if x is None else torch.tensor(x).int() for x in (lengths, starts)]
+    with pytest.raises(ValueError, match=message):
+        complete_pages(centroids, keys, *rows, 12, 4)
+    for impl in ("reference", "triton"):
+        with pytest.raises(ValueError, match=message):
+            moba_decode(q, keys, keys, centroids, *rows, block_size=4, top_k=2, impl=impl)
+
+
+def test_blocks_without_a_page() -> None:
+    keys, lengths = torch.randn(1, 12, 2, 8), torch.tensor([9]).int()
+    for pages in (2, 1):
+        centroids = new_centroids(keys, 4 * pages, 4).zero_()
+        if pages == 2:
+            moba_decode(keys[:, :1], keys, keys, centroids, lengths, block_size=4, top_k=2)
+            continue
+        with pytest.raises(ValueError, match="2 blocks before its last one, but centroids have 1 pages"):
+            moba_decode(keys[:, :1], keys, keys, centroids, lengths, block_size=4, top_k=2)
+
+
+def test_a_block_larger_than_the_cache_takes_no_more_memory() -> None:
+    keys, q, lengths = torch.randn(1, 12, 2, 8), torch.randn(1, 1, 4, 8), torch.tensor([9]).int()
+
+    def out(block_size: int) -> Tensor:
+        return moba_decode(q, keys, keys, new_centroids(keys, 12, block_size), lengths, block_size=block_size, top_k=2)
+
+    torch.testing.assert_close(out(2**31 - 1), out(12))
+
+
+@pytest.mark.parametrize(
     ("keys", "block_size", "message"),
     [
         ([1], 4, "keys must be a torch.Tensor, got list"),

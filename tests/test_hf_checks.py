@@ -95,6 +95,22 @@ def test_what_cannot_run_is_refused_at_once(case: str, tmp_path: Path) -> None:
     assert not (tmp_path / "moba").exists()
 
 
+def test_what_is_no_model_and_no_settings(tmp_path: Path) -> None:
+    model, table = build(LlamaConfig), MOBA.to_dict()
+    for settings in (MOBA, None):
+        for none in (torch.nn.Linear(2, 2), model.config, None):
+            with pytest.raises(ValueError, match=f"{type(none).__name__} is no model of transformers"):
+                configure(none, settings)
+    with pytest.raises(ValueError, match=r"settings must be a MobaConfig, got \{'block_size': 4"):
+        configure(model, table)
+    with pytest.raises(ValueError, match="settings must be a MobaConfig, got None"):
+        convert(tmp_path, tmp_path / "out", None)
+    for odd in (8, "8", [4, 2]):
+        with pytest.raises(ValueError, match=r"moba must be a table such as .* got "):
+            LlamaConfig(moba=odd)
+    assert LlamaConfig(moba=table).moba == table
+
+
 @pytest.mark.parametrize(
     ("kind", "entries"),
     [(Qwen2MoeConfig, MOE), (Qwen2Config, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2})],

@@ -147,6 +147,18 @@ def test_boundaries_that_a_caller_gave() -> None:
         assert found.cu_q.dtype == torch.int32
     with pytest.raises(ValueError, match="both cu_seq_lens_q and cu_seq_lens_k"):
         Layout.read(None, ends, None, (2, 5))
+    with pytest.raises(ValueError, match="must be int32 tensors"):
+        Layout.read(None, ends.tolist(), ends.tolist(), (2, 5))
+
+
+@pytest.mark.parametrize("positions", [None, torch.arange(5)[None]], ids=["no positions", "positions"])
+def test_a_mask_for_another_number_of_rows_is_refused(positions: torch.Tensor | None) -> None:
+    model, mask = configure(build(), MobaConfig(4, 2)), torch.ones(3, 5, dtype=torch.int64)
+    with pytest.raises(ValueError, match="attention_mask has 3 rows, and there are 2 of tokens"):
+        model(tokens(2, 5), attention_mask=mask, position_ids=positions)
+    mask[:, 0] = 0  # one row is every row's
+    one, all_rows = (model(tokens(2, 5), attention_mask=mask[:rows]).logits[:, 1:] for rows in (1, 2))
+    assert torch.equal(one, all_rows)
 
 
 @pytest.mark.parametrize(

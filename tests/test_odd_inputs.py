@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from matplotlib.figure import Figure
 from tiny import tiny_config
 
@@ -22,7 +23,7 @@ from openmoba import cli
 from openmoba.bench.rows import columns
 from openmoba.bench.table import Row
 from openmoba.errors import explain
-from openmoba.hub import check_source
+from openmoba.hub import check_model_source, check_source
 from openmoba.lab.arms import ArmConfig
 from openmoba.lab.config import DataConfig, EvalConfig, RunConfig, TrainConfig, from_dict, to_dict
 from openmoba.lab.errors import Terminated, on_sigterm
@@ -340,6 +341,36 @@ def test_names_that_the_hub_may_have_are_looked_for_there(tmp_path: Path, monkey
             check_source(name)
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "kept"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("gpt2", "Qwen/Qwen3-0.6B"):
+        with pytest.raises(
+            ValueError, match=f"{name} does not exist here, and the hub does not answer .*; give bytes$"
+        ):
+            check_model_source(name, "bytes")
+    (tmp_path / "kept" / "models--gpt2").mkdir(parents=True)
+    check_model_source("gpt2", "bytes")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    check_model_source("Qwen/Qwen3-0.6B", "bytes")
+
+
+@pytest.mark.parametrize(
+    "words", [["evaluate", "nope"], ["evaluate", "needle", "nope"], ["convert", "nope", "out", *CONVERT]], ids=str
+)
+def test_a_name_that_is_nowhere_is_an_error_at_once(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
+    assert cli.main(words) == 2
+    assert time.monotonic() - start < 10
+    assert "nope does not exist here, and the hub does not answer" in capsys.readouterr().err
+
+
 def test_sigterm_stops_what_does_not_handle_it(capsys: pytest.CaptureFixture[str]) -> None:
     def stop(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -350,6 +381,17 @@ def test_sigterm_stops_what_does_not_handle_it(capsys: pytest.CaptureFixture[str
         assert cli.main(["plot", "anything"]) == 143
     assert "stopped by SIGTERM" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_whoever_interrupts_is_told_that_it_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("openmoba.lab.study.commands.Plot.run", stop)
+    assert cli.main(["plot", "anything"]) == 130
+    assert capsys.readouterr().err == "\nstopped\n"
 
 
 def test_whoever_asks_twice_does_not_wait_for_the_end_of_the_step() -> None:

@@ -11,6 +11,7 @@ from paging import Server
 from torch import Tensor
 
 from openmoba import (
+    complete_paged,
     complete_pages,
     moba_attention,
     moba_decode,
@@ -170,6 +171,19 @@ def test_bad_input(name: str, change: Callable[[Tensor], Tensor], message: str) 
 def test_centroids_of_what_is_no_cache(keys: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         new_paged_centroids(keys, 4)
+
+
+@pytest.mark.parametrize("new", [1, 40], ids=["a step", "a chunk"])
+def test_a_block_larger_than_the_sequence_takes_no_more_memory(new: int) -> None:
+    pages, q = torch.randn(4, 16, 2, 8), torch.randn(new, 4, 8)
+    where = (torch.arange(4).int()[None], torch.tensor([50]).int(), torch.tensor([0, new]).int())
+
+    def out(block_size: int) -> Tensor:
+        centroids = new_paged_centroids(pages, block_size)
+        complete_paged(centroids, pages, *where, block_size)
+        return moba_paged(q, pages, pages, centroids, *where, block_size=block_size, top_k=2)
+
+    assert torch.equal(out(2**30), out(64))
 
 
 def test_queries_of_no_sequence_are_zero() -> None:

@@ -322,6 +322,18 @@ def test_what_is_left_out_is_said_and_so_are_rows_without_text(tmp_path: Path) -
     assert f"{tmp_path}/texts: left out 3 rows that hold no text" in told.notes
 
 
+def test_documents_that_are_not_trained_on_are_counted(tmp_path: Path) -> None:
+    texts = [f"text {n} " * 20 for n in range(8)]
+    (tmp_path / "a.jsonl").write_bytes(json_lines([*texts, texts[0], texts[0], texts[3]]))
+    (tmp_path / "valid.jsonl").write_bytes(json_lines([texts[2], "another text " * 20]))
+    copies = f"{tmp_path}/a.jsonl: left out 3 of its documents: copies of others among them"
+    held = f"{tmp_path}/a.jsonl: left out 1 of its documents: they are in data.valid too"
+    for options, said in (({}, {copies}), ({"valid": str(tmp_path / "valid.jsonl")}, {copies, held})):
+        told = Told()
+        load_data(config(tmp_path / "a.jsonl", tmp_path, tokenizer="bytes", **options), progress=told)
+        assert {note for note in told.notes if "of its documents" in note} == said
+
+
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     """Of all that comes before training: the survey, the tokenizer, the tokens."""
     size = 210_000

@@ -115,7 +115,7 @@ def run_command(words: list[str]) -> None:
             compile((ROOT / script).read_text(), script, "exec")
         case ["openmoba", command, source, *_] if command in EXECUTED and Path(source).exists():
             assert main(words[1:]) == 0, words
-        case ["openmoba", *arguments] | ["torchrun", "--nproc-per-node", _, "-m", "openmoba.cli", *arguments]:
+        case ["openmoba", *arguments] | ["torchrun", "--nproc-per-node", _, "-m", "openmoba", *arguments]:
             parse(arguments)
         case _:
             pytest.fail(f"no rule how to check {words}")
@@ -154,7 +154,7 @@ def test_readme_shows_the_three_ways_and_every_command() -> None:
     assert all(name in text for name in ("moba_attention(", "configure(model", "openmoba study"))
     documents = ("README.md", "docs/laboratory.md", "docs/models.md", "docs/parallel.md")
     lines = [" ".join(words) for name in documents for words in shell(name)]
-    shown = {line.partition(" -m openmoba.cli " if line.startswith("torchrun") else "openmoba ")[2] for line in lines}
+    shown = {line.partition(" -m openmoba " if line.startswith("torchrun") else "openmoba ")[2] for line in lines}
     assert all(any(line.startswith(name) for line in shown) for name in subcommands())
 
 

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from openmoba.lab.config import DataConfig, EvalConfig, RunConfig, TrainConfig, 
 from openmoba.lab.progress import TerminalProgress, bar, duration
 from openmoba.records import disk
 from openmoba.records.compact import pack, rounded, unpack
-from openmoba.records.locks import lock
+from openmoba.records.locks import claim, holder, lock
 
 
 def test_appended_rows_are_read_back(tmp_path: Path) -> None:
@@ -155,6 +156,11 @@ def test_what_is_no_packed_list_is_named(text: object) -> None:
         unpack(text, "here")
 
 
+def test_lists_of_an_older_version_are_said_to_be_such() -> None:
+    with pytest.raises(ValueError, match="restore the file, or train the run again if an older version wrote it"):
+        unpack([[1.5, 2.5]], "here")
+
+
 def test_configurations_survive_json() -> None:
     config = RunConfig(
         data=DataConfig(valid="x.txt", length=64),
@@ -253,3 +259,16 @@ def test_progress_on_a_terminal_redraws_its_line(monkeypatch: pytest.MonkeyPatch
     assert stream.getvalue().endswith("2/2  loss 1.0\ndone\n")
     assert bar(0.5, 4) == "[##..]"
     assert [duration(s) for s in (5, 125, 7500)] == ["5s", "2m05s", "2h05m"]
+
+
+def test_a_claim_that_the_disk_does_not_take_is_an_error_with_the_files_name(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*/claim\.lock'"), claim(tmp_path):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with claim(tmp_path) as mine:
+        assert mine
+        assert holder(tmp_path).startswith(f"process {os.getpid()} on ")

@@ -154,6 +154,17 @@ def test_a_damaged_run_goes_on_from_the_older_checkpoint(config: RunConfig, cut:
     assert lost == kept
 
 
+def test_tied_weights_of_a_checkpoint_are_not_said_to_be_missing(
+    config: RunConfig, cut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("transformers.trainer.logger.warning", lambda text, *_: said.append(text))
+    shutil.rmtree(cut / "checkpoint-4")
+    run_training(config, cut)
+    assert "lm_head.weight" not in load_file(cut / "checkpoint-4" / "model.safetensors")
+    assert not [text for text in said if "missing keys" in text]
+
+
 def test_a_seal_without_hashes_is_one_of_an_older_run(cut: Path) -> None:
     seal_file = cut / "checkpoint-4" / "complete.json"
     disk.write_json(seal_file, {"files": disk.read_json(seal_file)["files"]})

@@ -28,6 +28,7 @@ ROOMS = (
     ("lab.study",),
     ("bench",),
     ("cli",),
+    ("__main__",),
 )
 """The rooms in order: what stands in one imports from its own line and from those above."""
 

@@ -178,6 +178,8 @@ def test_what_cannot_be_captured_is_refused_with_its_reason(monkeypatch: pytest.
     with pytest.raises(CaptureError, match="only GPUs have graphs"):
         StepGraph(small(), batch(0))
     assert "no parameter" in str(why_not(small().requires_grad_(False), batch(0)))
+    with pytest.raises(CaptureError, match="no table of tensors by the names that the model takes, but a NoneType"):
+        StepGraph(small(), None)
     elsewhere = {"input_ids": torch.zeros(1, 4, device="meta")}
     assert why_not(small(), elsewhere) == "model and batch are on cpu and meta"
     model = small()

@@ -60,7 +60,7 @@ def silent(label: str) -> Progress:
 
 
 def start(recipe: Path, out: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "openmoba.cli", "study", str(recipe), "--out", str(out)]
+    command = [sys.executable, "-m", "openmoba", "study", str(recipe), "--out", str(out)]
     return subprocess.Popen(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -200,6 +200,22 @@ def test_bad_recipe_is_one_error_that_names_the_value(tmp_path: Path, old: str, 
     with pytest.raises(ValueError, match=message) as error:
         read_recipe(path)
     assert str(path) in str(error.value)
+
+
+def test_a_recipe_of_another_study_is_refused_before_it_takes_the_folder(tmp_path: Path) -> None:
+    recipe = parse_recipe(RECIPE, title="t")
+    part = recipe.chosen(["pretrain/*-full-seed0", "finetune/large-last-1-seed0"])
+    run_study(recipe, tmp_path, train, silent, part)
+    (tmp_path / "needle" / "model").mkdir(parents=True)
+    (tmp_path / "needle" / "model" / "config.json").write_text("{}")  # no run
+    other = parse_recipe(RECIPE.replace('"pretrain"', '"second"'), title="t")
+    message = (
+        r"does not name \(pretrain/large-full-seed0, pretrain/large-moba-seed0, pretrain/medium-full-seed0 and 1 more"
+    )
+    with pytest.raises(ValueError, match=message):
+        run_study(other, tmp_path, forbidden, silent)
+    assert (tmp_path / "recipe.toml").read_text() == RECIPE
+    run_study(recipe, tmp_path, train, silent)
 
 
 def test_missing_recipe_and_bad_recipe_end_the_command_with_status_2(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from openmoba import cli
 from openmoba.lab.arms import ArmConfig
 from openmoba.lab.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig, to_dict
+from openmoba.lab.measure.compute import Shape
 from openmoba.lab.measure.evaluate import evaluate_source
 from openmoba.lab.model.build import SIZES, build_model, load_model
 from openmoba.lab.model.checkpoint import damage, newest_checkpoint
@@ -30,8 +32,10 @@ from openmoba.lab.progress import Progress
 from openmoba.lab.train import callback
 from openmoba.lab.train import trainer as trainer_module
 from openmoba.lab.train.history import evaluations, history, read_result
+from openmoba.lab.train.plan import planned_shape
 from openmoba.lab.train.run import run_training
 from openmoba.lab.train.schedule import learning_rate_factor
+from openmoba.lab.train.summary import parameters
 from openmoba.lab.train.trainer import RunTrainer
 from openmoba.records import disk
 from openmoba.records.locks import claim
@@ -131,12 +135,20 @@ def test_another_configuration_in_the_same_folder_is_refused(config: RunConfig, 
         run_training(other, finished)
 
 
+def test_a_run_keeps_its_sharding(config: RunConfig, finished: Path) -> None:
+    other = replace(config, train=replace(TRAIN, fsdp=True))
+    with pytest.raises(
+        ValueError, match=r"began with train\.fsdp=False and keeps it.* got True; go on as it began, or"
+    ):
+        run_training(other, finished)
+
+
 def test_a_killed_run_goes_on_with_the_same_records(config: RunConfig, finished: Path, tmp_path: Path) -> None:
     """Killed twice: once somewhere after the first checkpoint, once in the middle of writing one."""
     folder = tmp_path / "run"
     folder.mkdir()
     disk.write_json(folder / "config.json", to_dict(config))
-    command = [sys.executable, "-m", "openmoba.cli", "train", str(folder)]
+    command = [sys.executable, "-m", "openmoba", "train", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_environment()) as process:
         deadline = time.monotonic() + 120
         while newest_checkpoint(folder) is None and time.monotonic() < deadline and process.poll() is None:
@@ -287,6 +299,29 @@ def test_fine_tuning_starts_from_a_run_and_learns_the_last_tokens(
     first = next(row for row in curve(tmp_path / "tuned") if row["kind"] == "train")
     fresh = next(row for row in curve(finished) if row["kind"] == "train")
     assert first["loss"] < fresh["loss"] - 0.5
+
+
+def test_a_run_of_a_model_from_elsewhere_is_planned_and_named_as_that_model(
+    config: RunConfig, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (weights,) = finished.glob("checkpoint-*")
+    model = shutil.copytree(weights, tmp_path / "my-model")
+    entries = disk.read_json(model / "config.json")
+    shape = Shape.of(load_model(model), 64)
+    said = f"that of {model}, {parameters(shape)}"
+    assert cli.main(["train", str(tmp_path / "run"), "--dry-run", "--train.start-from", str(model)]) == 0
+    assert f"{said}, vocabulary {entries['vocab_size']:,}" in capsys.readouterr().out
+    heard = _Heard()
+    run_training(replace(config, train=replace(TRAIN, start_from=str(model))), tmp_path / "run", progress=heard)
+    assert any(said in note for note in heard.notes)
+    assert disk.read_json(tmp_path / "run" / "result.json")["size"] == "my-model"
+    assert cli.main(["runs", str(tmp_path / "run")]) == 0
+    assert "my-model" in capsys.readouterr().out.splitlines()[1].split()
+    other = shutil.copytree(finished, tmp_path / "deeper")
+    stored = disk.read_json(other / "config.json")
+    stored["model"]["overrides"]["num_hidden_layers"] = 3
+    disk.write_json(other / "config.json", stored)
+    assert planned_shape(replace(config, train=replace(TRAIN, start_from=str(other)))).layers == 3
 
 
 def test_a_run_that_starts_from_another_says_the_same_model(config: RunConfig, finished: Path, tmp_path: Path) -> None:
@@ -463,7 +498,7 @@ def test_two_processes_train_as_one(config: RunConfig, finished: Path, tmp_path:
     folder.mkdir()
     disk.write_json(folder / "config.json", to_dict(config))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "openmoba.cli", "train", str(folder)]
+    command = [*launcher, "-m", "openmoba", "train", str(folder)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=_environment())
     assert done.returncode == 0, done.stderr
     losses = [[row["loss"] for row in curve(f) if row["kind"] == "train"] for f in (finished, folder)]

@@ -100,7 +100,7 @@ def _run(arguments: list[str]) -> int:
 def _report(error: BaseException) -> int:
     """Say on standard error what went wrong; returns the exit code."""
     if isinstance(error, KeyboardInterrupt):
-        print(f"\n{error or 'stopped'}", file=sys.stderr)
+        print(f"\n{str(error) or 'stopped'}", file=sys.stderr)
         return 143 if isinstance(error, Terminated) else 130
     if isinstance(error, BrokenPipeError):  # whoever read standard output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from openmoba.config import MobaConfig
 from openmoba.hf.key_conv import set_key_conv
 from openmoba.hf.settings import NAME, saved
-from openmoba.hf.support import check_supported
-from openmoba.hub import check_source
+from openmoba.hf.support import check_settings, check_supported
+from openmoba.hub import A_MODEL, check_model_source
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _TRAINING_STATE = ("trainer_state.json", "complete.json", "unrecorded.json")
@@ -41,6 +41,7 @@ def convert(source: str | Path, out: Path, settings: MobaConfig) -> Path:
     Raises:
         ValueError: no such model, no safetensors weights, attention that MoBA does not replace, or `out` exists.
     """
+    check_settings(settings)
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out} exists; name a new folder for the converted model")
@@ -99,7 +100,7 @@ def _folder(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
-    check_source(source)
+    check_model_source(source, A_MODEL)
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(_FILES)))
     except Exception as error:  # those of the hub and of the connection to it have no common base

@@ -72,6 +72,10 @@ class _Finder:
         tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         if tokens is None:  # the model says itself what it misses
             return None
+        if mask is not None and mask.shape[0] not in (1, tokens.shape[0]):
+            raise ValueError(
+                f"attention_mask has {mask.shape[0]} rows, and there are {tokens.shape[0]} of tokens; give each its own"
+            )
         if current_sharding() is not None:
             _refuse_changing_rotation(module.config)
             return (), self._of_shard(inputs, tokens, mask, cache)

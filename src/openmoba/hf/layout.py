@@ -122,7 +122,7 @@ class Layout(NamedTuple):
 
         Raises:
             ValueError: the mask is somebody's own, the rows are padded and packed at once, or one of the boundaries is
-                missing.
+                missing, or no tensor.
         """
         if mask is not None and not _has_form(mask, new[0], slots):
             raise ValueError(
@@ -131,6 +131,8 @@ class Layout(NamedTuple):
             )
         if (cu_q is None) != (cu_k is None):
             raise ValueError("packed batches need both cu_seq_lens_q and cu_seq_lens_k; they may be the same")
+        if cu_q is not None and not (isinstance(cu_q, Tensor) and isinstance(cu_k, Tensor)):
+            raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be int32 tensors; torch.tensor makes them of lists")
         if mask is None or mask.shape[2] == 0:
             return cls(*new, None, cu_q, cu_k)
         if mask.shape[2] > 1:

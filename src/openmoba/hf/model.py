@@ -8,7 +8,7 @@ from openmoba.config import MobaConfig
 from openmoba.hf.key_conv import set_key_conv
 from openmoba.hf.layers import prepare
 from openmoba.hf.settings import NAME
-from openmoba.hf.support import check_supported
+from openmoba.hf.support import check_model, check_settings, check_supported
 
 
 def configure(model: Any, settings: MobaConfig | None) -> Any:
@@ -27,11 +27,14 @@ def configure(model: Any, settings: MobaConfig | None) -> Any:
         The same model.
 
     Raises:
-        ValueError: if the model has attention that MoBA does not replace, such as a sliding window, values of another
-            width than the keys, or no causal mask; if `settings` name layers that it does not have; if its keys have no
-            projection of their own to convolve; or if a trained key convolution would be dropped.
+        ValueError: if these are no model and settings; if the model has attention that MoBA does not replace, such as a
+            sliding window, values of another width than the keys, or no causal mask; if `settings` name layers that it
+            does not have; if its keys have no projection of their own to convolve; or if a trained key convolution
+            would be dropped.
     """
+    check_model(model)
     if settings is not None:
+        check_settings(settings)
         check_supported(model)
         settings.full_layer_indices(model.config.num_hidden_layers)
     set_key_conv(model, None if settings is None else settings.key_conv)

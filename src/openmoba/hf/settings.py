@@ -30,6 +30,8 @@ def _set(config: Any, values: Mapping[str, Any] | MobaConfig | None) -> None:
     if values is None:
         config.__dict__.pop(NAME, None)
         return
+    if not isinstance(values, Mapping | MobaConfig):
+        raise ValueError(f"moba must be a table such as {{'block_size': 128, 'top_k': 8}}, got {values!r}")
     settings = values if isinstance(values, MobaConfig) else MobaConfig.from_dict(dict(values))
     config.__dict__[NAME] = settings.to_dict()
     config._attn_implementation = config._attn_implementation  # which may be "moba" from now on

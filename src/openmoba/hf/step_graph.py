@@ -171,6 +171,8 @@ def why_not(model: torch.nn.Module, batch: Mapping[str, Any]) -> str | None:
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         return "no parameter is trained"
+    if not isinstance(batch, Mapping):
+        return f"the batch is no table of tensors by the names that the model takes, but a {type(batch).__name__}"
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         return "several processes share the step"
     if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from openmoba.config import MobaConfig
 from openmoba.ops.checks import MAX_HEAD_WIDTH, MIN_HEAD_WIDTH
 
 _VARIANTS = {
@@ -13,6 +14,21 @@ _VARIANTS = {
     "sinks": "attention sinks",
     "keep_window_size": "a mask of its own making",
 }
+
+
+def check_model(model: Any) -> None:
+    """Raise ValueError unless this is a model of transformers, or forwards to one as PEFT's do."""
+    if getattr(model, "config", None) is None or not hasattr(model, "set_attn_implementation"):
+        raise ValueError(
+            f"{type(model).__name__} is no model of transformers; load one with from_pretrained, and give it itself "
+            "where it is wrapped, such as in DistributedDataParallel's .module"
+        )
+
+
+def check_settings(settings: Any) -> None:
+    """Raise ValueError unless these are settings of MoBA."""
+    if not isinstance(settings, MobaConfig):
+        raise ValueError(f"settings must be a MobaConfig, got {settings!r}; MobaConfig(block_size=128, top_k=8) is one")
 
 
 def check_supported(model: Any) -> None:

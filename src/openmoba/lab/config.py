@@ -202,6 +202,19 @@ class RunConfig:
             )
 
     @property
+    def size(self) -> str:
+        """Name of the model's size; of a model to start from that is no run's, the name of its folder."""
+        start = self.train.start_from
+        return self.model.size if start is None or is_run(start) else Path(start).name
+
+    @property
+    def model_words(self) -> str:
+        """The model in words."""
+        start = self.train.start_from
+        built = start is None or is_run(start)
+        return f"{self.model.family} {self.model.size}" if built else f"that of {start}"
+
+    @property
     def trailing(self) -> int:
         """Positions of the trailing loss."""
         return self.eval.trailing or default_range(self.data.length)

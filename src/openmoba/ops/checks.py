@@ -181,6 +181,27 @@ def check_rows(lengths: Tensor, starts: Tensor | None, like: Tensor) -> None:
             raise ValueError(f"{name} must be int32 [{like.shape[0]}], got {x.dtype} {tuple(x.shape)}")
 
 
+def check_row_values(lengths: Tensor, starts: Tensor | None, slots: int) -> int:
+    """Return the most tokens of a row, 0 where the host does not look: on devices, under tracers and transforms.
+
+    Raises:
+        ValueError: a row does not lie within the slots of its cache.
+    """
+    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or are_transforms_active()
+    if traced or lengths.device.type != "cpu" or type(lengths) is not Tensor or lengths.numel() == 0:
+        return 0
+    ends = lengths if starts is None else starts + lengths
+    wrong = (lengths < 0) | (ends > slots) | (ends < lengths)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        first = 0 if starts is None else int(starts[row])
+        raise ValueError(
+            f"row {row} has {int(lengths[row])} tokens from slot {first} on in a cache of {slots} slots; lengths count "
+            "the tokens of a row, and starts are their first slots"
+        )
+    return int(lengths.max())
+
+
 def check_scale(q: Tensor, scale: float | None) -> float:
     """Return the factor on the logits, `D**-0.5` if none is given; ValueError unless it is positive and finite.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from openmoba.config import check_blocks
 from openmoba.ops.backends import DECODERS, Decoder, decoder, implementation
 from openmoba.ops.centroids import centroid_dtype
-from openmoba.ops.checks import DTYPES, check_rows, check_scale, check_tensors, needs_gradient
+from openmoba.ops.checks import DTYPES, check_row_values, check_rows, check_scale, check_tensors, needs_gradient
 from openmoba.ops.operation import operation
 from openmoba.ops.reference import reference_decode
 
@@ -58,7 +58,7 @@ def moba_decode(
         v_cache: the values, like k_cache.
         centroids: `[B, P, Hkv, D]`, any strides, kept by `openmoba.complete_pages`: fp16 for 16-bit caches,
             else in their dtype. Page p of row b begins at slot `starts[b] + p * block_size`. No row may have more
-            past pages than P, `(lengths[b] - 1) // block_size`: the others are not seen, and nobody looks.
+            past pages than P, `(lengths[b] - 1) // block_size`: on CUDA the others are not seen, and nobody looks.
         lengths: int32 `[B]`, tokens in the cache, the new ones included.
         starts: int32 `[B]`, first slot of each row; zeros by default.
         block_size, top_k, scale: as in `openmoba.moba_attention`.
@@ -71,8 +71,8 @@ def moba_decode(
 
     Raises:
         ValueError: naming the argument and its value, or that an input requires a gradient while gradients are
-            recorded. The values inside `lengths` and `starts` are not read by the host, and the call waits for no
-            device and fits a CUDA graph.
+            recorded. On CUDA the values inside `lengths` and `starts` are not read by the host, and the call waits for
+            no device and fits a CUDA graph.
     """
     _check(q, k_cache, v_cache, centroids, lengths, starts, block_size, top_k)
     if needs_gradient(q, k_cache, v_cache):
@@ -130,3 +130,9 @@ def _check(
         if x.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
     check_rows(lengths, starts, q)
+    past = (check_row_values(lengths, starts, k_cache.shape[1]) - 1) // block_size
+    if past > centroids.shape[1]:
+        raise ValueError(
+            f"a row has {past} blocks before its last one, but centroids have {centroids.shape[1]} pages; "
+            "openmoba.new_centroids makes enough for a cache"
+        )

@@ -233,6 +233,7 @@ def _decode(
         return _rows(k_pages, *where), _rows(v_pages, *where)
 
     position_T = torch.arange(length - q_THD.shape[0], length, device=device)
+    block_size = min(block_size, length)  # a larger one holds no more keys
     rows = [
         decode_one(q_HD[None], centroid_1CHD, position[None], at, block_size, top_k, scale)
         for q_HD, position in zip(q_THD, position_T, strict=True)

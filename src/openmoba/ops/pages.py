@@ -18,7 +18,7 @@ from openmoba.config import check_blocks
 from openmoba.limits import check_count
 from openmoba.ops.backends import DECODERS, Decoder, decoder, implementation
 from openmoba.ops.centroids import centroid_dtype
-from openmoba.ops.checks import check_cache, check_rows, check_tensors
+from openmoba.ops.checks import check_cache, check_row_values, check_rows, check_tensors
 from openmoba.ops.operation import operation
 from openmoba.ops.reference import reference_complete_pages
 
@@ -39,7 +39,7 @@ def complete_pages(
     Args:
         centroids: `[B, P, H, D]`, any strides, as `openmoba.new_centroids` makes them.
         keys: the cache `[B, S, H, D]`, any strides, the new tokens' keys already written.
-        lengths: int32 `[B]`, tokens in the cache, the new ones included; not read by the host.
+        lengths: int32 `[B]`, tokens in the cache, the new ones included; on CUDA not read by the host.
         starts: int32 `[B]`, first slot of each row; None for zeros.
         new: any number of tokens; more than there are completes all pages.
         block_size: tokens per page.
@@ -60,6 +60,7 @@ def complete_pages(
     if centroids.device != keys.device:
         raise ValueError(f"centroids must be on the cache's device {keys.device}, got {centroids.device}")
     check_rows(lengths, starts, keys)
+    check_row_values(lengths, starts, keys.shape[1])
     name, _ = implementation(keys, "auto", DECODERS)
     if name == "reference":
         reference_complete_pages(centroids, keys, lengths, starts, new, block_size)

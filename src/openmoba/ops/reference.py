@@ -189,6 +189,7 @@ def reference_decode(
 ) -> Tensor:
     """Decode as `openmoba.moba_decode`, by definition, one query token after the other."""
     starts_B = torch.zeros_like(lengths) if starts is None else starts
+    block_size = min(block_size, k_cache.shape[1])  # a larger one holds no more keys
     queries = q.shape[1]
     position_BT = lengths[:, None] - queries + _range(q, queries)
 

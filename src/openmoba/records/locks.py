@@ -46,10 +46,17 @@ def claim(folder: Path, *, wait: bool = False) -> Iterator[bool]:
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / CLAIM_FILE, wait=wait) as file:
         if file is not None:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            _sign(file)
         yield file is not None
+
+
+def _sign(file: IO[str]) -> None:
+    """Have a claim name this process; past the buffer, which would be written once more when the file is closed."""
+    try:
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, file.name) from error
 
 
 def holder(folder: Path) -> str:

@@ -42,7 +42,9 @@ class Parallel:
         if self.grid not in GRIDS:
             raise ValueError(f"grid must be one of {', '.join(GRIDS)}, got {self.grid!r}")
         if "RANK" not in os.environ:
-            raise ValueError("bench parallel is started by torchrun: torchrun --nproc-per-node 2 -m openmoba.bench ...")
+            raise ValueError(
+                "bench parallel is started by torchrun: torchrun --nproc-per-node 2 -m openmoba bench parallel ..."
+            )
         on_gpu = self.grid != "cpu"
         if on_gpu and not torch.cuda.is_available():
             raise ValueError(f"grid {self.grid!r} needs GPUs; use the grid 'cpu'")

@@ -149,6 +149,9 @@ def _split(config: DataConfig, cache: Path, progress: Progress) -> _Split:
     surveyed = _nonempty(train, cache, progress)
     if config.valid is None:
         documents, held = hold_out(surveyed, config.hold_out)
+        _note_left_out(
+            len(surveyed.sizes) - len(documents) - len(held), "copies of others among them", train.name, progress
+        )
         if len(held) == 0:
             raise ValueError(f"{config.source} is one document, none is left for validation; set data.valid")
         return _Split(train, documents, train, held, _identity(surveyed, documents, surveyed, held))
@@ -156,6 +159,8 @@ def _split(config: DataConfig, cache: Path, progress: Progress) -> _Split:
     held_survey = _nonempty(valid, cache, progress)
     _, unique = np.unique(surveyed.digests, return_index=True)
     fresh = unique[~np.isin(surveyed.digests[unique], held_survey.digests)]
+    _note_left_out(len(surveyed.sizes) - len(unique), "copies of others among them", train.name, progress)
+    _note_left_out(len(unique) - len(fresh), "they are in data.valid too", train.name, progress)
     if len(fresh) == 0:
         raise ValueError(
             f"every document of data.source={config.source} is one of data.valid={config.valid} too: none is left to "
@@ -163,6 +168,11 @@ def _split(config: DataConfig, cache: Path, progress: Progress) -> _Split:
         )
     documents, held = np.sort(fresh), np.arange(len(held_survey.sizes))
     return _Split(train, documents, valid, held, _identity(surveyed, documents, held_survey, held))
+
+
+def _note_left_out(count: int, what: str, source: str, progress: Progress) -> None:
+    if count:
+        progress.note(f"{source}: left out {count:,} of its documents: {what}")
 
 
 def _open(source: str, column: str, progress: Progress) -> Corpus:
@@ -229,6 +239,10 @@ def trained_bpe(corpus: Corpus, documents: np.ndarray, vocab_size: int, cache: P
 def _windows(store: TokenStore, documents: np.ndarray, length: int, name: str) -> Windows:
     windows = cut_windows(store, documents, length)
     if len(windows) == 0:
+        if store.written is not None:
+            raise ValueError(
+                f"{name}: none of {len(documents)} conversations has words of the assistant's to learn; give others"
+            )
         longest = int(store.lengths[documents].max(initial=0))
         raise ValueError(
             f"{name}: none of {len(documents)} documents reaches the window's {length} + 1 tokens, "

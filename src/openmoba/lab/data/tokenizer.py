@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from openmoba.hub import check_source
+from openmoba.hub import check_model_source
 
 END = "<|endoftext|>"
 
@@ -55,7 +55,7 @@ def load_tokenizer(name: str | Path) -> Any:
     """Load the tokenizer in a folder or of a hub name, which must be a fast one."""
     from transformers import AutoTokenizer
 
-    check_source(name, "bytes, bpe, a folder, or OWNER/NAME on the hub")
+    check_model_source(name, "bytes, bpe, a folder, or OWNER/NAME on the hub")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name))
     except Exception as error:  # the readers of JSON, of tokenizers and the hub have no common base of errors

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from openmoba.config import MobaConfig
-from openmoba.hub import check_source
+from openmoba.hub import check_model_source
 from openmoba.lab.config import ModelConfig, is_run, stored_config
 from openmoba.lab.model.checkpoint import checkpoint_step, newest_held
 from openmoba.lab.model.overrides import check_rotation, fitting, replace_entries, transformers_config
@@ -90,6 +90,7 @@ def build_model(config: ModelConfig, vocab_size: int, length: int, seed: int) ->
         return AutoModelForCausalLM.from_config(entries, dtype=torch.float32)
 
 
+_SOURCES = "a run's folder, a model's folder, or OWNER/NAME on the hub"
 _ANY_VOCABULARY = 1 << 20  # larger than a tokenizer's, before that is known
 
 
@@ -108,15 +109,10 @@ def load_model(source: str | Path, overrides: dict[str, Any] | None = None) -> A
         ValueError: there is none, its files are broken, its weights are not safetensors or no numbers, or an
             override does not fit it.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    import openmoba.hf  # noqa: F401  registers the attention that a saved model may ask for
+    from transformers import AutoModelForCausalLM
 
     overrides = overrides or {}
-    with _reading(source):
-        config = AutoConfig.from_pretrained(str(source))
-    if overrides:
-        replace_entries(config, overrides, f"the model of {source}")
+    config = _read_config(source, overrides)
     with _reading(source):
         model = AutoModelForCausalLM.from_pretrained(
             str(source), config=config, dtype=torch.float32, use_safetensors=True
@@ -124,6 +120,30 @@ def load_model(source: str | Path, overrides: dict[str, Any] | None = None) -> A
     check_rotation(model, overrides)
     check_finite(model, source)
     return model
+
+
+def model_like(source: str | Path, overrides: dict[str, Any]) -> Any:
+    """Build a model of the configuration in a folder or of a hub name, with weights of its own.
+
+    Raises:
+        ValueError: there is none, or an override does not fit it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_model_source(source, _SOURCES)
+    return AutoModelForCausalLM.from_config(_read_config(source, overrides), dtype=torch.float32)
+
+
+def _read_config(source: str | Path, overrides: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    import openmoba.hf  # noqa: F401  registers the attention that a saved model may ask for
+
+    with _reading(source):
+        config = AutoConfig.from_pretrained(str(source))
+    if overrides:
+        replace_entries(config, overrides, f"the model of {source}")
+    return config
 
 
 @contextmanager
@@ -151,7 +171,7 @@ def model_folder(source: str | Path, progress: Progress | None = None) -> Iterat
     Anything that is no run's folder is returned as it is.
     """
     if not is_run(source):
-        check_source(source, "a run's folder, a model's folder, or OWNER/NAME on the hub")
+        check_model_source(source, _SOURCES)
         yield source
         return
     with newest_held(Path(source), progress) as checkpoint:

@@ -113,7 +113,19 @@ def _to_do(recipe: Recipe, study: Path) -> list[PlannedRun]:
 
 
 def check_folders(recipe: Recipe, study: Path) -> None:
-    """Raise ValueError if a run was made with another configuration than the recipe's, or runs with different data."""
+    """Raise ValueError if a run was made with another configuration than the recipe's, or runs with different data.
+
+    So does a run that the recipe does not name: the folder's report would leave it out, and lose the recipe that does.
+    """
+    names = {run.name for run in recipe.runs}
+    found = sorted(str(path.parent.relative_to(study)) for path in study.glob("*/*/config.json"))
+    strange = [name for name in found if name not in names and has_begun(study / name)]
+    if strange:
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        raise ValueError(
+            f"{study} holds runs that the recipe does not name ({', '.join(strange[:3])}{more}); restore the recipe, "
+            "choose another --out, or move these folders away"
+        )
     for run in recipe.runs:
         folder = study / run.name
         if not (folder / "config.json").exists() or not has_begun(folder) or (folder / FAILED_FILE).exists():

@@ -75,7 +75,7 @@ def _check_sharing(train: TrainConfig, cuda: bool) -> None:
     if processes % ranks:
         raise ValueError(
             f"train.context_parallel={ranks} processes share a window, which do not divide the {processes} there are; "
-            f"start a multiple of {ranks}, as torchrun --nproc-per-node {ranks} -m openmoba.cli train ... does"
+            f"start a multiple of {ranks}, as torchrun --nproc-per-node {ranks} -m openmoba train ... does"
         )
     if ranks > 1 and cuda and not train.fsdp:
         raise ValueError(f"train.context_parallel={ranks} needs FSDP2 on GPUs; add --train.fsdp")

@@ -67,6 +67,11 @@ def _check_folder(config: RunConfig, folder: Path) -> bool:
     stored = stored_config(folder)
     if not changes(stored, config):
         return False
+    if stored.train.fsdp != config.train.fsdp:
+        raise ValueError(
+            f"{folder} began with train.fsdp={stored.train.fsdp} and keeps it, on one GPU or several, got "
+            f"{config.train.fsdp}; go on as it began, or start another run from it with train.start_from={folder}"
+        )
     try:
         newest = checkpoints(folder)
         check_lengthening(stored, config, checkpoint_step(newest[0]) if newest else 0)

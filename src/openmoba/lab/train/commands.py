@@ -20,7 +20,7 @@ from openmoba.records.locks import claim, holder
 class Train:
     """Train one model into a folder. The same command again resumes a killed run and skips a finished one.
 
-    Several devices: torchrun --nproc-per-node 2 -m openmoba.cli train FOLDER ...
+    Several devices: torchrun --nproc-per-node 2 -m openmoba train FOLDER ...
     """
 
     folder: tyro.conf.Positional[Path]

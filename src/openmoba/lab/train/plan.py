@@ -10,12 +10,13 @@ from typing import Any, Literal
 import torch
 
 from openmoba.config import MobaConfig
-from openmoba.lab.config import ModelConfig, RunConfig
+from openmoba.lab.config import ModelConfig, RunConfig, is_run, stored_config
 from openmoba.lab.measure.compute import AXES, PFLOPS_DAY, PFLOPS_DAYS, Shape, training_compute
-from openmoba.lab.model.build import build_model, set_attention
+from openmoba.lab.model.build import build_model, model_like, set_attention
 from openmoba.lab.model.loss import LOGITS_PER_CHUNK
 
 Device = Literal["cpu", "cuda"]
+_Overrides = tuple[tuple[str, bool | int | float | str | None], ...]
 SHARE: dict[Device, float] = {"cpu": 0.3, "cuda": 0.55}
 """Of the rate of large matrix products, what a run's work is done at: 0.2 to 0.5 on two cores. With `ELEMENTWISE` it
 foretells the steps of 2 M to 32 M parameters in results/h200 within 25 %; those of 545 M come out half too long."""
@@ -56,20 +57,24 @@ def plan_of(config: RunConfig, device: Device | None = None) -> Plan:
 
 
 def planned_shape(config: RunConfig) -> Shape:
-    """Return the shape of the model that the run will have with a tokenizer of `data.vocab_size` entries.
-
-    Of a model from elsewhere (`train.start_from`) this is a guess: that of `model.size`.
-    """
+    """Return the shape of the model that the run will have with a tokenizer of `data.vocab_size` entries."""
     return Shape.of(planned_model(config), config.data.length)
 
 
 def planned_model(config: RunConfig) -> Any:
-    """Return that model, without memory for its weights."""
-    overrides = () if config.train.start_from else tuple(config.model.overrides.items())
-    attention = config.arm.sparsest(config.train.steps)
-    return _model(
-        config.model.family, config.model.size, overrides, config.data.vocab_size, config.data.length, attention
-    )
+    """Return that model, without memory for its weights; of a model to start from, read what it is.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    start, model, attention = config.train.start_from, config.model, config.arm.sparsest(config.train.steps)
+    overrides = model.overrides
+    if start is not None and not is_run(start):
+        return _model_from(start, tuple(overrides.items()), attention)
+    if start is not None:
+        overrides = stored_config(start).model.overrides | overrides
+    entries = tuple(overrides.items())
+    return _model(model.family, model.size, entries, config.data.vocab_size, config.data.length, attention)
 
 
 def planned_work(config: RunConfig, device: Device | None = None) -> float:
@@ -100,9 +105,10 @@ def activation_bytes(config: RunConfig, device: Device | None = None) -> float:
     product, width = 2 if bf16 else 4, shape.hidden
     heads = shape.heads * shape.head_dim
     shared = (getattr(entries, "num_key_value_heads", None) or shape.heads) * shape.head_dim
-    layer: int = 20 * width + product * (3 * heads + 2 * shared + 4 * entries.intermediate_size)
+    feed_forward = getattr(entries, "intermediate_size", None) or 4 * width
+    layer: int = 20 * width + product * (3 * heads + 2 * shared + 4 * feed_forward)
     layer += 2 * product * width if bf16 else 0
-    if "qwen3" in config.model.family:  # norms of queries and keys
+    if "qwen3" in entries.model_type:  # norms of queries and keys
         layer += (4 + product) * (heads + shared)
     together = 1 if train.gradient_checkpointing else shape.layers
     layers = 4 * width * (shape.layers - together) + layer * together
@@ -136,10 +142,18 @@ def this_device() -> Device:
 
 
 @lru_cache(maxsize=64)
+def _model_from(source: str, overrides: _Overrides, attention: MobaConfig | None) -> Any:
+    with torch.device("meta"):
+        model = model_like(source, dict(overrides))
+        set_attention(model, attention)
+    return model
+
+
+@lru_cache(maxsize=64)
 def _model(
     family: str,
     size: str,
-    overrides: tuple[tuple[str, bool | int | float | str | None], ...],
+    overrides: _Overrides,
     vocab_size: int,
     length: int,
     attention: MobaConfig | None,

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openmoba.lab.config import RunConfig, is_run, to_dict
+from openmoba.lab.config import RunConfig, to_dict
 from openmoba.lab.data.identity import IDENTITY_FILE, OTHER_DOCUMENTS, Known, known_of_run, stored_identity
 from openmoba.lab.data.load import load_data, validation_windows
 from openmoba.lab.errors import DivergenceError, Terminated, on_sigterm
@@ -179,13 +179,12 @@ def _result(trainer: RunTrainer) -> Row:
     rows = history_until(folder, config, config.train.steps)
     evaluation = next(row for row in reversed(rows) if row["kind"] == "eval")
     trained = [row for row in rows if row["kind"] == "train"]
-    start = config.train.start_from
     # A run older than these records can't say now what it began with.
     identity = stored_identity(folder)
     return {
         "config": to_dict(config),
         "arm": config.arm.name,
-        "size": config.model.size if start is None or is_run(start) else Path(start).name,
+        "size": config.size,
         "seed": config.train.seed,
         "params": trainer.shape.parameters,
         "compiled": trainer.compiled,

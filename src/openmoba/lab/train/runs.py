@@ -81,7 +81,7 @@ def _line(
         str(folder),
         "finished" if result else "failed" if failed else f"step {last['step']}/{config.train.steps}",
         config.arm.short,
-        config.model.size,
+        config.size,
         short(last["tokens"]),
         _number((evaluation or {}).get("lm_loss"), ".4f"),
         _number((evaluation or {}).get("trailing_loss"), ".4f"),

@@ -29,7 +29,7 @@ def summary_of(trainer: RunTrainer) -> str:
         devices += f", a window over {trainer.sharding.ranks} of them, by {trainer.sharding.way}"
     evaluations = len(config.evaluation_steps)
     rows = {
-        "model": f"{config.model.family} {config.model.size}, {parameters(trainer.shape)}",
+        "model": f"{config.model_words}, {parameters(trainer.shape)}",
         "attention": _attention_path(trainer),
         "data": f"{config.data.source}: {len(data.train):,} windows of {config.data.length:,} tokens, "
         f"{len(data.valid):,} held out, vocabulary {len(data.tokenizer):,}",
@@ -48,8 +48,7 @@ def plan_text(config: RunConfig) -> str:
     rate, share = matrix_rate(in_bf16(config)), SHARE[this_device()]
     compute = ", ".join(f"{name} {value:.3g}" for name, value in plan.compute.items())
     rows = {
-        "model": f"{config.model.family} {config.model.size}, {parameters(plan.shape)}, "
-        f"vocabulary {config.data.vocab_size:,}",
+        "model": f"{config.model_words}, {parameters(plan.shape)}, vocabulary {plan.shape.vocab:,}",
         "attention": config.arm.describe(plan.shape.layers, train.steps),
         "training": f"{train.steps:,} steps of {train.batch_size:,} windows of {config.data.length:,} tokens: "
         f"{config.tokens:,} tokens; {config.eval.windows:,} windows evaluated {evaluations:,} "

@@ -257,6 +257,12 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         finally:
             self.graphs.forget()
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Say what Trainer says, but nothing of weights that are tied to others, which a checkpoint holds once."""
+        tied = self.accelerator.unwrap_model(self.model).all_tied_weights_keys
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         """Return the micro-batches of one step, and their labelled positions over all devices."""
         batches = list(islice(epoch_iterator, num_batches))
