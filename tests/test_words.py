@@ -92,7 +92,7 @@ def test_what_a_program_of_decoding_attends_to_is_a_portion() -> None:
     for name in ("triton/decode.py", "triton/decode_kernels.py"):
         assert having("portion", names(FILES[name]))
         assert having("share", names(FILES[name])) == set(), name
-    of_tables = {"page", "page_N", "page_of", "k_page", "v_page"}
+    of_tables = {"PAGES", "first_page", "page", "page_N", "page_P", "page_of", "k_page", "v_page"}
     assert having("page", names(FILES["triton/decode_kernels.py"])) == of_tables
 
 

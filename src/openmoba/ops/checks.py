@@ -81,13 +81,17 @@ def check_given(
     blocks: Tensor, q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int
 ) -> None:
     """Raise ValueError unless the lists name past blocks, or -1; assert it where values cannot be read yet."""
-    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or are_transforms_active()
-    if traced or blocks.device.type != "cpu" or type(blocks) is not Tensor or type(q) is not Tensor:
+    if is_traced() or blocks.device.type != "cpu" or type(blocks) is not Tensor or type(q) is not Tensor:
         own_T11 = own_blocks(q, k, cu_q, cu_k, block_size)[:, None, None]
         good = (blocks >= -1) & (blocks < own_T11)
         _assert_all(good, "blocks must name past blocks, or -1 for none")
     else:
         check_given_values(blocks, q, k, cu_q, cu_k, block_size)
+
+
+def is_traced() -> bool:
+    """Say whether values cannot be read: under a compiler, a mode such as FakeTensor's, or a transform such as vmap."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or are_transforms_active()
 
 
 def _assert_all(good: Tensor, message: str) -> None:
@@ -179,27 +183,6 @@ def check_rows(lengths: Tensor, starts: Tensor | None, like: Tensor) -> None:
             raise ValueError(f"{name} must be on the cache's device {like.device}, got {x.device}; move it there")
         if x.dtype != torch.int32 or x.shape != like.shape[:1]:
             raise ValueError(f"{name} must be int32 [{like.shape[0]}], got {x.dtype} {tuple(x.shape)}")
-
-
-def check_row_values(lengths: Tensor, starts: Tensor | None, slots: int) -> int:
-    """Return the most tokens of a row, 0 where the host does not look: on devices, under tracers and transforms.
-
-    Raises:
-        ValueError: a row does not lie within the slots of its cache.
-    """
-    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or are_transforms_active()
-    if traced or lengths.device.type != "cpu" or type(lengths) is not Tensor or lengths.numel() == 0:
-        return 0
-    ends = lengths if starts is None else starts + lengths
-    wrong = (lengths < 0) | (ends > slots) | (ends < lengths)
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        first = 0 if starts is None else int(starts[row])
-        raise ValueError(
-            f"row {row} has {int(lengths[row])} tokens from slot {first} on in a cache of {slots} slots; lengths count "
-            "the tokens of a row, and starts are their first slots"
-        )
-    return int(lengths.max())
 
 
 def check_scale(q: Tensor, scale: float | None) -> float:

@@ -19,8 +19,9 @@ from torch import Tensor
 from openmoba.config import check_blocks
 from openmoba.ops.backends import DECODERS, Decoder, decoder, implementation
 from openmoba.ops.centroids import centroid_dtype
-from openmoba.ops.checks import DTYPES, check_row_values, check_rows, check_scale, check_tensors, needs_gradient
+from openmoba.ops.checks import DTYPES, check_rows, check_scale, check_tensors, needs_gradient
 from openmoba.ops.operation import operation
+from openmoba.ops.pages import check_row_values
 from openmoba.ops.reference import reference_decode
 
 MAX_QUERIES = 16

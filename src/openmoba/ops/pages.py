@@ -18,7 +18,7 @@ from openmoba.config import check_blocks
 from openmoba.limits import check_count
 from openmoba.ops.backends import DECODERS, Decoder, decoder, implementation
 from openmoba.ops.centroids import centroid_dtype
-from openmoba.ops.checks import check_cache, check_row_values, check_rows, check_tensors
+from openmoba.ops.checks import check_cache, check_rows, check_tensors, is_traced
 from openmoba.ops.operation import operation
 from openmoba.ops.reference import reference_complete_pages
 
@@ -27,6 +27,26 @@ from openmoba.ops.reference import reference_complete_pages
 def write_pages(name: str, *arguments: Any) -> None:
     """Write the centroids of complete pages."""
     decoder(name).complete_pages(*arguments)
+
+
+def check_row_values(lengths: Tensor, starts: Tensor | None, slots: int) -> int:
+    """Return the most tokens of a row, 0 where the host does not look: on devices, under tracers and transforms.
+
+    Raises:
+        ValueError: a row does not lie within the slots of its cache.
+    """
+    if is_traced() or lengths.device.type != "cpu" or type(lengths) is not Tensor or lengths.numel() == 0:
+        return 0
+    ends = lengths if starts is None else starts + lengths
+    wrong = (lengths < 0) | (ends > slots) | (ends < lengths)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        first = 0 if starts is None else int(starts[row])
+        raise ValueError(
+            f"row {row} has {int(lengths[row])} tokens from slot {first} on in a cache of {slots} slots; lengths count "
+            "the tokens of a row, and starts are their first slots"
+        )
+    return int(lengths.max())
 
 
 def complete_pages(
