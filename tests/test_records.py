@@ -156,11 +156,6 @@ def test_what_is_no_packed_list_is_named(text: object) -> None:
         unpack(text, "here")
 
 
-def test_lists_of_an_older_version_are_said_to_be_such() -> None:
-    with pytest.raises(ValueError, match="restore the file, or train the run again if an older version wrote it"):
-        unpack([[1.5, 2.5]], "here")
-
-
 def test_configurations_survive_json() -> None:
     config = RunConfig(
         data=DataConfig(valid="x.txt", length=64),
