@@ -59,7 +59,9 @@ def test_a_short_list_names_the_best_what_is_not_told_apart_and_what_is_as_good(
     """Hybrids begin as good as full attention and gain with every layer; MoBA is far above."""
     full = synthetic_study.LAWS["full"]
     plant(monkeypatch, luck=0.001, hybrid=(full[0] + 0.045, full[1]), moba=(1.8, full[1]))
-    best, alike, good, level = said(tmp_path, CANDIDATES, "candidates")
+    short, best, alike, good, level = said(tmp_path, CANDIDATES, "candidates")
+    assert short.startswith("In short: last-3 (blocks of ")
+    assert short.endswith(", and its trailing loss ends within noise of that of full attention.")
     assert best.startswith("large: of 4 sparse candidates the lowest trailing loss has last-3: ")
     assert "% of the keys read and 1.00 times the tokens per second (8 documents, 24 windows, 1 seed)." in best
     assert alike == "Not told apart from last-3: none of the others."
@@ -80,7 +82,7 @@ def test_candidates_that_do_not_differ_are_said_not_to_be_told_apart(
     plant(monkeypatch, luck=0.004)
     text = CANDIDATES.replace('"last-1", "last-3"]', '"last-3", "again"]')
     text = text.replace("[arms]", '[arms]\nagain = { name = "hybrid", full_layers = 3, block_size = 32 }')
-    _, alike, *_ = said(tmp_path, text, "candidates")
+    alike = said(tmp_path, text, "candidates")[2]
     assert alike.startswith("Not told apart from ")
     assert ": again (+" in alike or ": last-3 (+" in alike
 
@@ -92,7 +94,8 @@ def test_an_arm_with_key_convolution_is_compared_with_full_attention_that_has_it
     plant(monkeypatch)
     text = CANDIDATES.replace('["full", "moba", "fine", ', '["full", "last-keys", "full-keys", "moba", ')
     text = text.replace("[arms]\n", KEYS)
-    best = said(tmp_path / "list", text, "candidates")[0]
+    short, best, *_ = said(tmp_path / "list", text, "candidates")
+    assert short.endswith(" that of full attention with the same key convolution.")
     assert re.search(
         r"has last-keys: .* from full attention: \*\*.* from full-keys, full .* same key convolution: \*\*", best
     )
@@ -115,7 +118,8 @@ def test_an_arm_whose_fair_reference_has_no_run_is_not_judged(tmp_path: Path, mo
     full = synthetic_study.LAWS["full"]
     plant(monkeypatch, luck=0.0, hybrid=(full[0] * 0.9, full[1]))
     text = CANDIDATES.replace('"fine", "last-1", "last-3"]', '"last-keys", "last-3"]').replace("[arms]\n", KEYS)
-    best, _, unfair, good, *rest = said(tmp_path, text, "candidates")
+    short, best, _, unfair, good, *rest = said(tmp_path, text, "candidates")
+    assert re.search(r"ends \d+\.\d% below that of full attention without its key convolution\.$", short)
     assert "with the same key convolution" not in best
     assert unfair.startswith("last-keys: full attention with the same key convolution has no run yet")
     assert "interval: last-3 (-" in good

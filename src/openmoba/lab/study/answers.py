@@ -271,7 +271,7 @@ def _from_full(stage: Stage, runs: Sequence[Outcome]) -> Iterator[str]:
 
 
 def _nearest(runs: Sequence[Outcome]) -> Iterator[str]:
-    """Name the sparse candidate with the lowest trailing loss and those that are not told apart from it.
+    """Say what the sparse candidate with the lowest trailing loss is, and name those that are not told apart from it.
 
     Then those that are as good as full attention, and the one with the fewest keys that is not resolved above it.
     """
@@ -280,6 +280,7 @@ def _nearest(runs: Sequence[Outcome]) -> Iterator[str]:
     if not sparse:
         return
     best, *others = sparse
+    yield _in_short(best)
     which = f"of {len(sparse)} sparse candidates the lowest trailing loss has" if others else "one sparse candidate,"
     yield f"{runs[0].run.size}: {which} {_stands(best)}."
     noise = seed_noise(runs, "trailing")
@@ -317,6 +318,22 @@ def _level(judged: Sequence[Standing], every: str) -> Iterator[str]:
             f"{len(level)} are not resolved above {FAIR}, which does not make them equal; the fewest keys of these "
             f"reads {_stands(fewest)}."
         )
+
+
+def _in_short(found: Standing) -> str:
+    """Say of a sparse candidate what it is, what it saves and what it loses, in a sentence without intervals."""
+    run, against = found.runs[0], found.fair or found.plain
+    settings = run.config.arm.settings(run.layers, run.config.train.steps)
+    full = "full attention" + (" with the same key convolution" if against is found.own else "")
+    full += " without its key convolution" if found.fair is None else ""
+    trailing = against.trailing
+    assert trailing is not None, "chosen by it"
+    share = abs(trailing.mean) / against.trailing_loss
+    end = f"{share:.1%} {'below' if trailing.mean < 0 else 'above'}" if trailing.resolved else "within noise of"
+    return (
+        f"In short: {run.label} ({settings}) reads {found.key_share:.0%} of the keys that full attention reads, trains "
+        f"{found.speedup:.1f} times as fast, and its trailing loss ends {end} that of {full}."
+    )
 
 
 def _stands(found: Standing) -> str:

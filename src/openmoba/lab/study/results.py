@@ -38,7 +38,7 @@ AXIS = "6nd"
 NEEDLES = "needle.jsonl"
 """Record of `openmoba evaluate needle`, in a study's folder."""
 HEADLINES = {
-    "compare": ("Loss of every candidate against full attention", 3),
+    "compare": ("Loss of every candidate against full attention", 2),
     "scaling": ("Trailing loss over compute, with the fitted laws of MoBA and full attention", None),
     "layers": ("Trailing loss over the number of full layers, between MoBA and full attention", None),
 }
