@@ -21,7 +21,7 @@ GIVEN_CONFIGURATIONS = ["64,128,8:given", "128,128,8:given", "128,512,3:given", 
 WIDEST_FLOAT32 = "256,80,8:float32"  # launches every kernel
 DECODE_CONFIGURATIONS = ["64,128,8,1", "128,128,8,1", "128,512,3,16", "256,128,8,16", "80,16,1,2"]
 PAGED_CONFIGURATIONS = [  # with queries and page size
-    *("128,128,8,4,128", "64,512,3,4,64", "80,16,1,4,32", "16,5,40,4,1"),
+    *("128,128,8,4,128", "128,128,8,4,16", "64,512,3,4,64", "80,16,1,4,32", "16,5,40,4,1"),
     *("128,128,8,4096,128", "128,512,3,4096,512", "128,128,8,4096,16"),
 ]
 SHARED_MEMORY = 227 * 1024  # of one thread block
@@ -203,6 +203,7 @@ def test_machine_code_over_a_block_table(reports, configuration):
     if queries == 4:
         assert set(kernels) == {"_complete_blocks", "attend"} | ({"score"} if top_k > 1 else set())
         assert kernels["attend"]["registers"] <= 128
+        assert kernels["attend"]["loop_spills"] <= 2  # of Triton 3.7 and 3.8, with pages of 16
         assert top_k == 1 or kernels["score"]["hgmma"] > 0
     elif page_size >= block_size:
         past = "attend_past_resident" if block_size == 128 else "attend_past_streaming"

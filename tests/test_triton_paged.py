@@ -55,6 +55,22 @@ def assert_rounded(out: Tensor, wanted: Tensor) -> None:
     assert (out.double() - wanted).norm() <= eps * wanted.norm()
 
 
+@pytest.mark.parametrize(("page_size", "turns"), [(3, {8, 3}), (12, {2, 1})])
+def test_pages_are_looked_up_in_turns(page_size: int, turns: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of blocks of 192 tokens, read whole and in pieces of 64, which begin within a page; 8 pages at once."""
+    seen, pages_of = [], decode.pages_of
+    monkeypatch.setattr(decode, "pages_of", lambda *sizes: seen.append(pages_of(*sizes)) or seen[-1])
+    monkeypatch.setattr(decode, "_MOST_PAGES", 8)
+    server = new_server(page_size, 192)
+    paged.complete_paged(*of_upkeep(server.call({server.begin(): 230})))
+    for programs in (1, 80):
+        monkeypatch.setattr(decode, "_PROGRAMS_PER_MULTIPROCESSOR", programs)
+        decode._launches.cache_clear()
+        call = server.call({0: 1})
+        assert_rounded(attend(server, call, 2), expected(call, 2))
+    assert {turns for _, turns in seen} == turns
+
+
 @SIZES
 @pytest.mark.usefixtures("kernels")
 def test_ragged_batches(page_size: int, block_size: int) -> None:

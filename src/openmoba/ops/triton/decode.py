@@ -206,7 +206,7 @@ def _launches(
             "SHARED": portions > 1,
             "L": next((lanes for lanes in _LANES if lanes >= blocks), _LANES[0]),
             "IN_REGISTERS": blocks <= _LANES[-1],
-            "PAGES": min(power_of_two(cdiv(piece, split)), _MOST_PAGES) if split else 0,
+            **dict(zip(("PAGES", "TURNS"), pages_of(min(piece, block_size), split), strict=True)),
             "N": n,
             "C": _MERGED_AT_ONCE,
             "STAGES": _TILES_IN_FLIGHT + 1,
@@ -236,6 +236,15 @@ def portion_of(rows: int, block_size: int, top_k: int, tile: int, multiprocessor
         return top_k // wanted, block_size
     pieces = max(1, programs // rows // top_k)  # no more than run at once: a few more would take a second turn
     return 1, cdiv(cdiv(block_size, pieces), tile) * tile
+
+
+def pages_of(piece: int, page_size: int) -> tuple[int, int]:
+    """Return how many pages of a piece are looked up at once, and in how many turns; zeros for a page size of 0."""
+    if page_size == 0:
+        return 0, 0
+    pages = cdiv(piece, page_size) + (piece % page_size > 0)  # a piece may begin within one
+    at_once = min(power_of_two(pages), _MOST_PAGES)
+    return at_once, cdiv(pages, at_once)
 
 
 def overlaps(device: torch.device) -> bool:

@@ -163,6 +163,7 @@ def attend(
     L: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
     PAGES: tl.constexpr,
+    TURNS: tl.constexpr,
     N: tl.constexpr,
     C: tl.constexpr,
     STAGES: tl.constexpr,
@@ -171,7 +172,7 @@ def attend(
     """Attend from one query row to one portion: `ranks` of its blocks, best first, and `piece` keys of each.
 
     The own block comes first. SPLIT: tokens of a page of the cache, if a block lies in several; else 0. PAGES are then
-    looked up at once.
+    looked up at once, in TURNS.
     """
     # Portions of low rank choose longest: they start first.
     portion = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -234,8 +235,8 @@ def attend(
         k_page, v_page, first_key = k_ptr, v_ptr, block * block_size
         if SPLIT > 0:
             # Pages are looked up before the loop over keys, whose copies run tiles ahead and must wait for none of it.
-            # One turn, but for a piece of very many pages.
-            for page in range(begin // SPLIT, tl.cdiv(end, SPLIT), PAGES):
+            for turn in range(TURNS):
+                page = begin // SPLIT + turn * PAGES
                 number_P = page + tl.arange(0, PAGES)
                 page_P = tl.load(table_ptr + first_key // SPLIT + number_P, mask=number_P * SPLIT < end, other=0)
                 m_N, l_N, o_ND = _attend_keys(
