@@ -61,7 +61,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> type[Launches]:
 
     stream = SimpleNamespace(wait_stream=lambda _: None)
     monkeypatch.setattr(step_graph, "_captured", captured)
-    monkeypatch.setattr(step_graph, "why_not", lambda *_: None)
+    for module in (step_graph, graphs):
+        monkeypatch.setattr(module, "why_not", lambda *_: None)
     monkeypatch.setattr(step_graph, "_waiting_refused", nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: stream)
@@ -391,6 +392,7 @@ def test_where_no_graph_can_be_had_the_run_says_why_and_goes_on(
 
     _, expected, _ = run(config, tmp_path / "plain")
     monkeypatch.setattr("openmoba.lab.train.trainer.wanted", lambda *_: True)
+    monkeypatch.setattr(graphs, "why_not", lambda *_: None)
     monkeypatch.setattr(graphs, "StepGraph", refuse)
     result, found, notes = run(config, tmp_path / "refused")
     assert found == expected
@@ -422,10 +424,7 @@ def test_which_runs_want_graphs_and_which_cannot_have_them() -> None:
     assert not graphs.wanted(config, "cpu")
     for setting in ("layers", "off"):
         assert not graphs.wanted(RunConfig(train=TrainConfig(compile=setting)), "cuda")  # type: ignore[arg-type]
-    assert graphs.reason_against(config, 1, conversations=False) is None
-    assert "several processes" in str(graphs.reason_against(config, 2, conversations=False))
-    assert "conversations" in str(graphs.reason_against(config, 1, conversations=True))
-    checkpointed = RunConfig(train=TrainConfig(gradient_checkpointing=True))
-    assert "gradient_checkpointing" in str(graphs.reason_against(checkpointed, 1, conversations=False))
+    assert graphs.reason_against(config, small(), conversations=False) == why_not(small(), {})
+    assert "conversations" in str(graphs.reason_against(config, small(), conversations=True))
     sharded = RunConfig(train=TrainConfig(fsdp=True))
-    assert "train.fsdp gathers" in str(graphs.reason_against(sharded, 1, conversations=False))
+    assert "train.fsdp gathers" in str(graphs.reason_against(sharded, small(), conversations=False))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openmoba.hf.step_graph import CaptureError, StepGraph
+from openmoba.hf.step_graph import CaptureError, StepGraph, why_not
 from openmoba.lab.config import RunConfig
 from openmoba.lab.progress import Progress
 
@@ -18,17 +18,13 @@ def wanted(config: RunConfig, device: str) -> bool:
     return config.train.compile == "auto" and device == "cuda"
 
 
-def reason_against(config: RunConfig, processes: int, conversations: bool) -> str | None:
-    """Say why a run's steps cannot be graphs, before that is tried; None if nothing is known."""
-    if processes > 1:
-        return "several processes share it"
+def reason_against(config: RunConfig, model: Any, conversations: bool) -> str | None:
+    """Say why the steps of a run, of this model, cannot be graphs, before that is tried; None if nothing is known."""
     if config.train.fsdp:
         return "train.fsdp gathers weights in the middle of it"
-    if config.train.gradient_checkpointing:
-        return "train.gradient_checkpointing computes activations again, which keeps the state of random numbers"
     if conversations:
         return "conversations have different numbers of labels"
-    return None
+    return why_not(model, {})
 
 
 class StepGraphs:

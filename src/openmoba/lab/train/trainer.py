@@ -138,7 +138,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         """Have micro-batches launched as CUDA graphs if the run says so and it can be: before its time is measured."""
         if not wanted(self.config, self.args.device.type):
             return
-        reason = reason_against(self.config, self.args.world_size, self.data.train.store.written is not None)
+        model, conversations = self.accelerator.unwrap_model(self.model), self.data.train.store.written is not None
+        reason = reason_against(self.config, model, conversations)
         if reason is not None:
             self.graphs.stop(reason)
             return
