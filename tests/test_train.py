@@ -474,6 +474,23 @@ def test_bad_runs_are_refused_before_training(
     assert disk.read(tmp_path / "metrics.jsonl") == []
 
 
+@pytest.mark.parametrize("arm", ["full", "moba"])
+def test_attention_dropout_is_refused_before_data_are_read(
+    config: RunConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str
+) -> None:
+    """Of a fresh model and of one to start from; the attention function would refuse it in the first step."""
+
+    def read(*_: Any, **__: Any) -> None:
+        raise AssertionError("data are read")
+
+    monkeypatch.setattr("openmoba.lab.train.run.load_data", read)
+    model = ModelConfig(size="nano", overrides={"attention_dropout": 0.1})
+    dropping = replace(config, model=model, arm=ArmConfig(arm, 8, 2))  # type: ignore[arg-type]
+    for start in (None, str(finished)):
+        with pytest.raises(ValueError, match=r"attention_dropout=0\.1 drops .* set it to 0 in model\.overrides"):
+            run_training(replace(dropping, train=replace(TRAIN, start_from=start)), tmp_path)
+
+
 def test_schedules_warm_up_hold_and_decay() -> None:
     cosine = TrainConfig(warmup=0.1, final_learning_rate=0.1)
     assert [learning_rate_factor(s, 100, cosine) for s in (0, 10, 55, 100)] == pytest.approx([1 / 11, 1, 0.55, 0.1])

@@ -13,6 +13,7 @@ from openmoba.hf.kinds import Kind, Moba
 from openmoba.hf.layers import kind_of_layer
 from openmoba.hf.layout import Layout, take
 from openmoba.hf.shards import attend_sharded
+from openmoba.hf.support import DROPOUTS
 from openmoba.ops.checks import needs_gradient
 from openmoba.ops.decode import MAX_QUERIES
 from openmoba.parallel.current import current_sharding
@@ -105,8 +106,8 @@ def _after_pages(
 def _refuse_variants(module: Any, dropout: float, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
     if dropout > 0:
         raise ValueError(
-            f"no attention dropout in MoBA, got {dropout}; load the model with attention_dropout=0, which some "
-            "families call attn_pdrop or attention_probs_dropout_prob"
+            f"no attention dropout in MoBA, got {dropout}; load the model with {DROPOUTS[0]}=0, which some families "
+            f"call {' or '.join(DROPOUTS[1:])}"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal:

@@ -15,6 +15,9 @@ _VARIANTS = {
     "keep_window_size": "a mask of its own making",
 }
 
+DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+"""What families call the share of attention weights that training drops, which MoBA does not compute."""
+
 
 def check_model(model: Any) -> None:
     """Raise ValueError unless this is a model of transformers, or forwards to one as PEFT's do."""

@@ -191,10 +191,21 @@ def stopped_at(source: str | Path, checkpoint: str | Path) -> str | None:
 
 
 def set_attention(model: Any, attention: MobaConfig | None) -> None:
-    """Set MoBA as configured, or full attention for None; at any time, also between two steps of training."""
+    """Set MoBA as configured, or full attention for None; at any time, also between two steps of training.
+
+    Raises:
+        ValueError: the model has not such attention, or drops some of it in training.
+    """
     from openmoba.hf import configure
     from openmoba.hf.model import attend_fully
+    from openmoba.hf.support import DROPOUTS
 
+    for name in DROPOUTS:
+        if share := getattr(model.config, name, 0):
+            raise ValueError(
+                f"{name}={share} drops attention weights in training, which neither MoBA nor full attention computes "
+                "here; set it to 0 in model.overrides"
+            )
     if attention is None:
         attend_fully(model)
     else:
