@@ -58,7 +58,7 @@ def failing() -> None:
     """A failure is a row, ends all processes, and the same command goes on behind it."""
     case = replace(CASES[0], tokens=100)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "measure_case", lambda *_: 1 / 0)
+        patch.setattr(measure, "measure_case", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             command.run_parallel_benchmark([case], out(), Machine(torch.device("cpu"), "abc"))
     distributed.barrier()
@@ -77,7 +77,7 @@ def one_failing() -> None:
         raise KeyboardInterrupt  # as torchrun ends it
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "measure_case", fail_in_the_second)
+        patch.setattr(measure, "measure_case", fail_in_the_second)
         with pytest.raises((MemoryError, KeyboardInterrupt)):
             command.run_parallel_benchmark([case], out(), machine)
     distributed.barrier()

@@ -17,9 +17,7 @@ from torch import distributed
 
 from openmoba.bench.machine import Machine, failure, now, say
 from openmoba.bench.parallel.cases import GRIDS, ParallelCase, ParallelRow, compared, markdown
-from openmoba.bench.parallel.measure import measure_case, slowest
 from openmoba.bench.rows import append_row, read_rows
-from openmoba.parallel.collectives import leave_group
 
 PATIENCE = timedelta(minutes=3)  # for a device that compiles while the others wait
 
@@ -39,6 +37,8 @@ class Parallel:
 
     def run(self) -> None:
         """Measure, and print a table."""
+        from openmoba.parallel.collectives import leave_group
+
         if self.grid not in GRIDS:
             raise ValueError(f"grid must be one of {', '.join(GRIDS)}, got {self.grid!r}")
         if "RANK" not in os.environ:
@@ -71,6 +71,8 @@ def run_parallel_benchmark(cases: Sequence[ParallelCase], out: Path, machine: Ma
         Exception: of the first case that fails, after its row: devices are out of step then. The same command goes on
             behind it.
     """
+    from openmoba.bench.parallel.measure import measure_case, slowest  # which takes a second to import
+
     ranks, rank = distributed.get_world_size(), distributed.get_rank()
     done = {row.key: row for row in read_rows(out, ParallelRow)}
     slowest([0.0], machine.device)  # all have read it before the first process adds to it
