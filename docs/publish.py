@@ -17,15 +17,14 @@ from pathlib import Path
 
 import tables
 
-from openmoba.lab.data.identity import IDENTITY_FILE
 from openmoba.lab.measure.needle_page import draw_needles, read_needles
+from openmoba.lab.run_files import CONFIG_FILE, IDENTITY_FILE, METRICS_FILE, RESULT_FILE
 from openmoba.lab.study.outcomes import read_outcomes
 from openmoba.lab.study.recipe import RECIPE_FILE, read_recipe
 from openmoba.lab.study.report import write_report
 from openmoba.lab.study.results import AXIS, NEEDLES
-from openmoba.lab.train.history import METRICS_FILE, RESULT_FILE
 
-RECORDS = ("config.json", IDENTITY_FILE, METRICS_FILE, RESULT_FILE)
+RECORDS = (CONFIG_FILE, IDENTITY_FILE, METRICS_FILE, RESULT_FILE)
 """What a finished run is, without weights."""
 
 

@@ -16,8 +16,9 @@ from openmoba.config import MobaConfig
 from openmoba.lab.arms import ArmConfig
 from openmoba.lab.measure.evaluate import summary
 from openmoba.lab.model.build import SIZES, build_model, set_attention
+from openmoba.lab.run_files import METRICS_FILE
 from openmoba.lab.study.recipe import PlannedRun, read_recipe
-from openmoba.lab.train.history import METRICS_FILE, record
+from openmoba.lab.train.history import record
 from openmoba.lab.train.plan import planned_shape
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))

@@ -20,7 +20,7 @@ ROOMS = (
     ("vllm",),
     ("hf",),
     ("records",),
-    ("lab.__init__", "lab.arms", "lab.columns", "lab.config", "lab.errors", "lab.progress"),
+    ("lab.__init__", "lab.arms", "lab.columns", "lab.config", "lab.errors", "lab.progress", "lab.run_files"),
     ("lab.data",),
     ("lab.model",),
     ("lab.measure",),

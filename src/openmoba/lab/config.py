@@ -15,6 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from openmoba.lab.arms import ArmConfig
+from openmoba.lab.run_files import CONFIG_FILE, is_run
 from openmoba.limits import check_count, check_number, check_share
 from openmoba.records.disk import read_json
 
@@ -265,12 +266,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def stored_config(folder: str | Path) -> RunConfig:
     """Read the configuration of the run in `folder`; ValueError if its config.json is missing or damaged."""
-    return from_dict(RunConfig, read_json(Path(folder) / "config.json"))
-
-
-def is_run(source: str | Path) -> bool:
-    """Tell whether `source` is the folder of a run, not that of a model or a hub name."""
-    return str(source) != "" and (Path(source) / "metrics.jsonl").exists()
+    return from_dict(RunConfig, read_json(Path(folder) / CONFIG_FILE))
 
 
 _FREE = (("data", "cache"), ("train", "context_parallel"))

@@ -206,8 +206,3 @@ def _writing(path: Path) -> Iterator[None]:
         raise ValueError(
             f"cannot write {path}: {error.strerror}; {way_out(error)}, earlier records are safe"
         ) from error
-
-
-def has_begun(folder: Path) -> bool:
-    """Tell whether the run in `folder` left a record or a checkpoint."""
-    return (folder / "metrics.jsonl").exists() or any(folder.glob("checkpoint-*"))

@@ -20,11 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from openmoba.lab.config import DataConfig, is_run, stored_config
+from openmoba.lab.config import DataConfig, stored_config
 from openmoba.lab.progress import Progress
+from openmoba.lab.run_files import IDENTITY_FILE, RESULT_FILE, is_run
 from openmoba.records.disk import Row, read_json
-
-IDENTITY_FILE = "data.json"
 
 Identity = Mapping[str, Any]
 
@@ -81,7 +80,7 @@ def stored_identity(run: str | Path) -> Identity:
     folder = Path(run)
     if (folder / IDENTITY_FILE).exists():
         return {key: value for key, value in read_json(folder / IDENTITY_FILE).items() if key in ASPECTS}
-    return identity_in(read_json(folder / "result.json")) if (folder / "result.json").exists() else {}
+    return identity_in(read_json(folder / RESULT_FILE)) if (folder / RESULT_FILE).exists() else {}
 
 
 def identity_in(result: Row) -> Identity:

@@ -10,8 +10,9 @@ from typing import Any
 
 import tyro
 
-from openmoba.lab.config import DataConfig, EvalConfig, is_run, stored_config
+from openmoba.lab.config import DataConfig, EvalConfig, stored_config
 from openmoba.lab.progress import Progress, TerminalProgress
+from openmoba.lab.run_files import is_run
 from openmoba.limits import check_count, check_number
 from openmoba.records.disk import write_json
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from openmoba.lab.config import DataConfig, EvalConfig, RunConfig, is_run, stored_config
+from openmoba.lab.config import DataConfig, EvalConfig, RunConfig, stored_config
 from openmoba.lab.data.identity import OTHER_DOCUMENTS, known_of_run
 from openmoba.lab.data.load import data_of_run, load_validation, validation_windows
 from openmoba.lab.data.windows import Windows
@@ -27,8 +27,8 @@ from openmoba.lab.measure.losses import Sums, TokenLosses, window_losses
 from openmoba.lab.model.build import load_model, model_folder
 from openmoba.lab.model.loss import attach_loss
 from openmoba.lab.progress import Progress
-
-Row = dict[str, Any]
+from openmoba.lab.run_files import is_run
+from openmoba.records.disk import Row
 
 
 def evaluate_source(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from openmoba.lab.arms import FULL
-from openmoba.lab.config import DataConfig, is_run, stored_config
+from openmoba.lab.config import DataConfig, stored_config
 from openmoba.lab.data.identity import OTHER_DOCUMENTS, known_of_run
 from openmoba.lab.data.load import data_of_run, load_validation
 from openmoba.lab.data.tokenizer import fingerprint, load_tokenizer
@@ -33,6 +33,7 @@ from openmoba.lab.measure.evaluate import autocast
 from openmoba.lab.model.build import load_model, model_folder, stopped_at
 from openmoba.lab.model.checkpoint import checkpoints
 from openmoba.lab.progress import Progress
+from openmoba.lab.run_files import METRICS_FILE, is_run
 
 _NAMES = ("Arden", "Basel", "Corfu", "Delos", "Evora", "Fargo", "Genoa", "Hilo", "Izmir", "Jena", "Kyoto", "Lyon")
 _DOCUMENTS = ("source", "valid", "column", "hold_out")
@@ -136,7 +137,7 @@ def models_in(source: str, progress: Progress) -> list[str]:
     Raises:
         ValueError: a folder of runs, none of which has a checkpoint.
     """
-    runs = [] if is_run(source) else sorted(path.parent for path in Path(source).rglob("metrics.jsonl"))
+    runs = [] if is_run(source) else sorted(path.parent for path in Path(source).rglob(METRICS_FILE))
     if not runs:
         return [source]
     there = [str(run) for run in runs if checkpoints(run)]

@@ -12,10 +12,11 @@ import torch
 
 from openmoba.config import MobaConfig
 from openmoba.hub import check_model_source
-from openmoba.lab.config import ModelConfig, is_run, stored_config
+from openmoba.lab.config import ModelConfig, stored_config
 from openmoba.lab.model.checkpoint import checkpoint_step, newest_held
 from openmoba.lab.model.overrides import check_rotation, fitting, replace_entries, transformers_config
 from openmoba.lab.progress import Progress
+from openmoba.lab.run_files import is_run
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from openmoba.lab.data.identity import identity_in
 from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.resample import Difference, Floats, Interval, Numbers, SeedNoise, paired_difference
 from openmoba.lab.model.build import SIZES
+from openmoba.lab.run_files import RESULT_FILE
 from openmoba.lab.study.fit import Fit, fit_arms, fit_runs
 from openmoba.lab.study.recipe import RECIPE_FILE, PlannedRun, Recipe, Stage
 from openmoba.lab.study.same_data import RunData, check_same_data, origin
@@ -166,7 +167,7 @@ def read_outcomes(recipe: Recipe, study: Path) -> list[Outcome]:
     outcomes = []
     for run in recipe.runs:
         folder = study / run.name
-        if (folder / "result.json").exists():
+        if (folder / RESULT_FILE).exists():
             config, result = read_result(folder)
             _check_planned(run, config, study)
             trained = {row["step"]: row["loss"] for row in history(folder) if row["kind"] == "train"}

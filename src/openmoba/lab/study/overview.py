@@ -7,8 +7,9 @@ from pathlib import Path
 
 from openmoba.lab.columns import aligned, gigabytes, short
 from openmoba.lab.progress import duration
+from openmoba.lab.run_files import RESULT_FILE
 from openmoba.lab.study.recipe import PlannedRun, Recipe
-from openmoba.lab.study.work import finished, origin, state
+from openmoba.lab.study.work import begins_with, finished, state
 from openmoba.lab.train.plan import SHARE, in_bf16, matrix_rate, plan_of, this_device
 from openmoba.records.disk import read_json
 
@@ -30,7 +31,7 @@ def overview(recipe: Recipe, study: Path, tflops: float | None = None) -> str:
         compute = [f"{value:.3g}" for value in plan.compute.values()]
         parameters, tokens = short(plan.shape.non_embedding), short(config.tokens)
         sizes = [parameters, tokens, *compute, gigabytes(plan.memory), duration(plan.work / rate)]
-        rows.append([f"{state(run, study):9} {run.name}{origin(run)}", *sizes])
+        rows.append([f"{state(run, study):9} {run.name}{begins_with(run)}", *sizes])
     conventions = list(next(iter(plans.values())).compute)
     heads = ["run", "parameters", "tokens", *conventions, "memory", "time"]
     left = [run for run in runs if not finished(run, study)]
@@ -53,7 +54,7 @@ def _rate(runs: Sequence[PlannedRun], study: Path, work: dict[str, float], tflop
         return share * tflops * 1e12, f"at {share:.0%} of {tflops:g} TFLOP/s"
     done = [run for run in runs if finished(run, study)]
     if done:
-        seconds = sum(read_json(study / run.name / "result.json")["seconds"] for run in done)
+        seconds = sum(read_json(study / run.name / RESULT_FILE)["seconds"] for run in done)
         return sum(work[run.name] for run in done) / seconds, f"at the speed of the {len(done)} finished ones"
     rate, share = matrix_rate(in_bf16(runs[0].config(study))), SHARE[this_device()]
     return share * rate, f"at {share:.0%} of the {rate / 1e12:.3g} TFLOP/s that matrices reach here"

@@ -9,6 +9,7 @@ from pathlib import Path
 from openmoba.lab.arms import FULL
 from openmoba.lab.measure.compute import AXES, Axis
 from openmoba.lab.measure.resample import LEVEL
+from openmoba.lab.run_files import RESULT_FILE
 from openmoba.lab.study.answers import answers, slopes, sweep, switches, use_of_context
 from openmoba.lab.study.candidates import standing_table, standings
 from openmoba.lab.study.charts import Chart, describe_arms, draw_charts, law_axes
@@ -31,7 +32,6 @@ from openmoba.lab.study.outcomes import (
 from openmoba.lab.study.recipe import Recipe, Stage
 from openmoba.lab.study.tables import comparisons, reach
 from openmoba.lab.study.words import LOSSES, bounds, inside
-from openmoba.lab.train.history import RESULT_FILE
 from openmoba.records.disk import write_text
 from openmoba.records.locks import CLAIM_FILE, claim
 from openmoba.records.markdown import table

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from openmoba.lab.config import DataConfig
 from openmoba.lab.data.identity import Identity, Known, shared, stored_identity
+from openmoba.lab.run_files import FAILED_FILE, has_begun
 from openmoba.lab.study.recipe import PlannedRun, Recipe
-from openmoba.lab.train.history import FAILED_FILE
-from openmoba.records.disk import has_begun
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from openmoba.lab.errors import DivergenceError
 from openmoba.lab.model.build import check_model
 from openmoba.lab.model.checkpoint import checkpoints
 from openmoba.lab.progress import Progress, duration
+from openmoba.lab.run_files import CONFIG_FILE, FAILED_FILE, RESULT_FILE, has_begun
 from openmoba.lab.study.recipe import RECIPE_FILE, PlannedRun, Recipe
 from openmoba.lab.study.same_data import begun, check_same_data, known_data
-from openmoba.lab.train.history import FAILED_FILE, RESULT_FILE
 from openmoba.lab.train.plan import planned_work
-from openmoba.records.disk import Row, expect, has_begun, read_json, remove_leftovers, write_json, write_text
+from openmoba.records.disk import Row, expect, read_json, remove_leftovers, write_json, write_text
 from openmoba.records.locks import CLAIM_FILE, claim, holder
 
 POLL_SECONDS = 1.0
@@ -118,7 +118,7 @@ def check_folders(recipe: Recipe, study: Path) -> None:
     So does a run that the recipe does not name: the folder's report would leave it out, and lose the recipe that does.
     """
     names = {run.name for run in recipe.runs}
-    found = sorted(str(path.parent.relative_to(study)) for path in study.glob("*/*/config.json"))
+    found = sorted(str(path.parent.relative_to(study)) for path in study.glob(f"*/*/{CONFIG_FILE}"))
     strange = [name for name in found if name not in names and has_begun(study / name)]
     if strange:
         more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
@@ -128,7 +128,7 @@ def check_folders(recipe: Recipe, study: Path) -> None:
         )
     for run in recipe.runs:
         folder = study / run.name
-        if not (folder / "config.json").exists() or not has_begun(folder) or (folder / FAILED_FILE).exists():
+        if not (folder / CONFIG_FILE).exists() or not has_begun(folder) or (folder / FAILED_FILE).exists():
             continue  # what failed is trained anew with another configuration
         if changed := run.changed_from(stored_config(folder), study):
             raise ValueError(
@@ -233,10 +233,10 @@ def _attempt(
         config = run.config(study)
         if (folder / FAILED_FILE).exists():
             _clear(folder)
-        if (folder / "config.json").exists():
-            write_json(folder / "config.json", to_dict(config))  # `check_folders` let no more than a move pass
+        if (folder / CONFIG_FILE).exists():
+            write_json(folder / CONFIG_FILE, to_dict(config))  # `check_folders` let no more than a move pass
         progress = reporter(run.name)
-        progress.note(f"run {recipe.runs.index(run) + 1} of {len(recipe.runs)}: {run.name}{origin(run)}")
+        progress.note(f"run {recipe.runs.index(run) + 1} of {len(recipe.runs)}: {run.name}{begins_with(run)}")
         shown = _RunProgress(run, config.train.steps, progress, clock)
         try:
             train(config, folder, progress=shown, known=known_data(run, recipe, study))
@@ -266,8 +266,9 @@ def state(run: PlannedRun, study: Path) -> str:
         return "finished"
     if failure(run, study) is not None:
         return "failed"
-    return "begun" if (study / run.name / "config.json").exists() else "missing"
+    return "begun" if (study / run.name / CONFIG_FILE).exists() else "missing"
 
 
-def origin(run: PlannedRun) -> str:
+def begins_with(run: PlannedRun) -> str:
+    """Say behind a run's name which run it starts from, if from one."""
     return f", from {run.after}" if run.after else ""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from openmoba.lab.config import RunConfig, changes, is_run, stored_config
+from openmoba.lab.config import RunConfig, changes, stored_config
 from openmoba.lab.data.load import Data
 from openmoba.lab.model.build import check_model
 from openmoba.lab.model.checkpoint import checkpoint_step, checkpoints
+from openmoba.lab.run_files import CONFIG_FILE, has_begun, is_run
 from openmoba.lab.train.schedule import check_lengthening
-from openmoba.records import disk
 
 
 def check_run(config: RunConfig, folder: Path) -> bool:
@@ -60,10 +60,10 @@ def check_vocabulary(config: RunConfig, model: Any, data: Data) -> None:
 
 def _check_folder(config: RunConfig, folder: Path) -> bool:
     """Tell whether a shorter run of this configuration has begun in the folder; ValueError if another one has."""
-    if not disk.has_begun(folder):
+    if not has_begun(folder):
         return False
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds records but no config.json; restore it or use another folder")
+    if not (folder / CONFIG_FILE).exists():
+        raise ValueError(f"{folder} holds records but no {CONFIG_FILE}; restore it or use another folder")
     stored = stored_config(folder)
     if not changes(stored, config):
         return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import tyro
 from openmoba.lab.config import RunConfig, stored_config
 from openmoba.lab.measure.commands import losses_table
 from openmoba.lab.progress import TerminalProgress
+from openmoba.lab.run_files import CONFIG_FILE, RESULT_FILE
 from openmoba.records.locks import claim, holder
 
 
@@ -37,7 +37,7 @@ class Train:
         return replace(self, options=replace(options, model=replace(options.model, overrides={})))
 
     def _stored(self) -> RunConfig | None:
-        return stored_config(self.folder) if (self.folder / "config.json").exists() else None
+        return stored_config(self.folder) if (self.folder / CONFIG_FILE).exists() else None
 
     def _settings(self) -> RunConfig:
         """Return the options, with the overrides of the run in the folder if none are given."""
@@ -50,7 +50,7 @@ class Train:
         """Train, and say where the result is."""
         from openmoba.lab.train.check import check_run
         from openmoba.lab.train.history import evaluations
-        from openmoba.lab.train.run import run_training
+        from openmoba.lab.train.run import is_first, run_training
         from openmoba.parallel.collectives import leave_group
 
         if self.dry_run:
@@ -59,11 +59,11 @@ class Train:
             check_run(self._settings(), self.folder)
             print(f"{self.folder}\n{plan_text(self._settings())}")
             return
-        with claim(self.folder) if os.environ.get("RANK", "0") == "0" else nullcontext(True) as mine:
+        with claim(self.folder) if is_first() else nullcontext(True) as mine:
             if not mine:
                 raise ValueError(f"{self.folder} is being trained by {holder(self.folder)}; wait for it, or stop it")
             result = run_training(self._settings(), self.folder, progress=TerminalProgress(self.folder.name))
         if result:
             measured = evaluations(self.folder, self._settings(), result)[-1]
-            print(losses_table(measured), f"{self.folder / 'result.json'}", sep="\n")
+            print(losses_table(measured), f"{self.folder / RESULT_FILE}", sep="\n")
         leave_group()

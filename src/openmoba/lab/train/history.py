@@ -13,15 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from openmoba.lab.config import RunConfig, from_dict
+from openmoba.lab.run_files import METRICS_FILE, RESULT_FILE
 from openmoba.records import disk
 from openmoba.records.compact import pack, rounded, unpack
 from openmoba.records.disk import Row
-
-METRICS_FILE = "metrics.jsonl"
-RESULT_FILE = "result.json"
-FAILED_FILE = "failed.json"
-"""In the folder of a run that failed: the reason, and the configuration with which it did."""
-
 
 PACKED = ("positions", "contexts")
 """Of the losses of every window, what is packed: several for each window."""

@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 
 from openmoba.config import MobaConfig
-from openmoba.lab.config import ModelConfig, RunConfig, is_run, stored_config
+from openmoba.lab.config import ModelConfig, RunConfig, stored_config
 from openmoba.lab.measure.compute import AXES, PFLOPS_DAY, PFLOPS_DAYS, Shape, training_compute
 from openmoba.lab.model.build import build_model, model_like, set_attention
 from openmoba.lab.model.loss import LOGITS_PER_CHUNK
+from openmoba.lab.run_files import is_run
 
 Device = Literal["cpu", "cuda"]
 _Overrides = tuple[tuple[str, bool | int | float | str | None], ...]

@@ -1,12 +1,4 @@
-"""One training run in one folder: started, resumed, or found finished.
-
-config.json     the run's configuration, written before the first step
-data.json       what it trains on: digests of documents and tokenizer, written with it
-metrics.jsonl   records of training and evaluation
-checkpoint-*/   weights, tokenizer, and the state to resume from
-result.json     the outcome, written last: a run that has one is finished; what it measured is its last evaluation
-failed.json     instead of it, why a run diverged, and with which settings
-"""
+"""One training run in one folder: started, resumed, or found finished; `openmoba.lab.run_files` has what lies in it."""
 
 from __future__ import annotations
 
@@ -15,26 +7,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from openmoba.lab.config import RunConfig, to_dict
-from openmoba.lab.data.identity import IDENTITY_FILE, OTHER_DOCUMENTS, Known, known_of_run, stored_identity
+from openmoba.lab.data.identity import OTHER_DOCUMENTS, Known, known_of_run, stored_identity
 from openmoba.lab.data.load import load_data, validation_windows
 from openmoba.lab.errors import DivergenceError, Terminated, on_sigterm
 from openmoba.lab.model.build import build_model, load_model, model_folder, set_attention
 from openmoba.lab.model.checkpoint import checkpoint_step, newest_checkpoint, prune
 from openmoba.lab.progress import Progress
+from openmoba.lab.run_files import CONFIG_FILE, FAILED_FILE, IDENTITY_FILE, RESULT_FILE, has_begun
 from openmoba.lab.train.check import check_labels, check_run, check_start, check_vocabulary
 from openmoba.lab.train.clock import median_speed
-from openmoba.lab.train.history import FAILED_FILE, RESULT_FILE, history, history_until, keep, read_result
+from openmoba.lab.train.history import history, history_until, keep, read_result
 from openmoba.lab.train.summary import summary_of
 from openmoba.records import disk
+from openmoba.records.disk import Row
 from openmoba.records.provenance import provenance
 
 if TYPE_CHECKING:
     from openmoba.lab.train.trainer import RunTrainer
-
-Row = dict[str, Any]
 
 
 def run_training(
@@ -52,11 +44,11 @@ def run_training(
         ValueError: bad configuration or data, a folder of another run, data that have changed, a loss that is not a
             number, a damaged checkpoint, a full disk.
     """
-    if progress is None or not _is_first():
+    if progress is None or not is_first():
         progress = Progress()
     longer = check_run(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if _is_first():
+    if is_first():
         disk.remove_leftovers(folder)
     if (folder / RESULT_FILE).exists() and not longer:
         progress.note(f"{folder} is finished")
@@ -83,7 +75,7 @@ def run_training(
     return result
 
 
-def _is_first() -> bool:
+def is_first() -> bool:
     """Tell whether this is the process that speaks and writes, of those that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
 
@@ -133,10 +125,10 @@ def _begun(trainer: RunTrainer) -> Iterator[None]:
     But for divergence, which is the outcome of these settings: they stay, with what happened in failed.json.
     """
     config, folder = to_dict(trainer.config), trainer.folder
-    files = {folder / "config.json": config, folder / IDENTITY_FILE: dict(trainer.data.identity)}
-    begun = disk.has_begun(folder)
+    files = {folder / CONFIG_FILE: config, folder / IDENTITY_FILE: dict(trainer.data.identity)}
+    begun = has_begun(folder)
     before = {path: path.read_bytes() if path.exists() else None for path in (*files, folder / FAILED_FILE)}
-    if _is_first():
+    if is_first():
         if begun:  # longer than before, or moved: what its data are is said already
             (folder / RESULT_FILE).unlink(missing_ok=True)
             files.popitem()
@@ -146,18 +138,18 @@ def _begun(trainer: RunTrainer) -> Iterator[None]:
     try:
         yield
     except DivergenceError as error:
-        if _is_first():
+        if is_first():
             disk.write_json(folder / FAILED_FILE, {"reason": str(error), "config": config})
         raise
     except Exception:
-        if _is_first() and not begun and not disk.has_begun(folder):
+        if is_first() and not begun and not has_begun(folder):
             disk.restore(before)
         raise
 
 
 def _begun_with(folder: Path, checkpoint: Path | None, progress: Progress) -> list[Known]:
     """Read the data that the run in the folder has begun with, if it has begun and says which."""
-    if not disk.has_begun(folder):
+    if not has_begun(folder):
         return []
     identity = dict(stored_identity(folder))
     if not identity:
@@ -170,7 +162,7 @@ def _begun_with(folder: Path, checkpoint: Path | None, progress: Progress) -> li
 def _drop_later(folder: Path, config: RunConfig, checkpoint: Path | None) -> None:
     """Drop the records after the checkpoint, which are to be made again."""
     kept = history_until(folder, config, 0 if checkpoint is None else checkpoint_step(checkpoint))
-    if _is_first() and len(kept) < len(history(folder)):
+    if is_first() and len(kept) < len(history(folder)):
         keep(folder, kept)
 
 

@@ -12,7 +12,8 @@ from openmoba.lab.columns import aligned, short
 from openmoba.lab.config import RunConfig, from_dict, stored_config, to_dict
 from openmoba.lab.data.identity import stored_identity
 from openmoba.lab.progress import duration
-from openmoba.lab.train.history import FAILED_FILE, RESULT_FILE, evaluations, history, read_result
+from openmoba.lab.run_files import CONFIG_FILE, FAILED_FILE, METRICS_FILE, RESULT_FILE
+from openmoba.lab.train.history import evaluations, history, read_result
 from openmoba.records.disk import Row, read_json
 
 HEADS = ("run", "state", "arm", "size", "tokens", "LM", "trailing", "to first", "tokens/s", "MFU", "time")
@@ -39,7 +40,7 @@ def runs_table(folders: tuple[Path, ...]) -> str:
     Raises:
         ValueError: no runs there.
     """
-    signs = ("metrics.jsonl", FAILED_FILE)  # a run may fail before its first record
+    signs = (METRICS_FILE, FAILED_FILE)  # a run may fail before its first record
     found = sorted({path.parent for folder in folders for sign in signs for path in folder.rglob(sign)})
     if not found:
         raise ValueError(f"there are no runs below {', '.join(map(str, folders))}; give a folder that holds some")
@@ -49,7 +50,7 @@ def runs_table(folders: tuple[Path, ...]) -> str:
         try:
             finished = (folder / RESULT_FILE).exists()
             config, result = read_result(folder) if finished else (_config(folder), {})
-            rows = history(folder) if (folder / "metrics.jsonl").exists() else []
+            rows = history(folder) if (folder / METRICS_FILE).exists() else []
             measured = evaluations(folder, config, result) if finished else [r for r in rows if r["kind"] == "eval"]
             evaluation = measured[-1] if measured else None
             loss = None if evaluation is None else _loss(evaluation)
@@ -65,7 +66,7 @@ def runs_table(folders: tuple[Path, ...]) -> str:
 
 def _config(folder: Path) -> RunConfig:
     """Read the configuration of an unfinished run, also of one that failed before it kept its own."""
-    if (folder / "config.json").exists() or not (folder / FAILED_FILE).exists():
+    if (folder / CONFIG_FILE).exists() or not (folder / FAILED_FILE).exists():
         return stored_config(folder)
     return from_dict(RunConfig, read_json(folder / FAILED_FILE).get("config", {}))
 

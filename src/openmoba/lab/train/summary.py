@@ -11,6 +11,7 @@ from openmoba.lab.columns import gigabytes, short
 from openmoba.lab.config import RunConfig
 from openmoba.lab.measure.compute import Shape
 from openmoba.lab.progress import duration
+from openmoba.lab.run_files import METRICS_FILE
 from openmoba.lab.train.plan import SHARE, in_bf16, matrix_rate, plan_of, this_device
 from openmoba.ops.explain import explain
 from openmoba.records.provenance import device_name
@@ -36,7 +37,7 @@ def summary_of(trainer: RunTrainer) -> str:
         "training": f"{train.steps:,} steps of {tokens:,} tokens in {train.batch_size} windows: "
         f"{config.tokens:,} tokens, {epochs:.2g} epochs",
         "device": f"{devices}, {'bf16' if args.bf16 else 'fp32'}",
-        "records": f"{folder / 'metrics.jsonl'} every {train.log_every} steps, {evaluations} "
+        "records": f"{folder / METRICS_FILE} every {train.log_every} steps, {evaluations} "
         f"evaluation{'s' if evaluations > 1 else ''}, checkpoint every {train.checkpoint_every}",
     }
     return f"{folder}\n{_described(rows)}"
