@@ -56,8 +56,8 @@ def drawing(source: Path, inside: str = "") -> str:
     """
     found = modules(source)
     graph, hidden = imports(found), named(found)
-    edges = {(_below(inside, name, found), _below(inside, other, found)) for name in graph for other in graph[name]}
-    dotted = {(_below(inside, name, found), _below(inside, other, found)) for name, other in hidden} - edges
+    edges = {(_below(inside, name), _below(inside, other)) for name in graph for other in graph[name]}
+    dotted = {(_below(inside, name), _below(inside, other)) for name, other in hidden} - edges
     nodes: dict[str, set[str]] = {one: set() for edge in edges for one in edge if one}
     for one, other in edges:
         if one and other and one != other:
@@ -81,7 +81,7 @@ def _is_folder(source: Path, inside: str, name: str) -> bool:
     return (source / PACKAGE / inside / name).is_dir()
 
 
-def _below(inside: str, module: str, found: Mapping[str, Path]) -> str | None:
+def _below(inside: str, module: str) -> str | None:
     """Return the folder right below `inside` in which a module lies, or itself; None for what lies elsewhere."""
     parts = module.split(".")[1:]
     depth = len(inside.split("/")) if inside else 0

@@ -211,8 +211,6 @@ def _chunk(chunk: int, cache: Cache, row: Row) -> Callable[[], Tensor]:
 
 def check_chunk(chunk: int, out: Path) -> None:
     """Raise ValueError unless the chunks in `out`, the first of which ends after one chunk, are of this size."""
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
     ends = [row.tokens for row in read_rows(out, Row) if row.passes == CHUNK]
     if ends and min(ends) != chunk:
         raise ValueError(

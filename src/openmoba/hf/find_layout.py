@@ -30,7 +30,16 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import causal_mask_function
 
-from openmoba.hf.layout import PADDING, UNWRITTEN, Layout, mapped_rows, packed_rows, padding_follows, whole_rows
+from openmoba.hf.layout import (
+    PADDING,
+    UNWRITTEN,
+    Layout,
+    mapped_rows,
+    packed_rows,
+    padding_follows,
+    run_starts,
+    whole_rows,
+)
 from openmoba.hf.settings import NAME
 from openmoba.hf.support import windows_are_idle
 from openmoba.hf.values import refuse
@@ -141,9 +150,8 @@ def boundaries_of_whole(tokens_BT: Tensor, mask: Tensor | None, positions: Tenso
         layout.refuse_holes(
             "padding between the tokens of a sequence cannot be split over processes", "pad at its ends"
         )
-        map_BS = layout.map[:, 0, 0]
-        starts_BS = pad(map_BS[:, 1:] != map_BS[:, :-1], (1, 0), value=True)
-        layout = Layout.read(packed_rows(starts_BS), None, None, (layout.batch, layout.queries))
+        rows = packed_rows(run_starts(layout.map[:, 0, 0]))
+        layout = Layout.read(rows, None, None, (layout.batch, layout.queries))
     return None if layout.cu_q is None else layout.cu_q.flatten()
 
 

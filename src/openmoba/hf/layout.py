@@ -194,7 +194,7 @@ class Layout(NamedTuple):
             return ~starts_N.index_fill(0, self.cu_q.flatten().long(), True)[None, :-1]
         if self.map is None or self.map.shape[3] != self.queries:
             return None
-        return ~_run_starts(self.map[:, 0, 0]).flatten()[None]
+        return ~run_starts(self.map[:, 0, 0]).flatten()[None]
 
     def without_padding(self, x_BTC: Tensor) -> Tensor:
         """Return numbers of the new tokens, zero for padding."""
@@ -225,7 +225,7 @@ class Layout(NamedTuple):
         map_BS = self.map[:, 0, 0]
         # As two runs it would be two sequences.
         torch._assert_async(~_resumes(map_BS), "in a compiled model, padding must not lie within a sequence")
-        ends = _fixed_boundaries(_run_starts(map_BS))
+        ends = _fixed_boundaries(run_starts(map_BS))
         return Sequences(ends, ends, map_BS.shape[1], padding=self._padding()[..., None])
 
     @eager("the number of real tokens is a property of the data")
@@ -301,7 +301,7 @@ def mapped_rows(map_BS: Tensor) -> Tensor:
         if least == most == 1:
             return whole_rows(map_BS)
         if least > PADDING:
-            return packed_rows(_run_starts(map_BS))
+            return packed_rows(run_starts(map_BS))
     return map_BS[:, None, None]
 
 
@@ -318,7 +318,7 @@ def _has_form(mask: Tensor, batch: int, slots: int | None) -> bool:
     return mask.shape[0] == mask.shape[3] == 1
 
 
-def _run_starts(map_BS: Tensor) -> Tensor:
+def run_starts(map_BS: Tensor) -> Tensor:
     """Return where a row begins or the map changes, bool `[B, S]`."""
     return pad(map_BS[:, 1:] != map_BS[:, :-1], (1, 0), value=True)
 

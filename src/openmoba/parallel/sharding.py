@@ -88,14 +88,14 @@ class Sharding:
 
     @classmethod
     def balanced(
-        cls, group: Any, tokens: int, heads: int, kv_heads: int, *, way: str = "auto", cu_seqlens: Tensor | None = None
+        cls, group: Any, tokens: int, heads: int, kv_heads: int, *, cu_seqlens: Tensor | None = None
     ) -> Sharding:
         """Lay a whole out for attention of these heads: head-tail by keys, contiguous by heads. Arguments as in `over`.
 
         Raises:
-            ValueError: as `over` and `resolved`.
+            ValueError: as `over`.
         """
-        sharding = cls.over(group, tokens, way=way, cu_seqlens=cu_seqlens)
+        sharding = cls.over(group, tokens, cu_seqlens=cu_seqlens)
         found = sharding.resolved(heads, kv_heads)
         return replace(sharding, way=found, layout="contiguous" if found == "heads" else "head-tail")
 

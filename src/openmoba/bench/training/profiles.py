@@ -56,7 +56,7 @@ def read_profile(profile: Any) -> Seen:
     return _of_kernels(kernels, events) if kernels else _of_operations(events)
 
 
-def describe(seen: Seen, steps: int, step_ms: float, top: int = 25) -> str:
+def describe(seen: Seen, steps: int, step_ms: float) -> str:
     """List the longest kernels, what they leave idle of a step of `step_ms`, and the longest runtime calls."""
     total = sum(seen.kernel_ms.values())
     lines = [
@@ -66,7 +66,7 @@ def describe(seen: Seen, steps: int, step_ms: float, top: int = 25) -> str:
         idle = max(0.0, 1 - seen.busy_ms / steps / step_ms)
         lines[0] += f"; the GPU is busy {seen.busy_ms / steps:.2f} ms and idle {idle:.0%} of the step"
     lines += ["", "     ms  share  count  kernel"]
-    shown = list(seen.kernel_ms.items())[:top]
+    shown = list(seen.kernel_ms.items())[:25]
     lines += [
         f"{ms / steps:7.3f} {ms / total:6.1%} {seen.launches[name] / steps:6.0f}  {name[:100]}" for name, ms in shown
     ]

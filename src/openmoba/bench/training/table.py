@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from openmoba.bench.rows import length_name
 from openmoba.bench.training.cases import TrainingRow
+from openmoba.records.markdown import table
 
 ARMS = ("512/3", "128/9")
 """MoBA's settings in the documents, the one that is compared first."""
@@ -28,8 +29,7 @@ def outcome(row: TrainingRow) -> str:
 
 def markdown(rows: Iterable[TrainingRow]) -> str:
     """Write a line per row."""
-    lines = [_HEAD, ("---",) * len(_HEAD), *(_cells(row) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(table(_HEAD, map(_cells, rows)))
 
 
 def rate_name(rate: float | None) -> str:
