@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,6 +16,11 @@ from openmoba import moba_attention, moba_select
 from openmoba.ops.reference import attention_given_selection, attention_mask
 
 NAMES = ("out", "dq", "dk", "dv")
+INTERPRETED = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"),
+    pytest.mark.usefixtures("poisoned"),
+]
+"""Marks of the tests of kernels in Triton's interpreter."""
 
 
 @dataclass(frozen=True)

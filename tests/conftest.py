@@ -29,6 +29,32 @@ def planning(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Poisoned memory for a test."""
+    from attending import poisoned_memory
+
+    with poisoned_memory():
+        yield
+
+
+@pytest.fixture
+def quick_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As few timed calls as there can be, and no collection of everything that the tests have imported: slow."""
+    monkeypatch.setattr("openmoba.bench.timing.SECONDS", 0.0)
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
+
+
+@pytest.fixture(scope="module")
+def few_replicates() -> Iterator[None]:
+    """Replicates enough to tell a resolved difference from noise."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("fit", "resample"):
+            room = "study" if module == "fit" else "measure"
+            patch.setattr(f"openmoba.lab.{room}.{module}.REPLICATES", 300)
+        yield
+
+
+@pytest.fixture
 def randn() -> Callable[..., Tensor]:
     """Standard normal tensors of a fixed stream, in float64 unless told."""
     generator = torch.Generator().manual_seed(0)

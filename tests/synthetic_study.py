@@ -73,6 +73,10 @@ chart = "compare"
 """
 
 
+def silent(label: str) -> Progress:
+    return Progress()
+
+
 def train(config: RunConfig, folder: Path, *, progress: Progress | None = None, known: Sequence[Known] = ()) -> dict:
     """Stands in for `run_training`: writes a run's records, with losses from the arm's law."""
     size = config.model.size

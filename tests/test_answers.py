@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import synthetic_study
-from synthetic_study import CANDIDATES, RECIPE, train
+from synthetic_study import CANDIDATES, RECIPE, silent, train
 
-from openmoba.lab.measure import resample
-from openmoba.lab.progress import Progress
 from openmoba.lab.study import charts, results
-from openmoba.lab.study import fit as fitting
 from openmoba.lab.study.answers import answers
 from openmoba.lab.study.candidates import standing_table, standings
 from openmoba.lab.study.outcomes import of_stage, read_outcomes
@@ -29,19 +25,13 @@ KEYS = (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def few_replicates() -> Iterator[None]:
-    """Enough to tell a resolved difference from noise."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (fitting, resample):
-            patch.setattr(module, "REPLICATES", 200)
-        yield
+pytestmark = pytest.mark.usefixtures("few_replicates")
 
 
 def said(out: Path, text: str, stage: str, axis: str = "6nd") -> list[str]:
     """The answers of a stage of a study made by the recipe `text`."""
     recipe = parse_recipe(text, title="t")
-    run_study(recipe, out, train, lambda _: Progress())
+    run_study(recipe, out, train, silent)
     found = next(one for one in recipe.stages if one.name == stage)
     return answers(found, of_stage(found, read_outcomes(recipe, out)), axis)
 
@@ -149,7 +139,7 @@ def test_percentages_are_of_the_seeds_that_are_compared(tmp_path: Path, monkeypa
 
 def test_seeds_of_different_speed_are_shown_from_slowest_to_fastest(tmp_path: Path) -> None:
     recipe = parse_recipe(CANDIDATES, title="t")
-    run_study(recipe, tmp_path, train, lambda _: Progress())
+    run_study(recipe, tmp_path, train, silent)
     path = tmp_path / "candidates" / "large-moba-seed1" / "result.json"
     path.write_text(path.read_text().replace('"tokens_per_second": 50000.0', '"tokens_per_second": 80000.0'))
     outcomes = read_outcomes(recipe, tmp_path)
@@ -228,7 +218,7 @@ def test_the_charts_on_the_first_screen_are_of_the_first_study_that_says_somethi
     for name in ("begun", "done"):
         recipe = parse_recipe(RECIPE.replace("Synthetic", name), title="t")
         part = recipe if name == "done" else recipe.chosen(["pretrain/small-*"])
-        run_study(recipe, tmp_path / name, train, lambda _: Progress(), part)
+        run_study(recipe, tmp_path / name, train, silent, part)
         for figure in ("pretrain-scaling-law", "finetune-large-layerwise-hybrid"):
             (tmp_path / name / "figures").mkdir(exist_ok=True)
             (tmp_path / name / "figures" / f"{figure}.png").touch()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gc
 import subprocess
 import sys
 import time
@@ -41,10 +40,7 @@ TINY_GRID = tuple(
 )
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "SECONDS", 0.0)
-    monkeypatch.setattr(gc, "collect", lambda *_: 0)  # of everything the tests have imported: slow
+pytestmark = pytest.mark.usefixtures("quick_timing")
 
 
 def run(out: Path, grid: tuple[Case, ...] = TINY_GRID, **options: Any) -> list[Row]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 from openmoba import moba_attention
 from openmoba.bench import __main__ as module_main
-from openmoba.bench import decode, paged, timing
+from openmoba.bench import decode, paged
 from openmoba.bench.attention import Session
 from openmoba.bench.decode import Cache, Shape, told
 from openmoba.bench.machine import fill
@@ -23,9 +22,7 @@ SMALL = Shape(64, 2, heads=4, kv_heads=2, head_dim=16, dtype="float32")
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "SECONDS", 0.0)
-    monkeypatch.setattr(gc, "collect", lambda *_: 0)  # of everything the tests have imported: slow
+def _quick(quick_timing: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged, "SETTINGS", ((16, 2, (8, 32)),))
 
 

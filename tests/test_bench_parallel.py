@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -43,7 +42,7 @@ def test_the_grid_is_that_of_the_question() -> None:
     assert {case.kind for case in GRIDS["smoke"]} == {"attention", "transfer", "step"}
 
 
-def test_a_table_says_how_much_faster(tmp_path: Path) -> None:
+def test_a_table_says_how_much_faster() -> None:
     case = GRIDS["cpu"][0]
     one = ParallelRow.of(case.on(1), 1, p50_ms=8.0, device="d", commit="c")
     two = ParallelRow.of(case, 2, p50_ms=5.0, device="d", commit="c")

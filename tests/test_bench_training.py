@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import gzip
 import json
 from collections.abc import Iterator
@@ -34,8 +33,7 @@ MOBA = replace(SMALL, block_size=16, top_k=2)
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gc, "collect", lambda *_: 0)  # of everything the tests have imported: slow
+def _quick(quick_timing: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loops, "VOCABULARY", 64)
     monkeypatch.setattr(measure, "Watch", lambda device, **options: Watch(device, warmup=1, seconds=0.0, **options))
 
@@ -74,7 +72,7 @@ def test_every_case_is_a_row_and_is_not_measured_again(
     assert len(markdown(rows).splitlines()) == 2 + len(rows)
 
 
-def test_operations_are_counted_as_the_laboratory_counts_them(machine: Machine) -> None:
+def test_operations_are_counted_as_the_laboratory_counts_them() -> None:
     loop = make_loop(MOBA, CPU)
     layers, width, vocabulary, tokens = 2, 64, 64, 48
     matrices = sum(p.numel() for p in loop.model.parameters()) - vocabulary * width

@@ -12,23 +12,16 @@ import torch
 
 pytest.importorskip("transformers")
 
+from tiny import Notes
+
 from openmoba.lab.arms import ArmConfig
 from openmoba.lab.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
 from openmoba.lab.model import compile as lab_compile
-from openmoba.lab.progress import Progress
 from openmoba.lab.train.run import run_training
 from openmoba.records import disk
 
 # Dynamo looks at the .grad of inner tensors and hides torch's warning about it by a way that errors bypass.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-
-
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture(autouse=True)

@@ -215,7 +215,7 @@ def test_corpus_writes_what_a_run_then_trains_on(sources: Path, tmp_path: Path, 
     assert line.split()[5:] == [f"{len(data.train):,}", "10"]
 
 
-def test_the_same_source_makes_the_same_bytes(sources: Path, tmp_path: Path, capsys: Any) -> None:
+def test_the_same_source_makes_the_same_bytes(sources: Path, tmp_path: Path) -> None:
     command = ["corpus", str(sources), "--documents", "directories", "--tokenizer", "bytes"]
     for name in ("one", "two"):
         options = ["--out", str(tmp_path / name), "--cache", str(tmp_path / "cache" / name)]

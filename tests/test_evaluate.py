@@ -285,7 +285,7 @@ def test_window_losses_put_each_loss_at_its_position(documents: DataConfig, mode
     assert labelled.all()
 
 
-def test_broken_models_are_named(tmp_path: Path, documents: DataConfig, model_folder: Path) -> None:
+def test_broken_models_are_named(documents: DataConfig, model_folder: Path) -> None:
     weights = model_folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="holds no readable model with safetensors weights"):

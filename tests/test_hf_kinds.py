@@ -13,7 +13,7 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 
 from caches import check_left_padding, generate, in_pieces, new_cache  # noqa: E402
-from test_hf_models import build, logits, tokens  # noqa: E402
+from decoders import build, logits, tokens  # noqa: E402
 from test_hf_rows import apart, packed_row  # noqa: E402
 
 from openmoba import MobaConfig  # noqa: E402

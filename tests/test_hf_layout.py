@@ -14,7 +14,7 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from test_hf_models import LAYERS, build, logits, tokens  # noqa: E402
+from decoders import LAYERS, build, logits, tokens  # noqa: E402
 
 from openmoba import MobaConfig  # noqa: E402
 from openmoba.hf import configure, find_layout, layout  # noqa: E402

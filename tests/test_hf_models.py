@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
+from decoders import LAYERS, SIZES, build, logits, tokens  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     DataCollatorWithFlattening,
@@ -24,40 +24,7 @@ from openmoba import MobaConfig  # noqa: E402
 from openmoba.hf import configure  # noqa: E402
 from openmoba.hf.releases import recompute_activations  # noqa: E402
 
-VOCAB, LAYERS = 61, 3
 SPARSE = MobaConfig(block_size=4, top_k=2)
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 48,
-    "intermediate_size": 40,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
-def build(config: Any = None) -> Any:
-    """A small decoder whose attention is far from uniform, so that a wrong choice of blocks shows."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config or LlamaConfig(**SIZES))
-    for name, weight in model.named_parameters():
-        if "q_proj" in name or "k_proj" in name:
-            weight.data.mul_(12)
-    return model.eval()
-
-
-def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def logits(model: Any, ids: Tensor, **kwargs: Any) -> Tensor:
-    return model(ids, **kwargs).logits
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 transformers = pytest.importorskip("transformers")
 
 from accelerate.utils import compile_regions  # noqa: E402
-from test_hf_models import SIZES, build, logits, tokens  # noqa: E402
+from decoders import SIZES, build, logits, tokens  # noqa: E402
 from transformers import DynamicCache, LlamaConfig, OPTConfig, StaticCache  # noqa: E402
 
 from openmoba import MobaConfig  # noqa: E402

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_hf_models import LAYERS, SIZES, build, logits
 
 transformers = pytest.importorskip("transformers")
 
+from decoders import LAYERS, logits, save_model  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,15 +27,6 @@ from openmoba.cli import main  # noqa: E402
 from openmoba.hf import configure  # noqa: E402
 from openmoba.hf.releases import CHECKPOINTING  # noqa: E402
 from openmoba.lab.data.tokenizer import byte_tokenizer  # noqa: E402
-
-BYTES = SIZES | {"vocab_size": 320, "max_position_embeddings": 1024, "pad_token_id": 256, "eos_token_id": 256}
-
-
-def save_model(folder: Path, kind: Any = LlamaConfig, **entries: Any) -> Any:
-    model = build(kind(**(BYTES | entries)))
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return model
 
 
 @pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config, MistralConfig])

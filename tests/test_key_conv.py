@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_hf_models import LAYERS, SIZES, build, logits, tokens
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 transformers = pytest.importorskip("transformers")
 
+from decoders import LAYERS, SIZES, build, logits, tokens  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     DataCollatorWithFlattening,

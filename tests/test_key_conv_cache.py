@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_hf_models import LAYERS, SIZES, build, logits, tokens
 from test_key_conv import ARMS, FULL, HYBRID, PLAIN, convolving
 
 transformers = pytest.importorskip("transformers")
@@ -26,6 +25,7 @@ from caches import (  # noqa: E402
     in_pieces,
     new_cache,
 )
+from decoders import LAYERS, SIZES, build, logits, tokens  # noqa: E402
 from transformers import DynamicCache, LlamaConfig  # noqa: E402
 
 from openmoba import MobaConfig  # noqa: E402

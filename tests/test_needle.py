@@ -17,7 +17,8 @@ from matplotlib.colors import Normalize
 transformers = pytest.importorskip("transformers")
 
 import synthetic_study  # noqa: E402
-from test_hf_workflow import save_model  # noqa: E402
+from decoders import save_model  # noqa: E402
+from tiny import Notes  # noqa: E402
 
 from openmoba import MobaConfig  # noqa: E402
 from openmoba.cli import main  # noqa: E402
@@ -170,14 +171,6 @@ def test_one_call_compares_the_runs_of_a_folder(tmp_path: Path, texts: list[str]
     assert "9000" in capsys.readouterr().err
 
 
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
-
-
 def test_weights_of_an_unfinished_run_are_said_to_be_such(tmp_path: Path) -> None:
     """Whatever is done with them: they are measured, copied and continued like those of a finished one."""
     save_model(tmp_path / "model")
@@ -185,7 +178,7 @@ def test_weights_of_an_unfinished_run_are_said_to_be_such(tmp_path: Path) -> Non
         notes = Notes()
         with model_folder(make_run(tmp_path / "model", tmp_path / str(steps), steps), notes) as folder:
             assert Path(folder).name == "checkpoint-1"
-        assert notes.said == [f"{tmp_path / str(steps)} {text}" for text in said]
+        assert notes.notes == [f"{tmp_path / str(steps)} {text}" for text in said]
 
 
 def test_runs_without_weights_are_left_out_and_said(tmp_path: Path) -> None:
@@ -195,7 +188,7 @@ def test_runs_without_weights_are_left_out_and_said(tmp_path: Path) -> None:
     (tmp_path / "stage" / "b" / "checkpoint-1").rmdir()
     notes = Notes()
     assert models_in(str(tmp_path), notes) == [str(tmp_path / "stage" / "a")]
-    assert notes.said == [f"1 of 2 runs below {tmp_path} have no checkpoint here: left out"]
+    assert notes.notes == [f"1 of 2 runs below {tmp_path} have no checkpoint here: left out"]
     assert models_in("Qwen/Qwen3-0.6B", Notes()) == ["Qwen/Qwen3-0.6B"]
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow
 import pytest
 from pyarrow import feather, parquet
+from tiny import Notes
 
 from openmoba.lab.config import DataConfig
 from openmoba.lab.data.corpus import Corpus, Item, open_corpus
@@ -275,15 +276,12 @@ def test_digests_are_those_of_contents_not_of_names_and_places(tmp_path: Path) -
     assert open_corpus(str(tmp_path / "here/a.jsonl")).digest != digests[0]
 
 
-class Told(Progress):
-    """Keeps what it is told."""
+class Told(Notes):
+    """Keeps steps too."""
 
     def __init__(self) -> None:
-        self.notes: list[str] = []
+        super().__init__()
         self.steps: dict[str, list[int]] = {}
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
     def step(self, done: int, total: int, detail: str = "", share: float | None = None) -> None:
         assert total == 100

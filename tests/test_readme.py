@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 
 pytest.importorskip("transformers")
 
 import tyro
-from transformers import AutoModelForCausalLM, Qwen3Config
+from decoders import save_model
+from transformers import Qwen3Config
 
 from openmoba.cli import commands as subcommands
 from openmoba.cli import main
-from openmoba.lab.data.tokenizer import byte_tokenizer
 from openmoba.lab.study.recipe import read_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -62,22 +61,7 @@ def commands(block: Block) -> Iterator[list[str]]:
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny Qwen3 under the real one's name, and `book.txt`."""
     folder = tmp_path_factory.mktemp("documents")
-    config = Qwen3Config(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=4096,
-        pad_token_id=256,
-        eos_token_id=256,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(folder / "Qwen" / "Qwen3-0.6B")
-    byte_tokenizer().save_pretrained(folder / "Qwen" / "Qwen3-0.6B")
+    save_model(folder / "Qwen" / "Qwen3-0.6B", Qwen3Config, num_hidden_layers=4, max_position_embeddings=4096)
     (folder / "book.txt").write_text("It was a bright cold day in April. " * 60)
     return folder
 
@@ -85,9 +69,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Of torch's data loader, to whoever leaves pin_memory at transformers' default on a machine without a GPU.
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator:UserWarning")
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_document_runs(
-    document: Path, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_document_runs(document: Path, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("Qwen", "book.txt"):
         (tmp_path / name).symlink_to(stand_in / name)
     monkeypatch.chdir(tmp_path)
@@ -132,7 +114,7 @@ def parse(arguments: list[str]) -> Any:
     return tyro.cli(subcommands()[name][0], args=arguments[len(name.split()) :])
 
 
-def test_checks_can_fail(capsys: Any) -> None:
+def test_checks_can_fail() -> None:
     for line in (
         "make coffee",
         "pip install '.[all]'",

@@ -5,22 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import synthetic_study
 from matplotlib.figure import Figure
-from synthetic_study import CANDIDATES, DOCUMENTS, RANGES, RECIPE, WINDOWS, train
+from synthetic_study import CANDIDATES, DOCUMENTS, RANGES, RECIPE, WINDOWS, silent, train
 
 from openmoba import cli
 from openmoba.lab.arms import ArmConfig
-from openmoba.lab.measure import resample
 from openmoba.lab.measure.compute import AXES, Axis, Shape, training_compute
-from openmoba.lab.progress import Progress
 from openmoba.lab.study import charts, figures, panels
-from openmoba.lab.study import fit as fitting
 from openmoba.lab.study.candidates import standings
 from openmoba.lab.study.charts import describe_sparsity
 from openmoba.lab.study.figures import Level
@@ -31,23 +27,13 @@ from openmoba.lab.study.results import experiments, read_studies
 from openmoba.lab.study.work import run_study
 
 
-def silent(label: str) -> Progress:
-    return Progress()
-
-
 def make(out: Path, text: str = RECIPE) -> Recipe:
     recipe = parse_recipe(text, title="t")
     run_study(recipe, out, train, silent)
     return recipe
 
 
-@pytest.fixture(autouse=True, scope="module")
-def few_replicates() -> Iterator[None]:
-    """Enough to tell a resolved difference from noise."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (fitting, resample):
-            patch.setattr(module, "REPLICATES", 300)
-        yield
+pytestmark = pytest.mark.usefixtures("few_replicates")
 
 
 @pytest.fixture
@@ -336,7 +322,7 @@ def test_the_context_cut_short_tells_what_counts(tmp_path: Path, monkeypatch: py
     folders = {cut: tmp_path / str(cut) for cut in (0.05, 0.0)}
     for cut, folder in folders.items():
         monkeypatch.setattr(synthetic_study, "CUT", cut)
-        run_study(recipe, folder, train, lambda _: Progress())
+        run_study(recipe, folder, train, silent)
         write_report(recipe, folder, "6nd")
     text, unmoved = (folder.joinpath("report.md").read_text() for folder in folders.values())
     sentence = (

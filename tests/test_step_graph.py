@@ -15,8 +15,9 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from tiny import tiny_config  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: E402
+from decoders import SIZES, build, tokens  # noqa: E402
+from tiny import Notes, tiny_config  # noqa: E402
+from transformers import LlamaConfig, Trainer, TrainingArguments  # noqa: E402
 
 from openmoba import MobaConfig  # noqa: E402
 from openmoba.hf import configure, step_graph  # noqa: E402
@@ -25,7 +26,6 @@ from openmoba.hf.releases import recompute_activations  # noqa: E402
 from openmoba.hf.step_graph import CaptureError, StepGraph, why_not  # noqa: E402
 from openmoba.lab.arms import ArmConfig  # noqa: E402
 from openmoba.lab.config import RunConfig, TrainConfig  # noqa: E402
-from openmoba.lab.progress import Progress  # noqa: E402
 from openmoba.lab.train import graphs  # noqa: E402
 from openmoba.lab.train.run import run_training  # noqa: E402
 from openmoba.records import disk  # noqa: E402
@@ -73,21 +73,11 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> type[Launches]:
 
 
 def small() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        use_cache=False,
-    )
-    return configure(LlamaForCausalLM(config), MobaConfig(4, 2)).train()
+    return configure(build(LlamaConfig(**SIZES, use_cache=False)), MobaConfig(4, 2)).train()
 
 
 def batch(seed: int, rows: int = 2) -> dict[str, Tensor]:
-    ids = torch.randint(32, (rows, 13), generator=torch.Generator().manual_seed(seed))
+    ids = tokens(rows, 13, seed)
     return {"input_ids": ids, "labels": ids}
 
 
@@ -329,14 +319,6 @@ def test_trainer_with_graphed_steps_trains_the_same(launches: type[Launches], ac
 
 
 # Runs of the laboratory.
-
-
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def run(config: RunConfig, folder: Path) -> tuple[dict[str, Any], list[float], list[str]]:

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_study import RECIPE, train
+from synthetic_study import RECIPE, silent, train
 from tiny import curve
 
 from openmoba import cli
 from openmoba.lab.config import RunConfig, to_dict
 from openmoba.lab.errors import DivergenceError, Terminated
-from openmoba.lab.progress import Progress
 from openmoba.lab.study import report
 from openmoba.lab.study.overview import overview
 from openmoba.lab.study.recipe import parse_recipe, read_recipe
@@ -53,10 +52,6 @@ chart = "layers"
 run = {{ train = {{ steps = 8, loss_tokens = 16 }} }}
 """
 RUNS = ["pretrain/nano-moba-seed0", "finetune/nano-moba-seed0", "finetune/nano-last-1-seed0"]
-
-
-def silent(label: str) -> Progress:
-    return Progress()
 
 
 def start(recipe: Path, out: Path) -> subprocess.Popen[bytes]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import curve
+from tiny import Notes, curve
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from openmoba import cli
@@ -28,7 +28,6 @@ from openmoba.lab.measure.compute import Shape
 from openmoba.lab.measure.evaluate import evaluate_source
 from openmoba.lab.model.build import SIZES, build_model, load_model
 from openmoba.lab.model.checkpoint import damage, newest_checkpoint
-from openmoba.lab.progress import Progress
 from openmoba.lab.train import callback
 from openmoba.lab.train import trainer as trainer_module
 from openmoba.lab.train.history import evaluations, history, read_result
@@ -94,7 +93,7 @@ def test_a_run_leaves_its_records(config: RunConfig, finished: Path) -> None:
     assert set(result) >= {"tokens", "compute", "versions", "hardware", "commit", "seconds"}
 
 
-def test_records_carry_the_speed_of_their_own_steps(config: RunConfig, finished: Path) -> None:
+def test_records_carry_the_speed_of_their_own_steps(finished: Path) -> None:
     rows = [row for row in disk.read(finished / "metrics.jsonl") if row["kind"] == "train"]
     for before, row in pairwise([{"compute": {"accelerator_seconds": 0.0}}, *rows]):
         seconds = row["compute"]["accelerator_seconds"] - before["compute"]["accelerator_seconds"]
@@ -524,7 +523,7 @@ def test_two_processes_train_as_one(config: RunConfig, finished: Path, tmp_path:
     assert windows[0][0] == pytest.approx(windows[1][0], rel=1e-2)
 
 
-def test_commands(config: RunConfig, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", str(finished)]) == 0
     assert "LM loss" in capsys.readouterr().out
     assert cli.main(["evaluate", str(finished), "--eval.windows", "2", "--out", str(tmp_path / "row.json")]) == 0
@@ -541,15 +540,12 @@ def test_commands(config: RunConfig, finished: Path, tmp_path: Path, capsys: pyt
     assert "unknown command 'tarin'" in capsys.readouterr().err
 
 
-class _Heard(Progress):
-    """Keeps what a run says."""
+class _Heard(Notes):
+    """Keeps steps too."""
 
     def __init__(self) -> None:
-        self.notes: list[str] = []
+        super().__init__()
         self.steps: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
     def step(self, done: int, total: int, detail: str = "", share: float | None = None) -> None:
         if share is not None:  # of training, not of reading data
@@ -587,7 +583,7 @@ def test_progress_is_told_between_two_records_too(
 
 
 def test_a_dry_run_says_what_would_be_and_touches_nothing(
-    config: RunConfig, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["train", str(tmp_path / "run"), "--dry-run", "--data.source", str(tmp_path / "no such file")]
     size = ["--model.size", "14m", "--arm.name", "full", "--data.length", "4096", "--train.steps", "100"]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy
 import pytest
 import torch
-from attending import Case, assert_as_accurate_as_plain_pytorch, batched, opposed, oracle, packed, poisoned_memory, run
+from attending import INTERPRETED, Case, assert_as_accurate_as_plain_pytorch, batched, opposed, oracle, packed, run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,7 +25,7 @@ from openmoba.ops.triton.host.launch import Launch
 from openmoba.ops.triton.plan import item_bounds, make_items, make_plan
 from openmoba.ops.triton.portable import tuning
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+pytestmark = INTERPRETED
 
 FP16, FP32 = torch.float16, torch.float32
 
@@ -37,12 +36,6 @@ def _no_launches_of_other_tests() -> None:
     attend._launches.cache_clear()
     gradients._launches.cache_clear()
     plans._ordering.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from attending import INTERPRETED
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -18,7 +18,7 @@ from openmoba.ops.triton import pages as page_kernels
 from openmoba.ops.triton.geometry import Geometry
 from openmoba.ops.triton.pool import pool
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+pytestmark = INTERPRETED
 
 FP16, FP32 = torch.float16, torch.float32
 
@@ -26,14 +26,6 @@ FP16, FP32 = torch.float16, torch.float32
 @pytest.fixture(autouse=True)
 def _no_plans_of_other_tests() -> None:
     kernels._launches.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """`torch.empty` returns NaN and the largest integer, so that reading it shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=[1, 80], ids=["whole-pages", "pieces"])

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy
 import pytest
 import torch
-from attending import batched, packed
+from attending import INTERPRETED, batched, packed
 from attending import run as run_moba
 from given import Given, assert_as_accurate_as_plain_pytorch, at_random, of_moba, on_lists_per_head, run
 
@@ -18,7 +18,7 @@ from openmoba.ops.triton.geometry import Geometry
 from openmoba.ops.triton.host import replay
 from openmoba.ops.triton.host.launch import Launch
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+pytestmark = INTERPRETED
 
 FP16, FP32 = torch.float16, torch.float32
 

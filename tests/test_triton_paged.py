@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from attending import INTERPRETED
 from paging import Server, expected, of_upkeep
 from torch import Tensor
 
@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from openmoba import moba_attention, moba_decode, moba_paged, new_centroids
 from openmoba.ops.triton import decode, paged, pages
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+pytestmark = INTERPRETED
 
 FP16, FP32 = torch.float16, torch.float32
 SIZES = pytest.mark.parametrize(
@@ -24,12 +24,8 @@ SIZES = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """`torch.empty` returns NaN and the largest integer, so that reading it shows."""
+def _no_plans_of_other_tests() -> None:
     decode._launches.cache_clear()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=["decoding", "pieces", "prefill"])

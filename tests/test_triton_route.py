@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
+from attending import INTERPRETED
 from routing import assert_wellformed, disagreement, oracle
 
 pytest.importorskip("triton")
@@ -15,7 +14,7 @@ from openmoba.ops.triton.gate import GateTile
 from openmoba.ops.triton.geometry import Geometry
 from openmoba.ops.triton.route import route, select
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+pytestmark = INTERPRETED
 
 FP16, FP32 = torch.float16, torch.float32
 
@@ -24,14 +23,6 @@ FP16, FP32 = torch.float16, torch.float32
 def _no_launches_of_other_tests() -> None:
     """A test that changes tiles must not find launches with others."""
     gate._launches.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """`torch.empty` returns NaN and the largest integer, so that reading it shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", [FP16, FP32])

@@ -1,4 +1,4 @@
-"""A run of a second: four steps of a model of two narrow layers, on documents that a test writes."""
+"""A run of a second: four steps of a model of two narrow layers, on documents that a test writes; what a run says."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ from typing import Any
 
 from openmoba.lab.arms import ArmConfig
 from openmoba.lab.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from openmoba.lab.progress import Progress
 from openmoba.records import disk
+
+
+class Notes(Progress):
+    """Keeps what is noted."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 def write_texts(folder: Path, count: int = 8) -> None:

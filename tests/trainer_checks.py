@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import ParallelismConfig
 from as_gpus import as_gpus
+from decoders import SIZES, VOCAB
 from ranks import made_alone, run_checks
 from torch import Tensor, distributed
 from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -36,17 +37,8 @@ class Split(ContextParallel, Trainer):
 def model(settings: MobaConfig = HYBRID, heads: int = 4, kv_heads: int = 2, *, steep: bool = False) -> Any:
     """A small decoder; a steep one has key convolutions that change its output by far."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=8,
-        attn_implementation="sdpa",
-    )
-    made = configure(LlamaForCausalLM(config), settings)
+    sizes = SIZES | {"num_hidden_layers": 2, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    made = configure(LlamaForCausalLM(LlamaConfig(**sizes)), settings)
     for layer in made.model.layers if steep else ():
         torch.nn.init.normal_(layer.self_attn.key_conv.weight)
     return made
@@ -62,7 +54,7 @@ def compiled() -> Any:
 
 def rows(count: int = 8, length: int = LENGTH) -> list[dict[str, Any]]:
     """Token ids, some without label."""
-    ids = torch.randint(64, (count, length), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(VOCAB, (count, length), generator=torch.Generator().manual_seed(1))
     return [{"input_ids": x.tolist(), "labels": [-100] * 5 + x[5:].tolist()} for x in ids]
 
 
@@ -106,14 +98,14 @@ def same(one: list[Any], many: list[Any]) -> None:
 
 def packed(length: int = 60) -> dict[str, Any]:
     """Rows of several sequences, by positions alone and by transformers' own collator."""
-    ids = torch.randint(64, (8, length), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(VOCAB, (8, length), generator=torch.Generator().manual_seed(2))
     positions = torch.cat([torch.arange(n) for n in (23, 5, 32)])
     data = [{"input_ids": x.tolist(), "labels": x.tolist(), "position_ids": positions.tolist()} for x in ids]
     return {"data": data}
 
 
 def flattened() -> dict[str, Any]:
-    ids = torch.randint(64, (8, 30), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(VOCAB, (8, 30), generator=torch.Generator().manual_seed(3))
     data = [{"input_ids": x[: 11 + 2 * i].tolist()} for i, x in enumerate(ids)]
     return {"data": data, "collate": DataCollatorWithFlattening(return_flash_attn_kwargs=True)}
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_hf_models import build, logits, tokens
 
 transformers = pytest.importorskip("transformers")
 
 from caches import generate, greedy_without_cache, in_pieces  # noqa: E402
+from decoders import build, logits, tokens  # noqa: E402
 from transformers import CompileConfig, DynamicCache, StaticCache  # noqa: E402
 
 from openmoba import MobaConfig  # noqa: E402
