@@ -51,6 +51,11 @@ class Case:
         return moba_select(self.q, self.k, **self.settings, impl="triton")
 
 
+def assert_same_bits(results: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> None:
+    for x, y in zip(results, others, strict=True):
+        assert torch.equal(x, y)
+
+
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """`torch.empty` returns NaN and the largest integer, so that reading it shows."""

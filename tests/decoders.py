@@ -27,6 +27,16 @@ SIZES = {
 }
 BYTES = SIZES | {"vocab_size": 320, "max_position_embeddings": 1024, "pad_token_id": 256, "eos_token_id": 256}
 
+QUIETLY = {
+    "logging_steps": 1,
+    "report_to": [],
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+"""Arguments of a Trainer on the CPU that writes nothing and logs every step."""
+
 
 def build(config: Any = None) -> Any:
     """A small decoder whose attention is far from uniform, so that a wrong choice of blocks shows."""
@@ -44,6 +54,15 @@ def save_model(folder: Path, kind: Any = LlamaConfig, **entries: Any) -> Any:
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return model
+
+
+def stacked(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return {name: torch.tensor([row[name] for row in batch]) for name in batch[0]}
+
+
+def losses(trainer: Any) -> list[float]:
+    """What a Trainer logged."""
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:

@@ -14,6 +14,7 @@ from torch.export import Dim, export
 
 transformers = pytest.importorskip("transformers")
 
+from decoders import LAYERS, SIZES  # noqa: E402
 from transformers import (  # noqa: E402
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,18 +34,6 @@ from openmoba import MobaConfig  # noqa: E402
 from openmoba.hf import configure, convert  # noqa: E402
 
 MOBA = MobaConfig(4, 2)
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 MOE = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 2, "num_experts_per_tok": 1}
 LATENT = {
     "q_lora_rank": 8,
@@ -57,10 +46,10 @@ LATENT = {
     "n_group": 1,
     "topk_group": 1,
 }
-FULL = {"layer_types": ["full_attention"] * 2}
+FULL = {"layer_types": ["full_attention"] * LAYERS}
 
 CANNOT_RUN = {
-    "latent": (DeepseekV3Config, LATENT | {"num_key_value_heads": 4}, "keys of width 16 and values of width 8"),
+    "latent": (DeepseekV3Config, LATENT | {"num_key_value_heads": 6}, "keys of width 16 and values of width 8"),
     "narrow": (LlamaConfig, {"head_dim": 4}, "heads of width 4; MoBA computes widths 8 to 256"),
     "wide": (LlamaConfig, {"head_dim": 288}, "heads of width 288; MoBA computes widths 8 to 256"),
     "not causal": (BertConfig, {}, "BertSelfAttention that is not causal"),
@@ -113,7 +102,10 @@ def test_what_is_no_model_and_no_settings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "entries"),
-    [(Qwen2MoeConfig, MOE), (Qwen2Config, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2})],
+    [
+        (Qwen2MoeConfig, MOE),
+        (Qwen2Config, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": LAYERS}),
+    ],
 )
 def test_windows_of_layers_that_are_not_there_do_not_matter(kind: Any, entries: dict[str, Any]) -> None:
     model = build(kind, **entries)

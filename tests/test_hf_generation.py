@@ -10,21 +10,7 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from caches import (  # noqa: E402
-    ROWS,
-    check_beams,
-    check_chunking,
-    check_compiled_decoding,
-    check_copies,
-    check_crop,
-    check_generation,
-    check_left_padding,
-    check_offloading,
-    check_rows,
-    generate,
-    in_pieces,
-    new_cache,
-)
+import caches  # noqa: E402
 from decoders import LAYERS, SIZES, build, logits, tokens  # noqa: E402
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig, Qwen3Config  # noqa: E402
 from transformers.masking_utils import create_masks_for_generate  # noqa: E402
@@ -47,14 +33,14 @@ HYBRID = MobaConfig(BLOCK, 2, full_layers=1)
     ids=lambda cuts: "-".join(map(str, cuts)) or "tokens",
 )
 def test_any_chunking_equals_one_pass(cuts: list[int], kind: str, settings: MobaConfig) -> None:
-    check_chunking(configure(build(), settings), kind, cuts, settings.full_layer_indices(LAYERS))
+    caches.check_chunking(configure(build(), settings), kind, cuts, settings.full_layer_indices(LAYERS))
 
 
 @pytest.mark.parametrize("settings", [SPARSE, HYBRID], ids=["moba", "hybrid"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("cuts", [[], [7], [19], [26, 3]], ids=str)
 def test_left_padding_in_a_cache(cuts: list[int], kind: str, settings: MobaConfig) -> None:
-    check_left_padding(configure(build(), settings), kind, cuts, (33, 21, 8))
+    caches.check_left_padding(configure(build(), settings), kind, cuts, (33, 21, 8))
 
 
 def test_padding_between_prompt_and_continuation() -> None:
@@ -63,20 +49,20 @@ def test_padding_between_prompt_and_continuation() -> None:
     mask = torch.ones(2, 33, dtype=torch.long)
     mask[1, 9:21] = 0
     ids = tokens(2, 33)
-    out = in_pieces(model, ids, [21], new_cache("dynamic", model), mask)
+    out = caches.in_pieces(model, ids, [21], caches.new_cache("dynamic", model), mask)
     for row in range(2):
         real = mask[row].bool()
         alone = logits(model, ids[row : row + 1, real], use_cache=False)[0]
         torch.testing.assert_close(out[row, real], alone)
     for prompt in (21, 14):
         with pytest.raises(ValueError, match="padding_side to 'left'"):
-            in_pieces(model, ids, [prompt], new_cache("static", model), mask)
+            caches.in_pieces(model, ids, [prompt], caches.new_cache("static", model), mask)
     with pytest.raises(RuntimeError, match="padding must be on the left"):  # steps wait for no device
-        in_pieces(model, ids, [], new_cache("static", model), mask)
+        caches.in_pieces(model, ids, [], caches.new_cache("static", model), mask)
 
 
 def test_crop() -> None:
-    check_crop(configure(build(), SPARSE))
+    caches.check_crop(configure(build(), SPARSE))
 
 
 def last_token_only(centroids: Tensor, keys: Tensor, lengths: Tensor, starts: Any, new: int, size: int) -> None:
@@ -85,7 +71,7 @@ def last_token_only(centroids: Tensor, keys: Tensor, lengths: Tensor, starts: An
     complete_pages(centroids, keys, lengths, starts, new, size)
 
 
-@pytest.mark.parametrize("how", ROWS)
+@pytest.mark.parametrize("how", caches.ROWS)
 @pytest.mark.parametrize("padded", [False, True])
 def test_rows_of_a_cache(padded: bool, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pages follow their rows; they are not made again."""
@@ -94,19 +80,19 @@ def test_rows_of_a_cache(padded: bool, how: str, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr("openmoba.hf.growing_layer.complete_pages", last_token_only)
         monkeypatch.setattr("openmoba.hf.fixed_layer.complete_pages", last_token_only)
 
-    check_rows(configure(build(), HYBRID), how, padded, [], picked)
+    caches.check_rows(configure(build(), HYBRID), how, padded, [], picked)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_copies_and_reset(kind: str) -> None:
-    check_copies(configure(build(), SPARSE), kind)
+    caches.check_copies(configure(build(), SPARSE), kind)
 
 
 def test_a_changed_mask() -> None:
     """Blocks begin elsewhere once the mask hides the first tokens: as in a cache that never had pages."""
     model, ids = configure(build(), SPARSE), tokens(1, 40)
-    cache = new_cache("dynamic", model)
-    in_pieces(model, ids[:, :22], [20], cache)
+    cache = caches.new_cache("dynamic", model)
+    caches.in_pieces(model, ids[:, :22], [20], cache)
     fresh = DynamicCache([(layer.keys.clone(), layer.values.clone()) for layer in cache.layers])
     for t in range(22, 40):
         mask = torch.ones(1, t + 1, dtype=torch.long)
@@ -117,7 +103,7 @@ def test_a_changed_mask() -> None:
 
 
 def test_offload_and_prefetch() -> None:
-    check_offloading(configure(build(), SPARSE))
+    caches.check_offloading(configure(build(), SPARSE))
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -125,12 +111,12 @@ def test_a_token_reads_its_pages_alone(kind: str, monkeypatch: pytest.MonkeyPatc
     """Keys and values of blocks that no head chooses may be anything, once their centroids are known."""
     model, ids = configure(build(), MobaConfig(BLOCK, 1)), tokens(1, 22)
     whole = logits(model, ids, use_cache=False)
-    cache = new_cache(kind, model)
-    in_pieces(model, ids[:, :21], [21], cache)
+    cache = caches.new_cache(kind, model)
+    caches.in_pieces(model, ids[:, :21], [21], cache)
     for layer in cache.layers:
         layer.keys[:, :, :20] = layer.values[:, :, :20] = float("nan")
     monkeypatch.delattr("openmoba.hf.kinds.moba_attention")
-    out = in_pieces(model, ids[:, 21:], [], cache)
+    out = caches.in_pieces(model, ids[:, 21:], [], cache)
     torch.testing.assert_close(out, whole[:, 21:])
 
 
@@ -139,8 +125,8 @@ def test_a_loaded_model_gets_pages_by_itself(tmp_path: Any) -> None:
     configure(build(), HYBRID).save_pretrained(tmp_path)
     model, ids = AutoModelForCausalLM.from_pretrained(tmp_path), tokens(2, 30)
     for kind in ("dynamic", "static"):
-        cache = new_cache(kind, model)
-        out = in_pieces(model, ids, [18], cache)
+        cache = caches.new_cache(kind, model)
+        out = caches.in_pieces(model, ids, [18], cache)
         torch.testing.assert_close(out, logits(model, ids, use_cache=False))
         assert cache.layers[0].block_size == BLOCK
 
@@ -161,18 +147,18 @@ def test_memory_of_the_cache() -> None:
 def test_a_static_cache_may_miss_tokens_but_not_move(change: str) -> None:
     """Tokens cached without MoBA get their pages later; padding that comes and goes is found out."""
     model, ids = configure(build(), SPARSE), tokens(1, 40)
-    cache = new_cache("static", model)
-    in_pieces(model, ids[:, :20], [18], cache)
+    cache = caches.new_cache("static", model)
+    caches.in_pieces(model, ids[:, :20], [18], cache)
     if change == "settings":
         reference = DynamicCache(
             [(layer.keys[:, :, :20].clone(), layer.values[:, :, :20].clone()) for layer in cache.layers]
         )
         for each in (cache, reference):
             configure(model, None)
-            in_pieces(model, ids[:, 20:29], [], each)
+            caches.in_pieces(model, ids[:, 20:29], [], each)
             configure(model, SPARSE)
-        known = in_pieces(model, ids[:, 29:], [], cache)
-        torch.testing.assert_close(known, in_pieces(model, ids[:, 29:], [], reference))
+        known = caches.in_pieces(model, ids[:, 29:], [], cache)
+        torch.testing.assert_close(known, caches.in_pieces(model, ids[:, 29:], [], reference))
     else:
         mask = torch.ones(1, 21, dtype=torch.long)
         mask[:, :3] = 0
@@ -184,19 +170,19 @@ def test_a_static_cache_may_miss_tokens_but_not_move(change: str) -> None:
 def test_settings_may_change_while_a_cache_is_filled(kind: str) -> None:
     """Pages belong to a block size; another one starts from the cached keys."""
     model, ids = configure(build(), SPARSE), tokens(1, 40)
-    cache = new_cache(kind, model)
-    in_pieces(model, ids[:, :23], [20], cache)
+    cache = caches.new_cache(kind, model)
+    caches.in_pieces(model, ids[:, :23], [20], cache)
     reference = DynamicCache()
-    in_pieces(model, ids[:, :23], [20], reference)
+    caches.in_pieces(model, ids[:, :23], [20], reference)
     configure(model, MobaConfig(7, 3))
     expected = logits(model, ids[:, 23:], past_key_values=reference, use_cache=True)
-    torch.testing.assert_close(in_pieces(model, ids[:, 23:], [], cache), expected)
+    torch.testing.assert_close(caches.in_pieces(model, ids[:, 23:], [], cache), expected)
 
 
 @pytest.mark.parametrize("settings", [SPARSE, HYBRID], ids=["moba", "hybrid"])
 def test_greedy_generation(settings: MobaConfig) -> None:
     assistant = configure(build(LlamaConfig(**(SIZES | {"num_hidden_layers": 1}))), SPARSE)
-    check_generation(configure(build(), settings), assistant)
+    caches.check_generation(configure(build(), settings), assistant)
 
 
 @pytest.mark.parametrize("config", [Qwen3Config, MistralConfig], ids=lambda c: c.model_type)
@@ -204,9 +190,9 @@ def test_masks_by_kind_of_layer(config: Any) -> None:
     """Qwen3 names kinds of layers: with a static cache, generate makes a mask for each before it calls the model."""
     model, ids = configure(build(config(**SIZES, sliding_window=None)), HYBRID), tokens(2, 21)
     ids[1, :6] = 0
-    expected = generate(model, ids)
-    assert generate(model, ids, cache_implementation="static").equal(expected)
-    assert expected[1, 6:].equal(generate(model, ids[1:, 6:])[0])
+    expected = caches.generate(model, ids)
+    assert caches.generate(model, ids, cache_implementation="static").equal(expected)
+    assert expected[1, 6:].equal(caches.generate(model, ids[1:, 6:])[0])
 
 
 def test_generation_equals_sdpa_when_all_blocks_are_read() -> None:
@@ -219,7 +205,7 @@ def test_generation_equals_sdpa_when_all_blocks_are_read() -> None:
         configure(model, settings)
         for i, option in enumerate(options):
             torch.manual_seed(1)
-            out = generate(model, ids, **option)
+            out = caches.generate(model, ids, **option)
             if settings is None:
                 full.append(out)
             else:
@@ -228,7 +214,7 @@ def test_generation_equals_sdpa_when_all_blocks_are_read() -> None:
 
 @pytest.mark.parametrize("implementation", [None, "static"])
 def test_beams(implementation: str | None) -> None:
-    check_beams(configure(build(), HYBRID), implementation)
+    caches.check_beams(configure(build(), HYBRID), implementation)
 
 
 @pytest.mark.parametrize("cuts", [[10, 10, 10, 10], [24, 16], [23, 17]], ids=str)
@@ -261,9 +247,10 @@ def test_a_prompt_of_inference_mode_goes_on_outside_it() -> None:
 
 
 def test_compiled_decoding() -> None:
-    check_compiled_decoding(configure(build(), HYBRID), 5, 40, "aot_eager")
+    caches.check_compiled_decoding(configure(build(), HYBRID), 5, 40, "aot_eager")
 
 
 def test_compiled_decoding_of_masks_by_kind_of_layer() -> None:
     """As generate does it for Qwen3: the answer is found outside of the graph and read inside."""
-    check_compiled_decoding(configure(build(Qwen3Config(**SIZES)), HYBRID), 5, 25, "eager", create_masks_for_generate)
+    model = configure(build(Qwen3Config(**SIZES)), HYBRID)
+    caches.check_compiled_decoding(model, 5, 25, "eager", create_masks_for_generate)

@@ -10,7 +10,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from decoders import LAYERS, logits, save_model  # noqa: E402
+from decoders import LAYERS, QUIETLY, logits, losses, save_model  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -82,18 +82,13 @@ def test_continued_training_with_packing(tmp_path: Path) -> None:
         per_device_train_batch_size=4,
         max_steps=12,
         learning_rate=3e-3,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+        **QUIETLY,
     )
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collate)
     trainer.train()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    assert losses[-1] < 0.8 * losses[0]
+    first, *_, last = losses(trainer)
+    assert last < 0.8 * first
     trainer.save_model(tmp_path / "trained")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
     assert again.config.moba == {"block_size": 4, "top_k": 2, "full_layers": 1}
@@ -106,7 +101,7 @@ def test_fine_tuning_with_trl(tmp_path: Path) -> None:
 
     save_model(tmp_path / "full")
     rows = Dataset.from_dict({"text": ["the quick brown fox jumps over the lazy dog " * 3] * 8})
-    losses = {}
+    found = {}
     for packing in (True, False):
         arguments = SFTConfig(
             output_dir=str(tmp_path / "run"),
@@ -118,19 +113,14 @@ def test_fine_tuning_with_trl(tmp_path: Path) -> None:
             learning_rate=1e-3,
             **{CHECKPOINTING: False},
             bf16=False,
-            logging_steps=1,
-            report_to=[],
-            save_strategy="no",
-            use_cpu=True,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
+            **QUIETLY,
         )
         trainer = SFTTrainer(str(tmp_path / "full"), args=arguments, train_dataset=rows)
         trainer.train()
         assert trainer.model.config._attn_implementation == "moba"
-        losses[packing] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
-    assert losses[True][1] < losses[True][0]
+        found[packing] = losses(trainer)
+    assert found[True] == pytest.approx(found[False], rel=1e-4)
+    assert found[True][1] < found[True][0]
 
 
 def test_generate_command(tmp_path: Path, capsys: Any) -> None:

@@ -10,21 +10,7 @@ from test_key_conv import ARMS, FULL, HYBRID, PLAIN, convolving
 
 transformers = pytest.importorskip("transformers")
 
-from caches import (  # noqa: E402
-    ROWS,
-    check_beams,
-    check_chunking,
-    check_compiled_decoding,
-    check_copies,
-    check_crop,
-    check_generation,
-    check_left_padding,
-    check_offloading,
-    check_rows,
-    generate,
-    in_pieces,
-    new_cache,
-)
+import caches  # noqa: E402
 from decoders import LAYERS, SIZES, build, logits, tokens  # noqa: E402
 from transformers import DynamicCache, LlamaConfig  # noqa: E402
 
@@ -39,7 +25,7 @@ KINDS = pytest.mark.parametrize("kind", ["dynamic", "unnamed", "static"])
 @ARMS
 @pytest.mark.parametrize("cuts", [[], [2, 3], [17, 2, 3], [20, 18, 5]], ids=str)
 def test_any_chunking_equals_one_pass(cuts: list[int], settings: MobaConfig, kind: str) -> None:
-    check_chunking(convolving(settings), kind, cuts, settings.full_layer_indices(LAYERS))
+    caches.check_chunking(convolving(settings), kind, cuts, settings.full_layer_indices(LAYERS))
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -47,26 +33,26 @@ def test_any_chunking_equals_one_pass(cuts: list[int], settings: MobaConfig, kin
 @pytest.mark.parametrize("cuts", [[], [7], [19], [26, 3]], ids=str)
 def test_left_padding_in_a_cache(cuts: list[int], settings: MobaConfig, kind: str) -> None:
     """Rows with fewer tokens than the convolution reaches back among them."""
-    check_left_padding(convolving(settings), kind, cuts, (33, 21, 9, 2))
+    caches.check_left_padding(convolving(settings), kind, cuts, (33, 21, 9, 2))
 
 
 def test_going_on_after_right_padding_is_refused() -> None:
     model, mask = convolving(), torch.ones(2, 13, dtype=torch.long)
     mask[1, 9:12] = 0
     with pytest.raises(ValueError, match="padding_side to 'left'"):
-        in_pieces(model, tokens(2, 13), [12], new_cache("dynamic", model), mask)
+        caches.in_pieces(model, tokens(2, 13), [12], caches.new_cache("dynamic", model), mask)
 
 
 @ARMS
 def test_crop(settings: MobaConfig) -> None:
-    check_crop(convolving(settings))
+    caches.check_crop(convolving(settings))
 
 
 def test_crop_beyond_what_is_kept() -> None:
     """Refused before anything is dropped."""
     config = LlamaConfig(**(SIZES | {"max_position_embeddings": 2 * KEPT}))
     model, ids = convolving(config=config), tokens(1, KEPT + 20)
-    cache = new_cache("dynamic", model)
+    cache = caches.new_cache("dynamic", model)
     logits(model, ids, past_key_values=cache)
     with pytest.raises(ValueError, match=f"the last {KEPT} of {KEPT + 20} cached tokens"):
         cache.crop(-KEPT)
@@ -75,32 +61,34 @@ def test_crop_beyond_what_is_kept() -> None:
     torch.testing.assert_close(rest, logits(model, ids, use_cache=False)[:, 23:])
 
 
-@pytest.mark.parametrize("how", ROWS)
+@pytest.mark.parametrize("how", caches.ROWS)
 @pytest.mark.parametrize("padded", [False, True])
 @ARMS
 def test_rows_of_a_cache(settings: MobaConfig, padded: bool, how: str) -> None:
-    check_rows(convolving(settings), how, padded, [15], lambda: None)
+    caches.check_rows(convolving(settings), how, padded, [15], lambda: None)
 
 
 @KINDS
 @ARMS
 def test_copies_and_reset(settings: MobaConfig, kind: str) -> None:
-    check_copies(convolving(settings), kind)
+    caches.check_copies(convolving(settings), kind)
 
 
 @ARMS
 def test_offload_and_prefetch(settings: MobaConfig) -> None:
-    check_offloading(convolving(settings))
+    caches.check_offloading(convolving(settings))
 
 
 @pytest.mark.parametrize("settings", [HYBRID, FULL], ids=["hybrid", "full"])
 def test_generation(settings: MobaConfig) -> None:
-    check_generation(convolving(settings), convolving(settings, LlamaConfig(**(SIZES | {"num_hidden_layers": 1}))))
+    caches.check_generation(
+        convolving(settings), convolving(settings, LlamaConfig(**(SIZES | {"num_hidden_layers": 1})))
+    )
 
 
 @pytest.mark.parametrize("implementation", [None, "static"])
 def test_beams(implementation: str | None) -> None:
-    check_beams(convolving(), implementation)
+    caches.check_beams(convolving(), implementation)
 
 
 def test_generation_of_a_trained_model() -> None:
@@ -117,14 +105,14 @@ def test_generation_of_a_trained_model() -> None:
     model.eval()
     assert loss < 0.5
     assert all((layer.self_attn.key_conv.weight.abs() > 1e-3).any() for layer in model.model.layers)
-    assert generate(model, text[:, :40]).equal(text[:, :54])
+    assert caches.generate(model, text[:, :40]).equal(text[:, :54])
     padded = tokens(2, 23)
     padded[1, :17] = 0
-    caches: list[dict[str, Any]] = [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 9}]
+    kinds: list[dict[str, Any]] = [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 9}]
     for beams in (1, 3):
-        expected = generate(model, padded, num_beams=beams, max_new_tokens=9, use_cache=False)
-        for options in caches[: 3 if beams == 1 else 2]:  # transformers cuts no prompts of beams
-            assert generate(model, padded, num_beams=beams, max_new_tokens=9, **options).equal(expected), options
+        expected = caches.generate(model, padded, num_beams=beams, max_new_tokens=9, use_cache=False)
+        for options in kinds[: 3 if beams == 1 else 2]:  # transformers cuts no prompts of beams
+            assert caches.generate(model, padded, num_beams=beams, max_new_tokens=9, **options).equal(expected), options
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -132,11 +120,11 @@ def test_generation_of_a_trained_model() -> None:
 def test_settings_may_change_while_a_cache_is_filled(other: MobaConfig, kind: str) -> None:
     """Between MoBA, full attention and other blocks, there and back: raw keys stay, pages are made anew."""
     model, ids = convolving(HYBRID), tokens(1, 40)
-    cache, reference = new_cache(kind, model), new_cache("dynamic", model)
+    cache, reference = caches.new_cache(kind, model), caches.new_cache("dynamic", model)
     for settings, start, end in ((HYBRID, 0, 14), (other, 14, 26), (HYBRID, 26, 40)):
         configure(model, settings)
         expected = logits(model, ids[:, start:end], past_key_values=reference)
-        torch.testing.assert_close(in_pieces(model, ids[:, start:end], [5], cache), expected)
+        torch.testing.assert_close(caches.in_pieces(model, ids[:, start:end], [5], cache), expected)
 
 
 def test_a_projection_that_an_adapter_replaced() -> None:
@@ -174,7 +162,7 @@ def test_gradients_through_a_cache(settings: MobaConfig) -> None:
 def test_tokens_that_came_without_it_are_not_passed_over(kind: str) -> None:
     """The next token would be convolved with keys that lie before them."""
     convolution, plain, ids = convolving(), configure(build(), PLAIN), tokens(1, 20)
-    cache = new_cache(kind, convolution)
+    cache = caches.new_cache(kind, convolution)
     for model, piece in ((convolution, ids[:, :9]), (plain, ids[:, 9:12])):
         logits(model, piece, past_key_values=cache)
     with pytest.raises(ValueError, match="filled without key convolution"):
@@ -184,7 +172,7 @@ def test_tokens_that_came_without_it_are_not_passed_over(kind: str) -> None:
 def test_caches_that_cannot_serve() -> None:
     """One filled without it, and one of a kind that cannot keep raw keys."""
     model, ids = configure(build(), PLAIN), tokens(1, 20)
-    cache = new_cache("dynamic", model)
+    cache = caches.new_cache("dynamic", model)
     logits(model, ids, past_key_values=cache)
     convolution = convolving()
     with pytest.raises(ValueError, match="filled without key convolution"):
@@ -198,4 +186,4 @@ def test_caches_that_cannot_serve() -> None:
 
 
 def test_compiled_decoding() -> None:
-    check_compiled_decoding(convolving(HYBRID), 17, 25, "eager")
+    caches.check_compiled_decoding(convolving(HYBRID), 17, 25, "eager")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from decoders import SIZES, build, tokens  # noqa: E402
+from decoders import QUIETLY, SIZES, build, losses, stacked, tokens  # noqa: E402
 from tiny import Notes, tiny_config  # noqa: E402
 from transformers import LlamaConfig, Trainer, TrainingArguments  # noqa: E402
 
@@ -285,25 +285,10 @@ class Graphed(GraphedSteps, Trainer):
 def trained(kind: Any, rows: int, **settings: Any) -> tuple[list[float], Any]:
     model = small()
     data = [{name: x[0].tolist() for name, x in batch(seed, 1).items()} for seed in range(rows)]
-    arguments = TrainingArguments(
-        output_dir=mkdtemp(),
-        num_train_epochs=1,
-        per_device_train_batch_size=2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        **settings,
-    )
-
-    def stack(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
-        return {name: torch.tensor([row[name] for row in batch]) for name in batch[0]}
-
-    trainer = kind(model, arguments, data_collator=stack, train_dataset=data)
+    settings |= QUIETLY | {"num_train_epochs": 1, "per_device_train_batch_size": 2}
+    trainer = kind(model, TrainingArguments(mkdtemp(), **settings), data_collator=stacked, train_dataset=data)
     trainer.train()
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row], model
+    return losses(trainer), model
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])

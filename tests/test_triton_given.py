@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy
 import pytest
 import torch
-from attending import INTERPRETED, batched, packed
+from attending import INTERPRETED, assert_same_bits, batched, packed
 from attending import run as run_moba
 from given import Given, assert_as_accurate_as_plain_pytorch, at_random, of_moba, on_lists_per_head, run
 
@@ -21,11 +21,6 @@ from openmoba.ops.triton.host.launch import Launch
 pytestmark = INTERPRETED
 
 FP16, FP32 = torch.float16, torch.float32
-
-
-def assert_same_bits(results, others):
-    for x, y in zip(results, others, strict=True):
-        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import pytest
 import torch
 from accelerate import ParallelismConfig
 from as_gpus import as_gpus
-from decoders import SIZES, VOCAB
+from decoders import QUIETLY, SIZES, VOCAB, stacked
 from ranks import made_alone, run_checks
-from torch import Tensor, distributed
+from torch import distributed
 from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from openmoba import MobaConfig
@@ -58,10 +58,6 @@ def rows(count: int = 8, length: int = LENGTH) -> list[dict[str, Any]]:
     return [{"input_ids": x.tolist(), "labels": [-100] * 5 + x[5:].tolist()} for x in ids]
 
 
-def stacked(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
-    return {name: torch.tensor([row[name] for row in batch]) for name in batch[0]}
-
-
 def steps(kind: Any, batch_size: int, collate: Any = stacked, data: Any = None, **settings: Any) -> list[Any]:
     """Loss and gradient norm of two steps, the loss of an evaluation whose last batch is not full, and the weights."""
     options = {name: settings.pop(name) for name in OPTIONS if name in settings}
@@ -71,15 +67,9 @@ def steps(kind: Any, batch_size: int, collate: Any = stacked, data: Any = None, 
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
         gradient_accumulation_steps=2,
-        logging_steps=1,
         learning_rate=1e-2,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
-        **settings,
+        **QUIETLY | settings,
     )
     data = rows() if data is None else data
     made = options.pop("made", None) or model()

@@ -13,6 +13,7 @@ import triton.language as tl
 from attending import (
     Case,
     assert_as_accurate_as_plain_pytorch,
+    assert_same_bits,
     batched,
     opposed,
     oracle,
@@ -40,11 +41,6 @@ def example(queries: int = 1000, keys: int = 1000) -> Case:
 
 def example_packed(lengths: list[int]) -> Case:
     return packed(BF16, lengths, lengths, (8, 2, 64), 64, 3, "cuda")
-
-
-def assert_same_bits(results: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> None:
-    for x, y in zip(results, others, strict=True):
-        assert torch.equal(x, y)
 
 
 def assert_repeatable_and_as_accurate_as_plain_pytorch(case: Case) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attending import batched, packed
+from attending import assert_same_bits, batched, packed
 from attending import run as run_moba
 from given import Given, assert_as_accurate_as_plain_pytorch, at_random, of_moba, on_lists_per_head, run
 from torch import Tensor
@@ -23,11 +23,6 @@ from openmoba.ops.triton.host import replay
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-def assert_same_bits(results: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> None:
-    for x, y in zip(results, others, strict=True):
-        assert torch.equal(x, y)
 
 
 def assert_repeatable_and_as_accurate_as_plain_pytorch(given: Given) -> None:
