@@ -56,7 +56,16 @@ def read(path: Path) -> list[Row]:
     Raises:
         ValueError: a line before the last is not a JSON object.
     """
-    return list(_rows(path))
+    rows = []
+    for number, line in enumerate(whole_lines(path).split(b"\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: not a record; delete the line and what follows it")
+        rows.append(row)
+    return rows
 
 
 def keep(path: Path, rows: Iterable[Row]) -> None:
@@ -135,17 +144,6 @@ def expect(value: Any, shape: Any, where: str) -> None:
 
 def _say(kind: Any) -> str:
     return " or ".join(getattr(option, "__name__", str(option)) for option in get_args(kind) or (kind,))
-
-
-def _rows(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(whole_lines(path).split(b"\n")[:-1], start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: not a record; delete the line and what follows it")
-        yield row
 
 
 def _encode(row: Row, path: Path) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from openmoba.lab.data.load import named_tokenizer, trained_bpe
 from openmoba.lab.data.making import DocumentRules, write_corpus
 from openmoba.lab.data.store import survey
 from openmoba.lab.progress import Progress, TerminalProgress
+from openmoba.limits import check_count
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,10 @@ class MakeCorpus:
         print(table([row for corpus in corpora for row in self._holdings(corpora[0], corpus, progress)], self.length))
 
     def _check(self) -> None:
-        for name, value, lowest in (
-            *(("vocab_size", size, 257) for size in self.vocab_size),  # the bytes and the end of a text
-            ("length", self.length, 2),
-            ("merge_below", self.merge_below, 0),
-        ):
-            if value < lowest:
-                raise ValueError(f"{name} must be >= {lowest}, got {value}")
+        for size in self.vocab_size:
+            check_count("vocab_size", size, 257)  # the bytes and the end of a text
+        check_count("length", self.length, 2)
+        check_count("merge_below", self.merge_below, 0, sys.maxsize)
         if self.out is None and self.select != DocumentRules():
             raise ValueError("the options that pick documents need --out, the name of the files to write")
 

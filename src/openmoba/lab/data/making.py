@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from openmoba.lab.data.corpus import Corpus
 from openmoba.lab.data.parquet import write_documents
 from openmoba.lab.data.store import Survey
 from openmoba.lab.progress import Percent, Progress
+from openmoba.limits import check_count
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,7 @@ class DocumentRules:
         if not 1 <= self.level <= 22:
             raise ValueError(f"level is one of zstd's, 1 to 22, got {self.level}")
         for name, lowest in (("smallest", 1), ("hold_out", 2), ("largest", 1), ("total", 1), ("cut", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ValueError(f"{name} must be >= {lowest}, got {value}")
+            check_count(name, getattr(self, name), lowest, sys.maxsize)
 
 
 def pick(surveyed: Survey, rules: DocumentRules) -> tuple[np.ndarray, np.ndarray]:
