@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 @pytest.mark.parametrize("page_size", [16, 128])
+@torch.inference_mode()  # as vLLM runs models
 def test_batches(
     page_size: int, no_waiting: Callable[[], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

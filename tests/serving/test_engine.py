@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from served_models import Engine, Generated, log_probabilities, prompts, save_moba, serve
+from served_models import Engine, Generated, log_probabilities, prompts, save_full, save_moba, serve
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -138,6 +138,44 @@ def test_models_without_settings_get_what_they_got(full: Path, engine: Engine, g
     assert cpu.Layer not in kinds
     assert got == [generated(full, prompt, 32)]
     assert got != [generated(folder, prompt, 32)], "MoBA would give other tokens"
+
+
+def kept_heads(model: Any) -> list[tuple[str, int | None]]:
+    """Names of the layers that a process has, and of how many key heads each one keeps centroids."""
+    layers = [layer.self_attn.attn for layer in model.model.layers if hasattr(layer, "self_attn")]
+    found = [(layer.layer_name, layer.impl.centroids) for layer in layers]
+    return [(name.split(".")[2], None if centroids is None else centroids.shape[2]) for name, centroids in found]
+
+
+@pytest.mark.parametrize(
+    ("split", "kv_heads", "kept"),
+    [
+        ({"tensor_parallel_size": 2}, 2, [[("0", 1), ("1", None), ("2", 1), ("3", 1)]] * 2),
+        ({"tensor_parallel_size": 2}, 1, [[("0", 1), ("1", None), ("2", 1), ("3", 1)]] * 2),
+        # Compiled: vLLM then runs the model once before it serves, without which layers cannot be split on a CPU.
+        ({"pipeline_parallel_size": 2, "enforce_eager": False}, 2, [[("0", 2), ("1", None)], [("2", 2), ("3", 2)]]),
+    ],
+    ids=["heads", "copies of a head", "layers"],
+)
+def test_two_processes(
+    split: dict[str, Any],
+    kv_heads: int,
+    kept: Any,
+    tmp_path: Path,
+    engine: Engine,
+    generated: Generated,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Heads are split, and a key head that is there once is in both; or layers are, and keep their numbers."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else each process wants a memory node of its own
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for what is asked of both
+    folder = save_moba(save_full(tmp_path / "full", num_key_value_heads=kv_heads), HYBRID)
+    asked = prompts(5, 200, 301, seed=10)
+    expected = [generated(folder, prompt, 32) for prompt in asked]
+    with engine(folder, block_size=32, max_num_batched_tokens=128, **split) as llm:
+        got = new_tokens(serve(llm, asked, 32))
+        assert llm.apply_model(kept_heads) == kept
+    assert got == expected
 
 
 def test_16_bits(full: Path, engine: Engine) -> None:

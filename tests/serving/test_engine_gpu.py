@@ -32,7 +32,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-@pytest.mark.parametrize("attention", ["full", "moba"])
+@pytest.mark.parametrize("attention", ["moba", "full"])
 def test_log_probabilities(attention: str, eager: bool, wide: Path, engine: Engine) -> None:
     """Those of prompts, and of tokens that are generated, are as near to those in fp32 as transformers' in bf16.
 

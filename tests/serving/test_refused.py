@@ -1,4 +1,7 @@
-"""What MoBA does not serve is refused in a sentence before the engine starts, by a real configuration of vLLM."""
+"""What MoBA does not serve is refused in a sentence before the engine starts, by a real configuration of vLLM.
+
+The backend for GPUs, which cannot run here, is made and asked as vLLM makes and asks its own.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,11 @@ import torch
 from served_models import save_moba
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.platforms.interface import Platform
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
 
 from openmoba import MobaConfig
 from openmoba.vllm import cpu, cuda
@@ -81,3 +87,31 @@ def test_the_layer_for_gpus_is_made_like_its_parent(full: Path) -> None:
     with set_current_vllm_config(configure(save_moba(full, SETTINGS))):
         assert cuda.Backend.get_impl_cls() is cuda.Layer
     assert cuda.Backend.get_impl_cls() is FlashAttentionImpl
+
+
+class LayerOnGpus(AttentionLayerBase):
+    """What vLLM asks for its backend where that is ours for GPUs."""
+
+    def get_attn_backend(self) -> Any:
+        return cuda.Backend
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> None:
+        return None
+
+
+@pytest.mark.parametrize(("block_size", "page"), [(64, 64), (512, 512), (1024, 16), (8, 16), (None, 16)])
+def test_a_page_is_a_block_on_gpus(block_size: int | None, page: int, full: Path) -> None:
+    """Where the user names none, the block is a multiple of vLLM's 16 tokens, and not too large to be shared whole."""
+    folder = full if block_size is None else save_moba(full, MobaConfig(block_size=block_size, top_k=3))
+    for named, expected in ({}, page), ({"block_size": 32}, 32):
+        config = configure(folder, **named)
+        config.compilation_config.static_forward_context["model.layers.0.self_attn.attn"] = LayerOnGpus()
+        Platform.update_block_size_for_backend(config)
+        assert config.cache_config.block_size == expected
+
+
+def test_pages_on_gpus_lie_as_on_a_cpu() -> None:
+    """Where vLLM's own backend would have them otherwise; tests on a card and figures are of pages like these."""
+    ours, theirs = (get_supported_kv_cache_layouts([backend]) for backend in (cuda.Backend, FlashAttentionBackend))
+    assert ours == get_supported_kv_cache_layouts([cpu.Backend])
+    assert theirs[0] != ours[0] in theirs

@@ -10,6 +10,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionImpl,
     FlashAttentionMetadataBuilder,
 )
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from openmoba.vllm.current import current
 from openmoba.vllm.layers import MobaLayer
@@ -59,6 +60,11 @@ class Backend(FlashAttentionBackend):  # type: ignore[misc]
         if settings is None or settings.block_size % preferred or settings.block_size > _LARGEST_PAGE:
             return preferred
         return settings.block_size
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Have a page hold its tokens head by head, as on a CPU: heads choose different blocks to read."""
+        return (KVCacheLayout.LBHNC,)
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:
