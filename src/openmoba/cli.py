@@ -120,16 +120,9 @@ def _report(error: BaseException) -> int:
 
 
 def _usage(known: dict[str, tuple[type[Command], str]]) -> str:
-    lines = [f"  {name:<16} {text}" for name, (_, text) in known.items()]
-    return "\n".join(
-        [
-            "usage: openmoba COMMAND [OPTIONS]",
-            "",
-            *lines,
-            "",
-            "openmoba COMMAND --help lists the options; openmoba --version.",
-        ]
-    )
+    lines = "\n".join(f"  {name:<16} {text}" for name, (_, text) in known.items())
+    end = "openmoba COMMAND --help lists the options; openmoba --version."
+    return f"usage: openmoba COMMAND [OPTIONS]\n\n{lines}\n\n{end}"
 
 
 if __name__ == "__main__":

@@ -39,29 +39,30 @@ class Plot:
         if not rows:
             raise ValueError(f"{self.csv} holds no rows; run `openmoba bench attention`, or another, first")
         folder = self.out or self.csv.parent
-        charts, table = _OF[kind]
-        for name, chart in charts(rows).items():
+        for name, chart in _charts(kind, rows).items():
             path = folder / (f"{self.csv.stem}-{name}" if name else self.csv.stem)
             print(*save(chart(rows), path), sep="\n")
-        print(table(rows))
+        print(_TABLES[kind](rows))
 
 
-Charts = Mapping[str, "Callable[[Sequence[Any]], Figure]"]
+_TABLES: dict[type[Any], Callable[[Sequence[Any]], str]] = {
+    Row: markdown,
+    TrainingRow: training.markdown,
+    ParallelRow: parallel.markdown,
+}
+"""The table of each kind of row."""
 
 
-def _training_charts(_: Sequence[TrainingRow]) -> Charts:
-    from openmoba.bench.training.chart import rate_chart
+def _charts(kind: type[Any], rows: Sequence[Any]) -> Mapping[str, Callable[[Sequence[Any]], Figure]]:
+    """Return what draws rows of a kind, by what the figure's name ends in."""
+    if kind is TrainingRow:
+        from openmoba.bench.training.chart import rate_chart
 
-    return {"": rate_chart}
+        return {"": rate_chart}
+    if kind is ParallelRow:
+        from openmoba.bench.parallel.chart import gain_chart
 
-
-def _parallel_charts(_: Sequence[ParallelRow]) -> Charts:
-    from openmoba.bench.parallel.chart import gain_chart
-
-    return {"": gain_chart}
-
-
-def _charts(rows: Sequence[Row]) -> Charts:
+        return {"": gain_chart}
     from openmoba.bench.charts import speedup_chart, time_chart
     from openmoba.bench.decode import CHUNK, EAGER, GRAPH
     from openmoba.bench.decode_charts import prefill_chart, step_chart
@@ -71,11 +72,3 @@ def _charts(rows: Sequence[Row]) -> Charts:
         return {"time": time_chart, "speedup": speedup_chart}
     charts = {"step": step_chart} if timed & {GRAPH, EAGER} else {}
     return charts | ({"prefill": prefill_chart} if CHUNK in timed else {})
-
-
-_OF: dict[type[Any], tuple[Callable[[Sequence[Any]], Charts], Callable[[Sequence[Any]], str]]] = {
-    Row: (_charts, markdown),
-    TrainingRow: (_training_charts, training.markdown),
-    ParallelRow: (_parallel_charts, parallel.markdown),
-}
-"""The figures of each kind of row, and its table."""
