@@ -30,7 +30,7 @@ FP16, FP32 = torch.float16, torch.float32
         (FP16, (2, 20, 50, 2, 1, 64), 16, 2, 1),
         (FP32, (2, 9, 40, 3, 1, 24), 13, 9, 3),  # more than there are past blocks
         (FP32, (1, 10, 150, 1, 1, 80), 65, 3, 1),  # a pair has several shares of dQ
-        (FP32, (1, 11, 11, 2, 1, 8), 1, 40, 2),
+        (FP32, (1, 40, 40, 2, 1, 8), 1, 50, 2),  # fewer rows, and chance decides whose rounding is better
         (FP32, (1, 9, 9, 2, 1, 8), 16, 3, 1),  # no past block at all
         (FP16, (1, 1, 50, 3, 1, 16), 16, 2, 3),
     ],
