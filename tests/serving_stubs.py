@@ -21,10 +21,15 @@ def config(moba: dict[str, Any] | None = SETTINGS, **changed: Any) -> Any:
     """A `VllmConfig` as far as it is read; parts are changed as in `cache__block_size=16`."""
     text = SimpleNamespace(moba=moba, num_hidden_layers=3, layer_types=["full_attention"] * 3)
     made = SimpleNamespace(
-        model_config=SimpleNamespace(hf_text_config=text, dtype=torch.bfloat16),
+        model_config=SimpleNamespace(
+            hf_text_config=text, dtype=torch.bfloat16, using_transformers_backend=lambda: False
+        ),
         cache_config=SimpleNamespace(cache_dtype="auto", block_size=8, prefix_match_unit=None),
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1
+        ),
         attention_config=SimpleNamespace(backend=None, backend_per_kind={}),
+        lora_config=None,
         speculative_config=None,
         kv_transfer_config=None,
     )
@@ -39,6 +44,9 @@ class FullLayer:
 
     def __init__(self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, **asked: Any) -> None:
         self.scale, self.asked = scale, asked
+
+    def process_weights_after_loading(self, dtype: torch.dtype) -> None:
+        self.asked["dtype"] = dtype
 
     def forward(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, batch: Any, out: Tensor) -> Tensor:
         return out.fill_(7)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -93,6 +94,28 @@ def test_batches_of_another_kind(batch: dict[str, Any], scales: Any, message: st
         layer.forward(place(0), x, x, x, x, SimpleNamespace(**batch), x, *scales)
 
 
+@pytest.mark.parametrize("index", [0, 1], ids=["moba", "full"])
+def test_keys_that_were_not_convolved(index: int, randn: Randn) -> None:
+    """Of a model that vLLM computes in a way of its own, or replays from a graph."""
+    layer, x, batch = new_layer(Server(PAGE, 4)), randn(3, 6, 8), SimpleNamespace()
+    layer.served = replace(layer.served, key_conv=3)
+    layer.forward(place(index), x, x, x, x, None, x)
+    for given in (None, SimpleNamespace(batch=SimpleNamespace())):
+        layer.key_conv = given
+        with pytest.raises(ValueError, match=rf"keys of model\.layers\.{index}\.self_attn\.attn have not passed"):
+            layer.forward(place(index), x, x, x, x, batch, x)
+
+
+def test_filters_that_were_not_loaded(randn: Randn) -> None:
+    layer, weight = new_layer(Server(PAGE, 4)), randn(6, 4)
+    layer.key_conv = SimpleNamespace(weight=weight)
+    layer.process_weights_after_loading(torch.float32)
+    assert layer.asked["dtype"] is torch.float32
+    weight[3, 1] = float("nan")
+    with pytest.raises(ValueError, match=r"key_conv.*not in its checkpoint"):
+        layer.process_weights_after_loading(torch.float32)
+
+
 def test_rows_are_written_where_slots_say(randn: Randn) -> None:
     cache = torch.zeros(3, 2, PAGE, 2 * 8, dtype=torch.bfloat16)
     key, value = randn(2, 5, 2, 8).unbind()
@@ -109,8 +132,9 @@ def test_settings_are_the_models() -> None:
     found = served(config())
     assert found == Served(4, 2, frozenset({1}))
     assert str(found) == "MoBA with blocks of 4 tokens, top-2, layers [1] full"
-    with pytest.raises(ValueError, match="key convolution, and this one has one of width 3"):
-        served(config(moba=SETTINGS | {"key_conv": 3}))
+    convolving = served(config(moba=SETTINGS | {"key_conv": 3}))
+    assert convolving == Served(4, 2, frozenset({1}), 3)
+    assert str(convolving) == f"{found}, keys convolved over 3 tokens"
     with pytest.raises(ValueError, match=r"full_layers \[3\] are not layers"):
         served(config(moba=SETTINGS | {"full_layers": [3]}))
 
@@ -143,6 +167,21 @@ def test_engines(changed: dict[str, Any], message: str) -> None:
     check_engine(config(), "0.32.0")
     with pytest.raises(ValueError, match=f"does not serve .*{message}"):
         check_engine(config(**changed), "0.33.1")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"parallel__tensor_parallel_size": 2}, "in tensor parallelism; start with --tensor-parallel-size 1"),
+        ({"model__using_transformers_backend": lambda: True}, "in a model of transformers'; generate with"),
+        ({"lora_config": object()}, "beside LoRA adapters; start without --enable-lora"),
+    ],
+)
+def test_engines_of_models_with_key_convolution(changed: dict[str, Any], message: str) -> None:
+    check_engine(config(**changed), "0.32.0")
+    check_engine(config(SETTINGS | {"key_conv": 4}), "0.32.0")
+    with pytest.raises(ValueError, match=f"does not serve key convolution {message}"):
+        check_engine(config(SETTINGS | {"key_conv": 4}, **changed), "0.32.0")
 
 
 def test_layers_of_other_types() -> None:

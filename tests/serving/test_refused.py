@@ -50,11 +50,6 @@ def test_options(options: dict[str, Any], message: str, full: Path) -> None:
         configure(save_moba(full, SETTINGS), **options)
 
 
-def test_key_convolution(full: Path) -> None:
-    with pytest.raises(ValueError, match="no key convolution, and this one has one of width 4"):
-        configure(save_moba(full, MobaConfig(block_size=32, top_k=3, key_conv=4)))
-
-
 @pytest.mark.parametrize(
     ("asked", "message"),
     [

@@ -26,6 +26,8 @@ class MobaLayer:
     """Of the logits, as vLLM sets it."""
     centroids: Tensor | None = None
     """`[Z, ...]` as `openmoba.new_paged_centroids` makes them, once there is a cache."""
+    key_conv: Any = None
+    """An `openmoba.vllm.key_conv.KeyConvolution`, which a model that asks for one has given."""
 
     def __init__(
         self,
@@ -60,11 +62,29 @@ class MobaLayer:
         settings = self.settings()
         assert settings is not None, "a backend makes this layer for models with settings"
         self.served = settings
+        if settings.key_conv is not None:
+            from openmoba.vllm.key_conv import install_key_convolution  # needs vLLM
+
+            install_key_convolution()
 
     @staticmethod
     def settings() -> Served | None:
         """Return the settings of the model that the layer is made for."""
         raise NotImplementedError
+
+    def process_weights_after_loading(self, dtype: Any) -> None:
+        """Take the weights as they were loaded.
+
+        Raises:
+            ValueError: those of a key convolution that the model has are missing.
+        """
+        parent: Any = super()
+        parent.process_weights_after_loading(dtype)
+        if self.key_conv is not None and bool(self.key_conv.weight.isnan().any()):
+            raise ValueError(
+                "this model's config.json says that it has a key convolution (key_conv), whose weights are not in its "
+                "checkpoint; train it and save it, or convert a model without --key-conv"
+            )
 
     def forward(
         self,
@@ -79,6 +99,7 @@ class MobaLayer:
         **more_scales: Any,
     ) -> Tensor:
         """Attend for a batch's new tokens, whose keys and values are in the cache, into `output` `[N, H, D]`."""
+        self._check_keys(layer, attn_metadata)
         if attn_metadata is None or not self.served.is_sparse(layer.layer_name):
             parent: Any = super()
             parent.forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales, **more_scales)
@@ -106,6 +127,16 @@ class MobaLayer:
             scale=self.scale,
         )
         return output
+
+    def _check_keys(self, layer: Any, batch: Any) -> None:
+        """Raise ValueError if a batch's keys went around the model's key convolution."""
+        if batch is None or self.served.key_conv is None:
+            return
+        if self.key_conv is None or self.key_conv.batch is not batch:
+            raise ValueError(
+                f"the keys of {layer.layer_name} have not passed this model's key convolution, since vLLM computes "
+                "them otherwise than by qkv_proj; generate with openmoba generate"
+            )
 
     def _centroids(self, k_pages: Tensor) -> Tensor:
         """Return the centroids of a cache; made anew when vLLM has made another cache."""

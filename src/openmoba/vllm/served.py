@@ -24,6 +24,8 @@ class Served:
     """Blocks that each query reads, its own included."""
     full_layers: frozenset[int]
     """Indices of the layers that vLLM's own attention computes."""
+    key_conv: int | None = None
+    """Width in tokens of the convolution that the keys of all layers pass; None for none."""
 
     def is_sparse(self, layer_name: str) -> bool:
         """Tell whether MoBA computes the attention of a layer, named as in `model.layers.3.self_attn.attn`.
@@ -41,7 +43,8 @@ class Served:
 
     def __str__(self) -> str:
         full = f", layers {sorted(self.full_layers)} full" if self.full_layers else ""
-        return f"MoBA with blocks of {self.block_size} tokens, top-{self.top_k}{full}"
+        keys = "" if self.key_conv is None else f", keys convolved over {self.key_conv} tokens"
+        return f"MoBA with blocks of {self.block_size} tokens, top-{self.top_k}{full}{keys}"
 
 
 def served(config: Any) -> Served | None:
@@ -55,12 +58,8 @@ def served(config: Any) -> Served | None:
     if stored is None:
         return None
     settings = MobaConfig.from_dict(stored)
-    if settings.key_conv is not None:
-        raise ValueError(
-            f"vLLM's models have no key convolution, and this one has one of width {settings.key_conv} (key_conv); "
-            "generate with openmoba generate"
-        )
-    return Served(settings.block_size, settings.top_k, settings.full_layer_indices(text.num_hidden_layers))
+    full_layers = settings.full_layer_indices(text.num_hidden_layers)
+    return Served(settings.block_size, settings.top_k, full_layers, settings.key_conv)
 
 
 def is_known(version: str) -> bool:
@@ -101,6 +100,13 @@ def _unserved(config: Any) -> list[tuple[str, str]]:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             found.append((f"sequences spread over GPUs ({name})", f"start with {name} of 1, use tensor parallelism"))
+    if model.hf_text_config.moba.get("key_conv") is not None:
+        if parallel.tensor_parallel_size > 1:
+            found.append(("key convolution in tensor parallelism", "start with --tensor-parallel-size 1"))
+        if config.lora_config is not None:
+            found.append(("key convolution beside LoRA adapters", "start without --enable-lora, merge the adapter"))
+        if model.using_transformers_backend():
+            found.append(("key convolution in a model of transformers'", "generate with openmoba generate"))
     kinds = set(getattr(model.hf_text_config, "layer_types", None) or ()) - {"full_attention"}
     if kinds:
         found.append((f"layers of types {sorted(kinds)}", "serve a model of full_attention layers"))
