@@ -28,14 +28,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from openmoba.ops import attend as operations
+from openmoba.ops.arguments import Blocking
 from openmoba.ops.triton import attention, hopper
 from openmoba.ops.triton.host import replay
 from openmoba.ops.triton.host.launch import Launch, filled
 from openmoba.records.provenance import provenance
 
 OUT = Path(__file__).parent.parent / "results" / "cpu" / "host_time.csv"
-SETTINGS = (None, None, None, 16, 3, 0.25)  # no given blocks, no packed batch, block size, top-k, scale
-BLOCKS = (None, None, None, 128, 3, 0.25)
+SMALL, BLOCKS = Blocking(None, None, 16, 3), Blocking(None, None, 128, 3)
+SCALE = 0.25
 ROUNDS, CALLS = 15, 400
 
 
@@ -55,8 +56,8 @@ def measured() -> Iterator[tuple[str, float, float]]:
     """Time each path: its name, microseconds of forward and of both passes."""
     q, k, v = (torch.randn(1, 64, heads, 16, requires_grad=True) for heads in (4, 2, 2))
     paths: dict[str, Callable[[], Tensor]] = {
-        "registered operation": lambda: torch.ops.openmoba.attend("cpu", q, k, v, *SETTINGS)[0],
-        "around the dispatcher": lambda: operations.attend("cpu", q, k, v, *SETTINGS)[0],
+        "registered operation": lambda: torch.ops.openmoba.attend("cpu", q, k, v, None, *SMALL, SCALE)[0],
+        "around the dispatcher": lambda: operations.attend("cpu", q, k, v, None, SMALL, SCALE)[0],
     }
     d_out = torch.ones_like(q)
     with patch.object(operations, "backend", lambda _: SimpleNamespace(forward=forward, backward=backward)):
@@ -78,16 +79,26 @@ def triton_microseconds(call: Callable[..., Any]) -> tuple[float, float]:
     """Time Triton's path on 512 tokens, 32 query and 8 key/value heads, D 128."""
     q, d_out, k, v = (torch.zeros(1, 512, heads, 128, dtype=torch.bfloat16) for heads in (32, 32, 8, 8))
 
-    (blocks, cu_q, cu_k, *numbers), caps = BLOCKS, attention.workspaces(q.device)
-    forward, backward = attention.forward, attention.backward  # of CPU tensors: never replayed by themselves
+    cu_q, cu_k, *numbers = BLOCKS
+    settings, caps = (*numbers, SCALE), attention.workspaces(q.device)
 
     def attend() -> Any:
-        return call(forward, (q, k, v, blocks, cu_q, cu_k), tuple(numbers), caps)
+        return call(flat_forward, (q, k, v, None, cu_q, cu_k), settings, caps)
 
     def both() -> Any:
-        return call(backward, (d_out, None, q, k, v, *attend(), cu_q, cu_k), tuple(numbers), caps)
+        return call(flat_backward, (d_out, None, q, k, v, *attend(), cu_q, cu_k), settings, caps)
 
     return microseconds(attend), microseconds(both)
+
+
+def flat_forward(*arguments: Any) -> Any:
+    *tensors, cu_q, cu_k, block_size, top_k, scale = arguments
+    return attention.forward(*tensors, Blocking(cu_q, cu_k, block_size, top_k), scale)  # of CPU tensors: not replayed
+
+
+def flat_backward(*arguments: Any) -> Any:
+    *tensors, cu_q, cu_k, block_size, top_k, scale = arguments
+    return attention.backward(*tensors, Blocking(cu_q, cu_k, block_size, top_k), scale)
 
 
 def work_out(

@@ -29,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from openmoba.bench.timing import Work, measure
 from openmoba.bench.training.profiles import own_kernels
+from openmoba.ops.arguments import Blocking
 from openmoba.ops.triton import attend, attention, gradients, hopper, portable
 from openmoba.ops.triton.family import Tile
 from openmoba.ops.triton.host import replay
@@ -88,7 +89,7 @@ def prepare(options: argparse.Namespace) -> Callable[[], Tensor]:
     q, d_out = (torch.randn(1, options.tokens, options.heads, options.head_dim) for _ in range(2))
     k, v = (torch.randn(1, options.tokens, options.kv_heads, options.head_dim) for _ in range(2))
     q, d_out, k, v = (x.to("cuda", torch.bfloat16) for x in (q, d_out, k, v))
-    settings = (None, None, options.block_size, options.top_k, options.head_dim**-0.5)
+    settings = (Blocking(None, None, options.block_size, options.top_k), options.head_dim**-0.5)
 
     kept = attention.forward(q, k, v, None, *settings)
 

@@ -10,6 +10,7 @@ import torch
 from attending import Case, poisoned_memory
 from torch import Tensor
 
+from openmoba.ops.arguments import Blocking
 from openmoba.ops.reference import attention_mask
 from openmoba.ops.triton import attention
 
@@ -45,14 +46,13 @@ def at_random(case: Case, most: int, heads: int, with_lse: bool = True) -> Given
 def run(given: Given) -> tuple[Tensor, ...]:
     """Output, log-sum-exp, and gradients of q, k and v from the kernels, in poisoned memory."""
     case = given.case
-    packing = (case.cu_q, case.cu_k)
-    settings = (case.block_size, given.blocks.shape[-1] + 1, given.scale)
+    blocking = Blocking(case.cu_q, case.cu_k, case.block_size, given.blocks.shape[-1] + 1)
     with poisoned_memory():
-        out, lse, choice = attention.forward(case.q, case.k, case.v, given.blocks, *packing, *settings)
-        expected = attention.choice_shape(case.q, case.k, given.blocks, case.cu_q, *settings[:2])
+        out, lse, choice = attention.forward(case.q, case.k, case.v, given.blocks, blocking, given.scale)
+        expected = attention.choice_shape(case.q, case.k, given.blocks, blocking)
         assert choice.shape == expected
         saved = (case.q, case.k, case.v, out, lse, choice)
-        return out, lse, *attention.backward(case.d_out, given.d_lse, *saved, *packing, *settings)
+        return out, lse, *attention.backward(case.d_out, given.d_lse, *saved, blocking, given.scale)
 
 
 def assert_as_accurate_as_plain_pytorch(given: Given, results: tuple[Tensor, ...] | None = None) -> None:

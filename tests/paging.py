@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from openmoba import complete_paged, moba_paged, new_paged_centroids
+from openmoba.ops.arguments import KeyPages
 from openmoba.ops.decode import MAX_QUERIES
 
 NOWHERE = 2**30  # a page
@@ -95,10 +96,10 @@ class Server:
         complete_paged(*of_upkeep(call))
 
 
-def of_upkeep(call: dict[str, Any]) -> tuple[Any, ...]:
+def of_upkeep(call: dict[str, Any]) -> KeyPages:
     """What `complete_paged` takes of what `moba_paged` takes, in its order."""
     names = ("centroids", "k_pages", "block_table", "lengths", "cu_seqlens_q", "block_size")
-    return tuple(call[name] for name in names)
+    return KeyPages(*(call[name] for name in names))
 
 
 def expected(call: dict[str, Any], top_k: int) -> Tensor:

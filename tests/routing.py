@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from openmoba.ops.arguments import Blocking
 from openmoba.ops.reference import reference_select
 
 
 def oracle(q: Tensor, k: Tensor, block_size: int, top_k: int, cu_q=None, cu_k=None) -> Tensor:
     """The specified choice, scored in fp64 on the inputs as they are."""
-    return reference_select(q.double(), k.double(), cu_q, cu_k, block_size, top_k)
+    return reference_select(q.double(), k.double(), Blocking(cu_q, cu_k, block_size, top_k))
 
 
 def disagreement(selected: Tensor, expected: Tensor) -> float:

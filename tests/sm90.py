@@ -23,6 +23,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from openmoba.ops.arguments import Blocking, KeyCache, KeyPages
+
 HOPPER = GPUTarget("cuda", 90, 32)
 _TYPES = {
     torch.bfloat16: "*bf16",
@@ -166,10 +168,11 @@ def report(
 
     q, k = (torch.empty(1, 4096, heads, width, dtype=dtype) for heads in (32, 8))
     blocks = torch.empty(1, 4096, 32, top_k - 1, dtype=torch.int32) if given else None
+    blocking = Blocking(None, None, block_size, top_k)
 
     def call() -> None:
-        out, lse, choice = attention.forward(q, k, k, blocks, None, None, block_size, top_k, 1.0)
-        attention.backward(out, None, q, k, k, out, lse, choice, None, None, block_size, top_k, 1.0)
+        out, lse, choice = attention.forward(q, k, k, blocks, blocking, 1.0)
+        attention.backward(out, None, q, k, k, out, lse, choice, blocking, 1.0)
 
     with patch.object(hopper, "is_available", lambda _: hoppers_own):
         launches = launches_of(call)
@@ -185,12 +188,12 @@ def plan_report() -> list[dict[str, Any]]:
     from openmoba.ops.triton import attention, plan
 
     q, k = (torch.empty(1, 4096, heads, 64, dtype=torch.float16) for heads in (8, 2))
-    given = torch.empty(1, 4096, 2, 3, dtype=torch.int32)
+    given, blocking = torch.empty(1, 4096, 2, 3, dtype=torch.int32), Blocking(None, None, 128, 4)
 
     def call(blocks: torch.Tensor | None) -> None:
-        out, lse, choice = attention.forward(q, k, k, blocks, None, None, 128, 4, 1.0)
+        out, lse, choice = attention.forward(q, k, k, blocks, blocking, 1.0)
         d_lse = None if blocks is None else lse
-        attention.backward(out, d_lse, q, k, k, out, lse, choice, None, None, 128, 4, 1.0)
+        attention.backward(out, d_lse, q, k, k, out, lse, choice, blocking, 1.0)
 
     launches = []
     for most_looks in (2**40, 0):
@@ -217,10 +220,11 @@ def decode_report(
     k = torch.empty(1, 8, 4096, width, dtype=dtype).transpose(1, 2)
     centroids = stored.new_centroids(k, 4096, block_size)
     lengths = torch.empty(1, dtype=torch.int32)
+    cache = KeyCache(centroids, k, lengths, lengths, block_size)
 
     def call() -> None:
-        pages.complete_pages(centroids, k, lengths, lengths, queries, block_size)
-        decode.decode(q, k, k, centroids, lengths, lengths, block_size, top_k, 1.0)
+        pages.complete_pages(cache, queries)
+        decode.decode(q, cache, k, top_k, 1.0)
 
     with patch.object(decode, "multiprocessors", lambda _: 132), patch.object(decode, "overlaps", lambda _: True):
         return _codes(launches_of(call))
@@ -240,10 +244,11 @@ def paged_report(
     k, v = (x.transpose(1, 2) for x in pool.split(width, 3))
     q, centroids = torch.empty(queries, 32, width, dtype=dtype), new_paged_centroids(k, block_size)
     table, lengths, cu = (torch.empty(shape, dtype=torch.int32) for shape in ((4, 16), 4, 5))
+    cache = KeyPages(centroids, k, table, lengths, cu, block_size)
 
     def call() -> None:
-        paged.complete_paged(centroids, k, table, lengths, cu, block_size)
-        paged.attend_paged(q, k, v, centroids, table, lengths, cu, block_size, top_k, 1.0)
+        paged.complete_paged(cache)
+        paged.attend_paged(q, cache, v, top_k, 1.0)
 
     with (
         patch.object(decode, "multiprocessors", lambda _: 132),
@@ -298,17 +303,18 @@ def launcher_arguments() -> list[dict[str, Any]]:
         seen.append({"kernel": self._kernel.__name__, "triton": given[0], "fixed": given[1]})
 
     q, k = (torch.empty(1, 300, heads, 64, dtype=torch.bfloat16) for heads in (4, 2))
+    blocking = Blocking(None, None, 128, 2)
     with patch.object(hopper, "is_available", lambda _: True), patch.object(Launch, "__call__", launch_twice):
         for blocks in (None, torch.empty(1, 300, 2, 1, dtype=torch.int32)):
-            out, lse, choice = attention.forward(q, k, k, blocks, None, None, 128, 2, 1.0)
+            out, lse, choice = attention.forward(q, k, k, blocks, blocking, 1.0)
             d_lse = None if blocks is None else lse
-            attention.backward(out, d_lse, q, k, k, out, lse, choice, None, None, 128, 2, 1.0)
+            attention.backward(out, d_lse, q, k, k, out, lse, choice, blocking, 1.0)
         table, lengths, cu = (torch.empty(shape, dtype=torch.int32) for shape in ((1, 32), 1, 2))
         pages = torch.empty(4, 128, 2, 64, dtype=torch.bfloat16)
-        centroids = new_paged_centroids(pages, 128)
+        cache = KeyPages(new_paged_centroids(pages, 128), pages, table, lengths, cu, 128)
         for tokens in (1, 300):
-            paged.complete_paged(centroids, pages, table, lengths, cu, 128)
-            paged.attend_paged(q[0, :tokens], pages, pages, centroids, table, lengths, cu, 128, 2, 1.0)
+            paged.complete_paged(cache)
+            paged.attend_paged(q[0, :tokens], cache, pages, 2, 1.0)
     return seen
 
 
@@ -337,8 +343,9 @@ def launched_on_amd() -> list[str]:
             )
         )
         q, k = (torch.empty(1, 300, heads, 64, dtype=torch.bfloat16) for heads in (4, 2))
-        out, lse, choice = attention.forward(q, k, k, None, None, None, 64, 3, 1.0)
-        attention.backward(out, None, q, k, k, out, lse, choice, None, None, 64, 3, 1.0)
+        blocking = Blocking(None, None, 64, 3)
+        out, lse, choice = attention.forward(q, k, k, None, blocking, 1.0)
+        attention.backward(out, None, q, k, k, out, lse, choice, blocking, 1.0)
     return names
 
 

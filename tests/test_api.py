@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from openmoba import explain, moba_attention, moba_select
 from openmoba.ops import cpu, dense
+from openmoba.ops.arguments import Blocking
 from openmoba.ops.attend import attend
 
 SETTINGS = {"block_size": 4, "top_k": 2}
@@ -283,9 +284,10 @@ class _Cut(torch.autograd.Function):
 
 def forward_on_cpu(registered, q, k, v):
     """The output of the registered operation, or of the way around the dispatcher."""
-    settings = (None, None, None, *SETTINGS.values(), 0.25)
-    operation = torch.ops.openmoba.attend if registered else attend
-    return operation("cpu", q, k, v, *settings)[0]
+    blocking = Blocking(None, None, *SETTINGS.values())
+    if registered:
+        return torch.ops.openmoba.attend("cpu", q, k, v, None, *blocking, 0.25)[0]
+    return attend("cpu", q, k, v, None, blocking, 0.25)[0]
 
 
 @pytest.mark.parametrize("registered", [False, True])

@@ -1,4 +1,4 @@
-"""How many arguments a function of the operation takes, and how many fields a struct of its kernels has."""
+"""How many arguments a function of the operation takes, how many fields a struct has, and what is written once."""
 
 from __future__ import annotations
 
@@ -6,8 +6,15 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import openmoba
+from openmoba.ops.arguments import Blocking, KeyCache, KeyPages
+
 OPS = Path(__file__).parent.parent / "src" / "openmoba" / "ops"
-MOST_ARGUMENTS, MOST_FIELDS = 16, 8
+MOST_ARGUMENTS, MOST_FIELDS, MOST_OF_A_STRUCT = 16, 8, 3
+VERBS = {"api.py", "explain.py", "decode.py", "pages.py", "paged.py"}
+"""Files whose public functions take the fields of structs one by one."""
+NAMES = {"cu_seqlens_q": "cu_q", "cu_seqlens_k": "cu_k", "k_cache": "keys"}
+"""What a field is called by a public verb, where kernels have a shorter word."""
 
 
 def parsed() -> Iterator[tuple[str, ast.AST]]:
@@ -29,6 +36,28 @@ def test_arguments_are_few() -> None:
     assert {name: count for name, count in counts.items() if count > MOST_ARGUMENTS} == {}
 
 
+def taken_apart(name: str, node: ast.AST) -> list[str]:
+    """The structs of which a function takes most fields one by one, if it is no public verb."""
+    path, _, function = name.partition(":")
+    if not isinstance(node, ast.FunctionDef) or (path in VERBS and function in openmoba.__all__):
+        return []
+    every = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+    taken = {NAMES.get(one.arg, one.arg) for one in every}
+    structs = (Blocking, KeyCache, KeyPages)
+    return [f"{name}: {of.__name__}" for of in structs if len(taken & set(of._fields)) > MOST_OF_A_STRUCT]
+
+
+def test_the_arguments_of_an_operation_are_written_once() -> None:
+    """Protocols, backends, reference and checks take what belongs together whole; torch's schema is made of it."""
+    assert [one for name, node in parsed() for one in taken_apart(name, node)] == []
+
+
+def test_a_struct_taken_apart_is_found() -> None:
+    (function,) = ast.parse("def moba_select(q, *, cu_seqlens_q, cu_seqlens_k, block_size, top_k): ...").body
+    assert taken_apart("api.py:moba_select", function) == []
+    assert taken_apart("triton/route.py:moba_select", function) == ["triton/route.py:moba_select: Blocking"]
+
+
 def test_structs_are_small() -> None:
     structs = {
         name: sum(isinstance(field, ast.AnnAssign) for field in node.body)
@@ -36,6 +65,7 @@ def test_structs_are_small() -> None:
         if isinstance(node, ast.ClassDef) and _is_struct(node)
     }
     assert structs["triton/arguments.py:Call"] == structs["triton/geometry.py:Geometry"] == MOST_FIELDS
+    assert structs["arguments.py:KeyPages"] == 6
     assert {name: fields for name, fields in structs.items() if fields > MOST_FIELDS} == {}
 
 

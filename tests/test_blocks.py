@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 from openmoba import block_attention, explain, merge_attention, moba_attention, moba_select
+from openmoba.ops.arguments import Blocking
 from openmoba.ops.checks import own_blocks
 from openmoba.ops.reference import attention_mask, attention_over
 
@@ -122,7 +123,7 @@ def test_strided_blocks(impl):
 def test_own_blocks_of_packed_sequences():
     case = packed(FP32, [3, 0, 1, 5, 0], [5, 0, 9, 5, 7], (1, 1, 8), 2, 1)
     expected = [position // 2 for tokens, keys in ((3, 5), (1, 9), (5, 5)) for position in range(keys - tokens, keys)]
-    assert own_blocks(case.q, case.k, case.cu_q, case.cu_k, 2).tolist() == expected
+    assert own_blocks(case.q, case.k, Blocking(case.cu_q, case.cu_k, 2, 1)).tolist() == expected
 
 
 def call(**changes):

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from openmoba import moba_attention, moba_select
 from openmoba.ops import cpu, selection, tiles
+from openmoba.ops.arguments import Blocking
 from openmoba.ops.reference import attention_given_selection
 
 CPU = {"impl": "cpu"}
@@ -223,12 +224,12 @@ def test_memory_is_linear_in_tokens(normal, monkeypatch):
     monkeypatch.setattr(tiles, "ROWS_PER_BLOCK", 4)
     monkeypatch.setattr(selection, "SCORES_AT_ONCE", 2**10)
     monkeypatch.setattr(cpu, "BYTES_AT_ONCE", 2**12)
-    largest = []
+    largest, blocking = [], Blocking(None, None, 4, 3)
     for tokens in (1024, 2048):
         (q, k, v), d_out = call(normal, tokens, heads=2, kv_heads=1, width=8)
         with torch.no_grad(), LargestTensor() as seen:
-            out, lse, selected = cpu.forward(q, k, v, None, None, None, 4, 3, 1.0)
-            cpu.backward(d_out, None, q, k, v, out, lse, selected, None, None, 4, 3, 1.0)
+            out, lse, selected = cpu.forward(q, k, v, None, blocking, 1.0)
+            cpu.backward(d_out, None, q, k, v, out, lse, selected, blocking, 1.0)
         largest.append(seen.elements)
     assert largest[1] <= 2.1 * largest[0]
     assert largest[1] < 2 * 2048 * 512 / 8

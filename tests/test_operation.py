@@ -13,6 +13,7 @@ from torch.func import functionalize, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from openmoba import block_attention, complete_pages, moba_attention, moba_decode, moba_select, new_centroids
+from openmoba.ops.arguments import KeyCache
 from openmoba.ops.decode import decode
 from openmoba.ops.operation import is_plain
 
@@ -163,8 +164,8 @@ def settings_of(name: str) -> tuple[Any, ...]:
         "attend_backward": ("cpu", q, None, q, k, v, *saved, None, None, 4, 2, 0.3),
         "attend_backward lse": ("cpu", q, q[..., 0], q, k, v, *saved, None, None, 4, 2, 0.3),
         "select": ("cpu", q, k, None, None, 4, 2),
-        "decode": ("triton", q[:, -2:], k, v, pages(k), LENGTHS, None, 4, 2, 0.3),
-        "write_pages": ("triton", pages(k), k, LENGTHS, None, 9, 4),
+        "decode": ("triton", q[:, -2:], pages(k), k, LENGTHS, None, 4, v, 2, 0.3),
+        "write_pages": ("triton", pages(k), k, LENGTHS, None, 4, 9),
     }[name]
 
 
@@ -183,14 +184,14 @@ def test_the_registered_pages_write_in_batches():
     centroids = torch.zeros(*pages(keys).shape, 2)
 
     def write(c: Tensor, k: Tensor) -> Tensor:
-        torch.ops.openmoba.write_pages("triton", c, k, LENGTHS, None, 9, 4)
+        torch.ops.openmoba.write_pages("triton", c, k, LENGTHS, None, 4, 9)
         return c
 
     vmap(write, -1)(centroids, both)
     expected = torch.zeros_like(centroids)
     for i in range(2):
         torch.ops.openmoba.write_pages(
-            "triton", alone := expected[..., i].clone(), both[..., i].contiguous(), LENGTHS, None, 9, 4
+            "triton", alone := expected[..., i].clone(), both[..., i].contiguous(), LENGTHS, None, 4, 9
         )
         expected[..., i] = alone
     assert expected.abs().sum() > 0
@@ -198,8 +199,12 @@ def test_the_registered_pages_write_in_batches():
 
 
 def test_there_is_no_other_backend():
-    q, k, _ = qkv()
-    for call in (lambda: torch.ops.openmoba.select("gpu", q, k, None, None, 4, 2), lambda: decode("cpu", q, k)):
+    q, k, v = qkv()
+    cache = KeyCache(pages(k), k, LENGTHS, None, 4)
+    for call in (
+        lambda: torch.ops.openmoba.select("gpu", q, k, None, None, 4, 2),
+        lambda: decode("cpu", q, cache, v, 2, 0.3),
+    ):
         with pytest.raises(ValueError, match=r"there is no backend '[cg]pu'"):
             call()
 

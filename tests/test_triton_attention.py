@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from openmoba import moba_attention
+from openmoba.ops.arguments import Blocking
 from openmoba.ops.triton import attend, attention, gradients
 from openmoba.ops.triton import plan as plans
 from openmoba.ops.triton.family import pairs_per_item
@@ -121,9 +122,9 @@ def test_log_sum_exp(layout):
     case = batched(FP32, (2, 20, 27, 2, 1, 16), 16, 1)
     if layout == "packed":
         case = packed(FP32, [20, 4, 13], [20, 11, 13], (2, 1, 16), 16, 1)
-    lse = attention.forward(case.q, case.k, case.v, None, case.cu_q, case.cu_k, 16, 1, 0.25)[1]
+    lse = attention.forward(case.q, case.k, case.v, None, Blocking(case.cu_q, case.cu_k, 16, 1), 0.25)[1]
     # With zero keys, every key adds exp(0).
-    zero = attention.forward(case.q, 0 * case.k, case.v, None, case.cu_q, case.cu_k, 16, 1, 0.25)[1]
+    zero = attention.forward(case.q, 0 * case.k, case.v, None, Blocking(case.cu_q, case.cu_k, 16, 1), 0.25)[1]
     positions = torch.arange(7, 27)
     if layout == "packed":
         positions = torch.cat([torch.arange(20), torch.arange(7, 11), torch.arange(13)])
@@ -183,7 +184,7 @@ def test_bits_repeat_and_do_not_depend_on_the_workspace(monkeypatch):
 def test_ranges_of_queries_do_not_change_the_bits(monkeypatch, case, ranges):
     # The interpreter's matrix product rounds by where a row stands in its tile; einsum does not.
     monkeypatch.setattr(numpy, "matmul", lambda a, b, dtype=None: numpy.einsum("ij,jk->ik", a, b, dtype=dtype))
-    call = (case.q, case.k, case.v, None, case.cu_q, case.cu_k, case.block_size, case.top_k, 0.25)
+    call = (case.q, case.k, case.v, None, Blocking(case.cu_q, case.cu_k, case.block_size, case.top_k), 0.25)
     geometry = Geometry.of(case.q, case.k, case.cu_q, case.block_size, case.top_k)
     whole = attention.forward(*call)[:2]
     pairs = geometry.rows * (case.top_k - 1)
@@ -216,7 +217,7 @@ def test_partials_of_key_gradients_take_less_than_shares_of_query_gradients(bloc
 def test_more_pairs_than_int32_counts_are_refused():
     q, k = torch.empty(1, 1, 32, 8).expand(1, 2**24, 32, 8), torch.empty(1, 1, 1, 8).expand(1, 2**24, 1, 8)
     with pytest.raises(ValueError, match="make 3758096384 pairs of query and block"):
-        attention.forward(q, k, k, None, None, None, 128, 8, 1.0)
+        attention.forward(q, k, k, None, Blocking(None, None, 128, 8), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -251,9 +252,10 @@ def test_the_workspace_holds_the_partials_of_keys_and_values(monkeypatch):
             return result
 
     monkeypatch.setattr(Launch, "__call__", lambda *_: None)  # allocations are all that counts
-    saved = attention.forward(case.q, case.k, case.v, None, case.cu_q, case.cu_k, 64, 2, 0.25)
+    blocking = Blocking(case.cu_q, case.cu_k, 64, 2)
+    saved = attention.forward(case.q, case.k, case.v, None, blocking, 0.25)
     with Watch():
-        attention.backward(case.d_out, None, case.q, case.k, case.v, *saved, case.cu_q, case.cu_k, 64, 2, 0.25)
+        attention.backward(case.d_out, None, case.q, case.k, case.v, *saved, blocking, 0.25)
     geometry = Geometry.of(case.q, case.k, case.cu_q, 64, 2)
     of_a_head = gradients.key_partial_bytes(geometry)
     assert 4 * of_a_head > 2**20 >= largest >= of_a_head

@@ -12,6 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from openmoba import complete_pages, moba_decode, moba_select, new_centroids
+from openmoba.ops.arguments import KeyCache
 from openmoba.ops.reference import attention_given_selection
 from openmoba.ops.triton import decode as kernels
 from openmoba.ops.triton import pages as page_kernels
@@ -140,7 +141,7 @@ def test_the_choice_of_prefill(randn, offset):
     given = attention_given_selection(*(x.double() for x in (q, k, v)), selected, block_size, 0.25)
     lengths = torch.full((2,), tokens, dtype=torch.int32)
     centroids = new_centroids(k, tokens, block_size)
-    page_kernels.complete_pages(centroids, k, lengths, None, tokens, block_size)
+    page_kernels.complete_pages(KeyCache(centroids, k, lengths, None, block_size), tokens)
     out = moba_decode(q[:, -16:], k, v, centroids, lengths, block_size=block_size, top_k=top_k, impl="triton")
     assert_rounded(out, given[:, -16:])
 
@@ -154,11 +155,11 @@ def test_bits_of_pages_are_those_of_prefill(randn, block_size, width, dtype):
     k, ends = cache.k.to(dtype), cache.starts + cache.lengths
     slots = k.shape[1]
     once, in_steps = (new_centroids(k, slots, block_size) for _ in range(2))
-    page_kernels.complete_pages(once, k, cache.lengths, cache.starts, 2 * slots, block_size)
+    page_kernels.complete_pages(KeyCache(once, k, cache.lengths, cache.starts, block_size), 2 * slots)
     begin = 0
     for end in (99, 100, 101, 102, 180, 203):
         seen = torch.minimum(ends, torch.full_like(ends, end)) - cache.starts
-        page_kernels.complete_pages(in_steps, k, seen.clamp(min=0), cache.starts, end - begin, block_size)
+        page_kernels.complete_pages(KeyCache(in_steps, k, seen.clamp(min=0), cache.starts, block_size), end - begin)
         begin = end
     for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         whole = length // block_size
@@ -177,8 +178,8 @@ def test_pages_without_padding(randn):
     k = randn(2, 33, 1, 16, dtype=FP16)
     centroids, like = (new_centroids(k, 33, 16) for _ in range(2))
     lengths = torch.tensor([33, 16], dtype=torch.int32)
-    page_kernels.complete_pages(centroids, k, lengths, None, 33, 16)
-    page_kernels.complete_pages(like, k, lengths, torch.zeros_like(lengths), 33, 16)
+    page_kernels.complete_pages(KeyCache(centroids, k, lengths, None, 16), 33)
+    page_kernels.complete_pages(KeyCache(like, k, lengths, torch.zeros_like(lengths), 16), 33)
     assert torch.equal(centroids.nan_to_num(-1), like.nan_to_num(-1))
     assert centroids[1, 1].isnan().all()
 
@@ -241,7 +242,9 @@ def test_in_a_compiled_graph(randn, starts):
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, cache.lengths), step(q, cache.lengths))
-    torch.library.opcheck(torch.ops.openmoba.decode, ("triton", q, *caches, cache.lengths, starts, 8, 3, 0.25))
+    keys, values, centroids = caches
+    settings = ("triton", q, centroids, keys, cache.lengths, starts, 8, values, 3, 0.25)
+    torch.library.opcheck(torch.ops.openmoba.decode, settings)
 
 
 @pytest.mark.parametrize("starts", [None, torch.tensor([0, 3], dtype=torch.int32)])
@@ -249,10 +252,10 @@ def test_the_registered_operation_completes_pages(randn, starts):
     k = randn(2, 2, 43, 16, dtype=FP32).transpose(1, 2)
     lengths, centroids = torch.tensor([40, 30], dtype=torch.int32), new_centroids(k, 43, 8).zero_()
     expected = centroids.clone()
-    page_kernels.complete_pages(expected, k, lengths, starts, 17, 8)
-    torch.ops.openmoba.write_pages("triton", centroids, k, lengths, starts, 17, 8)
+    page_kernels.complete_pages(KeyCache(expected, k, lengths, starts, 8), 17)
+    torch.ops.openmoba.write_pages("triton", centroids, k, lengths, starts, 8, 17)
     assert torch.equal(centroids, expected)
-    torch.library.opcheck(torch.ops.openmoba.write_pages, ("triton", centroids, k, lengths, starts, 17, 8))
+    torch.library.opcheck(torch.ops.openmoba.write_pages, ("triton", centroids, k, lengths, starts, 8, 17))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 32, 512, 4096])

@@ -13,6 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from openmoba import moba_attention, moba_decode, moba_paged, new_centroids
+from openmoba.ops.arguments import KeyCache, KeyPages
 from openmoba.ops.triton import decode, paged, pages
 
 pytestmark = INTERPRETED
@@ -41,7 +42,7 @@ def new_server(page_size: int, block_size: int, dtype: torch.dtype = FP32, heads
 
 def attend(server: Server, call: dict[str, Any], top_k: int) -> Tensor:
     """Upkeep and attention by the kernels."""
-    paged.complete_paged(*of_upkeep(call))
+    paged.complete_paged(of_upkeep(call))
     return moba_paged(**call, top_k=top_k, impl="triton")
 
 
@@ -58,7 +59,7 @@ def test_pages_are_looked_up_in_turns(page_size: int, turns: set[int], monkeypat
     monkeypatch.setattr(decode, "pages_of", lambda *sizes: seen.append(pages_of(*sizes)) or seen[-1])
     monkeypatch.setattr(decode, "_MOST_PAGES", 8)
     server = new_server(page_size, 192)
-    paged.complete_paged(*of_upkeep(server.call({server.begin(): 230})))
+    paged.complete_paged(of_upkeep(server.call({server.begin(): 230})))
     for programs in (1, 80):
         monkeypatch.setattr(decode, "_PROGRAMS_PER_MULTIPROCESSOR", programs)
         decode._launches.cache_clear()
@@ -74,7 +75,7 @@ def test_ragged_batches(page_size: int, block_size: int) -> None:
     top_k, dtype = (3, FP32) if page_size in (1, 4) else (2, FP16)
     server = new_server(page_size, block_size, dtype)
     a, b, c, d = (server.begin() for _ in range(4))
-    paged.complete_paged(*of_upkeep(server.call({a: 6 * block_size + 2, b: 4 * block_size - 1})))
+    paged.complete_paged(of_upkeep(server.call({a: 6 * block_size + 2, b: 4 * block_size - 1})))
     call = server.call({a: block_size, b: 1, c: 0, d: block_size + 1})
     assert_rounded(attend(server, call, top_k), expected(call, top_k))
 
@@ -96,7 +97,7 @@ def test_a_shared_prefix(page_size: int, block_size: int) -> None:
     """Sequences that begin alike read the same pages and centroids, one of which only the first one wrote."""
     server = new_server(page_size, block_size)
     shared = 16 // page_size
-    paged.complete_paged(*of_upkeep(server.call({server.begin(): 29})))
+    paged.complete_paged(of_upkeep(server.call({server.begin(): 29})))
     b = server.begin(0, shared)
     call = server.call({0: 1, b: 3})
     assert server.tables[0][:shared] == server.tables[b][:shared]
@@ -113,11 +114,12 @@ def test_bits_of_centroids_are_those_of_a_cache_of_its_own(
     server = new_server(page_size, block_size, dtype, heads=2, kv_heads=2)
     server.begin()
     for new in (3, 1, 40, 7, 1, 1, 9):
-        paged.complete_paged(*of_upkeep(server.call({0: new})))
+        paged.complete_paged(of_upkeep(server.call({0: new})))
     keys = server.keys[0][None]
     tokens = keys.shape[1]
     wanted = new_centroids(keys, tokens, block_size)
-    pages.complete_pages(wanted, keys, torch.tensor([tokens], dtype=torch.int32), None, tokens, block_size)
+    lengths = torch.tensor([tokens], dtype=torch.int32)
+    pages.complete_pages(KeyCache(wanted, keys, lengths, None, block_size), tokens)
     lasts = torch.arange(block_size - 1, tokens, block_size)
     places = torch.tensor(server.tables[0])[lasts // page_size], lasts % page_size // block_size
     assert server.centroids[places].equal(wanted[0, : len(lasts)])
@@ -131,13 +133,13 @@ def test_bits_are_those_of_contiguous_calls(page_size: int, monkeypatch: pytest.
     monkeypatch.setattr(decode, "_PROGRAMS_PER_MULTIPROCESSOR", 1)
     server = new_server(page_size, 8, FP16, heads=2, kv_heads=1)
     call = server.call({server.begin(): 70, server.begin(): 50})
-    paged.complete_paged(*of_upkeep(call))
+    paged.complete_paged(of_upkeep(call))
     step = server.call({0: 1, 1: 1})
     out = attend(server, step, 3)
     for row, length in enumerate((71, 51)):
         cache = [x[row][None] for x in (server.keys, server.values)]
         lengths, centroids = torch.tensor([length], dtype=torch.int32), new_centroids(cache[0], length, 8)
-        pages.complete_pages(centroids, cache[0], lengths, None, length, 8)
+        pages.complete_pages(KeyCache(centroids, cache[0], lengths, None, 8), length)
         q = step["q"][row][None, None]
         assert moba_decode(q, *cache, centroids, lengths, block_size=8, top_k=3, impl="triton").equal(
             out[row][None, None]
@@ -170,7 +172,7 @@ def test_ties_go_to_the_later_block() -> None:
     call = server.call({server.begin(): 22})
     where = torch.tensor(server.tables[0])[torch.arange(20) // 2], torch.arange(20) % 2
     server.k_pages[where] = server.keys[0][:4].repeat(5, 1, 1)
-    paged.complete_paged(*of_upkeep(call))
+    paged.complete_paged(of_upkeep(call))
     server.k_pages[where[0][:12], where[1][:12]] = float("nan")
     last = call | {"q": call["q"][-1:], "cu_seqlens_q": torch.tensor([0, 1], dtype=torch.int32)}
     assert moba_paged(**last, top_k=3, impl="triton").isfinite().all()
@@ -200,12 +202,13 @@ def test_which_kernels_run(queries: int, megabytes: str, decoded: bool, monkeypa
     """Many queries are not decoded, nor more than sequences where their scores would take too much memory."""
     monkeypatch.setenv("OPENMOBA_WORKSPACE_MB", megabytes)
     ran = []
-    monkeypatch.setattr(decode, "run", lambda *_: ran.append(True))
+    monkeypatch.setattr(decode, "run_packed", lambda *_: ran.append(True))
     monkeypatch.setattr(paged, "_prefill", lambda *_: ran.append(False))
     table, lengths = torch.zeros(2, 10**5, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     k = torch.zeros(1, 16, 1, 16)
     centroids = torch.zeros(1, 1, 1, 16)
-    paged.attend_paged(torch.zeros(queries, 1, 16), k, k, centroids, table, lengths, lengths, 16, 2, 1.0)
+    cache = KeyPages(centroids, k, table, lengths, lengths, 16)
+    paged.attend_paged(torch.zeros(queries, 1, 16), cache, k, 2, 1.0)
     assert ran == [decoded]
 
 
@@ -222,7 +225,9 @@ def test_in_a_compiled_graph() -> None:
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(call["q"]), step(call["q"]))
     call["centroids"].nan_to_num_()
-    torch.library.opcheck(torch.ops.openmoba.attend_paged, ("triton", *call.values(), 3, 0.25))
+    torch.library.opcheck(
+        torch.ops.openmoba.attend_paged, ("triton", call["q"], *of_upkeep(call), call["v_pages"], 3, 0.25)
+    )
     torch.library.opcheck(torch.ops.openmoba.write_paged, ("triton", *of_upkeep(call)))
 
 

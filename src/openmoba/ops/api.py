@@ -13,6 +13,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from openmoba.ops.arguments import Blocking
 from openmoba.ops.attend import attend, select
 from openmoba.ops.autocast import autocast_dtype, lowered
 from openmoba.ops.backends import implementation
@@ -90,9 +91,8 @@ def moba_attention(
 
     Source: arXiv 2502.13189, equations 2 to 6.
     """
-    out, lse = _attention(
-        q, k, v, None, cu_seqlens_q, cu_seqlens_k, block_size, top_k, scale, return_lse=return_lse, impl=impl
-    )
+    blocking = Blocking(cu_seqlens_q, cu_seqlens_k, block_size, top_k)
+    out, lse = _attention(q, k, v, None, blocking, scale, return_lse=return_lse, impl=impl)
     return out if lse is None else (out, lse)
 
 
@@ -140,10 +140,8 @@ def block_attention(
         ValueError: as `moba_attention`; and for a block that is the own one, a later one, or below -1. On CUDA
             such a block is asserted against on the device, without waiting for it.
     """
-    top_k = check_given_shape(q, k, blocks) + 1
-    out, lse = _attention(
-        q, k, v, blocks, cu_seqlens_q, cu_seqlens_k, block_size, top_k, scale, return_lse=return_lse, impl=impl
-    )
+    blocking = Blocking(cu_seqlens_q, cu_seqlens_k, block_size, check_given_shape(q, k, blocks) + 1)
+    out, lse = _attention(q, k, v, blocks, blocking, scale, return_lse=return_lse, impl=impl)
     return out if lse is None else (out, lse)
 
 
@@ -152,10 +150,7 @@ def _attention(
     k: Tensor,
     v: Tensor,
     blocks: Tensor | None,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    block_size: int,
-    top_k: int,
+    blocking: Blocking,
     scale: float | None,
     *,
     return_lse: bool,
@@ -166,22 +161,23 @@ def _attention(
     if low is not None:
         q, k, v = (lowered(x, low) for x in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):  # precision inside is the implementation's own
-            return _attention(q, k, v, blocks, cu_q, cu_k, block_size, top_k, scale, return_lse=return_lse, impl=impl)
-    check_call(q, k, v, cu_q, cu_k, block_size, top_k)
+            return _attention(q, k, v, blocks, blocking, scale, return_lse=return_lse, impl=impl)
+    check_call(q, k, v, blocking)
     run, _ = implementation(q, impl)
-    path = path_of(run, k, cu_k, block_size, top_k, given=blocks is not None)
+    path = path_of(run, k, blocking, given=blocks is not None)
     scale = check_scale(q, scale)
     if path != "mask":
         refuse_forward_mode(q, k, v)
     if q.numel() == 0:
         out = q * (k.sum() + v.sum())  # empty, and every gradient exists
         return out, out.sum(-1, dtype=torch.promote_types(out.dtype, torch.float32)) if return_lse else None
+    cu_q, cu_k, block_size, top_k = blocking
     if path == "mask":
         if blocks is not None:
-            check_given(blocks, q, k, cu_q, cu_k, block_size)
+            check_given(blocks, q, k, blocking)
         else:
             top_k = min(top_k, 1 + k.shape[-3] // block_size)  # there are no more past blocks to list
-        out, lse = reference_attention(q, k, v, blocks, cu_q, cu_k, block_size, top_k, scale)
+        out, lse = reference_attention(q, k, v, blocks, Blocking(cu_q, cu_k, block_size, top_k), scale)
         return out, lse if return_lse else None
     if path == "dense":
         if not return_lse:
@@ -190,7 +186,7 @@ def _attention(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if blocks is None and cu_k is not None and top_k * block_size > k.shape[0]:
         top_k = -(-k.shape[0] // block_size)  # no sequence has more blocks to choose from
-    out, lse, _ = attend(run, q, k, v, blocks, cu_q, cu_k, block_size, top_k, scale)
+    out, lse, _ = attend(run, q, k, v, blocks, Blocking(cu_q, cu_k, block_size, top_k), scale)
     return out, lse if return_lse else None
 
 
@@ -248,11 +244,12 @@ def moba_select(
                 cu_seqlens_k=cu_seqlens_k,
                 impl=impl,
             )
-    check_call(q, k, k, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
+    blocking = Blocking(cu_seqlens_q, cu_seqlens_k, block_size, top_k)
+    check_call(q, k, k, blocking)
     run, _ = implementation(q, impl)
     q, k = (x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in (q, k))
     if run == "reference":
-        return reference_select(q, k, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
+        return reference_select(q, k, blocking)
     if q.numel() == 0 or top_k == 1:
         return q.new_empty((*q.shape[:-1], top_k - 1), dtype=torch.int32)
-    return select(run, q, k, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
+    return select(run, q, k, blocking)

@@ -20,6 +20,7 @@ from typing import Protocol
 
 from torch import Tensor, float64
 
+from openmoba.ops.arguments import Blocking, KeyCache, KeyPages
 from openmoba.ops.checks import check_triton
 
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton")
@@ -27,19 +28,13 @@ DECODERS = ("auto", "reference", "triton")
 
 
 class Backend(Protocol):
-    """Choosing and attending; shapes as in `openmoba.ops.api`, all contents checked, last dimensions contiguous."""
+    """Choosing and attending; shapes as in `openmoba.ops.api`, all contents checked, last dimensions contiguous.
+
+    Results are new and contiguous. Under a compiler autograd records nothing in here, not even by `enable_grad`.
+    """
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        blocks: Tensor | None,
-        cu_q: Tensor | None,
-        cu_k: Tensor | None,
-        block_size: int,
-        top_k: int,
-        scale: float,
+        self, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, blocking: Blocking, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the output, its log-sum-exp, and the choice.
 
@@ -58,75 +53,35 @@ class Backend(Protocol):
         out: Tensor,
         lse: Tensor,
         choice: Tensor,
-        cu_q: Tensor | None,
-        cu_k: Tensor | None,
-        block_size: int,
-        top_k: int,
+        blocking: Blocking,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v, contiguous; `d_lse` fp32, contiguous, or None for zeros."""
 
-    def select(
-        self, q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int, top_k: int
-    ) -> Tensor:
+    def select(self, q: Tensor, k: Tensor, blocking: Blocking) -> Tensor:
         """Return the chosen blocks, int32 `[*q.shape[:-1], top_k - 1]`, best first, -1 for none; `top_k >= 2`."""
 
-    def choice_shape(
-        self, q: Tensor, k: Tensor, blocks: Tensor | None, cu_q: Tensor | None, block_size: int, top_k: int
-    ) -> tuple[int, ...]:
+    def choice_shape(self, q: Tensor, k: Tensor, blocks: Tensor | None, blocking: Blocking) -> tuple[int, ...]:
         """Return the shape of the forward's choice; lengths may be symbols of a compiler."""
 
 
 class Decoder(Protocol):
     """Decoding over a paged cache; shapes as in `openmoba.ops.decode` and `openmoba.ops.pages`."""
 
-    def decode(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        centroids: Tensor,
-        lengths: Tensor,
-        starts: Tensor | None,
-        block_size: int,
-        top_k: int,
-        scale: float,
-    ) -> Tensor:
+    def decode(self, q: Tensor, cache: KeyCache, v_cache: Tensor, top_k: int, scale: float) -> Tensor:
         """Return the attention output of the last tokens, contiguous, in the shape of q."""
 
-    def complete_pages(
-        self, centroids: Tensor, keys: Tensor, lengths: Tensor, starts: Tensor | None, new: int, block_size: int
-    ) -> None:
+    def complete_pages(self, cache: KeyCache, new: int) -> None:
         """Write the centroids of the pages that the last `new` tokens completed."""
 
 
 class PagedDecoder(Protocol):
     """Attention over a block table; shapes as in `openmoba.ops.paged`, last dimensions contiguous."""
 
-    def attend_paged(
-        self,
-        q: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
-        centroids: Tensor,
-        block_table: Tensor,
-        lengths: Tensor,
-        cu_seqlens_q: Tensor,
-        block_size: int,
-        top_k: int,
-        scale: float,
-    ) -> Tensor:
+    def attend_paged(self, q: Tensor, cache: KeyPages, v_pages: Tensor, top_k: int, scale: float) -> Tensor:
         """Return the attention output of the new tokens, contiguous, in the shape of q."""
 
-    def complete_paged(
-        self,
-        centroids: Tensor,
-        k_pages: Tensor,
-        block_table: Tensor,
-        lengths: Tensor,
-        cu_seqlens_q: Tensor,
-        block_size: int,
-    ) -> None:
+    def complete_paged(self, cache: KeyPages) -> None:
         """Write the centroids of the blocks that the new tokens complete."""
 
 

@@ -16,6 +16,7 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from openmoba.config import check_blocks
+from openmoba.ops.arguments import Blocking
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _HAS_TRITON = find_spec("triton") is not None  # found once: compilers cannot trace the search
@@ -27,16 +28,9 @@ _FP32 = torch.finfo(torch.float32)
 MIN_HEAD_WIDTH, MAX_HEAD_WIDTH = 8, 256
 
 
-def check_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    block_size: int,
-    top_k: int,
-) -> None:
+def check_call(q: Tensor, k: Tensor, v: Tensor, blocking: Blocking) -> None:
     """Raise ValueError unless the tensors and settings describe one MoBA call."""
+    cu_q, cu_k, block_size, top_k = blocking
     # A block that holds whole sequences, and lists of any number of blocks, are as long as a compiler's symbols.
     check_blocks(
         1 if isinstance(block_size, torch.SymInt) else block_size, 1 if isinstance(top_k, torch.SymInt) else top_k
@@ -77,16 +71,14 @@ def check_given_shape(q: Tensor, k: Tensor, blocks: Tensor) -> int:
     return blocks.shape[-1]
 
 
-def check_given(
-    blocks: Tensor, q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int
-) -> None:
+def check_given(blocks: Tensor, q: Tensor, k: Tensor, blocking: Blocking) -> None:
     """Raise ValueError unless the lists name past blocks, or -1; assert it where values cannot be read yet."""
     if is_traced() or blocks.device.type != "cpu" or type(blocks) is not Tensor or type(q) is not Tensor:
-        own_T11 = own_blocks(q, k, cu_q, cu_k, block_size)[:, None, None]
+        own_T11 = own_blocks(q, k, blocking)[:, None, None]
         good = (blocks >= -1) & (blocks < own_T11)
         _assert_all(good, "blocks must name past blocks, or -1 for none")
     else:
-        check_given_values(blocks, q, k, cu_q, cu_k, block_size)
+        check_given_values(blocks, q, k, blocking)
 
 
 def is_traced() -> bool:
@@ -105,11 +97,9 @@ def _assert_all(good: Tensor, message: str) -> None:
         torch._assert_async(good.all(), message)
 
 
-def check_given_values(
-    blocks: Tensor, q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int
-) -> None:
+def check_given_values(blocks: Tensor, q: Tensor, k: Tensor, blocking: Blocking) -> None:
     """Raise ValueError unless the lists name past blocks, or -1."""
-    own_T11 = own_blocks(q, k, cu_q, cu_k, block_size)[:, None, None]
+    own_T11 = own_blocks(q, k, blocking)[:, None, None]
     bad = (blocks < -1) | (blocks >= own_T11)
     if bad.any():
         place = bad.nonzero()[0].tolist()
@@ -121,8 +111,9 @@ def check_given_values(
         )
 
 
-def own_blocks(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int) -> Tensor:
+def own_blocks(q: Tensor, k: Tensor, blocking: Blocking) -> Tensor:
     """Return the block that each query lies in, int64 `[T]`: queries are the last positions of their keys."""
+    cu_q, cu_k, block_size, _ = blocking
     token_T = torch.arange(q.shape[-3], device=q.device)
     if cu_q is None or cu_k is None:
         return (token_T + k.shape[1] - q.shape[1]) // block_size

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from openmoba.ops.arguments import Blocking
 from openmoba.ops.checks import check_boundary_values
 from openmoba.ops.selection import select
 from openmoba.ops.tiles import Part, Tiles, Tiling, parts, sequences_of, tiled
@@ -49,25 +50,18 @@ class _Workspace:
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor | None,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    block_size: int,
-    top_k: int,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, blocking: Blocking, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return output, log-sum-exp and selection, as `openmoba.ops.backends.Backend` defines them."""
-    selected = select(q, k, cu_q, cu_k, block_size, top_k) if blocks is None else _once(blocks, q.shape[-2])
+    selected = select(q, k, blocking) if blocks is None else _once(blocks, q.shape[-2])
+    cu_q, cu_k, block_size, _ = blocking
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
     q_TJGD, out_TJGD, lse_TJG, selected_TJGK = (
         _by_head(_packed(x, cu_q), k.shape[-2]) for x in (q, out, lse, selected)
     )
     k_SJD, v_SJD = _packed(k, cu_k), _packed(v, cu_k)
     workspace = _Workspace()
-    for part in _parts(q, k, cu_q, cu_k, block_size, top_k):
+    for part in _parts(q, k, blocking):
         tiling = tiled(part, _rows(selected_TJGK, part), block_size)
         q_QD = _with_padding([_rows(q_TJGD, part)])
         kv_KD = _keys([k_SJD, v_SJD], part)
@@ -86,18 +80,16 @@ def backward(
     out: Tensor,
     lse: Tensor,
     selected: Tensor,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    block_size: int,
-    top_k: int,
+    blocking: Blocking,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v; those of k and v are summed in fp32."""
     if d_lse is not None:
         wider = _with_row_term(d_out, d_lse, q, k, v, out)
-        gradients = backward(wider[0], None, *wider[1:], lse, selected, cu_q, cu_k, block_size, top_k, scale)
+        gradients = backward(wider[0], None, *wider[1:], lse, selected, blocking, scale)
         dq, dk, dv = (x[..., : q.shape[-1]].contiguous() for x in gradients)
         return dq, dk, dv
+    cu_q, cu_k, block_size, _ = blocking
     dq = q.new_empty(q.shape)
     dk, dv = (k.new_zeros(k.shape, dtype=torch.float32) for _ in range(2))
     q_TJGD, d_out_TJGD, out_TJGD, lse_TJG, selected_TJGK, dq_TJGD = (
@@ -105,7 +97,7 @@ def backward(
     )
     k_SJD, v_SJD, dk_SJD, dv_SJD = (_packed(x, cu_k) for x in (k, v, dk, dv))
     workspace = _Workspace()
-    for part in _parts(q, k, cu_q, cu_k, block_size, top_k):
+    for part in _parts(q, k, blocking):
         tiling = tiled(part, _rows(selected_TJGK, part), block_size)
         rows_QD = _with_padding([_rows(x, part) for x in (q_TJGD, d_out_TJGD, out_TJGD)])
         lse_Q = _with_padding([_rows(lse_TJG, part)[..., None]])[:, 0]
@@ -118,11 +110,9 @@ def backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def choice_shape(
-    q: Tensor, k: Tensor, blocks: Tensor | None, cu_q: Tensor | None, block_size: int, top_k: int
-) -> tuple[int, ...]:
+def choice_shape(q: Tensor, k: Tensor, blocks: Tensor | None, blocking: Blocking) -> tuple[int, ...]:
     """Return the shape of `selected`, the choice that the forward hands to the backward."""
-    return (*q.shape[:-1], top_k - 1)
+    return (*q.shape[:-1], blocking.top_k - 1)
 
 
 def _once(blocks: Tensor, heads: int) -> Tensor:
@@ -214,9 +204,8 @@ def _gather(x_QD: Tensor, row_LR: Tensor) -> Tensor:
     return x_QD.index_select(0, row_LR.flatten()).view(len(row_LR), 1, row_LR.shape[1], -1)
 
 
-def _parts(
-    q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int, top_k: int
-) -> Iterator[Part]:
+def _parts(q: Tensor, k: Tensor, blocking: Blocking) -> Iterator[Part]:
+    cu_q, cu_k, block_size, top_k = blocking
     if cu_q is None or cu_k is None:
         bounds = ([i * x.shape[1] for i in range(len(x) + 1)] for x in (q, k))
     else:

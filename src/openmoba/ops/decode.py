@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from openmoba.config import check_blocks
+from openmoba.ops.arguments import KeyCache
 from openmoba.ops.backends import DECODERS, Decoder, decoder, implementation
 from openmoba.ops.centroids import centroid_dtype
 from openmoba.ops.checks import DTYPES, check_rows, check_scale, check_tensors, needs_gradient
@@ -75,7 +76,8 @@ def moba_decode(
             recorded. On CUDA the values inside `lengths` and `starts` are not read by the host, and the call waits for
             no device and fits a CUDA graph.
     """
-    _check(q, k_cache, v_cache, centroids, lengths, starts, block_size, top_k)
+    cache = KeyCache(centroids, k_cache, lengths, starts, block_size)
+    _check(q, cache, v_cache, top_k)
     if needs_gradient(q, k_cache, v_cache):
         raise ValueError(
             "moba_decode has no gradient, and an input requires one; use moba_attention, with impl='reference' for "
@@ -84,24 +86,16 @@ def moba_decode(
     scale = check_scale(q, scale)
     name, _ = implementation(q, impl, DECODERS)
     if name == "reference":
-        return reference_decode(q, k_cache, v_cache, centroids, lengths, starts, block_size, top_k, scale)
+        return reference_decode(q, cache, v_cache, top_k, scale)
     for name_of, x in (("k_cache", k_cache), ("v_cache", v_cache), ("centroids", centroids)):
         if x.stride(-1) != 1:
             raise ValueError(f"{name_of}'s last dimension must be contiguous, got strides {x.stride()}")
     q = q if q.stride(-1) == 1 else q.contiguous()
-    return decode(name, q, k_cache, v_cache, centroids, lengths, starts, block_size, top_k, scale)
+    return decode(name, q, cache, v_cache, top_k, scale)
 
 
-def _check(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    centroids: Tensor,
-    lengths: Tensor,
-    starts: Tensor | None,
-    block_size: int,
-    top_k: int,
-) -> None:
+def _check(q: Tensor, cache: KeyCache, v_cache: Tensor, top_k: int) -> None:
+    centroids, k_cache, lengths, starts, block_size = cache
     check_blocks(block_size, top_k)
     check_tensors(q=q, k_cache=k_cache, v_cache=v_cache, centroids=centroids)
     if q.dtype not in DTYPES:

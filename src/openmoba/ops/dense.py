@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from openmoba.ops.arguments import Blocking
 from openmoba.ops.attend import attend
 from openmoba.ops.operation import refuse_second_derivatives
 
@@ -38,7 +39,7 @@ def dense_attention(q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, scale: float
         impl = _one_block(q_BTHD)
         if impl is not None:
             q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BTHD, k_BSHD, v_BSHD))
-            return attend(impl, q, k, v, None, None, None, keys, 1, scale)[0]
+            return attend(impl, q, k, v, None, Blocking(None, None, keys, 1), scale)[0]
         options["attn_mask"] = _lower_right(queries, keys)
     if q_BTHD.shape[2] != k_BSHD.shape[2]:
         options["enable_gqa"] = True

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from openmoba.ops.arguments import Blocking
 from openmoba.ops.autocast import autocast_dtype, lowered
 from openmoba.ops.backends import implementation
 from openmoba.ops.checks import check_call, check_given_shape
@@ -55,9 +56,10 @@ def explain(
     if blocks is not None:
         top_k = check_given_shape(q, k, blocks) + 1
     assert top_k is not None
-    check_call(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
+    blocking = Blocking(cu_seqlens_q, cu_seqlens_k, block_size, top_k)
+    check_call(q, k, v, blocking)
     run, reason = implementation(q, impl)
-    path = path_of(run, k, cu_seqlens_k, block_size, top_k, given=blocks is not None)
+    path = path_of(run, k, blocking, given=blocks is not None)
     if path == "dense" and return_lse:
         path = "blocks"
         reason += f"; top_k={top_k} covers all blocks: one block of {k.shape[1]} keys, with a log-sum-exp"
@@ -72,14 +74,15 @@ def explain(
     return Explanation(run, path, reason)
 
 
-def path_of(run: str, k: Tensor, cu_k: Tensor | None, block_size: int, top_k: int, *, given: bool) -> str:
+def path_of(run: str, k: Tensor, blocking: Blocking, *, given: bool) -> str:
     """Return `Explanation.path` of an implementation; without text, as lengths may be symbols of a compiler.
 
     `given`: blocks are, so that a query need not read all of them.
     """
     if run == "reference":
         return "mask"
-    return "dense" if not given and cu_k is None and k.shape[1] <= top_k * block_size else "blocks"
+    covered = blocking.cu_k is None and k.shape[1] <= blocking.top_k * blocking.block_size
+    return "dense" if not given and covered else "blocks"
 
 
 def _kernels(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> str:

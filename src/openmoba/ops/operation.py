@@ -8,10 +8,10 @@ around it, with its backward 156 and 55 (`results/cpu/host_time.csv`); whole ker
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
-from types import MethodType
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast, get_type_hints
 
 import torch
 from torch import Tensor
@@ -42,48 +42,97 @@ def operation(
     """Make an operation of `function(backend, *arguments)`, of tensors that hold numbers on the current device.
 
     Args:
-        method: a backend's, see `openmoba.ops.backends`: where the arguments are written, types and all.
+        method: a backend's, see `openmoba.ops.backends`: where the arguments are written, types and all. One of them
+            is a struct (`openmoba.ops.arguments`).
         fake: takes what the function takes, returns undefined tensors like the results.
         save: `save(ctx, inputs, output)` keeps what the gradient needs.
-        gradient: `gradient(ctx, *gradients of the results)` returns those of all inputs; None: not differentiable.
+        gradient: `gradient(ctx, *gradients of the results)` returns those of the first tensors, the others having
+            none; None: not differentiable.
         mutates: the arguments that are written to.
     """
+    struct = _Struct(method)
 
     def decorate(function: Callable[..., R]) -> Callable[Concatenate[str, P], R]:
-        def launch(name: str, first: Tensor, *arguments: Any) -> R:
+        def launch(*arguments: Any) -> R:
+            first = arguments[1][0] if struct.begin == 1 else arguments[1]
             with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
-                return function(name, first, *arguments)
+                return function(*arguments)
 
-        schema = "(str backend, " + infer_schema(MethodType(method, method), mutates_args=mutates)[1:]  # without self
-        op = custom_op(f"openmoba::{function.__name__}", launch, mutates_args=mutates, schema=schema)
-        op.register_fake(fake)
+        def launch_flat(*flat: Any) -> R:
+            return launch(*struct.together(flat))
+
+        def save_flat(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            save(ctx, struct.together(inputs), output)
+
+        schema = struct.schema(mutates)
+        op = custom_op(f"openmoba::{function.__name__}", launch_flat, mutates_args=mutates, schema=schema)
+        op.register_fake(lambda *flat: fake(*struct.together(flat)))
         written = [i for i, x in enumerate(op._opoverload._schema.arguments) if x.name in mutates]
         op.register_vmap(partial(_one_by_one, op, written))
         registered: Callable[..., R] = op._opoverload
         if gradient is not None:
-            op.register_autograd(gradient, setup_context=save)
-            traced = _differentiable(registered, save, gradient)
+            gradient_flat = _of_all(gradient, len(struct.fields))
+            op.register_autograd(gradient_flat, setup_context=save_flat)
+            traced = _differentiable(registered, save_flat, gradient_flat)
             # Not by way of Python's `apply`, which inspects the signature.
-            plain = super(Function, _differentiable(launch, save, gradient)).apply  # type: ignore[misc]
+            plain = super(Function, _differentiable(launch, save, _of_all(gradient, struct.arguments))).apply  # type: ignore[misc]
 
         def call(*arguments: Any) -> Any:
+            flat = struct.apart(arguments)
             if gradient is None:
-                if is_plain(arguments):
+                if is_plain(flat):
                     return launch(*arguments)
                 with torch.no_grad():
-                    return registered(*arguments)
-            if is_plain(arguments):
-                return plain(*unwrap_dead_wrappers(arguments)) if _may_be_differentiated() else launch(*arguments)
+                    return registered(*flat)
+            if is_plain(flat):
+                if not _may_be_differentiated():
+                    return launch(*arguments)
+                return plain(*struct.together(unwrap_dead_wrappers(flat)))
             if are_transforms_active():
                 # Imports what compiles, which importing openmoba must not.
                 from openmoba.ops.transforms import transformed
 
-                return transformed(traced, registered, *arguments)
-            return registered(*arguments)
+                return transformed(traced, registered, *flat)
+            return registered(*flat)
 
         return cast(Callable[Concatenate[str, P], R], call)
 
     return decorate
+
+
+class _Struct:
+    """The struct among a method's arguments: torch takes its fields one by one, behind the name of a backend."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        hints = get_type_hints(method)
+        del hints["return"]
+        self.begin, self.type = next((i, x) for i, x in enumerate(hints.values(), 1) if hasattr(x, "_fields"))
+        self.end = self.begin + len(self.type._fields)
+        pairs = [*hints.items()]
+        self.arguments = 1 + len(pairs)
+        self.fields = {"backend": str, **dict(pairs[: self.begin - 1])}
+        self.fields |= {**get_type_hints(self.type), **dict(pairs[self.begin :])}
+        self._method = method
+
+    def apart(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Put the fields in place of the struct."""
+        begin = self.begin
+        return (*arguments[:begin], *arguments[begin], *arguments[begin + 1 :])
+
+    def together(self, flat: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Put the struct in place of its fields."""
+        begin, end = self.begin, self.end
+        return (*flat[:begin], self.type(*flat[begin:end]), *flat[end:])
+
+    def schema(self, mutates: tuple[str, ...]) -> str:
+        """Return torch's schema of the arguments, one by one."""
+
+        def prototype() -> None: ...
+
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter(name, kind, annotation=of) for name, of in self.fields.items()]
+        prototype.__signature__ = inspect.signature(self._method).replace(parameters=parameters)  # type: ignore[attr-defined]
+        return infer_schema(prototype, mutates_args=mutates)
 
 
 def is_plain(arguments: tuple[Any, ...]) -> bool:
@@ -108,6 +157,16 @@ def refuse_second_derivatives(ctx: Any, *_: Any) -> None:
 
 def _may_be_differentiated() -> bool:
     return torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _of_all(gradient: Callable[..., Any], inputs: int) -> Callable[..., tuple[Any, ...]]:
+    """Return the gradients of so many inputs, where `gradient` returns those of the first tensors alone."""
+
+    def rule(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        its = gradient(ctx, *gradients)
+        return (None, *its, *(None,) * (inputs - 1 - len(its)))
+
+    return rule
 
 
 def _differentiable(run: Callable[..., Any], save: Callable[..., None], rule: Callable[..., Any]) -> type[Function]:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from openmoba.config import check_blocks
 from openmoba.ops.api import moba_attention
+from openmoba.ops.arguments import KeyPages
 from openmoba.ops.backends import DECODERS, PagedDecoder, implementation, paged_decoder
 from openmoba.ops.centroids import centroid_dtype
 from openmoba.ops.checks import (
@@ -83,20 +84,20 @@ def complete_paged(
         ValueError: naming the argument and its value. On CUDA the host reads no lengths: that they count the new
             tokens, and that the table has room for them, is asserted on the device.
     """
-    _check_cache(centroids, k_pages, block_table, lengths, cu_seqlens_q, block_size)
+    cache = KeyPages(centroids, k_pages, block_table, lengths, cu_seqlens_q, block_size)
+    _check_cache(cache)
     name, _ = implementation(k_pages, "auto", DECODERS)
     if name == "reference":
-        _complete(centroids, k_pages, block_table, lengths, cu_seqlens_q, block_size)
+        _complete(cache)
         return
     _check_contiguous(centroids=centroids, k_pages=k_pages, block_table=block_table)
-    write_paged(name, centroids, k_pages, block_table, lengths, cu_seqlens_q, block_size)
+    write_paged(name, cache)
 
 
-def _complete(
-    centroids: Tensor, k_pages: Tensor, block_table: Tensor, lengths: Tensor, cu_seqlens_q: Tensor, block_size: int
-) -> None:
+def _complete(cache: KeyPages) -> None:
+    centroids, k_pages, block_table, _, _, block_size = cache
     rows, blocks = [], []
-    for row, (length, new) in enumerate(_lengths(k_pages, block_table, lengths, cu_seqlens_q)):
+    for row, (length, new) in enumerate(_lengths(cache)):
         for block in range((length - new) // block_size, length // block_size):
             rows.append(row)
             blocks.append(block)
@@ -152,76 +153,45 @@ def moba_paged(
             device and fits a CUDA graph.
     """
     check_blocks(block_size, top_k)
-    _check_cache(centroids, k_pages, block_table, lengths, cu_seqlens_q, block_size)
+    cache = KeyPages(centroids, k_pages, block_table, lengths, cu_seqlens_q, block_size)
+    _check_cache(cache)
     _check_queries(q, k_pages, v_pages)
     if needs_gradient(q, k_pages, v_pages):
         raise ValueError("moba_paged has no gradient, and an input requires one; use torch.no_grad()")
     scale = check_scale(q, scale)
     name, _ = implementation(q, impl, DECODERS)
     if name == "reference":
-        return _attend(q, k_pages, v_pages, centroids, block_table, lengths, cu_seqlens_q, block_size, top_k, scale)
+        return _attend(q, cache, v_pages, top_k, scale)
     _check_contiguous(k_pages=k_pages, v_pages=v_pages, centroids=centroids, block_table=block_table)
     q = q if q.stride(-1) == 1 else q.contiguous()
-    return attend_paged(
-        name, q, k_pages, v_pages, centroids, block_table, lengths, cu_seqlens_q, block_size, top_k, scale
-    )
+    return attend_paged(name, q, cache, v_pages, top_k, scale)
 
 
-def _attend(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    centroids: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    cu_seqlens_q: Tensor,
-    block_size: int,
-    top_k: int,
-    scale: float,
-) -> Tensor:
-    sequences = _lengths(k_pages, block_table, lengths, cu_seqlens_q)
-    starts = cu_seqlens_q.tolist()
+def _attend(q: Tensor, cache: KeyPages, v_pages: Tensor, top_k: int, scale: float) -> Tensor:
+    sequences = _lengths(cache)
+    starts = cache.cu_q.tolist()
     if starts[-1] > q.shape[0]:
         raise ValueError(f"cu_seqlens_q must end within q's {q.shape[0]} tokens, got {starts[-1]}")
     out = torch.zeros_like(q)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         for row, ((length, new), start) in enumerate(zip(sequences, starts, strict=False)):
-            table_1M = block_table[row : row + 1, : -(-length // k_pages.shape[1])]
-            cache, q_THD = (k_pages, v_pages, table_1M), q[start : start + new]
-            if new > MAX_QUERIES:
-                out[start : start + new] = _prefill(q_THD, *cache, length, block_size, top_k, scale)
-            elif new:
-                out[start : start + new] = _decode(q_THD, *cache, centroids, length, block_size, top_k, scale)
+            table_1M = cache.block_table[row : row + 1, : -(-length // v_pages.shape[1])]
+            attend = _prefill if new > MAX_QUERIES else _decode
+            if new:
+                q_THD, own = q[start : start + new], cache._replace(block_table=table_1M)
+                out[start : start + new] = attend(q_THD, own, v_pages, length, top_k, scale)
     return out
 
 
-def _prefill(
-    q_THD: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    table_1M: Tensor,
-    length: int,
-    block_size: int,
-    top_k: int,
-    scale: float,
-) -> Tensor:
+def _prefill(q_THD: Tensor, cache: KeyPages, v_pages: Tensor, length: int, top_k: int, scale: float) -> Tensor:
     """Attend for a chunk of one sequence's prompt, `[T, H, D]`, after its keys were copied side by side."""
-    k_1SHD, v_1SHD = (x[table_1M[0]].flatten(0, 1)[None, :length] for x in (k_pages, v_pages))
-    return moba_attention(q_THD[None], k_1SHD, v_1SHD, block_size=block_size, top_k=top_k, scale=scale)[0]
+    k_1SHD, v_1SHD = (x[cache.block_table[0]].flatten(0, 1)[None, :length] for x in (cache.k_pages, v_pages))
+    return moba_attention(q_THD[None], k_1SHD, v_1SHD, block_size=cache.block_size, top_k=top_k, scale=scale)[0]
 
 
-def _decode(
-    q_THD: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    table_1M: Tensor,
-    centroids: Tensor,
-    length: int,
-    block_size: int,
-    top_k: int,
-    scale: float,
-) -> Tensor:
+def _decode(q_THD: Tensor, cache: KeyPages, v_pages: Tensor, length: int, top_k: int, scale: float) -> Tensor:
     """Attend for one sequence's last few tokens, `[T, H, D]`, which read the blocks they choose where these lie."""
+    centroids, k_pages, table_1M, _, _, block_size = cache
     page_size, device = k_pages.shape[1], q_THD.device
     block_1C = torch.arange(length // block_size, device=device)[None]
     centroid_1CHD = centroids[_home(table_1M, block_1C, page_size, block_size)]
@@ -262,8 +232,9 @@ def _home(table_NM: Tensor, block_NC: Tensor, page_size: int, block_size: int) -
     return page_NC, place_NC // block_size
 
 
-def _lengths(k_pages: Tensor, block_table: Tensor, lengths: Tensor, cu_seqlens_q: Tensor) -> list[tuple[int, int]]:
+def _lengths(cache: KeyPages) -> list[tuple[int, int]]:
     """Return tokens in the cache and new tokens of each sequence; ValueError unless the table has room for them."""
+    _, k_pages, block_table, lengths, cu_seqlens_q, _ = cache
     pages = block_table.shape[1]
     if int(cu_seqlens_q[0]) != 0:
         raise ValueError(f"cu_seqlens_q must start at 0, got {int(cu_seqlens_q[0])}")
@@ -303,9 +274,8 @@ def _check_pages(k_pages: Tensor) -> None:
         raise ValueError(f"k_pages must be {layout} with something in a page, got {tuple(k_pages.shape)}")
 
 
-def _check_cache(
-    centroids: Tensor, k_pages: Tensor, block_table: Tensor, lengths: Tensor, cu_seqlens_q: Tensor, block_size: int
-) -> None:
+def _check_cache(cache: KeyPages) -> None:
+    centroids, k_pages, block_table, lengths, cu_seqlens_q, block_size = cache
     check_tensors(
         k_pages=k_pages, centroids=centroids, block_table=block_table, lengths=lengths, cu_seqlens_q=cu_seqlens_q
     )

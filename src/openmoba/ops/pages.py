@@ -16,6 +16,7 @@ from torch import Tensor
 
 from openmoba.config import check_blocks
 from openmoba.limits import check_count
+from openmoba.ops.arguments import KeyCache
 from openmoba.ops.backends import DECODERS, Decoder, decoder, implementation
 from openmoba.ops.centroids import centroid_dtype
 from openmoba.ops.checks import check_cache, check_rows, check_tensors, is_traced
@@ -81,8 +82,9 @@ def complete_pages(
         raise ValueError(f"centroids must be on the cache's device {keys.device}, got {centroids.device}")
     check_rows(lengths, starts, keys)
     check_row_values(lengths, starts, keys.shape[1])
+    cache = KeyCache(centroids, keys, lengths, starts, block_size)
     name, _ = implementation(keys, "auto", DECODERS)
     if name == "reference":
-        reference_complete_pages(centroids, keys, lengths, starts, new, block_size)
+        reference_complete_pages(cache, new)
     else:
-        write_pages(name, centroids, keys, lengths, starts, new, block_size)
+        write_pages(name, cache, new)

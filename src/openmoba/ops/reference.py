@@ -26,6 +26,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from openmoba.ops.arguments import Blocking, KeyCache
 from openmoba.ops.centroids import ANCHOR_KEYS, LARGEST_FP16, ROOM
 
 
@@ -79,54 +80,39 @@ def attention_mask(selected_BTHK: Tensor, keys: int, block_size: int) -> Tensor:
     return (reads & (key_S <= position_T[:, None])[None, :, None, :]).transpose(1, 2)
 
 
-def reference_select(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    block_size: int,
-    top_k: int,
-) -> Tensor:
+def reference_select(q: Tensor, k: Tensor, blocking: Blocking) -> Tensor:
     """Choose as `openmoba.moba_select`, by definition."""
-    if cu_seqlens_q is None or cu_seqlens_k is None:
+    cu_q, cu_k, block_size, top_k = blocking
+    if cu_q is None or cu_k is None:
         with torch.no_grad():
             return choose_blocks(block_scores(q, k, block_size), top_k)
     parts = [
-        reference_select(q_1THD, k_1SHD, None, None, block_size, top_k)[0]
-        for q_1THD, k_1SHD in zip(split_sequences(q, cu_seqlens_q), split_sequences(k, cu_seqlens_k), strict=True)
+        choose_blocks(block_scores(q_1THD, k_1SHD, block_size), top_k)[0]
+        for q_1THD, k_1SHD in zip(split_sequences(q, cu_q), split_sequences(k, cu_k), strict=True)
     ]
     return torch.cat(parts) if parts else q.new_empty((0, q.shape[1], top_k - 1), dtype=torch.int32)
 
 
 def reference_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    block_size: int,
-    top_k: int,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, blocking: Blocking, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attend as `openmoba.block_attention`, by definition, and `openmoba.moba_attention` if it is to choose the blocks.
 
     Output and log-sum-exp are differentiable in q, k and v, with the choice held fixed.
     """
     if blocks is None:
-        blocks = reference_select(q, k, cu_seqlens_q, cu_seqlens_k, block_size, top_k)
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        return attention_over(
-            q, k, v, attention_mask(per_query_head(blocks, q.shape[2]), k.shape[1], block_size), scale
-        )
-    sequences = zip(
-        split_sequences(q, cu_seqlens_q),
-        split_sequences(k, cu_seqlens_k),
-        split_sequences(v, cu_seqlens_k),
-        split_sequences(blocks, cu_seqlens_q),
-        strict=True,
-    )
-    parts = [reference_attention(*sequence, None, None, block_size, top_k, scale) for sequence in sequences]
+        blocks = reference_select(q, k, blocking)
+    cu_q, cu_k, block_size, _ = blocking
+    if cu_q is None or cu_k is None:
+        mask = attention_mask(per_query_head(blocks, q.shape[2]), k.shape[1], block_size)
+        return attention_over(q, k, v, mask, scale)
+    packed = (q, cu_q), (k, cu_k), (v, cu_k), (blocks, cu_q)
+    sequences = zip(*(split_sequences(x, cu) for x, cu in packed), strict=True)
+    batch = Blocking(None, None, block_size, 0)
+    parts = [
+        reference_attention(its_q, its_k, its_v, its_blocks, batch, scale)
+        for its_q, its_k, its_v, its_blocks in sequences
+    ]
     out, lse = (torch.cat(x, 1)[0] for x in zip(*parts, strict=True))
     return out, lse
 
@@ -135,7 +121,7 @@ def attention_given_selection(
     q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, selected_BTHK: Tensor, block_size: int, scale: float
 ) -> Tensor:
     """Attend by softmax over the own block and the given past blocks, `[B, T, H, D]` in q's dtype."""
-    return reference_attention(q_BTHD, k_BSHD, v_BSHD, selected_BTHK, None, None, block_size, 0, scale)[0]
+    return reference_attention(q_BTHD, k_BSHD, v_BSHD, selected_BTHK, Blocking(None, None, block_size, 0), scale)[0]
 
 
 def attention_over(
@@ -176,18 +162,9 @@ def reference_merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     return out_BTHD.to(outs[0].dtype), lse_BTH
 
 
-def reference_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    centroids: Tensor,
-    lengths: Tensor,
-    starts: Tensor | None,
-    block_size: int,
-    top_k: int,
-    scale: float,
-) -> Tensor:
+def reference_decode(q: Tensor, cache: KeyCache, v_cache: Tensor, top_k: int, scale: float) -> Tensor:
     """Decode as `openmoba.moba_decode`, by definition, one query token after the other."""
+    centroids, k_cache, lengths, starts, block_size = cache
     starts_B = torch.zeros_like(lengths) if starts is None else starts
     block_size = min(block_size, k_cache.shape[1])  # a larger one holds no more keys
     queries = q.shape[1]
@@ -250,10 +227,9 @@ def key_head_of(q: Tensor, k: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def reference_complete_pages(
-    centroid_BPHD: Tensor, key_BSHD: Tensor, length_B: Tensor, start_B: Tensor | None, new: int, block_size: int
-) -> None:
+def reference_complete_pages(cache: KeyCache, new: int) -> None:
     """Complete pages as `openmoba.complete_pages`, by definition, see `openmoba.ops.centroids`."""
+    centroid_BPHD, key_BSHD, length_B, start_B, block_size = cache
     batch, pages, heads, width = centroid_BPHD.shape
     possible = min(pages, -(-new // block_size))
     if possible == 0:

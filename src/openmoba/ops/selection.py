@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from openmoba.ops.arguments import Blocking
 from openmoba.ops.checks import check_boundary_values
 
 # Scores computed at a time: 2 MB of int64 sort keys stay in a core's L2 cache.
@@ -22,8 +23,9 @@ _LOW_32_BITS = 2**32 - 1
 _NEGATIVE_INFINITY = ~0x7F800000  # the high half of its sort key
 
 
-def select(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int, top_k: int) -> Tensor:
+def select(q: Tensor, k: Tensor, blocking: Blocking) -> Tensor:
     """Choose as `openmoba.moba_select` does, on CPU: int32 `[*q.shape[:-1], top_k - 1]`."""
+    cu_q, cu_k, block_size, top_k = blocking
     if cu_q is None or cu_k is None:
         return _select_batch(q, k, block_size, top_k)
     check_boundary_values(cu_q, cu_k, len(q), len(k))

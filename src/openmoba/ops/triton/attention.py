@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from openmoba.ops.arguments import Blocking
 from openmoba.ops.triton.attend import attend_heads
 from openmoba.ops.triton.geometry import Geometry, cdiv
 from openmoba.ops.triton.given import given_sort_keys
@@ -41,11 +42,16 @@ _FORWARD_WORKSPACE, _BACKWARD_WORKSPACE = 3 * 2**28, 25 * 2**26
 def _replaying_short_calls(function: F) -> F:
     """Replay calls for which Python may take longer than the GPU. Tensors and settings are passed by position."""
 
+    def flat(*arguments: Any) -> tuple[Tensor, ...]:
+        *tensors, cu_q, cu_k, block_size, top_k, scale = arguments
+        return function(*tensors, Blocking(cu_q, cu_k, block_size, top_k), scale)
+
     @wraps(function)
     def call(*arguments: Any) -> tuple[Tensor, ...]:
-        *inputs, block_size, top_k, scale = arguments
-        if inputs[0].is_cuda and inputs[0].numel() * top_k <= _SHORT:
-            return replayed(function, inputs, (block_size, top_k, scale), workspaces(inputs[0].device))
+        *tensors, (cu_q, cu_k, block_size, top_k), scale = arguments
+        if tensors[0].is_cuda and tensors[0].numel() * top_k <= _SHORT:
+            settings, caps = (block_size, top_k, scale), workspaces(tensors[0].device)
+            return replayed(flat, (*tensors, cu_q, cu_k), settings, caps)
         return function(*arguments)
 
     return cast(F, call)
@@ -53,17 +59,10 @@ def _replaying_short_calls(function: F) -> F:
 
 @_replaying_short_calls
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor | None,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    block_size: int,
-    top_k: int,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, blocking: Blocking, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return output, log-sum-exp, and the plan (`choice_shape`) that the backward reads."""
+    cu_q, cu_k, block_size, top_k = blocking
     geometry = Geometry.shared(q, k, cu_q, block_size, _most_read(k, block_size, top_k))
     check_pairs(geometry)
     q = near(q, geometry.group)
@@ -118,13 +117,11 @@ def backward(
     out: Tensor,
     lse: Tensor,
     choice: Tensor,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    block_size: int,
-    top_k: int,
+    blocking: Blocking,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, contiguous."""
+    cu_q, cu_k, block_size, top_k = blocking
     geometry = Geometry.shared(q, k, cu_q, block_size, _most_read(k, block_size, top_k))
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     q, d_out = near(q, geometry.group), near(d_out, geometry.group)
@@ -142,10 +139,9 @@ def near(x: Tensor, group: int) -> Tensor:
     return x.contiguous() if (group - 1) * x.stride(-2) >= 2**31 else x
 
 
-def choice_shape(
-    q: Tensor, k: Tensor, blocks: Tensor | None, cu_q: Tensor | None, block_size: int, top_k: int
-) -> tuple[int]:
+def choice_shape(q: Tensor, k: Tensor, blocks: Tensor | None, blocking: Blocking) -> tuple[int]:
     """Return how long the plan of all heads is: `pairs`, `offsets`, then `counts` of given blocks (`plan.Plan`)."""
+    cu_q, _, block_size, top_k = blocking
     geometry = Geometry.of(q, k, cu_q, block_size, _most_read(k, block_size, top_k))
     return (choice_numbers(geometry, blocks is not None and top_k > 1),)
 

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from openmoba.ops.arguments import KeyCache, KeyPages
 from openmoba.ops.triton import decode_kernels
 from openmoba.ops.triton.arguments import Packed, Rows
 from openmoba.ops.triton.geometry import cdiv, kernel_width, power_of_two, strides
@@ -45,36 +46,19 @@ _TILES_IN_FLIGHT = 2
 _PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
-def decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    centroids: Tensor,
-    lengths: Tensor,
-    starts: Tensor | None,
-    block_size: int,
-    top_k: int,
-    scale: float,
-) -> Tensor:
+def decode(q: Tensor, cache: KeyCache, v_cache: Tensor, top_k: int, scale: float) -> Tensor:
     """Do what `openmoba.ops.decode.moba_decode` says, checked; the last dimension of all tensors is contiguous."""
+    centroids, keys, _, starts, block_size = cache
     launches = _launches(
         *q.shape, *centroids.shape[1:3], block_size, top_k, scale, q.dtype, q.device,
-        strides(q), strides(k_cache), strides(v_cache), strides(centroids), None,
+        strides(q), strides(keys), strides(v_cache), strides(centroids), None,
     )  # fmt: skip
-    return run(launches, q, k_cache, v_cache, centroids, lengths, starts)
+    return _run(launches, q, keys, v_cache, cache, starts)
 
 
-def packed_launches(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    centroids: Tensor,
-    block_table: Tensor,
-    block_size: int,
-    top_k: int,
-    scale: float,
-) -> Launches:
+def packed_launches(q: Tensor, cache: KeyPages, v_pages: Tensor, top_k: int, scale: float) -> Launches:
     """Return the launches for packed queries `[N, H, D]` over the pages that a block table names."""
+    centroids, k_pages, block_table, _, _, block_size = cache
     (tokens, heads, width), (_, page_size, kv_heads, _) = q.shape, k_pages.shape
     sequences, pages = block_table.shape
     packed = Packed(TENSOR, block_table.stride(0), page_size, TENSOR, sequences)
@@ -84,13 +68,17 @@ def packed_launches(
     )  # fmt: skip
 
 
-def run(
+def run_packed(launches: Launches, q: Tensor, cache: KeyPages, v_pages: Tensor) -> Tensor:
+    """Attend as these launches were made to."""
+    return _run(launches, q, cache.k_pages, v_pages, cache, None, cache.block_table, cache.cu_q)
+
+
+def _run(
     launches: Launches,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    centroids: Tensor,
-    lengths: Tensor,
+    cache: KeyCache | KeyPages,
     starts: Tensor | None,
     *packed: Tensor,
 ) -> Tensor:
@@ -98,10 +86,10 @@ def run(
     workspace = torch.empty(launches.numbers, dtype=torch.float32, device=q.device)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if launches.score is not None:
-        launches.score(q, centroids, workspace, lengths, *packed)
+        launches.score(q, cache.centroids, workspace, cache.lengths, *packed)
     elif launches.shared:
         workspace[: launches.counters].zero_()
-    launches.attend(q, k, v, workspace, out, lengths, starts, *packed)
+    launches.attend(q, k, v, workspace, out, cache.lengths, starts, *packed)
     return out
 
 

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
+from openmoba.ops.arguments import KeyPages
 from openmoba.ops.triton import attention, decode
 from openmoba.ops.triton.arguments import Rows, Table
 from openmoba.ops.triton.geometry import Geometry, Heads, Paging, cdiv, locate, power_of_two, span, strides
@@ -36,27 +37,16 @@ _MOST_DECODED = 65535  # programs in a grid's third dimension
 _POOLING_PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
-def attend_paged(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    centroids: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    cu_q: Tensor,
-    block_size: int,
-    top_k: int,
-    scale: float,
-) -> Tensor:
+def attend_paged(q: Tensor, cache: KeyPages, v_pages: Tensor, top_k: int, scale: float) -> Tensor:
     """Do what `openmoba.moba_paged` says, checked; the last dimension of all tensors is contiguous."""
-    tokens, sequences = q.shape[0], block_table.shape[0]
+    tokens, sequences = q.shape[0], cache.block_table.shape[0]
     if tokens == 0 or sequences == 0:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     if are_few(tokens, sequences):
-        launches = decode.packed_launches(q, k_pages, v_pages, centroids, block_table, block_size, top_k, scale)
+        launches = decode.packed_launches(q, cache, v_pages, top_k, scale)
         if tokens <= sequences or 4 * launches.numbers <= attention.workspaces(q.device)[0]:
-            return decode.run(launches, q, k_pages, v_pages, centroids, lengths, None, block_table, cu_q)
-    return _prefill(q, k_pages, v_pages, centroids, block_table, lengths, cu_q, block_size, top_k, scale)
+            return decode.run_packed(launches, q, cache, v_pages)
+    return _prefill(q, cache, v_pages, top_k, scale)
 
 
 def are_few(tokens: int, sequences: int) -> bool:
@@ -64,10 +54,9 @@ def are_few(tokens: int, sequences: int) -> bool:
     return tokens <= min(max(_FEW, _FEW_PER_SEQUENCE * sequences), _MOST_DECODED)
 
 
-def complete_paged(
-    centroids: Tensor, k_pages: Tensor, block_table: Tensor, lengths: Tensor, cu_q: Tensor, block_size: int
-) -> None:
+def complete_paged(cache: KeyPages) -> None:
     """Do what `openmoba.complete_paged` says, checked; the last dimension of all tensors is contiguous."""
+    centroids, k_pages, block_table, lengths, cu_q, block_size = cache
     sequences, pages = block_table.shape
     room = pages * k_pages.shape[1]
     if sequences:  # also where no block fits: that lengths fit in the table is asserted there
@@ -99,19 +88,9 @@ def _completing(
     return Launch(_complete_blocks, (together, kv_heads, sequences), arguments, constants)
 
 
-def _prefill(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    centroids: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    cu_q: Tensor,
-    block_size: int,
-    top_k: int,
-    scale: float,
-) -> Tensor:
+def _prefill(q: Tensor, cache: KeyPages, v_pages: Tensor, top_k: int, scale: float) -> Tensor:
     """Attend as a packed call does whose keys are the sequences' tokens in the cache, one sequence behind the other."""
+    centroids, k_pages, block_table, lengths, cu_q, block_size = cache
     geometry = _geometry(*q.shape, *block_table.shape, block_table.stride(0), *k_pages.shape[1:3], block_size, top_k)
     attention.check_pairs(geometry)
     q = attention.near(q, geometry.group)

@@ -10,18 +10,17 @@ from functools import lru_cache
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from openmoba.ops.arguments import KeyCache
 from openmoba.ops.triton.arguments import Rows
 from openmoba.ops.triton.geometry import cdiv, strides
 from openmoba.ops.triton.host.launch import REMEMBERED, TENSOR, Launch
 from openmoba.ops.triton.pool import block_centroid, centroid_sizes
 
 
-def complete_pages(
-    centroids: Tensor, keys: Tensor, lengths: Tensor, starts: Tensor | None, new: int, block_size: int
-) -> None:
+def complete_pages(cache: KeyCache, new: int) -> None:
     """Do what `openmoba.ops.pages.complete_pages` says, checked; the last dimension of both caches is contiguous."""
+    centroids, keys, lengths, starts, block_size = cache
     possible = min(centroids.shape[1], cdiv(new, block_size))
     if possible > 0:
         launch = _launch(*centroids.shape, possible, new, block_size, strides(keys), strides(centroids))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openmoba.ops.arguments import Blocking
 from openmoba.ops.triton.gate import choose
 from openmoba.ops.triton.geometry import Geometry
 from openmoba.ops.triton.pool import pool
@@ -55,8 +56,9 @@ def new_sort_keys(geometry: Geometry, heads_per_sort: int, device: torch.device)
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def select(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, block_size: int, top_k: int) -> Tensor:
+def select(q: Tensor, k: Tensor, blocking: Blocking) -> Tensor:
     """Do what `openmoba.moba_select` says, for `top_k >= 2`: int32 `[*q.shape[:-1], top_k - 1]`, -1 for none."""
+    cu_q, cu_k, block_size, top_k = blocking
     geometry = Geometry.shared(q, k, cu_q, block_size, top_k)
     selected = torch.empty((*q.shape[:-1], top_k - 1), dtype=torch.int32, device=q.device)
     picks = top_k - 1
