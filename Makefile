@@ -51,4 +51,4 @@ build/vllm/installed: pyproject.toml constraints.txt
 test-vllm: build/vllm/installed  ## Real engines of vLLM with small models, in an environment of its own (ten minutes)
 	OMP_NUM_THREADS=1 build/vllm/bin/pytest --disable-warnings -W default --show-capture=no tests/serving
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/serving:$(PYTHONPATH) build/vllm/bin/pytest -p runner_v2 -k "not two_processes" \
-	  --disable-warnings -W default --show-capture=no tests/serving/test_engine.py
+	  --disable-warnings -W default --show-capture=no tests/serving/test_engine.py tests/serving/test_key_conv.py

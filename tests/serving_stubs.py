@@ -25,9 +25,7 @@ def config(moba: dict[str, Any] | None = SETTINGS, **changed: Any) -> Any:
             hf_text_config=text, dtype=torch.bfloat16, using_transformers_backend=lambda: False
         ),
         cache_config=SimpleNamespace(cache_dtype="auto", block_size=8, prefix_match_unit=None),
-        parallel_config=SimpleNamespace(
-            tensor_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1
-        ),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
         attention_config=SimpleNamespace(backend=None, backend_per_kind={}),
         lora_config=None,
         speculative_config=None,

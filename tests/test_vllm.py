@@ -172,7 +172,6 @@ def test_engines(changed: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"parallel__tensor_parallel_size": 2}, "in tensor parallelism; start with --tensor-parallel-size 1"),
         ({"model__using_transformers_backend": lambda: True}, "in a model of transformers'; generate with"),
         ({"lora_config": object()}, "beside LoRA adapters; start without --enable-lora"),
     ],

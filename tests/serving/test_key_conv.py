@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from raw_key_pages import Kept
-from served_models import Engine, Generated, prompts, save_moba, serve
+from served_models import Engine, Generated, prompts, save_full, save_moba, serve
 from torch import fx, nn
 from transformers import AutoModelForCausalLM
 from vllm.compilation.partition_rules import should_split
@@ -27,18 +27,22 @@ from openmoba.vllm import key_conv
 HYBRID = MobaConfig(block_size=16, top_k=3, full_layers=(1,), key_conv=4)
 
 
-@pytest.fixture(scope="module")
-def folder(full: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hybrid whose filters have weights."""
+def trained(full: Path) -> Path:
+    """Save a hybrid whose filters have weights beside the model that it is made of."""
     model = configure(AutoModelForCausalLM.from_pretrained(full), HYBRID)
     torch.manual_seed(1)
     for layer in model.model.layers:
         torch.nn.init.normal_(layer.self_attn.key_conv.weight)
-    made = tmp_path_factory.mktemp("models") / "key_conv"
+    made = full.with_name("key_conv")
     model.save_pretrained(made)
     for path in full.glob("*token*.json"):
         shutil.copy(path, made)
     return made
+
+
+@pytest.fixture(scope="module")
+def folder(full: Path) -> Path:
+    return trained(full)
 
 
 @pytest.fixture
@@ -95,6 +99,41 @@ def test_too_few_pages(folder: Path, engine: Engine, generated: Generated, batch
         got = new_tokens(serve(llm, asked, 70))
     assert got == expected
     assert any(new > 64 for batch in batches for new, _ in batch), "a request began again with its own tokens"
+
+
+@pytest.mark.parametrize(
+    ("split", "kv_heads", "channels"),
+    [
+        ({"tensor_parallel_size": 2}, 2, [[32] * 4] * 2),
+        ({"tensor_parallel_size": 2}, 1, [[32] * 4] * 2),
+        ({"pipeline_parallel_size": 2, "enforce_eager": False}, 2, [[64] * 2] * 2),
+    ],
+    ids=["heads", "copies of a head", "layers"],
+)
+def test_two_processes(
+    split: dict[str, Any],
+    kv_heads: int,
+    channels: Any,
+    tmp_path: Path,
+    engine: Engine,
+    generated: Generated,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each has the filters of its key heads or its layers."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else each process wants a memory node of its own
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for what is asked of both
+    folder = trained(save_full(tmp_path / "full", num_key_value_heads=kv_heads))
+    asked = prompts(5, 200, 301, seed=10)
+    expected = [generated(folder, prompt, 32) for prompt in asked]
+    with engine(folder, block_size=32, max_num_batched_tokens=128, **split) as llm:
+        got = new_tokens(serve(llm, asked, 32))
+        assert llm.apply_model(filters) == channels
+    assert got == expected
+
+
+def filters(model: Any) -> list[int]:
+    """Of how many channels a process has filters, layer by layer."""
+    return [len(x) for name, x in model.named_parameters() if name.endswith("self_attn.key_conv.weight")]
 
 
 def test_padding_and_other_columns_are_left_alone() -> None:
@@ -174,11 +213,10 @@ def test_graphs_are_split_where_keys_are_convolved(folder: Path, full: Path, eng
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tensor_parallel_size": 2}, "does not serve key convolution in tensor parallelism"),
         ({"enable_lora": True}, "does not serve key convolution beside LoRA"),
         ({"model_impl": "transformers"}, "does not serve key convolution in a model of transformers'"),
     ],
-    ids=["tensor parallelism", "LoRA", "transformers"],
+    ids=["LoRA", "transformers"],
 )
 def test_refused(options: dict[str, Any], message: str, folder: Path, full: Path) -> None:
     start(save_moba(full, MobaConfig(16, 3, (1,))), **options)

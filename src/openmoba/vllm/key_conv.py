@@ -3,7 +3,8 @@
 vLLM's attention modules have one projection, `qkv_proj`, for queries, keys and values side by side. An operation behind
 it convolves the keys where they lie. vLLM's compiler takes it as it takes attention: as one whole, at which graphs are
 split, since what it does depends on the batch. The weights are a child of the attention module by the name that
-checkpoints have, `...self_attn.key_conv.weight`, and so vLLM's own loaders fill them.
+checkpoints have, `...self_attn.key_conv.weight`, and so vLLM's own loaders fill them; under tensor parallelism each
+process has the filters of its key heads.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention.attention import Attention, get_attention_context
 from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.utils import set_weight_attrs
 
 from openmoba.vllm.current import current
 from openmoba.vllm.raw_keys import Places, convolve_paged, find_places, new_raw_keys
 
-# N tokens of a batch, its padding included, C channels of all Hkv key heads of width D, W width of the convolution,
-# Z pages of P tokens
+# N tokens of a batch, its padding included, C channels of the process's Hkv key heads of width D, W width of
+# the convolution, Z pages of P tokens
 
 OPERATION = "openmoba::convolve_projected_keys"
 """In torch's registry."""
@@ -106,11 +109,16 @@ def _give(parent: nn.Module, _: str, child: nn.Module | None) -> None:
     width, layer_name = projection.head_size, child.layer_name
     convolution = KeyConvolution(projection.num_heads * width, projection.num_kv_heads * width, settings.key_conv)
 
+    def load(weight: Tensor, stored: Tensor) -> None:
+        parts = projection.total_num_kv_heads // projection.num_kv_heads
+        default_weight_loader(weight, stored.tensor_split(parts)[projection.tp_rank // projection.num_kv_head_replicas])
+
     def convolve(_: nn.Module, __: Any, output: Any) -> None:
         qkv, bias = output
         assert bias is None, "keys are convolved with their bias, which vLLM adds before in all of its decoders"
         torch.ops.openmoba.convolve_projected_keys(qkv, layer_name)
 
+    set_weight_attrs(convolution.weight, {"weight_loader": load})
     projection.register_forward_hook(convolve)
     parent.key_conv = child.impl.key_conv = convolution
     splits = get_current_vllm_config().compilation_config.splitting_ops

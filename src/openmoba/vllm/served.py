@@ -101,8 +101,6 @@ def _unserved(config: Any) -> list[tuple[str, str]]:
         if getattr(parallel, name, 1) > 1:
             found.append((f"sequences spread over GPUs ({name})", f"start with {name} of 1, use tensor parallelism"))
     if model.hf_text_config.moba.get("key_conv") is not None:
-        if parallel.tensor_parallel_size > 1:
-            found.append(("key convolution in tensor parallelism", "start with --tensor-parallel-size 1"))
         if config.lora_config is not None:
             found.append(("key convolution beside LoRA adapters", "start without --enable-lora, merge the adapter"))
         if model.using_transformers_backend():
