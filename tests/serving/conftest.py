@@ -61,6 +61,13 @@ def engine() -> Engine:
 
 
 @pytest.fixture
+def two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an engine have two, on one memory node, and be asked for what both hold."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+
+
+@pytest.fixture
 def generated(capsys: pytest.CaptureFixture[str]) -> Generated:
     """Continue a prompt with the command `openmoba generate`; the new tokens."""
     from openmoba.cli import main

@@ -75,6 +75,33 @@ def serve(llm: Any, asked: list[list[int]], count: int, **options: Any) -> list[
     return llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in asked], sampling, use_tqdm=False)
 
 
+def new_tokens(outputs: list[Any]) -> list[list[int]]:
+    """Return the tokens that each request got."""
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def assert_beginning_again_changes_nothing(folder: Path, engine: Engine, generated: Generated, batches: Any) -> None:
+    """Requests that lose their pages to others begin again; pages are written by one request after another."""
+    asked = prompts(60, 61, 62, 63, 64, seed=4)
+    expected = [generated(folder, prompt, 70) for prompt in asked]
+    with engine(folder, block_size=32, num_gpu_blocks_override=14, max_model_len=160) as llm:
+        got = new_tokens(serve(llm, asked, 70))
+    assert got == expected
+    assert any(new > 64 for batch in batches for new, _ in batch), "a request began again with its own tokens"
+
+
+def assert_processes_change_nothing(
+    folder: Path, engine: Engine, generated: Generated, split: dict[str, Any], of_each: Callable[[Any], Any], found: Any
+) -> None:
+    """Two processes give the tokens of one, and `of_each` finds this in the models of both."""
+    asked = prompts(5, 200, 301, seed=10)
+    expected = [generated(folder, prompt, 32) for prompt in asked]
+    with engine(folder, block_size=32, max_num_batched_tokens=128, **split) as llm:
+        got = new_tokens(serve(llm, asked, 32))
+        assert llm.apply_model(of_each) == found
+    assert got == expected
+
+
 def log_probabilities(model: Any, prompt: list[int]) -> Tensor:
     """Return those of each token of a prompt but the first."""
     with torch.no_grad():

@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from served_models import Engine, Generated, log_probabilities, prompts, save_full, save_moba, serve
+from served_models import (
+    Engine,
+    Generated,
+    assert_beginning_again_changes_nothing,
+    assert_processes_change_nothing,
+    log_probabilities,
+    new_tokens,
+    prompts,
+    save_full,
+    save_moba,
+    serve,
+)
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -23,10 +34,6 @@ HYBRID = MobaConfig(block_size=16, top_k=3, full_layers=(1,))
 """Blocks smaller than pages: two in one of 32 tokens."""
 LONG_BLOCKS = MobaConfig(block_size=64, top_k=2, full_layers=(0, 3))
 """Blocks larger than pages: one in two of 32 tokens."""
-
-
-def new_tokens(outputs: list[Any]) -> list[list[int]]:
-    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 @pytest.fixture
@@ -88,14 +95,7 @@ def test_requests_that_share_a_prefix_at_once(full: Path, engine: Engine, genera
 
 
 def test_too_few_pages(full: Path, engine: Engine, generated: Generated, batches: Any) -> None:
-    """Requests that lose their pages to others begin again; pages are written by one request after another."""
-    folder = save_moba(full, HYBRID)
-    asked = prompts(60, 61, 62, 63, 64, seed=4)
-    expected = [generated(folder, prompt, 70) for prompt in asked]
-    with engine(folder, block_size=32, num_gpu_blocks_override=14, max_model_len=160) as llm:
-        got = new_tokens(serve(llm, asked, 70))
-    assert got == expected
-    assert any(new > 64 for batch in batches for new, _ in batch), "a request began again with its own tokens"
+    assert_beginning_again_changes_nothing(save_moba(full, HYBRID), engine, generated, batches)
 
 
 def test_a_request_longer_than_the_model(full: Path, engine: Engine, generated: Generated) -> None:
@@ -147,6 +147,7 @@ def kept_heads(model: Any) -> list[tuple[str, int | None]]:
     return [(name.split(".")[2], None if centroids is None else centroids.shape[2]) for name, centroids in found]
 
 
+@pytest.mark.usefixtures("two_processes")
 @pytest.mark.parametrize(
     ("split", "kv_heads", "kept"),
     [
@@ -164,18 +165,10 @@ def test_two_processes(
     tmp_path: Path,
     engine: Engine,
     generated: Generated,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Heads are split, and a key head that is there once is in both; or layers are, and keep their numbers."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else each process wants a memory node of its own
-    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for what is asked of both
     folder = save_moba(save_full(tmp_path / "full", num_key_value_heads=kv_heads), HYBRID)
-    asked = prompts(5, 200, 301, seed=10)
-    expected = [generated(folder, prompt, 32) for prompt in asked]
-    with engine(folder, block_size=32, max_num_batched_tokens=128, **split) as llm:
-        got = new_tokens(serve(llm, asked, 32))
-        assert llm.apply_model(kept_heads) == kept
-    assert got == expected
+    assert_processes_change_nothing(folder, engine, generated, split, kept_heads, kept)
 
 
 def test_16_bits(full: Path, engine: Engine) -> None:

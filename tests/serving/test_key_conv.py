@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 import torch
 from raw_key_pages import Kept
-from served_models import Engine, Generated, prompts, save_full, save_moba, serve
+from served_models import (
+    Engine,
+    Generated,
+    assert_beginning_again_changes_nothing,
+    assert_processes_change_nothing,
+    new_tokens,
+    prompts,
+    save_full,
+    save_moba,
+    serve,
+)
 from torch import fx, nn
 from transformers import AutoModelForCausalLM
 from vllm.compilation.partition_rules import should_split
@@ -59,10 +69,6 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, int]]]:
     return seen
 
 
-def new_tokens(outputs: list[Any]) -> list[list[int]]:
-    return [list(output.outputs[0].token_ids) for output in outputs]
-
-
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 def test_tokens_are_those_of_generate(
     eager: bool, folder: Path, full: Path, engine: Engine, generated: Generated, batches: Any
@@ -92,15 +98,10 @@ def test_a_shared_prefix(folder: Path, engine: Engine, generated: Generated) -> 
 
 
 def test_too_few_pages(folder: Path, engine: Engine, generated: Generated, batches: Any) -> None:
-    """Requests that lose their pages to others begin again; pages are written by one request after another."""
-    asked = prompts(60, 61, 62, 63, 64, seed=4)
-    expected = [generated(folder, prompt, 70) for prompt in asked]
-    with engine(folder, block_size=32, num_gpu_blocks_override=14, max_model_len=160) as llm:
-        got = new_tokens(serve(llm, asked, 70))
-    assert got == expected
-    assert any(new > 64 for batch in batches for new, _ in batch), "a request began again with its own tokens"
+    assert_beginning_again_changes_nothing(folder, engine, generated, batches)
 
 
+@pytest.mark.usefixtures("two_processes")
 @pytest.mark.parametrize(
     ("split", "kv_heads", "channels"),
     [
@@ -117,18 +118,10 @@ def test_two_processes(
     tmp_path: Path,
     engine: Engine,
     generated: Generated,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each has the filters of its key heads or its layers."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else each process wants a memory node of its own
-    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for what is asked of both
     folder = trained(save_full(tmp_path / "full", num_key_value_heads=kv_heads))
-    asked = prompts(5, 200, 301, seed=10)
-    expected = [generated(folder, prompt, 32) for prompt in asked]
-    with engine(folder, block_size=32, max_num_batched_tokens=128, **split) as llm:
-        got = new_tokens(serve(llm, asked, 32))
-        assert llm.apply_model(filters) == channels
-    assert got == expected
+    assert_processes_change_nothing(folder, engine, generated, split, filters, channels)
 
 
 def filters(model: Any) -> list[int]:

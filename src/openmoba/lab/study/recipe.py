@@ -112,9 +112,8 @@ class PlannedRun:
     def changed_from(self, stored: RunConfig, study: Path) -> list[str]:
         """Say what differs between the configuration `stored` of a run in the folder `study` and this one's."""
         wanted = self.config(study)
-        if self.after is not None and str(stored.train.start_from).endswith(
-            self.after
-        ):  # the study may move as a whole
+        # The study may move as a whole.
+        if self.after is not None and str(stored.train.start_from).endswith(self.after):
             stored = replace(stored, train=replace(stored.train, start_from=wanted.train.start_from))
         return changes(stored, wanted)
 
