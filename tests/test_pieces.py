@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import publish
 import pytest
@@ -188,9 +189,7 @@ def test_an_unfinished_chart_b_draws_what_is_there_and_says_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two of five sizes, every arm, one seed; then one run of a third size."""
-    text = (Path(__file__).parents[1] / "recipes" / "chart-b.toml").read_text()
-    for size in ("2m", "5m", "9m", "17m", "32m"):
-        monkeypatch.setitem(synthetic_study.PARAMETERS, size, int(size[:-1]) * 10**6)
+    text = chart_b(monkeypatch)
     chosen = ["pretrain/2m-*-seed0", "pretrain/5m-*-seed0"]
     recipe = make(tmp_path, text, *chosen)
     drawn = {path.name for path in write_report(recipe, tmp_path, "6nd")}
@@ -211,6 +210,115 @@ def test_an_unfinished_chart_b_draws_what_is_there_and_says_what_is_missing(
     assert missing(recipe, read_outcomes(recipe, tmp_path)) == (
         "of stage pretrain 32m-last-2-keys-seed0, 32m-full-keys-seed0"
     )
+
+
+def chart_b(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The recipe of that name, whose sizes this machine need not build."""
+    for size in ("2m", "5m", "9m", "17m", "32m"):
+        monkeypatch.setitem(synthetic_study.PARAMETERS, size, int(size[:-1]) * 10**6)
+    return (Path(__file__).parents[1] / "recipes" / "chart-b.toml").read_text()
+
+
+def test_an_unfinished_sweep_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of its two rates: no answer about context, no chart of it, and the rate of the other stage beside it."""
+    recipe = make(tmp_path, chart_b(monkeypatch), "sweep/2m-25e-4-full-seed0")
+    drawn = [path.name for path in write_report(recipe, tmp_path, "6nd")]
+    assert drawn == ["report.md"]
+    report = (tmp_path / "report.md").read_text()
+    assert "2m, learning rate: 0.0025 has the lowest LM loss" in report
+    assert "no other rate is measured yet" in report
+    assert "is not seen to count" not in report
+    assert "\n1 run.\n" in report
+    make(tmp_path, chart_b(monkeypatch), "pretrain/2m-full-seed0")
+    write_report(recipe, tmp_path, "6nd")
+    (sentence,) = (line for line in (tmp_path / "report.md").read_text().splitlines() if "learning rate: " in line)
+    assert "0.005 is " in sentence or "0.0025 is " in sentence
+    assert sentence.endswith(" Of sweep/2m-25e-4-full-seed0, pretrain/2m-full-seed0.")
+
+
+def test_learning_rates_are_compared_over_the_seeds_that_all_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand: at seed 0 0.01 is the best by 0.02; seeds 1 and 2, which 0.005 alone has, would make that the best."""
+    more = {(25e-4, 0): 0.05, (5e-3, 0): 0.02, (1e-2, 0): 0.0, (5e-3, 1): -0.5, (5e-3, 2): -0.5}
+    for key, nats in more.items():
+        monkeypatch.setitem(synthetic_study.MORE, key, nats)
+    recipe = make(tmp_path, chart_b(monkeypatch), "sweep/*", "pretrain/2m-full-*")
+    write_report(recipe, tmp_path, "6nd")
+    (sentence,) = (line for line in (tmp_path / "report.md").read_text().splitlines() if "learning rate: " in line)
+    assert sentence.startswith("2m, learning rate: 0.01 has the lowest LM loss, ")
+    assert "0.0025 is +0.0500 nats [" in sentence
+    assert "0.005 is +0.0200 nats [" in sentence
+    assert "1 seed). It is the highest of these rates: a higher one may be better still." in sentence
+    assert "seed1" not in sentence
+
+
+def test_stages_that_differ_in_more_than_the_rate_are_no_sweep(tmp_path: Path) -> None:
+    sizes = '[sizes]\nlonger = { model = { size = "small" }, train = { steps = 200, learning_rate = 1e-3 } }\n'
+    text = RECIPE[: RECIPE.index("[[stages]]")].replace("[sizes]\n", sizes)
+    text += '[[stages]]\nname = "steps"\nsizes = ["small", "longer"]\narms = ["full"]\n'
+    recipe = make(tmp_path, text)
+    assert [path.name for path in write_report(recipe, tmp_path, "6nd")] == ["report.md", "steps-positions.png"]
+    assert "learning rate: " not in (tmp_path / "report.md").read_text()
+
+
+def scaling_charts(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> list[dict[str, Any]]:
+    """Write a report; returns what its scaling charts were drawn from."""
+    given: list[dict[str, Any]] = []
+    real = charts.figures.scaling_chart
+
+    def chart(curves: Any, laws: Any, differences: Any, **rest: Any) -> Any:
+        given.append({"curves": curves, "laws": laws, "differences": differences})
+        return real(curves, laws, differences, **rest)
+
+    monkeypatch.setattr(charts.figures, "scaling_chart", chart)
+    write_report(*arguments)
+    return given
+
+
+def test_laws_and_curves_side_by_side_are_of_the_same_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full attention alone has a second, lucky seed of one size: that is not its lead."""
+    monkeypatch.setitem(synthetic_study.MORE, (2e-3, 1), -0.5)
+    recipe = make(tmp_path, RECIPE, "pretrain/*-seed0", "pretrain/small-full-seed1")
+    first, *_ = scaling_charts(monkeypatch, recipe, tmp_path, "6nd")
+    outcomes = {run.run.name: run for run in read_outcomes(recipe, tmp_path)}
+    ends = [curve.loss[-1] for curve in first["curves"]]
+    assert outcomes["pretrain/small-full-seed0"].loss("trailing") in ends
+    assert [len(law.loss) for law in first["laws"].values()] == [3, 3]
+    (own, other) = first["differences"]["MoBA"]
+    assert own.law == first["laws"]["MoBA"].law
+    assert other.law == first["laws"]["Full attention"].law
+    report = (tmp_path / "report.md").read_text()
+    assert "Left out: seeds that not every arm of a size has." in report
+    assert "### Fitted laws, L = a · C^b, C by the convention 6nd (8 documents, 24 windows, 1 seed)" in report
+    assert "### Comparisons (8 documents, 24 windows, 1 to 2 seeds)" in report
+    exponents = [line for line in report.splitlines() if "'s exponent minus that of" in line]
+    assert exponents
+    assert all(", over 3 runs each, lies in " in line for line in exponents)
+    assert not any(line.endswith("**resolved**.") for line in exponents), "of one seed each"
+    assert report.count("MoBA and full attention by position") == 1
+
+
+def test_an_arm_that_lacks_a_size_has_a_law_and_no_band(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make(tmp_path, RECIPE, "pretrain/*-full-*", "pretrain/small-moba-*", "pretrain/medium-moba-*")
+    first, *_ = scaling_charts(monkeypatch, recipe, tmp_path, "6nd")
+    assert [len(law.loss) for law in first["laws"].values()] == [6, 4]
+    assert first["differences"] == {}
+    report = (tmp_path / "report.md").read_text()
+    assert "Without a band: MoBA, whose runs are of other sizes or seeds than those of full attention." in report
+    assert "the trailing loss of MoBA lies" in report
+
+
+def test_charts_that_are_drawn_no_more_do_not_stay(tmp_path: Path) -> None:
+    recipe = make(tmp_path, RECIPE, "pretrain/small-*")
+    folder = tmp_path / "figures"
+    folder.mkdir()
+    kept = ["pretrain-positions.svg", "notes.png", "pretrain-notes.png", "other-positions.png"]
+    gone = ["pretrain-small-candidates.png", "pretrain-contexts.svg", "finetune-large-layerwise-hybrid.png"]
+    for name in [*kept, *gone]:
+        (folder / name).touch()
+    write_report(recipe, tmp_path, "6nd")
+    assert sorted(path.name for path in folder.iterdir()) == sorted(kept)
 
 
 @pytest.mark.parametrize("differing", ["commit", "device"])

@@ -22,6 +22,11 @@ def short(count: float) -> str:
     return f"{count:.3g}"
 
 
+def counted(count: int, name: str) -> str:
+    """Write how many there are of what has this name: 1 run, 2,000 runs."""
+    return f"{count:,} {name}{'s' * (count != 1)}"
+
+
 def gigabytes(count: float) -> str:
     """Write bytes in GB."""
     return f"{count / 1e9:.2g} GB"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from openmoba.lab.arms import FULL, HYBRID, MOBA
+from openmoba.lab.config import RunConfig, changes
 from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.resample import Difference, SeedNoise
 from openmoba.lab.study.candidates import Standing, standings
@@ -42,7 +44,7 @@ def answers(stage: Stage, outcomes: Sequence[Outcome], axis: str) -> list[str]:
         outcomes: those that the stage compares, as `of_stage` gives them.
         axis: compute convention of the laws.
     """
-    if is_sweep(outcomes):
+    if any(run.run.sweep for run in outcomes):  # `sweep` says what there is to say
         return []
     if len(by("arm", outcomes)) == 1:
         return [_gained(own) for own in by("size", outcomes).values() if len(own[0].ranges) > 2]
@@ -59,49 +61,62 @@ def answers(stage: Stage, outcomes: Sequence[Outcome], axis: str) -> list[str]:
     return sentences
 
 
-def is_sweep(outcomes: Sequence[Outcome]) -> bool:
-    """Say whether the runs of a stage are one arm at several learning rates of the same model."""
-    models = {run.run.size: run.config.model.size for run in outcomes}
-    return len(by("arm", outcomes)) == 1 and len(set(models.values())) < len(models)
-
-
 def sweep(stage: Stage, outcomes: Sequence[Outcome]) -> Iterator[str]:
     """Name the best learning rate of every model in a stage that is a sweep, and how far the others are from it.
 
+    Rates are compared over the seeds that all of them have; what seeds a rate has beyond say how large their noise is.
+
     Args:
-        outcomes: of the whole study, other stages too: runs of the same arm, model and tokens belong to the sweep.
+        outcomes: of the whole study, other stages too: runs that differ from one of the sweep's in nothing but the rate
+            and the seed belong to it.
     """
-    own = [run for run in outcomes if run.run.stage == stage]
-    for model in dict.fromkeys(run.config.model.size for run in own) if is_sweep(own) else ():
+    own = [run for run in outcomes if run.run.stage == stage and run.run.sweep]
+    for model in dict.fromkeys(run.config.model.size for run in own):
         first = next(run for run in own if run.config.model.size == model)
         rates: dict[float, list[Outcome]] = {}
         for run in outcomes:
-            if (run.config.arm, run.config.model, run.config.tokens) == (
-                first.config.arm,
-                first.config.model,
-                first.config.tokens,
-            ):
+            if not changes(first.config, _at_rate_and_seed_of(first, run)):
                 rates.setdefault(run.config.train.learning_rate, []).append(run)
         noise = SeedNoise.of([run.loss("lm") for run in runs] for runs in rates.values())
-        best = min(rates, key=lambda rate: mean_loss(rates[rate], "lm"))
-        others = []
-        for rate in sorted(rates.keys() - {best}):
-            found = difference(rates[rate], rates[best], "lm", noise)
-            others += [f"{rate:g} is {nats(found)} from it, {verdict(found)}"] if found else []
-        yield (
-            f"{model}, learning rate: {best:g} has the lowest LM loss, {mean_loss(rates[best], 'lm'):.4f} nats; "
-            f"{'; '.join(others) or 'no other rate is measured yet'} ({behind(rates[best], 'lm')})."
-        )
+        yield f"{model}, learning rate: {_best_rate(dict(sorted(rates.items())), noise)}"
+
+
+def _at_rate_and_seed_of(first: Outcome, run: Outcome) -> RunConfig:
+    """Return the configuration of `run` with the learning rate and the seed of `first`."""
+    train = first.config.train
+    return replace(run.config, train=replace(run.config.train, learning_rate=train.learning_rate, seed=train.seed))
+
+
+def _best_rate(rates: dict[float, list[Outcome]], noise: SeedNoise | None) -> str:
+    """Say which of the rates, in rising order, has the lowest loss, how far the others are, and of which runs."""
+    shared = set.intersection(*({run.run.seed for run in runs} for runs in rates.values()))
+    if not shared:
+        return f"{' and '.join(f'{rate:g}' for rate in rates)} have no seed in common, so none of them is the best."
+    rates = {rate: [run for run in runs if run.run.seed in shared] for rate, runs in rates.items()}
+    best = min(rates, key=lambda rate: mean_loss(rates[rate], "lm"))
+    others = [
+        f"{rate:g} is {nats(found)} from it, {verdict(found)}"
+        for rate in rates
+        if rate != best and (found := difference(rates[rate], rates[best], "lm", noise))
+    ]
+    ends = {min(rates): ("lowest", "lower"), max(rates): ("highest", "higher")} if others else {}
+    beyond = "It is the {} of these rates: a {} one may be better still. ".format(*ends[best]) if best in ends else ""
+    names = ", ".join(run.run.name for runs in rates.values() for run in runs)
+    return (
+        f"{best:g} has the lowest LM loss, {mean_loss(rates[best], 'lm'):.4f} nats; "
+        f"{'; '.join(others) or 'no other rate is measured yet'} ({behind(rates[best], 'lm')}). {beyond}Of {names}."
+    )
 
 
 def slopes(own: Sequence[Outcome], full: Sequence[Outcome], axis: str) -> Iterator[str]:
     """Say how an arm's exponent differs from that of full attention, by loss."""
     for kind, name in LOSSES.items():
         if pair := fit_pair(own, full, kind, axis):
-            found, several = slope_difference(*pair), len({run.run.seed for run in full}) > 1
+            found, runs = slope_difference(*pair), len(pair[0].loss)
             yield (
-                f"{name[:1].upper()}{name[1:]}: {own[0].label}'s exponent minus that of {inside(full[0].label)} lies "
-                f"in {found.low:+.4f} to {found.high:+.4f}: {word(0.0 not in found, several)}."
+                f"{name[:1].upper()}{name[1:]}: {own[0].label}'s exponent minus that of {inside(full[0].label)}, over "
+                f"{runs} runs each, lies in {found.low:+.4f} to {found.high:+.4f}: "
+                f"{word(0.0 not in found, runs >= 2 * _common_sizes(own, full))}."
             )
 
 
@@ -208,7 +223,7 @@ def _law_ratio(own: Sequence[Outcome], other: Sequence[Outcome], pair: tuple[Fit
     begins = max(float(law.compute.min()) for law in pair)
     ratio = float(pair[0].law(compute) / pair[1].law(compute)) - 1
     low, high = (float(end[0]) - 1 for end in pair[0].ratio(pair[1], [compute]))
-    sizes = len({run.run.size for run in own} & {run.run.size for run in other})
+    sizes = _common_sizes(own, other)
     several = len(pair[0].loss) >= 2 * sizes
     unchecked = " Two sizes make a law that nothing checks." if sizes == 2 else ""
     beyond = (
@@ -219,6 +234,10 @@ def _law_ratio(own: Sequence[Outcome], other: Sequence[Outcome], pair: tuple[Fit
         f"{ratio:+.2%} [{low:+.2%}, {high:+.2%}] from that of {inside(other[0].label)}, by the laws of "
         f"{len(pair[0].loss)} runs each ({behind(own, 'trailing')}): {word(not low <= 0 <= high, several)}.{unchecked}"
     )
+
+
+def _common_sizes(own: Sequence[Outcome], other: Sequence[Outcome]) -> int:
+    return len({run.run.size for run in own} & {run.run.size for run in other})
 
 
 def _closing(runs: Sequence[Outcome]) -> Iterator[str]:

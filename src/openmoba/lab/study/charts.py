@@ -13,7 +13,6 @@ from openmoba.lab.columns import short
 from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.resample import LEVEL, Difference
 from openmoba.lab.study import figures, panels
-from openmoba.lab.study.answers import is_sweep
 from openmoba.lab.study.candidates import Standing, standings
 from openmoba.lab.study.figures import Curve, Level
 from openmoba.lab.study.outcomes import (
@@ -29,6 +28,7 @@ from openmoba.lab.study.outcomes import (
     mean_loss,
     moba_settings,
     of_kind,
+    of_same_seeds,
     of_stage,
     seed_noise,
     share_a_seed,
@@ -44,6 +44,9 @@ SECONDS = "accelerator_seconds"
 """The conventions of compute that show what MoBA saves; scaling charts are drawn by them too."""
 SCALING = {EQUAL_COST: "-equal-cost", SECONDS: "-seconds"}
 """Convention -> what the name of its scaling chart ends in; that of the chosen one ends in nothing."""
+ENDS = ("-scaling-law", *(f"-scaling-law{end}" for end in SCALING.values()), "-layerwise-hybrid", "-candidates",
+        "-positions", "-contexts")  # fmt: skip
+"""What the names of charts end in; before it stands the stage's name, and the size's where there is one for each."""
 MOST_CURVES = 6  # that a reader can follow in one panel
 
 
@@ -57,7 +60,7 @@ class Chart:
 
 
 def draw_charts(recipe: Recipe, outcomes: Sequence[Outcome], study: Path, axis: str) -> list[Chart]:
-    """Draw what each stage asks for, if its runs have a trailing loss, and its loss by position.
+    """Draw what each stage asks for, if its runs have a trailing loss, and its loss by position; no chart else stays.
 
     Args:
         axis: compute convention of the scaling chart, a name in `AXES`.
@@ -78,11 +81,20 @@ def draw_charts(recipe: Recipe, outcomes: Sequence[Outcome], study: Path, axis: 
                 charts.append(_layers(stage, size, runs, study))
             if stage.chart == "compare" and trailing and (found := standings(runs)):
                 charts.append(_candidates(stage, size, runs, found, study))
-        if sizes and not is_sweep(own):
+        if sizes and not any(run.run.sweep for run in own):
             charts.append(_gains(stage, own, study) if len(by("arm", own)) == 1 else _positions(stage, own, study))
         if trailing and (cut := [run for run in own if run.contexts]):
             charts.append(_contexts(stage, cut, study))
+    _remove_others(recipe, study, {file.stem for chart in charts for file in chart.files})
     return charts
+
+
+def _remove_others(recipe: Recipe, study: Path, drawn: set[str]) -> None:
+    """Remove the charts of earlier calls that are drawn no more: they would be shown beside the others."""
+    for path in (study / FOLDER).glob("*.*"):
+        ours = any(path.stem.startswith(f"{stage.name}-") for stage in recipe.stages) and path.stem.endswith(ENDS)
+        if ours and path.stem not in drawn and path.suffix in (".png", ".svg"):
+            path.unlink()
 
 
 def law_axes(stage: Stage, outcomes: Sequence[Outcome], axis: str) -> list[str]:
@@ -175,19 +187,22 @@ def _hybrid_names(hybrids: Sequence[Outcome]) -> tuple[list[str], str]:
 
 
 def _scalings(stage: Stage, runs: list[Outcome], study: Path, axis: str) -> list[Chart]:
-    """Draw the scaling chart by every convention; one that may not be drawn any more does not stay behind."""
-    names = {axis: "", **{other: end for other, end in SCALING.items() if other != axis}}
-    shown, files = law_axes(stage, runs, axis), f"{stage.name}-scaling-law"
-    for left_out in names.keys() - set(shown):
-        for path in (study / FOLDER).glob(f"{files}{names[left_out]}.*"):
-            path.unlink()
-    return [_scaling(stage, runs, study, name, f"{files}{names[name]}") for name in shown]
+    """Draw the scaling chart by every convention."""
+    names = {**SCALING, axis: ""}
+    return [
+        _scaling(stage, runs, study, shown, f"{stage.name}-scaling-law{names[shown]}")
+        for shown in law_axes(stage, runs, axis)
+    ]
 
 
-def _scaling(stage: Stage, runs: list[Outcome], study: Path, axis: str, name: str) -> Chart:
+def _scaling(stage: Stage, all_runs: list[Outcome], study: Path, axis: str, name: str) -> Chart:
+    """Draw the scaling chart of the runs whose seeds all arms have; bands where both laws are of the same sizes."""
+    runs = of_same_seeds(all_runs)
     arms, full = by("arm", runs).values(), of_kind(runs, FULL)
     laws = {own[0].label: fit(own, "trailing", axis) for own in arms}
-    pairs = {own[0].label: fit_pair(own, full, "trailing", axis) for own in arms if full and own[0] != full[0]}
+    others = [own for own in arms if full and own != full]
+    level = [own for own in others if _places(own) == _places(full)]
+    pairs = {own[0].label: fit_pair(own, full, "trailing", axis) for own in level}
     names = {size: _short(own[0]) for size, own in by("size", full or runs).items()}
     figure = figures.scaling_chart(
         [
@@ -217,10 +232,20 @@ def _scaling(stage: Stage, runs: list[Outcome], study: Path, axis: str, name: st
             "documents and windows, where both laws are drawn: a band that does not touch the red line is resolved "
             "from it."
         )
+    bare = [own[0].label for own in others if own not in level and laws[own[0].label]]
+    if bare and laws[full[0].label]:
+        name = inside(full[0].label)
+        caption += f" Without a band: {', '.join(bare)}, whose runs are of other sizes or seeds than those of {name}."
+    if len(runs) < len(all_runs):
+        caption += " Left out: seeds that not every arm of a size has."
     if axis == SECONDS:
         windows = sorted({run.config.train.batch_size for run in runs})
         caption += f" Measured with {' and '.join(map(str, windows))} windows a step: small models wait for the host."
     return Chart(stage, save(figure, study / FOLDER / name), caption)
+
+
+def _places(runs: Sequence[Outcome]) -> set[tuple[str, int]]:
+    return {(run.run.size, run.run.seed) for run in runs}
 
 
 def _positions(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from openmoba.lab.arms import FULL, Kind
+from openmoba.lab.columns import counted
 from openmoba.lab.config import RunConfig
 from openmoba.lab.data.identity import identity_in
 from openmoba.lab.measure.compute import AXES
@@ -230,6 +232,19 @@ def of_kind(outcomes: Iterable[Outcome], kind: Kind) -> list[Outcome]:
     return next(iter(arms_of(outcomes, kind)), [])
 
 
+def of_same_seeds(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return of each size the runs whose seeds all its arms have, or all of them where its arms share no seed.
+
+    Only so do means and laws of arms stand side by side: the luck of a seed that one arm alone has would look like the
+    arm's.
+    """
+    kept = []
+    for runs in by("size", outcomes).values():
+        shared = set.intersection(*({run.run.seed for run in own} for own in by("arm", runs).values()))
+        kept += [run for run in runs if run.run.seed in shared or not shared]
+    return kept
+
+
 def share_a_seed(first: Iterable[Outcome], second: Iterable[Outcome]) -> bool:
     """Tell whether two arms can be compared."""
     return bool({run.run.seed for run in first} & {run.run.seed for run in second})
@@ -257,15 +272,16 @@ def behind(outcomes: Sequence[Outcome], kind: Loss, seeds: int | None = None) ->
     """Say how many documents, windows and seeds stand behind a number of these runs.
 
     Args:
-        seeds: None counts those of the runs.
+        seeds: None counts those of each arm and size.
     """
-    first, seeds = outcomes[0], seeds or len({outcome.run.seed for outcome in outcomes})
+    first = outcomes[0]
+    counts = Counter((run.run.arm, run.run.size) for run in outcomes).values()
+    fewest, most = (seeds, seeds) if seeds else (min(counts), max(counts))
     kind = "lm" if not isinstance(kind, str) and not first.has_positions else kind
     documents = first.documents(kind)[~np.isnan(first.windows(kind))]
-    counts = [(len(set(documents.tolist())), "document"), (len(documents), "window"), (seeds, "seed")]
-    if "document" not in first.final["windows"]:
-        del counts[0]
-    return ", ".join(f"{count:,} {name}{'s' * (count != 1)}" for count, name in counts)
+    parts = [counted(len(set(documents.tolist())), "document"), counted(len(documents), "window")]
+    parts.append(f"{fewest} to {most} seeds" if fewest < most else counted(most, "seed"))
+    return ", ".join(parts if "document" in first.final["windows"] else parts[1:])
 
 
 def speeds_apart(outcomes: Iterable[Outcome]) -> str | None:

@@ -58,7 +58,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,7 +94,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a study: `name` is its folder below the study's, `after` the run it starts from."""
+    """One run of a study.
+
+    Attributes:
+        name: its folder below the study's.
+        after: the run it starts from.
+        sweep: whether its stage trains one arm at several learning rates, and nothing else changes.
+    """
 
     name: str
     stage: Stage
@@ -103,6 +109,7 @@ class PlannedRun:
     seed: int
     after: str | None
     tables: Table = field(repr=False)
+    sweep: bool = False
 
     def config(self, study: Path) -> RunConfig:
         """Return the run's configuration in the study folder `study`."""
@@ -214,7 +221,20 @@ def _stage_runs(stage: Stage, stages: dict[str, Stage], tables: Table, special: 
                     after = _run_name(stage.after, size, str(earlier), seed)
                 name = _run_name(stage.name, size, arm, seed)
                 runs.append(PlannedRun(name, stage, size, arm, seed, after, merged))
-    return runs
+    return [replace(run, sweep=True) for run in runs] if _is_sweep(runs) else runs
+
+
+def _is_sweep(runs: Sequence[PlannedRun]) -> bool:
+    """Tell whether two sizes of a single arm differ in nothing but their learning rates."""
+    rates = "train.learning_rate"
+    sizes = {run.size: _flat(run.tables) for run in runs}.values()
+    but_rate = [{key: value for key, value in flat.items() if key != rates} for flat in sizes]
+    alike = (
+        one.get(rates) != other.get(rates)
+        for (one, first), (other, second) in combinations(zip(sizes, but_rate, strict=True), 2)
+        if first == second
+    )
+    return len({run.arm for run in runs}) == 1 and any(alike)
 
 
 def _run_name(stage: str, size: str, arm: str, seed: int) -> str:

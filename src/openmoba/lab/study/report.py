@@ -7,6 +7,7 @@ from itertools import chain, groupby
 from pathlib import Path
 
 from openmoba.lab.arms import FULL
+from openmoba.lab.columns import counted
 from openmoba.lab.measure.compute import AXES, Axis
 from openmoba.lab.measure.resample import LEVEL
 from openmoba.lab.run_files import RESULT_FILE
@@ -22,6 +23,7 @@ from openmoba.lab.study.outcomes import (
     fit_pair,
     moba_settings,
     of_kind,
+    of_same_seeds,
     of_stage,
     read_outcomes,
     references,
@@ -144,7 +146,7 @@ def _report(
             yield from rows
         if stage.chart == "scaling":
             for convention in law_axes(stage, own, axis):
-                yield from _laws(stage, own, convention)
+                yield from _laws(stage, own, convention, by_position=convention == axis)
             if apart := speeds_apart(own):
                 yield f"\nMeasured seconds are not compared, since these runs are of {apart}."
         yield "\n### Runs\n"
@@ -206,8 +208,8 @@ def _scale(recipe: Recipe, outcomes: Sequence[Outcome]) -> Iterator[str]:
     )
     if parameters < REPORTED_PARAMETERS or length < REPORTED_LENGTH:
         yield (
-            "\nIt can show that the three systems train on the same data in the same order, that nothing but the "
-            "attention differs, and how large their differences are *here*, against the noise measured here. It "
+            "\nIt can show that its arms train on the same data in the same order, that nothing but the attention "
+            "differs, and how large their differences are *here*, against the noise measured here. It "
             "cannot confirm or refute the report's numbers: a fitted exponent holds inside the range of compute "
             "it was fitted in, and what a query loses by leaving out blocks depends on how much a model has "
             "learned to use from far away, which grows with training and length. Where a difference is within "
@@ -241,7 +243,7 @@ def _seeds(recipe: Recipe, outcomes: Sequence[Outcome]) -> Iterator[str]:
 def _stage_sentence(stage: Stage, compared: Sequence[Outcome]) -> str:
     outcomes = [outcome for outcome in compared if outcome.run.stage == stage]
     loss_tokens = outcomes[0].config.train.loss_tokens
-    parts = [f"{len(outcomes)} runs"]
+    parts = [counted(len(outcomes), "run")]
     if stage.beside:
         arms = dict.fromkeys(run.label for run in compared if run.run.stage != stage)
         parts.append(f"compared with {', '.join(arms)} of stage {stage.beside}")
@@ -285,12 +287,14 @@ def _candidates(outcomes: Sequence[Outcome]) -> Iterator[str]:
             yield from standing_table(runs, found)
 
 
-def _laws(stage: Stage, outcomes: Sequence[Outcome], axis: str) -> Iterator[str]:
+def _laws(stage: Stage, outcomes: Sequence[Outcome], axis: str, by_position: bool) -> Iterator[str]:
     """Write the laws by one convention of compute: of both losses, and of each position range beside full attention."""
-    rows = _fits(stage, outcomes, axis)
+    rows, same = _fits(stage, outcomes, axis), of_same_seeds(outcomes)
     if not rows:
         return
-    yield f"\n### Fitted laws, L = a · C^b, C by the convention {axis} ({behind(outcomes, 'trailing')})\n"
+    yield f"\n### Fitted laws, L = a · C^b, C by the convention {axis} ({behind(same, 'trailing')})\n"
+    if len(same) < len(outcomes):
+        yield "Seeds that not every arm of a size has are left out of the table.\n"
     yield from rows
     full = of_kind(outcomes, FULL)
     for own in by("arm", outcomes).values():
@@ -298,13 +302,14 @@ def _laws(stage: Stage, outcomes: Sequence[Outcome], axis: str) -> Iterator[str]
             if sentences := list(slopes(own, other, axis)):
                 yield ""
                 yield from (f"- {sentence}" for sentence in sentences)
-                yield from _position_laws(own, other, axis)
+                if by_position:
+                    yield from _position_laws(own, other, axis)
 
 
 def _fits(stage: Stage, outcomes: Sequence[Outcome], axis: str) -> list[str]:
     law_axes(stage, outcomes, axis)  # seconds that do not compare are an error
     rows = []
-    for own in by("arm", outcomes).values():
+    for own in by("arm", of_same_seeds(outcomes)).values():
         for kind, name in LOSSES.items():
             law = fit(own, kind, axis)
             if law is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openmoba.lab.arms import FULL
+from openmoba.lab.columns import counted
 from openmoba.lab.measure.needle_page import chance, needle_sentences, read_needles
 from openmoba.lab.measure.resample import SeedNoise
 from openmoba.lab.study.answers import answers, reach, sweep, switches, use_of_context
@@ -162,7 +163,7 @@ def _experiment(study: Study, page: Path) -> Iterator[str]:
     unfinished = f"; {missing} of {len(study.recipe.runs)} runs are not finished" if missing else ""
     report, recipe = (_link(study.folder / name, page) for name in (REPORT_FILE, RECIPE_FILE))
     yield (
-        f"{len(study.outcomes)} runs{unfinished}: [report]({report}), [recipe]({recipe}), "
+        f"{counted(len(study.outcomes), 'run')}{unfinished}: [report]({report}), [recipe]({recipe}), "
         f"`openmoba study RECIPE --out FOLDER`; {provenance(study.outcomes)}.\n"
     )
 
