@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 out=${1:?usage: benchmarks/gpu.sh OUT [MINUTES] [COMMIT] [sanitize]}
 minutes=${2:-2}
 commit=${3:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}
-export PYTHONPATH=src PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD/src PYTHONUNBUFFERED=1
 mkdir -p "$out"
 
 workers=$(python3 -c 'import os, xdist; print("-n", min(10, os.cpu_count()))' 2>/dev/null)
@@ -36,7 +36,7 @@ if python3 -c 'import transformers' 2>/dev/null; then
 fi
 
 if [ "${4:-}" = sanitize ]; then
-    export PYTHONPATH=src:tests
+    export PYTHONPATH=$PWD/src:$PWD/tests
     echo "commit $commit" | tee "$out/memcheck.txt" >"$out/racecheck.txt"
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python3 tests/gpu/sanitize.py >>"$out/memcheck.txt"
     compute-sanitizer --tool racecheck python3 tests/gpu/sanitize.py >>"$out/racecheck.txt"

@@ -12,7 +12,7 @@ out=${1:?usage: benchmarks/parallel.sh OUT [GPUS] [COMMIT] [MINUTES]}
 gpus=${2:-2}
 commit=${3:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}
 minutes=${4:-600}
-export PYTHONPATH=src PYTHONUNBUFFERED=1 OMP_NUM_THREADS=8
+export PYTHONPATH=$PWD/src PYTHONUNBUFFERED=1 OMP_NUM_THREADS=8
 mkdir -p "$out"
 
 left() { echo $((minutes * 60 - SECONDS)); }
