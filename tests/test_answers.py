@@ -96,6 +96,16 @@ def test_an_arm_with_key_convolution_is_compared_with_full_attention_that_has_it
     assert [pair and pair.groups() for pair in pairs] == [
         ("MoBA", "full attention"), ("keys", "full attention"), ("keys", "full-keys"), ("full-keys", "full attention"),
     ]  # fmt: skip
+    write_recipe(tmp_path / "laws", laws)
+    lines = results.experiments(read_studies([tmp_path / "laws"]), tmp_path).splitlines()
+    for size in ("small", "large"):
+        told = {line.split()[6]: line for line in lines if line.startswith(f"- {size}: the trailing loss of ")}
+        compared = {arm: re.findall(r"\) from (.+?), (?:\*\*|within)", line) for arm, line in told.items()}
+        assert compared == {
+            "MoBA": ["full attention"],
+            "keys": ["full attention", "full-keys", "MoBA"],
+            "full-keys": ["full attention"],
+        }
     write_recipe(tmp_path / "list", text)
     monkeypatch.setattr(results, "BUDGETS", (0.5,))
     table = settings(read_studies([tmp_path / "list"]), tmp_path)

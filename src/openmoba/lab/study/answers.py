@@ -57,7 +57,7 @@ def answers(stage: Stage, outcomes: Sequence[Outcome], axis: str) -> list[str]:
         if stage.chart == "compare":
             sentences += _nearest(runs)
         if stage.chart == "positions":
-            sentences += _from_full(stage, runs)
+            sentences += from_full(stage, runs)
     return sentences
 
 
@@ -106,6 +106,23 @@ def _best_rate(rates: dict[float, list[Outcome]], noise: SeedNoise | None) -> st
         f"{best:g} has the lowest LM loss, {mean_loss(rates[best], 'lm'):.4f} nats; "
         f"{'; '.join(others) or 'no other rate is measured yet'} ({behind(rates[best], 'lm')}). {beyond}Of {names}."
     )
+
+
+def from_full(stage: Stage, runs: Sequence[Outcome]) -> Iterator[str]:
+    """Say how far the stage's own arms are from full attention in trailing loss, and from MoBA."""
+    moba = of_kind(runs, MOBA)
+    noise = seed_noise(runs, "trailing")
+    for own in by("arm", (run for run in runs if run.run.stage == stage)).values():
+        full, parts = references(own, runs), []
+        for other in (*full, moba) if own[0].config.arm.kind is not FULL else full:
+            found = difference(own, other, "trailing", noise) if other and own != other else None
+            if found is not None:
+                base = paired_loss(other, own, "trailing")
+                shown = f"{nats(found)} ({in_percent(found, base)})"
+                parts.append(f"{shown} from {inside(other[0].label)}, {verdict(found)}")
+        if parts:
+            told = f"{'; '.join(parts)} ({behind(own, 'trailing')})"
+            yield f"{own[0].run.size}: the trailing loss of {own[0].label} is {told}."
 
 
 def slopes(own: Sequence[Outcome], full: Sequence[Outcome], axis: str) -> Iterator[str]:
@@ -270,23 +287,6 @@ def _closing(runs: Sequence[Outcome]) -> Iterator[str]:
             f"The hybrids of the MoBA report have 1, 3, 5 and 10 full layers of {REPORTED_LAYERS}, 3% to 31%: compare "
             "shares of layers, not counts."
         )
-
-
-def _from_full(stage: Stage, runs: Sequence[Outcome]) -> Iterator[str]:
-    """Say how far the stage's own arms are from full attention in trailing loss, and from MoBA."""
-    full, moba = of_kind(runs, FULL), of_kind(runs, MOBA)
-    noise = seed_noise(runs, "trailing")
-    for own in by("arm", (run for run in runs if run.run.stage == stage)).values():
-        parts = []
-        for other in (full, moba):
-            found = difference(own, other, "trailing", noise) if other and own not in (full, other) else None
-            if found is not None:
-                base = paired_loss(other, own, "trailing")
-                shown = f"{nats(found)} ({in_percent(found, base)})"
-                parts.append(f"{shown} from {inside(other[0].label)}, {verdict(found)}")
-        if parts:
-            told = f"{'; '.join(parts)} ({behind(own, 'trailing')})"
-            yield f"{own[0].run.size}: the trailing loss of {own[0].label} is {told}."
 
 
 def _nearest(runs: Sequence[Outcome]) -> Iterator[str]:

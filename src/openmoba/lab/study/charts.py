@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from openmoba.lab.arms import FULL, HYBRID, MOBA
-from openmoba.lab.columns import short
+from openmoba.lab.columns import counted, short
 from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.resample import LEVEL, Difference
 from openmoba.lab.study import figures, panels
@@ -240,7 +240,7 @@ def _scaling(stage: Stage, all_runs: list[Outcome], study: Path, axis: str, name
         caption += " Left out: seeds that not every arm of a size has."
     if axis == SECONDS:
         windows = sorted({run.config.train.batch_size for run in runs})
-        caption += f" Measured with {' and '.join(map(str, windows))} windows a step: small models wait for the host."
+        caption += f" Measured while training, with {' and '.join(counted(n, 'window') for n in windows)} a step."
     return Chart(stage, save(figure, study / FOLDER / name), caption)
 
 

@@ -11,7 +11,7 @@ from openmoba.lab.arms import FULL
 from openmoba.lab.columns import counted
 from openmoba.lab.measure.needle_page import chance, needle_sentences, read_needles
 from openmoba.lab.measure.resample import SeedNoise
-from openmoba.lab.study.answers import answers, reach, sweep, switches, use_of_context
+from openmoba.lab.study.answers import answers, from_full, reach, sweep, switches, use_of_context
 from openmoba.lab.study.candidates import standing_table, standings, tokens_per_second
 from openmoba.lab.study.charts import FOLDER, describe_arm, describe_arms, law_axes
 from openmoba.lab.study.outcomes import (
@@ -176,8 +176,10 @@ def _stage(study: Study, stage: Stage, runs: list[Outcome], page: Path) -> Itera
         yield f"{arms}\n"
     axes = law_axes(stage, runs, AXIS) if stage.chart == "scaling" else (AXIS,)
     yield from (f"- {sentence}" for axis in axes for sentence in answers(stage, runs, axis))
-    if stage.chart == "scaling" and (apart := speeds_apart(runs)):
-        yield f"- Measured seconds are not compared, since these runs are of {apart}."
+    if stage.chart == "scaling":
+        if apart := speeds_apart(runs):
+            yield f"- Measured seconds are not compared, since these runs are of {apart}."
+        yield from (f"- {sentence}" for own in by("size", runs).values() for sentence in from_full(stage, own))
     yield from (f"- {sentence}" for sentence in sweep(stage, study.outcomes))
     if stage.chart in ("positions", "compare"):
         yield from (f"- {sentence}" for sentence in switches(runs))
