@@ -59,16 +59,6 @@ def test_ways_end_where_kernels_are() -> None:
     assert {"triton.decode_kernels", "triton.ranking"} <= ends
 
 
-def test_a_list_of_the_commands_imports_nothing_slow() -> None:
-    """Neither transformers nor torch's compiler, of which each takes a second: commands import them when they run."""
-    graph = imports.imports(MODULES, everywhere=False)
-    listed = imports.imports(MODULES)["openmoba.cli"]
-    reached = listed.union(*(imports._reached(module, graph) for module in listed))
-    assert "openmoba.bench.parallel.cases" in reached
-    slow = ("openmoba.hf", "openmoba.parallel", "openmoba.ops.varlen")
-    assert [module for module in sorted(reached) if module.startswith(slow)] == []
-
-
 def test_no_module_is_imported_by_a_string() -> None:
     """One is named by one: the profile's reader looks for kernels among the modules that are there."""
     assert imports.named(MODULES) == {("openmoba.bench.training.profiles", "openmoba.ops.triton")}
