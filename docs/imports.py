@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "openmoba"
+ITSELF = "__init__"
 
 Graph = Mapping[str, set[str]]
 """Module or folder -> what it imports, itself left out."""
@@ -41,10 +42,7 @@ def report(source: Path) -> str:
         sizes = (sum(map(len, map(str.splitlines, texts))), sum(map(code_lines, texts)), max(map(parameters, texts)))
         cells = (name, len(texts), *sizes, ", ".join(sorted(folders[name])) or "-")
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    circular = [
-        f"{what}: {circle}" for what, of in (("modules", graph), ("folders", folders)) for circle in circles(of)
-    ]
-    lines += ["", *(f"Circle of {circle}" for circle in circular or ["nothing"])]
+    lines += ["", *(f"Circle {circle}" for circle in nested_circles(graph, found) or ["nowhere"])]
     return "\n".join([*lines, "", *(f"Import by a string: {where} of {what}" for where, what in sorted(hidden))])
 
 
@@ -56,15 +54,11 @@ def drawing(source: Path, inside: str = "") -> str:
     """
     found = modules(source)
     graph, hidden = imports(found), named(found)
-    edges = {(_below(inside, name), _below(inside, other)) for name in graph for other in graph[name]}
-    dotted = {(_below(inside, name), _below(inside, other)) for name, other in hidden} - edges
-    nodes: dict[str, set[str]] = {one: set() for edge in edges for one in edge if one}
-    for one, other in edges:
-        if one and other and one != other:
-            nodes[one].add(other)
-    shown = {one for one in nodes if _is_folder(source, inside, one) or (nodes[one] and not inside)}
+    nodes = level(inside, graph)
+    shown = {one for one in nodes if _is_folder(source, inside, one) or (nodes[one] and not inside)} - {ITSELF}
     arrows = [f"{one} --> {other}" for one in sorted(shown) for other in sorted(_direct(one, nodes) & shown)]
-    arrows += [f"{one} -.-> {other}" for one, other in sorted(dotted, key=str) if one and other and one != other]
+    named_only = level(inside, {name: {other for one, other in hidden if one == name} for name in graph})
+    arrows += [f"{one} -.-> {other}" for one in sorted(nodes) for other in sorted(named_only[one] - nodes[one])]
     return "\n".join(["```mermaid", "flowchart TD", *(f"    {arrow}" for arrow in arrows), "```", ""])
 
 
@@ -81,11 +75,23 @@ def _is_folder(source: Path, inside: str, name: str) -> bool:
     return (source / PACKAGE / inside / name).is_dir()
 
 
+def level(inside: str, graph: Graph) -> dict[str, set[str]]:
+    """Return what lies right below the folder `inside`, a folder below as one with all in it, and which imports which.
+
+    The file `__init__.py` of `inside` is there by that name.
+    """
+    nodes: dict[str, set[str]] = {}
+    for name, imported in graph.items():
+        if one := _below(inside, name):
+            nodes.setdefault(one, set()).update(other for below in imported if (other := _below(inside, below)))
+    return {one: others - {one} for one, others in nodes.items()}
+
+
 def _below(inside: str, module: str) -> str | None:
     """Return the folder right below `inside` in which a module lies, or itself; None for what lies elsewhere."""
-    parts = module.split(".")[1:]
+    parts = [*module.split(".")[1:], ITSELF]
     depth = len(inside.split("/")) if inside else 0
-    return parts[depth] if "/".join(parts[:depth]) == inside and len(parts) > depth else None
+    return parts[depth] if "/".join(parts[:depth]) == inside else None
 
 
 def _direct(name: str, graph: Graph) -> set[str]:
@@ -178,6 +184,15 @@ def by_folder(graph: Graph, found: Mapping[str, Path]) -> dict[str, set[str]]:
         name = folder(module, found)
         folders.setdefault(name, set()).update({folder(other, found) for other in imported} - {name})
     return folders
+
+
+def nested_circles(graph: Graph, found: Mapping[str, Path]) -> list[str]:
+    """Name the circles of every level, see `level`; modules that import each other are in one of them.
+
+    A folder may so import what lies beside it, and be imported from there, but not by what it imports.
+    """
+    insides = sorted({"", *("/".join(name.split(".")[1:]) for name, path in found.items() if path.stem == ITSELF)})
+    return [f"in {inside or PACKAGE}: {circle}" for inside in insides for circle in circles(level(inside, graph))]
 
 
 def circles(graph: Graph) -> list[str]:

@@ -13,7 +13,7 @@ from torch import distributed
 
 from openmoba.bench import timing
 from openmoba.bench.machine import Machine
-from openmoba.bench.parallel import command, measure
+from openmoba.bench.parallel import measure
 from openmoba.bench.parallel.cases import GRIDS, ParallelRow
 from openmoba.bench.rows import read_rows
 
@@ -27,7 +27,7 @@ def out() -> Path:
 
 def bench() -> list[ParallelRow]:
     measure.STEPS = 1
-    return command.run_parallel_benchmark(CASES, out(), Machine(torch.device("cpu"), "abc"))
+    return measure.run_parallel_benchmark(CASES, out(), Machine(torch.device("cpu"), "abc"))
 
 
 def alone() -> list[str]:
@@ -60,9 +60,9 @@ def failing() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "measure_case", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            command.run_parallel_benchmark([case], out(), Machine(torch.device("cpu"), "abc"))
+            measure.run_parallel_benchmark([case], out(), Machine(torch.device("cpu"), "abc"))
     distributed.barrier()
-    rows = command.run_parallel_benchmark([case], out(), Machine(torch.device("cpu"), "abc"))
+    rows = measure.run_parallel_benchmark([case], out(), Machine(torch.device("cpu"), "abc"))
     assert rows[0].error == "ZeroDivisionError: division by zero"
 
 
@@ -79,9 +79,9 @@ def one_failing() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "measure_case", fail_in_the_second)
         with pytest.raises((MemoryError, KeyboardInterrupt)):
-            command.run_parallel_benchmark([case], out(), machine)
+            measure.run_parallel_benchmark([case], out(), machine)
     distributed.barrier()
-    assert command.run_parallel_benchmark([case], out(), machine)[0].error == "MemoryError: full"
+    assert measure.run_parallel_benchmark([case], out(), machine)[0].error == "MemoryError: full"
 
 
 if __name__ == "__main__":

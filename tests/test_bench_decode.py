@@ -17,6 +17,7 @@ import torch
 from openmoba.bench import __main__ as module_main
 from openmoba.bench import decode
 from openmoba.bench.attention import Session
+from openmoba.bench.commands import Decode
 from openmoba.bench.decode import (
     CHUNK,
     DENSE,
@@ -103,7 +104,7 @@ def test_a_file_holds_chunks_of_one_size(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["bench", "decode", "--chunk", "16", "--out", str(out)]) == 2
     assert "holds chunks of 32 tokens, got chunk=16" in capsys.readouterr().err
     with pytest.raises(ValueError, match="--chunk must be >= 1, got 0"):
-        decode.Decode(chunk=0)
+        Decode(chunk=0)
 
 
 def test_contenders_attend_to_the_cache() -> None:

@@ -9,11 +9,12 @@ import torch
 
 from openmoba import moba_attention
 from openmoba.bench import __main__ as module_main
-from openmoba.bench import decode, paged
+from openmoba.bench import cases, decode
 from openmoba.bench.attention import Session
+from openmoba.bench.commands import Paged
 from openmoba.bench.decode import Cache, Shape, told
 from openmoba.bench.machine import fill
-from openmoba.bench.paged import Paged, PagedCache, markdown, paged_tasks
+from openmoba.bench.paged import PagedCache, markdown, paged_tasks
 from openmoba.bench.rows import read_rows
 from openmoba.bench.table import Row
 
@@ -23,7 +24,7 @@ SMALL = Shape(64, 2, heads=4, kv_heads=2, head_dim=16, dtype="float32")
 
 @pytest.fixture(autouse=True)
 def _quick(quick_timing: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged, "SETTINGS", ((16, 2, (8, 32)),))
+    monkeypatch.setattr(cases, "PAGED", ((16, 2, (8, 32)),))
 
 
 def test_pages_hold_the_cache() -> None:

@@ -19,7 +19,6 @@ from openmoba.bench.rows import append_row, read_rows
 from openmoba.bench.training import chart, command, longest, loops, measure, watch
 from openmoba.bench.training.cases import GRIDS, TrainingCase, TrainingRow
 from openmoba.bench.training.chart import rate_chart
-from openmoba.bench.training.command import run_training_benchmark
 from openmoba.bench.training.loops import BareLoop, make_loop, operations
 from openmoba.bench.training.profiles import describe, own_kernels, read_profile
 from openmoba.bench.training.table import markdown
@@ -50,7 +49,7 @@ def test_every_case_is_a_row_and_is_not_measured_again(
 ) -> None:
     out = tmp_path / "new" / "training.csv"
     cases = [SMALL, MOBA, replace(MOBA, kind="trainer"), replace(SMALL, checkpointing=True)]
-    rows = run_training_benchmark(cases, out, machine)
+    rows = measure.run_training_benchmark(cases, out, machine)
     assert read_rows(out, TrainingRow) == rows
     assert [(row.arm, row.kind, row.checkpointing) for row in rows] == [
         ("full", "loop", False),
@@ -67,8 +66,8 @@ def test_every_case_is_a_row_and_is_not_measured_again(
         assert row.transformers
     assert rows[0].loss == pytest.approx(4.16, abs=0.2)  # ln 64
     monkeypatch.setattr(measure, "measure_case", lambda *_: pytest.fail("measured again"))
-    assert run_training_benchmark(cases, out, machine) == rows
-    assert run_training_benchmark([replace(SMALL, batch=1)], out, machine, minutes=0) == []
+    assert measure.run_training_benchmark(cases, out, machine) == rows
+    assert measure.run_training_benchmark([replace(SMALL, batch=1)], out, machine, minutes=0) == []
     assert len(markdown(rows).splitlines()) == 2 + len(rows)
 
 
@@ -159,7 +158,7 @@ def test_failure_is_a_row_and_the_others_go_on(
         return BareLoop(case, device)
 
     monkeypatch.setattr(measure, "make_loop", exhausted)
-    full, moba = run_training_benchmark([SMALL, MOBA], tmp_path / "rows.csv", machine)
+    full, moba = measure.run_training_benchmark([SMALL, MOBA], tmp_path / "rows.csv", machine)
     assert full.error == "OutOfMemoryError: CUDA out of memory. Tried to allocate 60 GiB"
     assert full.p50_ms is None
     assert moba.error is None

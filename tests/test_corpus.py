@@ -18,9 +18,9 @@ from openmoba.cli import main
 from openmoba.lab.config import DataConfig
 from openmoba.lab.data.corpus import Corpus, open_corpus
 from openmoba.lab.data.directories import open_directories
-from openmoba.lab.data.files import FileRules
 from openmoba.lab.data.load import load_data
-from openmoba.lab.data.making import DocumentRules, pick
+from openmoba.lab.data.making import pick
+from openmoba.lab.data.rules import DocumentRules, FileRules
 from openmoba.lab.data.store import Survey
 from openmoba.lab.data.tokenizer import byte_tokenizer, cut_at_spaces, encode_texts, train_bpe
 

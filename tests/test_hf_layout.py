@@ -161,6 +161,12 @@ def test_a_mask_for_another_number_of_rows_is_refused(positions: torch.Tensor | 
     assert torch.equal(one, all_rows)
 
 
+def test_no_tokens_are_refused() -> None:
+    for inputs in ({"input_ids": tokens(2, 0)}, {"inputs_embeds": torch.zeros(2, 0, 32)}):
+        with pytest.raises(ValueError, match="the model was given no tokens; give it one"):
+            configure(build(), MobaConfig(4, 2))(**inputs)
+
+
 @pytest.mark.parametrize(
     "shape", [(2, 1, 5, 5), (1, 1, 1, 5), (2, 1, 1, 4), (2, 2, 1, 5), (2, 5), (2, 1, 3, 1)], ids=str
 )

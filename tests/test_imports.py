@@ -1,4 +1,7 @@
-"""Which module imports which: no circles, and families of kernels that do not know each other."""
+"""Which module imports which: no circles, and families of kernels that do not know each other.
+
+Imports in functions and for type checkers count too, unless a test says otherwise.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,10 @@ MODULES = imports.modules(Path(__file__).parent.parent / "src")
 
 
 def test_no_circle_of_imports() -> None:
-    graph = imports.imports(MODULES, everywhere=False)
+    """Neither of modules, nor of folders: what one imports from beside it does not import the folder."""
+    graph = imports.imports(MODULES)
     assert "openmoba.ops.triton.family" in graph["openmoba.ops.triton.families"]
-    assert imports.circles(graph) == []
+    assert imports.nested_circles(graph, MODULES) == []
 
 
 def test_families_of_kernels_do_not_import_each_other() -> None:
@@ -55,16 +59,6 @@ def test_ways_end_where_kernels_are() -> None:
     assert {"triton.decode_kernels", "triton.ranking"} <= ends
 
 
-def test_a_list_of_the_commands_imports_nothing_slow() -> None:
-    """Neither transformers nor torch's compiler, of which each takes a second: commands import them when they run."""
-    graph = imports.imports(MODULES, everywhere=False)
-    listed = imports.imports(MODULES)["openmoba.cli"]
-    reached = listed.union(*(imports._reached(module, graph) for module in listed))
-    assert "openmoba.bench.parallel.cases" in reached
-    slow = ("openmoba.hf", "openmoba.parallel", "openmoba.ops.varlen")
-    assert [module for module in sorted(reached) if module.startswith(slow)] == []
-
-
 def test_no_module_is_imported_by_a_string() -> None:
     """One is named by one: the profile's reader looks for kernels among the modules that are there."""
     assert imports.named(MODULES) == {("openmoba.bench.training.profiles", "openmoba.ops.triton")}
@@ -80,6 +74,7 @@ def test_no_module_is_imported_by_a_string() -> None:
         ("def f():\n    import a", False, set()),
         ("def f():\n    import a", True, {"a"}),
         ("if TYPE_CHECKING:\n    import a", False, set()),
+        ("if TYPE_CHECKING:\n    import a", True, {"a"}),
     ],
 )
 def test_imports_are_seen(text: str, everywhere: bool, found: set[str]) -> None:
@@ -89,6 +84,26 @@ def test_imports_are_seen(text: str, everywhere: bool, found: set[str]) -> None:
 def test_circles_are_found() -> None:
     assert imports.circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
     assert imports.circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b - c"]
+
+
+@pytest.mark.parametrize(
+    ("edges", "found"),
+    [
+        ({"in.deep.a": "in.b", "in.c": "in.deep.a"}, []),  # a folder between two files
+        ({"in.deep.a": "in.b", "in.b": "in.deep.d"}, ["in in: b - deep"]),  # no two files import each other
+        ({"in.a": "in.b", "in.b": "in.a"}, ["in in: a - b"]),
+        ({"in": "in.a", "in.a": "in"}, ["in in: __init__ - a"]),
+        ({"in.a": "out.a", "out.b": "in.b"}, ["in openmoba: in - out"]),
+        ({"in.a": "out.a", "out.a": "config"}, []),
+    ],
+)
+def test_circles_of_folders_are_found(edges: dict[str, str], found: list[str]) -> None:
+    folders = ("in", "in.deep", "out")
+    files = ("in.a", "in.b", "in.c", "in.deep.a", "in.deep.d", "out.a", "out.b", "config")
+    paths = {f"openmoba.{name}": Path("__init__.py" if name in folders else "file.py") for name in folders + files}
+    graph = {name: set[str]() for name in paths}
+    graph |= {f"openmoba.{name}": {f"openmoba.{other}"} for name, other in edges.items()}
+    assert imports.nested_circles(graph, paths) == found
 
 
 def test_code_and_parameters_are_counted() -> None:

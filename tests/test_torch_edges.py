@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -139,6 +141,23 @@ def test_exported_with_a_dynamic_length(settings, fewer):
     program = export(Attention(), qkv(17 - fewer), dynamic_shapes=({1: queries}, {1: keys}, {1: keys}))
     inputs = qkv(20 - fewer, 20)
     torch.testing.assert_close(program.module()(*inputs), moba_attention(*inputs, **settings))
+
+
+def test_a_saved_program_is_loaded_by_whoever_imports_the_operation(tmp_path):
+    class Attention(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return moba_attention(q, k, v, block_size=4, top_k=2)
+
+    inputs = qkv(17)
+    saved, answer = tmp_path / "attention.pt2", tmp_path / "out.pt"
+    torch.export.save(export(Attention(), inputs), saved)
+    torch.save(inputs, answer)
+    program = (
+        "import sys, torch; from openmoba import moba_attention; saved, answer = sys.argv[1:]\n"
+        "torch.save(torch.export.load(saved).module()(*torch.load(answer)), answer)"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program, saved, answer], check=True)
+    torch.testing.assert_close(torch.load(answer), moba_attention(*inputs, block_size=4, top_k=2))
 
 
 def attend_to(settings: dict[str, int], impl: str) -> Callable[[Tensor], Tensor]:

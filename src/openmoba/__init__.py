@@ -1,12 +1,22 @@
 """Mixture of Block Attention (MoBA) for long-context language models."""
 
+from typing import TYPE_CHECKING, Any
+
 from openmoba.config import MobaConfig
-from openmoba.ops.api import block_attention, merge_attention, moba_attention, moba_select
-from openmoba.ops.centroids import new_centroids
-from openmoba.ops.decode import moba_decode
-from openmoba.ops.explain import Explanation, explain
-from openmoba.ops.paged import complete_paged, moba_paged, new_paged_centroids
-from openmoba.ops.pages import complete_pages
+
+if TYPE_CHECKING:
+    from openmoba.ops.public import *
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Import the operation, and torch with it, when one of its names is asked for: commands' help has none."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from openmoba.ops import public
+
+        found = globals()[name] = getattr(public, name)
+        return found
+
 
 __version__ = "0.1.0"
 
@@ -26,3 +36,7 @@ __all__ = [
     "new_centroids",
     "new_paged_centroids",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,5 +1,7 @@
 """The command `openmoba`: one dataclass per subcommand, its fields the options, its `run` the work.
 
+A module with such a dataclass imports nothing slow: help and bad options are answered without torch.
+
 A command on the folder of a run has `as_stored`: itself with the run's settings, which are what options default to.
 """
 
@@ -24,12 +26,10 @@ class Command(Protocol):
 
 
 def commands() -> dict[str, tuple[type[Command], str]]:
-    """Return subcommand -> (its dataclass, what it does); imported here, as `openmoba --version` needs torch alone."""
-    from openmoba.bench.attention import Attention
-    from openmoba.bench.commands import Plot as PlotBench
-    from openmoba.bench.decode import Decode
-    from openmoba.bench.paged import Paged
+    """Return subcommand -> (its dataclass, what it does); imported here, as `openmoba --version` needs no library."""
+    from openmoba.bench.commands import Attention, Decode, Paged
     from openmoba.bench.parallel.command import Parallel
+    from openmoba.bench.plot import Plot as PlotBench
     from openmoba.bench.training.command import Training
     from openmoba.lab.data.commands import MakeCorpus
     from openmoba.lab.measure.commands import Evaluate, Generate, Needle

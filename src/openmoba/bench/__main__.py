@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import get_args, get_origin, get_type_hints
 
-from openmoba.bench.attention import Attention
-from openmoba.bench.decode import Decode
-from openmoba.bench.paged import Paged
+from openmoba.bench.commands import Attention, Decode, Paged
 from openmoba.bench.parallel.command import Parallel
 from openmoba.bench.training.command import Training
 

@@ -1,4 +1,4 @@
-"""`openmoba bench attention`: time every contender on every case of a grid, one CSV row each."""
+"""Time every contender on every case of a grid, one CSV row each: `openmoba bench attention`."""
 
 from __future__ import annotations
 
@@ -10,48 +10,13 @@ from pathlib import Path
 import torch
 
 import openmoba
-from openmoba.bench.cases import GRIDS, Case
+from openmoba.bench.cases import Case
 from openmoba.bench.contenders import CONTENDERS
 from openmoba.bench.inputs import Inputs, first_block_share, make_inputs
 from openmoba.bench.machine import Machine, attempted, fill, say
 from openmoba.bench.rows import read_rows
-from openmoba.bench.table import Row, compared, markdown
+from openmoba.bench.table import Row, compared
 from openmoba.bench.timing import Work, measure
-from openmoba.limits import check_number
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Time MoBA attention against dense and sparse peers; the same command goes on where a stopped one ended."""
-
-    grid: str = "headline"
-    """"headline", "full", "short" (up to 4K tokens) or "peers" (three lengths) on a GPU, or "cpu"."""
-    contenders: tuple[str, ...] = tuple(CONTENDERS)
-    """Who is timed. FlashAttention 4 and FlashMoBA are left out where they are not installed."""
-    minutes: float | None = None
-    """Begin no further measurement after this time."""
-    out: Path = Path("attention.csv")
-    """CSV file that rows are added to; what it holds for this commit and device is not measured again."""
-    commit: str | None = None
-    """Recorded instead of the checkout's, for a copy of its files; by default what git says."""
-
-    def __post_init__(self) -> None:
-        check_number("--minutes", self.minutes, 0)
-
-    def run(self) -> None:
-        """Measure, and print a table."""
-        if self.grid not in GRIDS:
-            raise ValueError(f"grid must be one of {', '.join(GRIDS)}, got {self.grid!r}")
-        for name in self.contenders:
-            if name not in CONTENDERS:
-                raise ValueError(f"contenders must be of {', '.join(CONTENDERS)}, got {name!r}")
-        device = torch.device("cuda" if torch.cuda.is_available() and self.grid != "cpu" else "cpu")
-        if self.grid != "cpu" and device.type == "cpu":
-            raise ValueError(f"grid {self.grid!r} needs a GPU; use the grid 'cpu'")
-        rows = run_benchmark(
-            GRIDS[self.grid], self.contenders, self.out, device=device, minutes=self.minutes, commit=self.commit
-        )
-        print(markdown(rows))
 
 
 @dataclass
@@ -59,6 +24,11 @@ class Session(Machine):
     """One process of a benchmark: the machine, and what was measured on it so far."""
 
     rows: list[Row]
+
+
+def open_session(out: Path, device: torch.device, commit: str | None) -> Session:
+    """Begin where the rows of a file end."""
+    return Session(device, commit, read_rows(out, Row))
 
 
 def run_benchmark(
@@ -79,7 +49,7 @@ def run_benchmark(
     Returns:
         The rows of these cases and contenders, also those that were there.
     """
-    session = Session(device, commit, read_rows(out, Row))
+    session = open_session(out, device, commit)
     tasks = (
         (Row.of(name, case, **session.machine), partial(measure_row, name, case, session))
         for name, case in _tasks(list(cases), _present(contenders, device))

@@ -107,3 +107,6 @@ _PEERS = tuple(Case(tokens * _K, block, top_k) for tokens in (8, 32, 64) for blo
 _ALL = {"headline": _HEADLINE, "full": _FULL, "short": _SHORT, "peers": _PEERS, "cpu": _CPU}
 GRIDS = {name: tuple(dict.fromkeys(cases)) for name, cases in _ALL.items()}
 """Name -> cases, the most important first: a run that is cut short has them."""
+
+PAGED = ((128, 8, (16, 128)), (512, 3, (512,)))
+"""Block size, top-k and page sizes of caches in pages."""

@@ -1,4 +1,4 @@
-"""`openmoba bench decode`: a decoding step over a resident cache, and the prefill of a long prompt in chunks.
+"""A decoding step over a resident cache, and the prefill of a long prompt in chunks: `openmoba bench decode`.
 
 Rows have the columns of the attention benchmark (`bench.table`); `passes` says what was timed:
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,11 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from openmoba.bench.attention import Session
-from openmoba.bench.machine import attempted, fill
+from openmoba.bench.machine import attempted
 from openmoba.bench.rows import read_rows
-from openmoba.bench.table import Row, compared, markdown
+from openmoba.bench.table import Row, compared
 from openmoba.bench.timing import Work, measure
-from openmoba.limits import check_count
 from openmoba.ops.api import moba_attention
 from openmoba.ops.centroids import new_centroids
 from openmoba.ops.decode import moba_decode
@@ -45,44 +43,6 @@ DENSE = {
 }
 """Name -> backend, and whether a group's heads are passed as query tokens of their key head: the keys are then read
 once per group, which `enable_gqa` leaves to the backend."""
-
-
-@dataclass(frozen=True)
-class Decode:
-    """Time decoding over a cache against dense attention; the same command goes on where a stopped one ended."""
-
-    lengths: tuple[int, ...] = tuple(1024 * k for k in (4, 16, 32, 64, 128, 256, 512, 1024))
-    """Cached tokens per sequence."""
-    batches: tuple[int, ...] = (1, 16)
-    """Sequences decoded together."""
-    prefill: int = 2**20
-    """Tokens of the prompt that is prefilled in chunks; 0 leaves that out."""
-    chunk: int = 2**16
-    """Tokens of a chunk; one size per file."""
-    out: Path = Path("decode.csv")
-    """CSV file that rows are added to; what it holds for this commit and device is not measured again."""
-    commit: str | None = None
-    """Recorded instead of the checkout's, for a copy of its files; by default what git says."""
-
-    def __post_init__(self) -> None:
-        for name in ("lengths", "batches"):
-            for value in getattr(self, name):
-                check_count(f"--{name}", value, 1)
-        check_count("--prefill", self.prefill, 0)
-        check_count("--chunk", self.chunk, 1)
-
-    def run(self) -> None:
-        """Measure, and print a table."""
-        if self.prefill:
-            check_chunk(self.chunk, self.out)
-        if not torch.cuda.is_available():
-            raise ValueError("openmoba bench decode needs a GPU")
-        shapes = [Shape(tokens, batch) for batch in self.batches for tokens in self.lengths]
-        session = Session(torch.device("cuda"), self.commit, read_rows(self.out, Row))
-        tasks = chain.from_iterable(decode_tasks(session, shape) for shape in shapes)
-        if self.prefill:
-            tasks = chain(tasks, prefill_tasks(session, Shape(self.prefill, 1), self.chunk))
-        print(markdown(fill(self.out, session.rows, tasks, minutes=None, told=told)))
 
 
 @dataclass(frozen=True)

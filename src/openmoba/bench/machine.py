@@ -60,6 +60,18 @@ class Machine:
             torch.cuda.empty_cache()
 
 
+def device_for(grid: str) -> torch.device:
+    """Return what a grid is timed on: a GPU, but for the grid "cpu". ValueError: there is no GPU."""
+    return torch.device("cpu") if grid == "cpu" else gpu_for(f"grid {grid!r}", "; use the grid 'cpu'")
+
+
+def gpu_for(what: str, way_out: str = "") -> torch.device:
+    """Return the GPU. ValueError: there is none for `what`."""
+    if not torch.cuda.is_available():
+        raise ValueError(f"{what} needs a GPU{way_out}")
+    return torch.device("cuda")
+
+
 def fill(
     out: Path,
     rows: list[R],

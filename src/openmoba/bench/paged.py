@@ -1,4 +1,4 @@
-"""`openmoba bench paged`: a cache in pages beside a contiguous one, decoding and prefilling a chunk.
+"""A cache in pages beside a contiguous one, decoding and prefilling a chunk: `openmoba bench paged`.
 
 Rows have the columns of the attention benchmark (`bench.table`); `passes` says what was timed: "decode", replayed from
 a CUDA graph, and "chunk of 8K" with a contiguous cache, and with ", pages of 128" behind over a block table. Pages lie
@@ -8,74 +8,21 @@ as vLLM has them, in random order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import chain
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from openmoba.bench import cases
 from openmoba.bench.attention import Session
-from openmoba.bench.decode import GRAPH, Cache, Shape, cache_tasks, replayed, told
-from openmoba.bench.machine import fill
-from openmoba.bench.rows import length_name, markdown_table, read_rows
+from openmoba.bench.decode import GRAPH, Cache, Shape, cache_tasks, replayed
+from openmoba.bench.rows import length_name, markdown_table
 from openmoba.bench.table import Row
-from openmoba.limits import check_count
 from openmoba.ops.api import moba_attention
 from openmoba.ops.paged import complete_paged, moba_paged, new_paged_centroids
 
 # Z pages, P tokens of a page, B sequences, M pages of a sequence, K key/value heads, D head width
-
-SETTINGS = ((128, 8, (16, 128)), (512, 3, (512,)))
-"""Block size, top-k, page sizes."""
-
-
-@dataclass(frozen=True)
-class Paged:
-    """Time MoBA over a block table beside a contiguous cache; the same command goes on where a stopped one ended."""
-
-    lengths: tuple[int, ...] = tuple(1024 * k for k in (32, 128, 512))
-    """Cached tokens per sequence."""
-    batches: tuple[int, ...] = (1, 16)
-    """Sequences decoded together."""
-    prefill: int = 2**19
-    """Tokens of the prompt whose last chunk is prefilled; 0 leaves that out."""
-    chunk: int = 2**13
-    """Tokens of the chunk."""
-    out: Path = Path("paged.csv")
-    """CSV file that rows are added to; what it holds for this commit and device is not measured again."""
-    commit: str | None = None
-    """Recorded instead of the checkout's, for a copy of its files; by default what git says."""
-
-    def __post_init__(self) -> None:
-        for tokens in self.lengths:
-            check_count("--lengths", tokens, 1)
-            check_pages("--lengths", tokens)
-        for batch in self.batches:
-            check_count("--batches", batch, 1)
-        check_count("--prefill", self.prefill, 0)
-        check_pages("--prefill", self.prefill)
-        check_count("--chunk", self.chunk, 1)
-        if self.prefill and self.chunk > self.prefill:
-            raise ValueError(f"--chunk must be part of the --prefill of {self.prefill} tokens, got {self.chunk}")
-
-    def run(self) -> None:
-        """Measure, and print a table."""
-        if not torch.cuda.is_available():
-            raise ValueError("openmoba bench paged needs a GPU")
-        session = Session(torch.device("cuda"), self.commit, read_rows(self.out, Row))
-        cases: list[tuple[Shape, int | None]] = [(Shape(self.prefill, 1), self.chunk)] if self.prefill else []
-        cases += [(Shape(tokens, batch), None) for tokens in self.lengths for batch in self.batches]
-        tasks = chain.from_iterable(paged_tasks(session, *case) for case in cases)
-        print(markdown(fill(self.out, session.rows, tasks, minutes=None, told=told)))
-
-
-def check_pages(name: str, tokens: int) -> None:
-    """Raise ValueError unless so many tokens fill whole pages of every size."""
-    largest = max(page for *_, pages in SETTINGS for page in pages)
-    if tokens % largest:
-        raise ValueError(f"{name} must be a multiple of {largest} tokens, the largest page, got {tokens}")
 
 
 class PagedCache:
@@ -110,13 +57,13 @@ class PagedCache:
 def paged_tasks(session: Session, shape: Shape, chunk: int | None) -> Iterator[tuple[Row, Callable[[], Row]]]:
     """Yield what to measure per setting and cache: decoding, or the last `chunk` tokens of a prompt."""
     passes = GRAPH if chunk is None else f"chunk of {length_name(chunk)}"
-    cases = [(block_size, top_k, page) for block_size, top_k, pages in SETTINGS for page in (None, *pages)]
+    wanted = [(block_size, top_k, page) for block_size, top_k, pages in cases.PAGED for page in (None, *pages)]
     rows = (
         (
             shape.row("moba", passes if page is None else f"{passes}, pages of {page}", (block_size, top_k)),
             partial(_call, page, chunk),
         )
-        for block_size, top_k, page in cases
+        for block_size, top_k, page in wanted
     )
     return cache_tasks(session, shape, rows)
 

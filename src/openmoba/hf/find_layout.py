@@ -81,6 +81,8 @@ class _Finder:
         tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         if tokens is None:  # the model says itself what it misses
             return None
+        if tokens.shape[1] == 0:
+            raise ValueError("the model was given no tokens; give it one at least, such as the one that begins a text")
         if mask is not None and mask.shape[0] not in (1, tokens.shape[0]):
             raise ValueError(
                 f"attention_mask has {mask.shape[0]} rows, and there are {tokens.shape[0]} of tokens; give each its own"

@@ -7,11 +7,12 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from openmoba import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 
 def provenance() -> dict[str, Any]:
@@ -35,6 +36,8 @@ def versions() -> dict[str, str]:
 
 
 def _hardware() -> dict[str, Any]:
+    import torch
+
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
 
@@ -51,6 +54,8 @@ def cpu_name() -> str:
 
 def device_name(device: torch.device) -> str:
     """Name the GPU, or the processor with its threads."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()

@@ -1,23 +1,84 @@
-"""Measuring one case on all devices at once: every one makes the same calls, and the slowest counts."""
+"""Measuring cases on all devices at once: every one makes the same calls, and the slowest counts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, distributed
 
 import openmoba
 from openmoba import parallel
-from openmoba.bench.parallel.cases import ParallelCase, ParallelRow
+from openmoba.bench.machine import Machine, failure, now, say
+from openmoba.bench.parallel.cases import ParallelCase, ParallelRow, compared
+from openmoba.bench.rows import append_row, read_rows
 from openmoba.bench.timing import MB, Work, measure, quantiles
 from openmoba.parallel import Sharding
 from openmoba.parallel.collectives import exchange, gather
 
 STEPS = 2
 """After the one that the layers are compiled with."""
+PATIENCE = timedelta(minutes=3)  # for a device that compiles while the others wait
+
+
+def run_parallel_benchmark(cases: Sequence[ParallelCase], out: Path, machine: Machine) -> list[ParallelRow]:
+    """Measure on all devices what `out` does not hold yet; the first process appends it there.
+
+    Returns:
+        The rows of these cases, also those that were there.
+
+    Raises:
+        Exception: of the first case that fails, after its row: devices are out of step then. The same command goes on
+            behind it.
+    """
+    ranks, rank = distributed.get_world_size(), distributed.get_rank()
+    done = {row.key: row for row in read_rows(out, ParallelRow)}
+    slowest([0.0], machine.device)  # all have read it before the first process adds to it
+    wanted = []
+    asked = dict.fromkeys(case.on(ranks) for case in cases if ranks > 1 or case.kind != "transfer")
+    for number, case in enumerate(asked, 1):
+        start = time.monotonic()
+        row = ParallelRow.of(case, ranks, **machine.machine)
+        if row.key not in done:
+            row = replace(row, time=now())
+            try:
+                row = compared(measure_case(case, row, machine.device), done.values())
+            except Exception as error:
+                _append_failure(out, replace(row, error=failure(error)), rank)
+                raise
+            if rank == 0:
+                append_row(out, row)
+                took = time.monotonic() - start
+                say(f"{number} of {len(asked)}, {took:.0f} s: {case.words} on {ranks}: {row.p50_ms:.3f} ms")
+            done[row.key] = row
+            machine.tidy()
+        wanted.append(done[row.key])
+    return wanted
+
+
+def _append_failure(out: Path, row: ParallelRow, rank: int) -> None:
+    """Write a failure down, once: it may be that of one process, for which the others wait, or of all."""
+    time.sleep(min(rank, 1))
+    if rank == 0 or row.key not in {other.key for other in read_rows(out, ParallelRow)}:
+        append_row(out, row)
+
+
+def leave_at_once() -> NoReturn:
+    """Say what failed and end the process: in an orderly end it might wait for transfers that nobody takes part in.
+
+    torchrun ends the others then.
+    """
+    traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def measure_case(case: ParallelCase, row: ParallelRow, device: torch.device) -> ParallelRow:

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import torch
-
-from openmoba.bench.machine import Machine, fill
-from openmoba.bench.rows import read_rows
-from openmoba.bench.training.cases import GRIDS, TrainingCase, TrainingRow
-from openmoba.bench.training.table import markdown, outcome
+from openmoba.bench.training.cases import GRIDS, TrainingCase
+from openmoba.bench.training.table import markdown
 from openmoba.limits import check_number
 
 
@@ -45,13 +39,11 @@ class Training:
     def run(self) -> None:
         """Measure, and print a table."""
         cases = self._cases()
-        device = torch.device("cuda" if torch.cuda.is_available() and self.grid != "cpu" else "cpu")
-        if self.grid != "cpu" and device.type == "cpu":
-            raise ValueError(f"grid {self.grid!r} needs a GPU; use the grid 'cpu'")
-        machine = Machine(device, self.commit)
-        if self.trace is not None:
-            from openmoba.bench.training.measure import trace
+        from openmoba.bench.machine import Machine, device_for
+        from openmoba.bench.training.measure import run_training_benchmark, trace
 
+        machine = Machine(device_for(self.grid), self.commit)
+        if self.trace is not None:
             print(trace(cases[0], machine, self.trace))
             return
         rows = run_training_benchmark(cases, self.out, machine, minutes=self.minutes, step_seconds=self.step_seconds)
@@ -70,24 +62,3 @@ class Training:
         if self.trace is not None and not self.trace.name.endswith((".json", ".json.gz")):
             raise ValueError(f"trace must be a .json or .json.gz file, got {self.trace}")
         return cases
-
-
-def run_training_benchmark(
-    cases: Sequence[TrainingCase],
-    out: Path,
-    machine: Machine,
-    *,
-    minutes: float | None = None,
-    step_seconds: float = 20.0,
-) -> list[TrainingRow]:
-    """Measure what `out` does not hold yet, and append it there.
-
-    Returns:
-        The rows of these cases, also those that were there.
-    """
-    from openmoba.bench.training.measure import blank, measure_case  # needs transformers
-
-    names = {blank(case, machine).key: " ".join(case.words) for case in cases}
-    tasks = ((blank(case, machine), partial(measure_case, case, machine, step_seconds)) for case in cases)
-    rows = read_rows(out, TrainingRow)
-    return fill(out, rows, tasks, minutes=minutes, told=lambda row: f"{names[row.key]}: {outcome(row)}")

@@ -137,14 +137,14 @@ class TrainerLoop:
 
     def _trainer(self, folder: Path, notes: Progress) -> Any:
         from openmoba.lab.data.tokenizer import byte_tokenizer
-        from openmoba.lab.train.trainer import RunTrainer
+        from openmoba.lab.train.callback import make_trainer
 
         case, config = self.case, self.config()
         tokens = np.random.default_rng(0).integers(VOCABULARY, size=_WINDOWS * case.tokens + 1, dtype=np.uint16)
         store = TokenStore(tokens, np.asarray([0, len(tokens)]), None)
         windows = cut_windows(store, np.asarray([0]), case.tokens)
         none = windows.spread(0)  # nothing is evaluated, nor compiled for it
-        return RunTrainer(config, folder, self.model, Data(windows, none, byte_tokenizer(), {}), notes)
+        return make_trainer(config, folder, self.model, Data(windows, none, byte_tokenizer(), {}), notes)
 
 
 class _Notes(Progress):

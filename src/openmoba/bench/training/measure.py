@@ -1,10 +1,11 @@
-"""Measuring one case: its steps, its longest window, or a trace."""
+"""Measuring the cases of a grid, or one: its steps, its longest window, or a trace."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import torch
 from torch._dynamo import config as compiler_config
 from torch._dynamo.utils import counters
 
-from openmoba.bench.machine import Machine, attempted, say
+from openmoba.bench.machine import Machine, attempted, fill, say
+from openmoba.bench.rows import read_rows
 from openmoba.bench.timing import quantiles
 from openmoba.bench.training.cases import TrainingCase, TrainingRow
 from openmoba.bench.training.longest import find_longest
 from openmoba.bench.training.loops import make_loop, operations
 from openmoba.bench.training.profiles import describe, read_profile
+from openmoba.bench.training.table import outcome
 from openmoba.bench.training.watch import Watch
 from openmoba.lab.measure.compute import Shape
 from openmoba.lab.model.compile import strict
@@ -26,6 +29,25 @@ from openmoba.lab.model.compile import strict
 # Graphs of one function, at most: the compiler's default, which libraries change for the whole process.
 _GRAPHS = 8
 _GRAPHS_OF_LENGTHS = 64  # every length may be another graph
+
+
+def run_training_benchmark(
+    cases: Sequence[TrainingCase],
+    out: Path,
+    machine: Machine,
+    *,
+    minutes: float | None = None,
+    step_seconds: float = 20.0,
+) -> list[TrainingRow]:
+    """Measure what `out` does not hold yet, and append it there.
+
+    Returns:
+        The rows of these cases, also those that were there.
+    """
+    names = {blank(case, machine).key: " ".join(case.words) for case in cases}
+    tasks = ((blank(case, machine), partial(measure_case, case, machine, step_seconds)) for case in cases)
+    rows = read_rows(out, TrainingRow)
+    return fill(out, rows, tasks, minutes=minutes, told=lambda row: f"{names[row.key]}: {outcome(row)}")
 
 
 def measure_case(case: TrainingCase, machine: Machine, step_seconds: float) -> TrainingRow:

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import tyro
 
-from openmoba.lab.data.corpus import Corpus, open_corpus
-from openmoba.lab.data.directories import open_directories
-from openmoba.lab.data.files import FileRules
-from openmoba.lab.data.holdings import Holding, holding, overview, table
-from openmoba.lab.data.load import named_tokenizer, trained_bpe
-from openmoba.lab.data.making import DocumentRules, write_corpus
-from openmoba.lab.data.store import survey
-from openmoba.lab.progress import Progress, TerminalProgress
+from openmoba.lab.data.rules import DocumentRules, FileRules
+from openmoba.lab.progress import TerminalProgress
 from openmoba.limits import check_count
 
 
@@ -54,8 +46,17 @@ class MakeCorpus:
     def run(self) -> None:
         """Write, if asked, and report."""
         self._check()
+        from openmoba.lab.data.corpus import open_corpus
+        from openmoba.lab.data.directories import open_directories
+        from openmoba.lab.data.holdings import holdings, overview, table
+        from openmoba.lab.data.making import write_corpus
+        from openmoba.lab.data.store import survey
+
         progress = TerminalProgress("corpus")
-        corpora = [self._open()]
+        if self.documents == "directories":
+            corpora = [open_directories(self.source, self.files, self.merge_below)]
+        else:
+            corpora = [open_corpus(self.source, self.column, self.files)]
         surveyed = survey(corpora[0], self.cache, progress)
         print(overview(self.source, surveyed), *filter(None, [str(corpora[0].left_out)]), sep="\n", flush=True)
         if self.out is not None:
@@ -64,7 +65,8 @@ class MakeCorpus:
             for path, corpus in zip(paths, corpora, strict=True):
                 print(overview(str(path), survey(corpus, self.cache, progress)))
                 print(f"{path}: {path.stat().st_size:,} bytes, zstd level {self.select.level}", flush=True)
-        print(table([row for corpus in corpora for row in self._holdings(corpora[0], corpus, progress)], self.length))
+        counted = holdings(corpora, self.tokenizer, self.vocab_size, self.length, self.cache, progress)
+        print(table(counted, self.length))
 
     def _check(self) -> None:
         for size in self.vocab_size:
@@ -73,18 +75,3 @@ class MakeCorpus:
         check_count("merge_below", self.merge_below, 0, sys.maxsize)
         if self.out is None and self.select != DocumentRules():
             raise ValueError("the options that pick documents need --out, the name of the files to write")
-
-    def _open(self) -> Corpus:
-        if self.documents == "directories":
-            return open_directories(self.source, self.files, self.merge_below)
-        return open_corpus(self.source, self.column, self.files)
-
-    def _holdings(self, train: Corpus, corpus: Corpus, progress: Progress) -> Iterator[Holding]:
-        """Count a corpus in the tokens of each vocabulary, which is that of the training documents."""
-        everything = np.arange(len(survey(train, self.cache, progress).sizes))
-        for size in self.vocab_size if self.tokenizer == "bpe" else (0,):
-            if self.tokenizer == "bpe":
-                tokenizer = trained_bpe(train, everything, size, self.cache, progress)
-            else:
-                tokenizer = named_tokenizer(self.tokenizer)
-            yield holding(corpus, tokenizer, self.length, self.cache, progress)

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 from openmoba.hub import check_source
 from openmoba.lab.data.chat import Messages, messages_of
-from openmoba.lab.data.files import FileRules, LeftOut, NotTextError, read_text, some, suffix_of, walk
+from openmoba.lab.data.files import LeftOut, NotTextError, read_text, some, suffix_of, walk
 from openmoba.lab.data.rows import KINDS, read_rows
+from openmoba.lab.data.rules import FileRules
 from openmoba.records.disk import read_json
 
 Document = str | Messages

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from openmoba.lab.data.corpus import Corpus, Item
-from openmoba.lab.data.files import FileRules, LeftOut, NotTextError, read_text, walk
+from openmoba.lab.data.files import LeftOut, NotTextError, read_text, walk
+from openmoba.lab.data.rules import FileRules
 
 
 def open_directories(folder: str, rules: FileRules, merge_below: int) -> Corpus:

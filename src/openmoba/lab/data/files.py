@@ -15,38 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
 
-
-@dataclass(frozen=True)
-class FileRules:
-    """Which files of a folder are taken. Hidden files and `__pycache__` never are."""
-
-    suffixes: tuple[str, ...] = ()
-    """Endings of the names of the files taken, such as .c .h; left out: any."""
-    exclude: tuple[str, ...] = ()
-    """Folders and files left out, as paths below the source."""
-    smallest_file: int = 1
-    """Files of fewer bytes are left out."""
-    largest_file: int | None = None
-    """Files of more bytes are left out; not given: none."""
-
-    def __post_init__(self) -> None:
-        for name, lowest in (("smallest_file", 1), ("largest_file", self.smallest_file)):
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ValueError(f"{name} must be >= {lowest} bytes, got {value}")
-
-    def why_not(self, path: str, size: int) -> str | None:
-        """Say why the file of `size` bytes at `path`, below the folder, is left out; None if it is taken."""
-        parts = PurePosixPath(path).parts
-        if any(parts[: len(PurePosixPath(left).parts)] == PurePosixPath(left).parts for left in self.exclude):
-            return "excluded"
-        if self.suffixes and PurePosixPath(path).suffix not in self.suffixes:
-            return "with another suffix"
-        if size < self.smallest_file:
-            return "empty" if size == 0 else f"below {self.smallest_file} bytes"
-        if self.largest_file is not None and size > self.largest_file:
-            return f"above {self.largest_file} bytes"
-        return None
+from openmoba.lab.data.rules import FileRules
 
 
 @dataclass(frozen=True)

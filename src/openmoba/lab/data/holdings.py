@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from openmoba.lab.data.corpus import Corpus
 from openmoba.lab.data.identity import documents_digest
+from openmoba.lab.data.load import named_tokenizer, trained_bpe
 from openmoba.lab.data.store import Survey, TokenStore, survey, tokenise
 from openmoba.lab.data.windows import cut_windows
 from openmoba.lab.progress import Progress
@@ -40,6 +42,22 @@ class Holding:
     frequency_bits: float
     windows: int
     reaching: int
+
+
+def holdings(
+    corpora: Sequence[Corpus], tokenizer: str, vocab_sizes: Iterable[int], length: int, cache: Path, progress: Progress
+) -> list[Holding]:
+    """Count corpora in the tokens of a named tokenizer, or with "bpe" of one of each size, trained on the first."""
+    everything = np.arange(len(survey(corpora[0], cache, progress).sizes))
+    counted = []
+    for corpus in corpora:
+        if tokenizer != "bpe":
+            counted.append(holding(corpus, named_tokenizer(tokenizer), length, cache, progress))
+            continue
+        for size in vocab_sizes:
+            trained = trained_bpe(corpora[0], everything, size, cache, progress)
+            counted.append(holding(corpus, trained, length, cache, progress))
+    return counted
 
 
 def holding(corpus: Corpus, tokenizer: Any, length: int, cache: Path, progress: Progress) -> Holding:

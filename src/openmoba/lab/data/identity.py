@@ -16,14 +16,15 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from openmoba.lab.config import DataConfig, stored_config
 from openmoba.lab.progress import Progress
 from openmoba.lab.run_files import IDENTITY_FILE, RESULT_FILE, is_run
 from openmoba.records.disk import Row, read_json
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Identity = Mapping[str, Any]
 
@@ -72,7 +73,7 @@ def differences(first: Identity, second: Identity) -> list[str]:
 
 def documents_digest(digests: np.ndarray) -> str:
     """Return the digest of documents from the digest of each, uint64 `[documents]`, in order."""
-    return hashlib.blake2b(np.ascontiguousarray(digests).tobytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(digests.tobytes(), digest_size=16).hexdigest()
 
 
 def stored_identity(run: str | Path) -> Identity:

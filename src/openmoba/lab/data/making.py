@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from openmoba.lab.data.corpus import Corpus
 from openmoba.lab.data.parquet import write_documents
+from openmoba.lab.data.rules import DocumentRules
 from openmoba.lab.data.store import Survey
 from openmoba.lab.progress import Percent, Progress
-from openmoba.limits import check_count
-
-
-@dataclass(frozen=True)
-class DocumentRules:
-    """Which documents are written, and how they are split."""
-
-    smallest: int = 1
-    """Documents of fewer bytes are left out."""
-    hold_out: int | None = None
-    """One of every this many documents is held out for validation, picked at random; not given: none."""
-    largest: int | None = None
-    """Training documents of more bytes are left out; not given: none."""
-    total: int | None = None
-    """Bytes of all training documents together at most, picked at random; not given: all."""
-    cut: int | None = None
-    """Validation documents end after this many bytes; not given: where they end."""
-    seed: int = 0
-    """Of the picking."""
-    level: int = 9
-    """Compression of the Parquet files by zstd, 1 to 22; more is smaller, and slower to write."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.level <= 22:
-            raise ValueError(f"level is one of zstd's, 1 to 22, got {self.level}")
-        for name, lowest in (("smallest", 1), ("hold_out", 2), ("largest", 1), ("total", 1), ("cut", 1), ("seed", 0)):
-            check_count(name, getattr(self, name), lowest, sys.maxsize)
 
 
 def pick(surveyed: Survey, rules: DocumentRules) -> tuple[np.ndarray, np.ndarray]:

@@ -1,17 +1,25 @@
-"""When a run switches its attention, logs, evaluates and saves, and what it tells meanwhile."""
+"""A trainer with the callback of a run: when it switches its attention, logs, evaluates and saves, what it tells."""
 
 from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
 
-from openmoba.lab.progress import SECONDS_PER_LINE
+from openmoba.lab.config import RunConfig
+from openmoba.lab.data.load import Data
+from openmoba.lab.progress import SECONDS_PER_LINE, Progress
+from openmoba.lab.train.trainer import RunTrainer
 
-if TYPE_CHECKING:
-    from openmoba.lab.train.trainer import RunTrainer
+
+def make_trainer(config: RunConfig, folder: Path, model: Any, data: Data, progress: Progress) -> RunTrainer:
+    """Make what trains a run: a trainer whose callback has it log, evaluate and save as the settings say."""
+    trainer = RunTrainer(config, folder, model, data, progress)
+    trainer.add_callback(RunCallback(trainer))
+    return trainer
 
 
 class RunCallback(TrainerCallback):  # type: ignore[misc]

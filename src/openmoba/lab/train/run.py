@@ -85,7 +85,7 @@ def _prepare(
 ) -> RunTrainer:
     """Check all settings, read the data, and build the model and what trains it."""
     from openmoba.lab.train.arguments import training_arguments
-    from openmoba.lab.train.trainer import RunTrainer  # transformers.Trainer takes seconds to import
+    from openmoba.lab.train.callback import make_trainer  # transformers.Trainer takes seconds to import
 
     training_arguments(config, folder)  # refuses before the data are read
     _drop_later(folder, config, checkpoint)
@@ -104,7 +104,7 @@ def _prepare(
         model = build_model(config.model, len(data.tokenizer), config.data.length, config.train.seed)
         set_attention(model, config.arm.sparsest(config.train.steps))
     check_vocabulary(config, model, data)
-    return RunTrainer(config, folder, model, data, progress)
+    return make_trainer(config, folder, model, data, progress)
 
 
 @contextmanager

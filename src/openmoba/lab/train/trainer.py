@@ -33,7 +33,6 @@ from openmoba.lab.model.loss import attach_loss
 from openmoba.lab.model.split import SharedLosses, cut, in_force, sharding_of_windows
 from openmoba.lab.progress import Progress, duration
 from openmoba.lab.train.arguments import training_arguments
-from openmoba.lab.train.callback import RunCallback
 from openmoba.lab.train.clock import Clock, Speedometer, peak_operations
 from openmoba.lab.train.graphs import StepGraphs, reason_against, wanted
 from openmoba.lab.train.history import record
@@ -47,7 +46,7 @@ of the losses since the last record, with its step."""
 
 
 class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
-    """Trains one run and writes its records.
+    """Trains one run and writes its records, when a callback says so (`openmoba.lab.train.callback`).
 
     Args:
         model: a decoder of the transformers library; its `forward` is replaced by `attach_loss`.
@@ -76,7 +75,6 @@ class RunTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             args=training_arguments(config, folder),
             train_dataset=order,
             processing_class=data.tokenizer,
-            callbacks=[RunCallback(self)],
         )
         if settings.fsdp:  # whose own policy rounds the loss too; `compute_loss` says what is in 16 bits
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
