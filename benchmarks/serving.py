@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 build/vllm/bin/python benchmarks/serving.py results/cpu/serving.csv
 
 measures whatever vLLM runs on (`make test-vllm` makes build/vllm, for a CPU). The same random model, bf16, is served by
-the same engine, once with MoBA in every layer and once as it is; attention alone differs. Prompts are computed in
-chunks, one after the other, timed, and stay in the prefix cache. Then 1 to 32 requests decode together, each step
-timed.
+the same engine, as it is, with MoBA in every layer, and with MoBA and key convolution; attention alone differs. Prompts
+are computed in chunks, one after the other, timed, and stay in the prefix cache. Then 1 to 32 requests decode together,
+each step timed. The file is written after each model.
 
 On a CPU: four layers, one thread, its processor's seconds, so that what else the machine does counts little. Requests
 share one prompt, so a large batch finds more of its pages in the processor's cache than requests of their own would.
@@ -21,7 +21,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median, quantiles
@@ -38,10 +38,11 @@ from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
 
 from openmoba import MobaConfig
-from openmoba.hf import convert
+from openmoba.hf import configure
 from openmoba.records.provenance import provenance
 
 MOBA = MobaConfig(block_size=128, top_k=8)
+SETTINGS = {"full": None, "moba": MOBA, "moba with key convolution": replace(MOBA, key_conv=4)}
 BATCHES = (1, 8, 32)
 WORDS = 320
 
@@ -110,18 +111,19 @@ def main() -> None:
     # An engine gives its memory back when its process ends. Not a Pool, whose processes may start no others.
     apart = ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1)
     with TemporaryDirectory() as folder, apart:
-        full = save_model(Path(folder) / "full", case)
-        models = {"full": full, "moba": convert(full, Path(folder) / "moba", MOBA)}
-        rows = [row | origin for found in apart.map(measured, *zip(*models.items(), strict=True)) for row in found]
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        rows = []
+        for name, setting in SETTINGS.items():
+            model = save_model(Path(folder) / name, case, setting)
+            rows += [row | origin for row in apart.submit(measured, name, model).result()]
+            with out.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
     print(out.read_text(), end="")
 
 
-def save_model(folder: Path, case: Case) -> Path:
-    """Save a random model."""
+def save_model(folder: Path, case: Case, setting: MobaConfig | None) -> Path:
+    """Save a random model with a setting; filters of key convolution are random, too."""
     config = Qwen3Config(
         vocab_size=WORDS,
         hidden_size=case.hidden,
@@ -135,7 +137,12 @@ def save_model(folder: Path, case: Case) -> Path:
         bos_token_id=None,
     )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config).bfloat16()
+    configure(model, setting)
+    for name, weight in model.named_parameters():
+        if "key_conv" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -150,9 +157,13 @@ def measured(name: str, model: Path) -> list[dict[str, Any]]:
         max_num_seqs=max(BATCHES),
         **case.engine,
     )
-    settings = {"attention": name, "block_size": "", "top_k": ""}
-    if name == "moba":
-        settings |= {"block_size": MOBA.block_size, "top_k": MOBA.top_k}
+    setting = SETTINGS[name]
+    settings = {
+        "attention": name,
+        "block_size": setting and setting.block_size,
+        "top_k": setting and setting.top_k,
+        "key_conv": setting and setting.key_conv,
+    }
     for context in case.contexts:
         generator = torch.Generator().manual_seed(context)
         prompts = torch.randint(0, WORDS, (case.prompts, context), generator=generator).tolist()

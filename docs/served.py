@@ -7,6 +7,9 @@ from pathlib import Path
 
 from openmoba.bench.rows import length_name, markdown_table, short_commit
 
+KEY_CONVOLUTION = "moba with key convolution"
+"""What `benchmarks/serving.py` calls such rows."""
+
 
 def speed(root: Path, machine: str) -> str:
     """Write prefill and decoding over the length of the context, for each batch; nothing before it was measured."""
@@ -28,7 +31,7 @@ def speed(root: Path, machine: str) -> str:
         f"Tokens per second with full attention and with MoBA, {_served(first)}, bf16; MoBA in every layer, blocks of "
         f"{first['block_size']}, top-{first['top_k']}. vLLM {first['vllm']}, torch {first['torch']}, "
         f"commit {short_commit(first['commit'])}: [results/{machine}/serving.csv](../results/{machine}/serving.csv), "
-        "by `benchmarks/serving.py`."
+        f"by `benchmarks/serving.py`.{_with_key_convolution(rows)}"
     )
     return "\n".join([*markdown_table(head, cells), "", origin, ""])
 
@@ -41,6 +44,18 @@ def _served(row: dict[str, str]) -> str:
     threads = f"{row['threads']} thread{'s' if row['threads'] != '1' else ''}"
     heads = "four layers, eight query and two key/value heads of width 64"
     return f"{row['cpu']}, {threads}, seconds of the processor; {heads}"
+
+
+def _with_key_convolution(rows: dict[tuple[str, int, int], dict[str, str]]) -> str:
+    """Say how much longer a step of decoding takes with key convolution, if that was measured."""
+    times = [
+        float(rows["moba", context, batch]["decode_tokens_per_s"]) / float(row["decode_tokens_per_s"])
+        for (name, context, batch), row in rows.items()
+        if name == KEY_CONVOLUTION
+    ]
+    if not times:
+        return ""
+    return f" With key convolution over 4 tokens a step takes {min(times):.2f} to {max(times):.2f} times as long."
 
 
 def _requests(batch: int) -> str:

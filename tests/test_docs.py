@@ -249,6 +249,13 @@ def test_the_table_of_serving_follows_its_file(tmp_path: Path) -> None:
     table = writer(tmp_path)("serving_h200")
     assert "| 2K | 2, 5: 2.5x |" in table
     assert "a GPU, in CUDA graphs as vLLM makes them by itself; twelve layers" in table
+    assert "key convolution" not in table
+    slower = [row.replace("moba", "moba with key convolution") for row in rows if row.startswith("moba")]
+    slower = [row.replace(str(10240 * 4), str(10240 * 2)) for row in slower]
+    on_gpu.write_text("\n".join([names + ",gpu", *(f"{row},a GPU" for row in (*rows, *slower)), ""]))
+    assert table.strip() + " With key convolution over 4 tokens a step takes 1.00 to 2.00 times as long." == (
+        writer(tmp_path)("serving_h200").strip()
+    )
     assert "(../results/h200/serving.csv)" in table
 
 
