@@ -42,7 +42,7 @@ def test_log_probabilities(attention: str, eager: bool, wide: Path, engine: Engi
     first, *others = prompts(*LENGTHS)
     asked = [first, *others[:3], *(first[:SHARED] + prompt[SHARED:] for prompt in others[3:])]
     options = {"enforce_eager": eager, "max_model_len": 16384, "max_num_batched_tokens": 2048, "block_size": 128}
-    memory = {"kv_cache_memory_bytes": 2**32, "gpu_memory_utilization": 0.5}
+    memory = {"kv_cache_memory_bytes": 2**32, "gpu_memory_utilization": 0.2}
     with engine(folder, dtype="bfloat16", **options, **memory) as llm:
         kinds = llm.apply_model(lambda model: {type(layer.self_attn.attn.impl) for layer in model.model.layers})
         given = serve(llm, asked, 1, prompt_logprobs=0)
