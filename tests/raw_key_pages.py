@@ -1,19 +1,29 @@
-"""What the tests of key convolution in vLLM share: a server that keeps raw keys, and whole sequences beside it."""
+"""What the tests of key convolution over a block table share: a server that keeps raw keys, and whole sequences."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from paging import Server
 from torch import Tensor, nn
 
 from openmoba.ops.key_conv import key_convolution
-from openmoba.vllm.raw_keys import convolve_paged, find_places, new_raw_keys
+from openmoba.ops.raw_keys import NewTokens, convolve_paged, new_raw_keys
 
 
 class Kept:
     """A server, filters, and the raw keys beside its pages; what nobody wrote is NaN."""
 
-    def __init__(self, page_size: int = 8, width: int = 4, pages: int = 200, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        page_size: int = 8,
+        width: int = 4,
+        pages: int = 200,
+        device: str = "cpu",
+        operation: Callable[..., None] = convolve_paged,
+    ) -> None:
+        self.operation = operation
         self.server = Server(page_size, 1, pages=pages, device=device)
         self.weight = self.server.draw(self.server.kv_heads * self.server.width, width)
         self.raw_keys = new_raw_keys(len(self.server.pool), self.weight, torch.float64).fill_(float("nan"))
@@ -50,8 +60,13 @@ class Kept:
         return {"keys": keys} | {name: x.to(server.device) for name, x in batch.items()}
 
     def convolve(self, keys: Tensor, **batch: Tensor) -> Tensor:
-        sizes = (len(self.server.pool), self.server.page_size, self.weight.shape[1] - 1)
-        return convolve_paged(keys, self.weight, self.raw_keys, find_places(*batch.values(), *sizes))
+        new = NewTokens(**batch, page_size=self.server.page_size, reach=self.weight.shape[1] - 1)
+        wide = keys.new_full(
+            (len(keys) + 3, 3 * keys.shape[1]), 7.0
+        )  # queries, keys, values, and what fills a batch up
+        wide[: len(keys), keys.shape[1] : 2 * keys.shape[1]] = keys
+        self.operation(wide[: len(keys)].chunk(3, 1)[1], self.weight, self.raw_keys, new)
+        return wide[: len(keys)].chunk(3, 1)[1]
 
     def end(self, request: int) -> None:
         """Give back the pages that no other request has."""

@@ -260,6 +260,26 @@ def paged_report(
     return _codes([launch for launch in launches if launch.kernel.__name__ not in around])
 
 
+def raw_keys_report() -> list[dict[str, Any]]:
+    """What the kernels of key convolution over a block table compile to: a batch that decodes, and one with prompts."""
+    from openmoba.ops.raw_keys import new_raw_keys
+    from openmoba.ops.triton import raw_keys
+
+    weight = torch.empty(512, 4, dtype=torch.bfloat16)
+    table, lengths, starts = (torch.empty(shape, dtype=torch.int32) for shape in ((4, 16), 4, 5))
+
+    def call() -> None:
+        for tokens in (4, 300):
+            convolve(tokens)
+
+    def convolve(tokens: int) -> None:
+        keys = torch.empty(tokens, 3 * 512, dtype=torch.bfloat16).chunk(3, 1)[1]
+        batch = table, lengths, starts, torch.empty(tokens, dtype=torch.int64)
+        raw_keys.convolve_paged(keys, weight, new_raw_keys(64, weight, torch.bfloat16), *batch, 128)
+
+    return _codes(launches_of(call))
+
+
 def launcher_arguments() -> list[dict[str, Any]]:
     """What Triton's launcher hands a kernel, and what a fixed launch does: forward, backward, and over a block table.
 
@@ -394,13 +414,14 @@ def _codes(launches: list[Launch]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    # Each argument is "plan", "launches", "names", "amd" alone, or "width,block_size,top_k", or with ",queries" a
-    # decoding step, with ",queries,page_size" a call over a block table, then ":dtype" unless bf16, or ":hopper" for
-    # Hopper's own kernels, or ":given" for those where they serve and given blocks; one line of JSON each. A process of
-    # its own: Triton decides at import whether kernels are interpreted.
+    # Each argument is "plan", "raw_keys", "launches", "names", "amd" alone, or "width,block_size,top_k", or with
+    # ",queries" a decoding step, with ",queries,page_size" a call over a block table, then ":dtype" unless bf16, or
+    # ":hopper" for Hopper's own kernels, or ":given" for those where they serve and given blocks; one line of JSON
+    # each. A process of its own: Triton decides at import whether kernels are interpreted.
     for argument in sys.argv[1:]:
         whole = {
             "plan": plan_report,
+            "raw_keys": raw_keys_report,
             "launches": launcher_arguments,
             "names": names_in_profiles,
             "amd": launched_on_amd,

@@ -62,6 +62,7 @@ def reports() -> dict[str, list[dict[str, Any]]]:
         *DECODE_CONFIGURATIONS,
         *PAGED_CONFIGURATIONS,
         "plan",
+        "raw_keys",
         "launches",
         "names",
     ]
@@ -120,6 +121,12 @@ def test_kernels_around_the_products_compile(reports):
     """The interpreter takes what the compiler refuses, such as a variable that changes its type in a loop."""
     assert len(reports["plan"]) == 9
     assert not any(kernel["matrix"] for kernel in reports["plan"])
+
+
+def test_key_convolution_over_a_block_table_stays_in_registers(reports):
+    kernels = reports["raw_keys"]
+    assert [kernel["kernel"] for kernel in kernels] == ["_read_before", "_keep", "_convolve"] * 2
+    assert not any(kernel["spills"] for kernel in kernels)
 
 
 def test_only_given_blocks_are_asserted_about(reports):

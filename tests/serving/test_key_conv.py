@@ -32,6 +32,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from openmoba import MobaConfig
 from openmoba.hf import configure
+from openmoba.ops.raw_keys import NewTokens
 from openmoba.vllm import key_conv
 
 HYBRID = MobaConfig(block_size=16, top_k=3, full_layers=(1,), key_conv=4)
@@ -57,15 +58,14 @@ def folder(full: Path) -> Path:
 
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, int]]]:
-    """What places were looked for, batch by batch: new tokens and length of each request."""
+    """Of what new tokens keys were convolved, batch by batch: new tokens and length of each request."""
     seen = []
-    find_places = key_conv.find_places
 
-    def watched(table: Any, lengths: Any, starts: Any, *rest: Any) -> Any:
+    def watched(table: Any, lengths: Any, starts: Any, *rest: Any) -> NewTokens:
         seen.append(list(zip(starts.diff().tolist(), lengths.tolist(), strict=True)))
-        return find_places(table, lengths, starts, *rest)
+        return NewTokens(table, lengths, starts, *rest)
 
-    monkeypatch.setattr(key_conv, "find_places", watched)
+    monkeypatch.setattr(key_conv, "NewTokens", watched)
     return seen
 
 

@@ -23,8 +23,8 @@ from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.utils import set_weight_attrs
 
+from openmoba.ops.raw_keys import NewTokens, convolve_paged, new_raw_keys
 from openmoba.vllm.current import current
-from openmoba.vllm.raw_keys import Places, convolve_paged, find_places, new_raw_keys
 
 # N tokens of a batch, its padding included, C channels of the process's Hkv key heads of width D, W width of
 # the convolution, Z pages of P tokens
@@ -38,12 +38,12 @@ class KeyConvolution(nn.Module):
 
     Attributes:
         weight: `[C, W]`, as in `openmoba.hf.key_conv`; NaN until it is loaded.
-        raw_keys: see `openmoba.vllm.raw_keys`, once there is a cache.
+        raw_keys: see `openmoba.ops.raw_keys`, once there is a cache.
         batch: the last one whose keys were convolved.
     """
 
-    latest: tuple[Any, Places] | None = None
-    """The last batch of all layers, and its places."""
+    latest: tuple[Any, NewTokens] | None = None
+    """The last batch of all layers, and where its new tokens lie."""
 
     def __init__(self, first: int, channels: int, width: int) -> None:
         """Make it for keys that are the `channels` from `first` on of what is projected."""
@@ -68,10 +68,8 @@ class KeyConvolution(nn.Module):
         tokens = batch.num_actual_tokens
         if KeyConvolution.latest is None or KeyConvolution.latest[0] is not batch:
             where = (batch.block_table, batch.seq_lens, batch.query_start_loc, slots[:tokens])
-            places = find_places(*where, pages, page_size, self.weight.shape[1] - 1)
-            KeyConvolution.latest = batch, places
-        keys = qkv[:tokens, self.keys]
-        keys.copy_(convolve_paged(keys, self.weight, self.raw_keys, KeyConvolution.latest[1]))
+            KeyConvolution.latest = batch, NewTokens(*where, page_size, self.weight.shape[1] - 1)
+        convolve_paged(qkv[:tokens, self.keys], self.weight, self.raw_keys, KeyConvolution.latest[1])
         self.batch = batch
 
 
