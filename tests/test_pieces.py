@@ -18,10 +18,11 @@ from openmoba import cli
 from openmoba.lab.measure import needle_page, resample
 from openmoba.lab.measure.needle import Grid, Search
 from openmoba.lab.progress import Progress
+from openmoba.lab.run_files import RECIPE_FILE
 from openmoba.lab.study import charts, work
 from openmoba.lab.study import fit as fitting
 from openmoba.lab.study.outcomes import read_outcomes
-from openmoba.lab.study.recipe import RECIPE_FILE, Recipe, parse_recipe
+from openmoba.lab.study.recipe import Recipe, parse_recipe
 from openmoba.lab.study.report import missing, write_report
 from openmoba.lab.study.results import experiments, headlines, limits, read_studies, settings
 from openmoba.lab.study.work import run_study

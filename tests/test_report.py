@@ -16,12 +16,13 @@ from synthetic_study import CANDIDATES, DOCUMENTS, RANGES, RECIPE, WINDOWS, sile
 from openmoba import cli
 from openmoba.lab.arms import ArmConfig
 from openmoba.lab.measure.compute import AXES, Axis, Shape, training_compute
+from openmoba.lab.run_files import RECIPE_FILE
 from openmoba.lab.study import charts, figures, panels
 from openmoba.lab.study.candidates import standings
 from openmoba.lab.study.charts import describe_sparsity
 from openmoba.lab.study.figures import Level
 from openmoba.lab.study.outcomes import behind, by, difference, fit, of_stage, read_outcomes, seed_noise
-from openmoba.lab.study.recipe import RECIPE_FILE, Recipe, parse_recipe, read_recipe
+from openmoba.lab.study.recipe import Recipe, parse_recipe, read_recipe
 from openmoba.lab.study.report import write_report
 from openmoba.lab.study.results import experiments, read_studies
 from openmoba.lab.study.work import run_study
