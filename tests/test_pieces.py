@@ -234,7 +234,7 @@ def test_an_unfinished_sweep_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     write_report(recipe, tmp_path, "6nd")
     (sentence,) = (line for line in (tmp_path / "report.md").read_text().splitlines() if "learning rate: " in line)
     assert "0.005 is " in sentence or "0.0025 is " in sentence
-    assert sentence.endswith(" Of sweep/2m-25e-4-full-seed0, pretrain/2m-full-seed0.")
+    assert sentence.endswith(" Runs: sweep/2m-25e-4-full-seed0, pretrain/2m-full-seed0.")
 
 
 def test_learning_rates_are_compared_over_the_seeds_that_all_have(

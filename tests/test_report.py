@@ -266,7 +266,7 @@ def test_short_lists_say_distance_cost_and_the_smallest_difference_that_can_be_s
     best = found[0].plain.trailing
     assert best is not None
     assert f"| last-3 | 1 | {best.mean:+.4f} [" in report
-    assert "of 4 sparse candidates the lowest trailing loss has last-3: " in report
+    assert "the lowest trailing loss of 4 sparse candidates is that of last-3: " in report
     assert "All but last-3 are resolved above full attention (for arms with key convolution: " in report
     assert "**Which setting is as good as full attention?**" in report
 
