@@ -18,9 +18,9 @@ from pathlib import Path
 import tables
 
 from openmoba.lab.measure.needle_page import draw_needles, read_needles
-from openmoba.lab.run_files import CONFIG_FILE, IDENTITY_FILE, METRICS_FILE, RESULT_FILE
+from openmoba.lab.run_files import CONFIG_FILE, IDENTITY_FILE, METRICS_FILE, RECIPE_FILE, RESULT_FILE
 from openmoba.lab.study.outcomes import read_outcomes
-from openmoba.lab.study.recipe import RECIPE_FILE, read_recipe
+from openmoba.lab.study.recipe import recipe_of
 from openmoba.lab.study.report import write_report
 from openmoba.lab.study.results import AXIS, NEEDLES
 
@@ -43,7 +43,7 @@ def publish(pieces: Sequence[Path], out: Path) -> list[Path]:
     gather(pieces, out)
     if (out / NEEDLES).exists():
         draw_needles(read_needles(out / NEEDLES), (out / NEEDLES).with_suffix(""))
-    return write_report(read_recipe(out / RECIPE_FILE), out, AXIS)
+    return write_report(recipe_of(out), out, AXIS)
 
 
 def gather(pieces: Sequence[Path], out: Path) -> None:
@@ -54,7 +54,7 @@ def gather(pieces: Sequence[Path], out: Path) -> None:
     """
     found: dict[str, Path] = {}
     for piece in (*([out] if (out / RECIPE_FILE).exists() else []), *pieces):
-        recipe = read_recipe(piece / RECIPE_FILE)
+        recipe = recipe_of(piece)
         read_outcomes(recipe, piece)  # damaged records are an error
         found.setdefault(RECIPE_FILE, piece)
         for name in (RECIPE_FILE, *(f"{run.name}/{RESULT_FILE}" for run in recipe.runs)):

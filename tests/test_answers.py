@@ -52,7 +52,7 @@ def test_a_short_list_names_the_best_what_is_not_told_apart_and_what_is_as_good(
     short, best, alike, good, level = said(tmp_path, CANDIDATES, "candidates")
     assert short.startswith("In short: last-3 (blocks of ")
     assert short.endswith(", and its trailing loss ends within noise of that of full attention.")
-    assert best.startswith("large: of 4 sparse candidates the lowest trailing loss has last-3: ")
+    assert best.startswith("large: the lowest trailing loss of 4 sparse candidates is that of last-3: ")
     assert "% of the keys read and 1.00 times the tokens per second (8 documents, 24 windows, 1 seed)." in best
     assert alike == "Not told apart from last-3: none of the others."
     fair = "full attention (for arms with key convolution: full attention that has it)"
@@ -63,7 +63,7 @@ def test_a_short_list_names_the_best_what_is_not_told_apart_and_what_is_as_good(
     *_, alike, good, level = said(tmp_path / "better", CANDIDATES, "candidates")
     assert "at the upper end of the interval: last-3 (-" in good
     assert ", last-1 (-" in good
-    assert f"2 are not resolved above {fair}, which does not make them equal; the fewest keys" in level
+    assert f"2 are not resolved above {fair}, which does not make them equal; the one of these" in level
 
 
 def test_candidates_that_do_not_differ_are_said_not_to_be_told_apart(
@@ -87,7 +87,7 @@ def test_an_arm_with_key_convolution_is_compared_with_full_attention_that_has_it
     short, best, *_ = said(tmp_path / "list", text, "candidates")
     assert short.endswith(" that of full attention with the same key convolution.")
     assert re.search(
-        r"has last-keys: .* from full attention: \*\*.* from full-keys, full .* same key convolution: \*\*", best
+        r"that of last-keys: .* from full attention: \*\*.* from full-keys, full .* same key convolution: \*\*", best
     )
     laws = RECIPE.replace("[arms]\n", KEYS)
     laws = laws.replace('arms = ["full", "moba"]', 'arms = ["full", "moba", "keys", "full-keys"]')

@@ -63,6 +63,10 @@ BAD_CALLS = {
     ),
     "q has batch 2 but k has 1; they must be equal": lambda: changed(q=tensors(batch=(2,))[0]),
     "q has 18 tokens but k only 17; queries are the last positions": lambda: changed(q=tensors(18)[0]),
+    "q has 4 tokens but k only 2; queries are the last positions of the keys, so k must hold at least as many "
+    "tokens; the dimensions are [batch, tokens, heads, dim]": lambda: changed(
+        **{name: x.transpose(1, 2) for name, x in zip("qkv", tensors(), strict=True)}
+    ),
     "cu_seqlens_q is given without cu_seqlens_k": lambda: packed(cu_seqlens_k=None),
     "cu_seqlens_k is given without cu_seqlens_q": lambda: changed(cu_seqlens_k=CU),
     "cu_seqlens_q must be int32 of shape [sequences + 1], got torch.int64 (3,); use .int()": lambda: packed(

@@ -6,7 +6,8 @@ import pytest
 
 from openmoba.config import MobaConfig
 from openmoba.lab.arms import KINDS, ArmConfig, Kind, attention_cost
-from openmoba.lab.config import from_dict
+from openmoba.lab.config import DataConfig, ModelConfig, RunConfig, from_dict
+from openmoba.lab.train.summary import plan_text
 from openmoba.ops.cost import causal_pairs, moba_pairs, moba_scores
 
 ARMS = [
@@ -28,6 +29,22 @@ def test_keys_are_counted_step_by_step(arm: ArmConfig) -> None:
     share = sum(read) / (steps * layers * causal_pairs(length))
     assert arm.key_share(layers, length, steps) == pytest.approx(share, rel=1e-12)
     assert (share == 1) == (arm.name == "full")
+
+
+@pytest.mark.parametrize(
+    ("arm", "said"),
+    [
+        (ArmConfig("moba", 16, 3), "MoBA, blocks of 16, top-3: 53% of full attention's keys"),
+        (ArmConfig("moba", 16, 8), "MoBA, blocks of 16, top-8: 100% of full attention's keys"),
+        (ArmConfig("hybrid", 16, 3, full_layers=2), "2 of 2 layers full (0, 1): 100% of full attention's keys"),
+        (ArmConfig("full"), "full attention\n"),
+    ],
+    ids=lambda value: value.short if isinstance(value, ArmConfig) else None,
+)
+def test_a_plan_says_how_sparse_an_arm_is(arm: ArmConfig, said: str) -> None:
+    """By hand, in windows of 8 blocks: 8 * 136 keys of own blocks and 13 * 256 of past ones, of 128 * 129 / 2."""
+    config = RunConfig(DataConfig(length=128), ModelConfig(size="nano"), arm)
+    assert said in plan_text(config)
 
 
 def test_attention_costs_what_its_layers_read() -> None:

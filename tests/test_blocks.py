@@ -150,11 +150,11 @@ def naming(block: int, token: int) -> Tensor:
 
 
 BAD = {
-    "blocks[0, 5, 2, 0] is 1, and the query's own block is 1, which it reads anyway; its past blocks are 0 to 0, or "
-    "-1 for none": lambda: call(blocks=naming(1, 5)),
+    "blocks[0, 5, 2, 0] is 1, and the query's own block is 1, which it reads anyway; its past blocks are 0 to 0, and "
+    "-1 stands for none": lambda: call(blocks=naming(1, 5)),
     "blocks[0, 8, 2, 0] is 7, and the query's own block is 2": lambda: call(blocks=naming(7, 8)),
     "blocks[0, 8, 2, 0] is -2, and": lambda: call(blocks=naming(-2, 8)),
-    "its past blocks are -1: there is none": lambda: call(blocks=naming(0, 3)),
+    "which it reads anyway; it has no past block, and -1 stands for none": lambda: call(blocks=naming(0, 3)),
 }  # fmt: skip
 ILL_FORMED = {
     "blocks must be a torch.Tensor, got list": lambda: call(blocks=[0]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -54,6 +55,19 @@ def test_spread_layers_are_even_and_end_in_the_last(layers: int) -> None:
         assert len(full) == count
         assert full[-1] == layers - 1
         assert max(groups) - min(groups) <= 1
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ({"block_size": 16}, "have no top_k; they take"),
+        ({"block_size": 16, "top_k": 3, "fullayers": 1}, "have unknown fullayers; they take block_size and top_k"),
+        ({"blocks": 16}, "have no block_size, top_k and unknown blocks; they take"),
+    ],
+)
+def test_a_table_of_settings_that_is_none_says_what_is_wrong(table: dict[str, int], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"MoBA settings {table} {said}")):
+        MobaConfig.from_dict(table)
 
 
 def test_one_meaning_has_one_form() -> None:

@@ -160,7 +160,7 @@ def test_sizes_leave_documents_out() -> None:
     assert 3 not in train
     with pytest.raises(ValueError, match=r"no document is left to write of 4, of 5 to 40 bytes; change --smallest"):
         pick(few, DocumentRules(smallest=41))
-    with pytest.raises(ValueError, match=r"4 documents hold no 5, to hold one out; lower --hold-out"):
+    with pytest.raises(ValueError, match=r"--hold-out 5 holds out one of so many documents, and there are 4; lower it"):
         pick(few, DocumentRules(hold_out=5))
     for wrong in ({"smallest": 0}, {"hold_out": 1}, {"level": 23}, {"total": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -326,7 +326,7 @@ def test_results_follow_the_records_of_studies(tmp_path: Path) -> None:
     ]
     assert page.count("the trailing loss of MoBA lies +") == 2, "by operations; all sizes took the same seconds"
     assert "8 documents, 24 windows, 2 seeds): **resolved**." in page
-    assert "large: of 4 sparse candidates the lowest trailing loss has last-3: -0.0007 nats [" in page
+    assert "large: the lowest trailing loss of 4 sparse candidates is that of last-3: -0.0007 nats [" in page
     assert "| MoBA | 3 | +0.1360 [" in page
     assert "With 3 of 16 layers full (19%; last-3): +0.0" in page
     rows = [line.split(" | ") for line in table("settings").splitlines()[2:]]

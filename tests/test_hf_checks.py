@@ -94,6 +94,10 @@ def test_what_is_no_model_and_no_settings(tmp_path: Path) -> None:
         configure(model, table)
     with pytest.raises(ValueError, match="settings must be a MobaConfig, got None"):
         convert(tmp_path, tmp_path / "out", None)
+    with pytest.raises(
+        ValueError, match="source must be a folder or a name on the hub, got a LlamaForCausalLM; a model"
+    ):
+        convert(model, tmp_path / "out", MOBA)
     for odd in (8, "8", [4, 2]):
         with pytest.raises(ValueError, match=r"moba must be a table such as .* got "):
             LlamaConfig(moba=odd)

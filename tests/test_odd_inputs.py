@@ -75,6 +75,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         '[run.train]\nlearning_rate = nan\n[sizes.nano.model]\nsize = "nano"\n[arms.full]\nname = "full"\n'
         '[[stages]]\nname = "one"\nsizes = ["nano"]\narms = ["full"]\n'
     )
+    (root / "one.toml").write_text(recipe_of(config))
     (root / "latin.toml").write_bytes(b'title = "\xe9"')
     (root / "not.csv").write_text("a,b\n1,2\n")
     (root / "words.csv").write_text(f"{','.join(columns(Row))}\n{','.join('x' for _ in columns(Row))}\n")
@@ -128,15 +129,22 @@ ROWS: list[tuple[list[str], int, str]] = [
     (["convert", "model", "/proc/out", *CONVERT], 2, "No such file or directory"),
     (["study", "empty"], 2, "empty is not readable as a recipe (Is a directory)"),
     (["study", "/proc/self/mem"], 2, "not readable as a recipe (Input/output error)"),
-    (["fit", "file"], 2, "file/recipe.toml is not readable as a recipe"),
-    (["plot", "empty"], 2, "there is no recipe empty/recipe.toml"),
+    (["fit", "file"], 2, "file is not the folder of a study"),
+    (["plot", "empty"], 2, "empty is not the folder of a study: it has no recipe.toml; give the folder that"),
+    (["plot", "run"], 2, "run is not the folder of a study"),
+    (["study", "one.toml", "--out", "run"], 2, "run holds a run or a model, and a study has a folder of its own"),
+    (["study", "one.toml", "--out", "model", "--dry-run"], 2, "model holds a run or a model"),
+    (["train", "study-no-record"], 2, "study-no-record is the folder of a study, and a run takes one of its own"),
+    (["train", "model"], 2, "model holds a model, not a run; use another folder, with train.start_from=model"),
     (["bench", "plot", "empty"], 2, "empty: Is a directory; that is a folder"),
     (["bench", "plot", "not.csv"], 2, "other columns"),
     (["bench", "plot", "words.csv"], 2, "words.csv, line 2: "),
     (["bench", "plot", "short.csv"], 2, "short.csv, line 2: "),
     (["runs", "empty"], 2, "there are no runs below empty; give a folder"),
     (["runs", "file"], 2, "there are no runs below file"),
-    (["generate", "run", "--file", "empty"], 2, "empty is not readable as text"),
+    (["generate", "run", "--file", "nowhere.txt"], 2, "nowhere.txt: No such file or directory; check the path"),
+    (["generate", "run", "--file", "run/checkpoint-4/model.safetensors"], 2, "is not text in UTF-8"),
+    (["generate", "run", "--file", "empty"], 2, "empty: Is a directory; that is a folder, give a file"),
     (["corpus", "empty"], 2, "empty"),
     # What is no model, run, recipe or record
     (["evaluate", ""], 2, "an empty name does not exist"),

@@ -18,10 +18,11 @@ from openmoba import cli
 from openmoba.lab.measure import needle_page, resample
 from openmoba.lab.measure.needle import Grid, Search
 from openmoba.lab.progress import Progress
+from openmoba.lab.run_files import RECIPE_FILE
 from openmoba.lab.study import charts, work
 from openmoba.lab.study import fit as fitting
 from openmoba.lab.study.outcomes import read_outcomes
-from openmoba.lab.study.recipe import RECIPE_FILE, Recipe, parse_recipe
+from openmoba.lab.study.recipe import Recipe, parse_recipe
 from openmoba.lab.study.report import missing, write_report
 from openmoba.lab.study.results import experiments, headlines, limits, read_studies, settings
 from openmoba.lab.study.work import run_study
@@ -233,7 +234,7 @@ def test_an_unfinished_sweep_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     write_report(recipe, tmp_path, "6nd")
     (sentence,) = (line for line in (tmp_path / "report.md").read_text().splitlines() if "learning rate: " in line)
     assert "0.005 is " in sentence or "0.0025 is " in sentence
-    assert sentence.endswith(" Of sweep/2m-25e-4-full-seed0, pretrain/2m-full-seed0.")
+    assert sentence.endswith(" Runs: sweep/2m-25e-4-full-seed0, pretrain/2m-full-seed0.")
 
 
 def test_learning_rates_are_compared_over_the_seeds_that_all_have(

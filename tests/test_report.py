@@ -16,12 +16,13 @@ from synthetic_study import CANDIDATES, DOCUMENTS, RANGES, RECIPE, WINDOWS, sile
 from openmoba import cli
 from openmoba.lab.arms import ArmConfig
 from openmoba.lab.measure.compute import AXES, Axis, Shape, training_compute
+from openmoba.lab.run_files import RECIPE_FILE
 from openmoba.lab.study import charts, figures, panels
 from openmoba.lab.study.candidates import standings
 from openmoba.lab.study.charts import describe_sparsity
 from openmoba.lab.study.figures import Level
 from openmoba.lab.study.outcomes import behind, by, difference, fit, of_stage, read_outcomes, seed_noise
-from openmoba.lab.study.recipe import RECIPE_FILE, Recipe, parse_recipe, read_recipe
+from openmoba.lab.study.recipe import Recipe, parse_recipe, read_recipe
 from openmoba.lab.study.report import write_report
 from openmoba.lab.study.results import experiments, read_studies
 from openmoba.lab.study.work import run_study
@@ -265,7 +266,7 @@ def test_short_lists_say_distance_cost_and_the_smallest_difference_that_can_be_s
     best = found[0].plain.trailing
     assert best is not None
     assert f"| last-3 | 1 | {best.mean:+.4f} [" in report
-    assert "of 4 sparse candidates the lowest trailing loss has last-3: " in report
+    assert "the lowest trailing loss of 4 sparse candidates is that of last-3: " in report
     assert "All but last-3 are resolved above full attention (for arms with key convolution: " in report
     assert "**Which setting is as good as full attention?**" in report
 

@@ -559,7 +559,7 @@ def test_a_run_says_what_it_is_and_how_it_goes(config: RunConfig, tmp_path: Path
     summary = next(note for note in heard.notes if note.startswith(str(tmp_path)))
     for said in (
         r"model +llama nano, 1\d\d K parameters \(101 K without embeddings\)",
-        r"attention +MoBA, blocks of 8, top-2, 1 of 2 layers full \(1\); cpu \(.*at most 2 blocks of 8 keys\)",
+        r"attention +MoBA, blocks of 8, top-2, 1 of 2 layers full \(1\): 68% of full attention's keys; cpu \(",
         r"data .*texts: \d+ windows of 64 tokens, 4 held out, vocabulary 25\d",
         r"training +12 steps of 256 tokens in 4 windows: 3,072 tokens, [\d.]+ epochs",
         r"device .*, \d+ threads?, fp32",

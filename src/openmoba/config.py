@@ -74,7 +74,11 @@ class MobaConfig:
         unknown = sorted(set(values) - {"block_size", "top_k", "full_layers", "key_conv"})
         missing = sorted({"block_size", "top_k"} - set(values))
         if unknown or missing:
-            raise ValueError(f"not a MoBA configuration: unknown keys {unknown}, missing keys {missing}")
+            said = [f"no {', '.join(missing)}"] * bool(missing) + [f"unknown {', '.join(unknown)}"] * bool(unknown)
+            raise ValueError(
+                f"MoBA settings {values} have {' and '.join(said)}; they take block_size and top_k, and may have "
+                "full_layers and key_conv"
+            )
         return cls(values["block_size"], values["top_k"], values.get("full_layers", 0), values.get("key_conv"))
 
 

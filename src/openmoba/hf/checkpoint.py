@@ -42,6 +42,11 @@ def convert(source: str | Path, out: Path, settings: MobaConfig) -> Path:
         ValueError: no such model, no safetensors weights, attention that MoBA does not replace, or `out` exists.
     """
     check_settings(settings)
+    if not isinstance(source, str | Path):
+        raise ValueError(
+            f"source must be a folder or a name on the hub, got a {type(source).__name__}; a model in memory takes "
+            "configure(model, settings) and model.save_pretrained(out)"
+        )
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out} exists; name a new folder for the converted model")

@@ -265,8 +265,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def stored_config(folder: str | Path) -> RunConfig:
-    """Read the configuration of the run in `folder`; ValueError if its config.json is missing or damaged."""
-    return from_dict(RunConfig, read_json(Path(folder) / CONFIG_FILE))
+    """Read the configuration of the run in `folder`; ValueError if its config.json is missing, damaged or a model's."""
+    values = read_json(Path(folder) / CONFIG_FILE)
+    if "model_type" in values:
+        raise ValueError(f"{folder} holds a model, not a run; use another folder, with train.start_from={folder}")
+    return from_dict(RunConfig, values)
 
 
 _FREE = (("data", "cache"), ("train", "context_parallel"))

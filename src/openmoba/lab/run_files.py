@@ -6,6 +6,8 @@ metrics.jsonl   records of training and evaluation
 checkpoint-*/   weights, tokenizer, and the state to resume from
 result.json     the outcome, written last: a run that has one is finished; what it measured is its last evaluation
 failed.json     instead of it, why a run diverged, and with which settings
+
+The folder of a study holds the folders of its runs, and recipe.toml.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ IDENTITY_FILE = "data.json"
 METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "result.json"
 FAILED_FILE = "failed.json"
+RECIPE_FILE = "recipe.toml"
 
 
 def is_run(source: str | Path) -> bool:

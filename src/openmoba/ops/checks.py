@@ -45,7 +45,7 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, blocking: Blocking) -> None:
     elif q.shape[1] > k.shape[1]:
         raise ValueError(
             f"q has {q.shape[1]} tokens but k only {k.shape[1]}; queries are the last positions of the keys, "
-            "so k must hold at least as many tokens"
+            "so k must hold at least as many tokens; the dimensions are [batch, tokens, heads, dim]"
         )
 
 
@@ -104,10 +104,10 @@ def check_given_values(blocks: Tensor, q: Tensor, k: Tensor, blocking: Blocking)
     if bad.any():
         place = bad.nonzero()[0].tolist()
         own = int(own_T11[place[-3], 0, 0])
-        past = f"0 to {own - 1}, or -1 for none" if own else "-1: there is none"
+        past = f"its past blocks are 0 to {own - 1}" if own else "it has no past block"
         raise ValueError(
             f"blocks{place} is {int(blocks[tuple(place)])}, and the query's own block is {own}, which it reads anyway; "
-            f"its past blocks are {past}"
+            f"{past}, and -1 stands for none"
         )
 
 

@@ -25,7 +25,10 @@ def pick(surveyed: Survey, rules: DocumentRules) -> tuple[np.ndarray, np.ndarray
     order = np.random.default_rng(rules.seed).permutation(usable)
     held = 0 if rules.hold_out is None else len(usable) // rules.hold_out
     if rules.hold_out is not None and held == 0:
-        raise ValueError(f"{len(usable)} documents hold no {rules.hold_out}, to hold one out; lower --hold-out")
+        raise ValueError(
+            f"--hold-out {rules.hold_out} holds out one of so many documents, and there are {len(usable)}; lower it, "
+            "or let more be documents (--smallest, --merge-below)"
+        )
     train = order[held:]
     if rules.largest is not None:
         train = train[surveyed.bytes[train] <= rules.largest]

@@ -110,7 +110,8 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     """Read the prompt as given, from a file, or from standard input.
 
     Raises:
-        ValueError: both are given, or the file is not readable text.
+        ValueError: both are given, or the file is not text.
+        OSError: there is no such file, or it is not readable.
     """
     if prompt is not None and file is not None:
         raise ValueError("give a prompt or a file with one, not both")
@@ -120,5 +121,5 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         return sys.stdin.read()
     try:
         return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not readable as text ({error})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8 ({error}); convert it, or give another file") from error

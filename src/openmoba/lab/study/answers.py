@@ -104,7 +104,7 @@ def _best_rate(rates: dict[float, list[Outcome]], noise: SeedNoise | None) -> st
     names = ", ".join(run.run.name for runs in rates.values() for run in runs)
     return (
         f"{best:g} has the lowest LM loss, {mean_loss(rates[best], 'lm'):.4f} nats; "
-        f"{'; '.join(others) or 'no other rate is measured yet'} ({behind(rates[best], 'lm')}). {beyond}Of {names}."
+        f"{'; '.join(others) or 'no other rate is measured yet'} ({behind(rates[best], 'lm')}). {beyond}Runs: {names}."
     )
 
 
@@ -300,7 +300,9 @@ def _nearest(runs: Sequence[Outcome]) -> Iterator[str]:
         return
     best, *others = sparse
     yield _in_short(best)
-    which = f"of {len(sparse)} sparse candidates the lowest trailing loss has" if others else "one sparse candidate,"
+    which = (
+        f"the lowest trailing loss of {len(sparse)} sparse candidates is that of" if others else "one sparse candidate,"
+    )
     yield f"{runs[0].run.size}: {which} {_stands(best)}."
     noise = seed_noise(runs, "trailing")
     against = [(one, difference(one.runs, best.runs, "trailing", noise)) for one in others]
@@ -334,8 +336,8 @@ def _level(judged: Sequence[Standing], every: str) -> Iterator[str]:
         yield f"{every} but {fewest.runs[0].label} are resolved above {FAIR}."
     elif len(level) > 1:
         yield (
-            f"{len(level)} are not resolved above {FAIR}, which does not make them equal; the fewest keys of these "
-            f"reads {_stands(fewest)}."
+            f"{len(level)} are not resolved above {FAIR}, which does not make them equal; the one of these that reads "
+            f"the fewest keys is {_stands(fewest)}."
         )
 
 

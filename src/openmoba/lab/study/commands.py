@@ -90,10 +90,10 @@ class Fit:
     def run(self) -> None:
         """Fit and print."""
         from openmoba.lab.study.outcomes import read_outcomes
-        from openmoba.lab.study.recipe import RECIPE_FILE, read_recipe
+        from openmoba.lab.study.recipe import recipe_of
         from openmoba.lab.study.report import fit_tables
 
-        recipe = read_recipe(self.study / RECIPE_FILE)
+        recipe = recipe_of(self.study)
         print(fit_tables(recipe, read_outcomes(recipe, self.study), self.axis))
 
 
@@ -108,9 +108,9 @@ class Plot:
 
     def run(self) -> None:
         """Draw, and say where the charts are."""
-        from openmoba.lab.study.recipe import RECIPE_FILE, read_recipe
+        from openmoba.lab.study.recipe import recipe_of
 
-        _write_report(read_recipe(self.study / RECIPE_FILE), self.study, self.axis)
+        _write_report(recipe_of(self.study), self.study, self.axis)
 
 
 def _write_report(recipe: Recipe, study: Path, axis: str) -> None:

@@ -19,9 +19,9 @@ from openmoba.lab.data.identity import identity_in
 from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.resample import Difference, Floats, Interval, Numbers, SeedNoise, paired_difference
 from openmoba.lab.model.build import SIZES
-from openmoba.lab.run_files import RESULT_FILE
+from openmoba.lab.run_files import RECIPE_FILE, RESULT_FILE
 from openmoba.lab.study.fit import Fit, fit_arms, fit_runs
-from openmoba.lab.study.recipe import RECIPE_FILE, PlannedRun, Recipe, Stage
+from openmoba.lab.study.recipe import PlannedRun, Recipe, Stage
 from openmoba.lab.study.same_data import RunData, check_same_data, origin
 from openmoba.lab.train.history import evaluations, history, read_result
 from openmoba.records.disk import Row

@@ -65,9 +65,7 @@ from typing import Any, Literal
 from openmoba.lab.arms import KINDS
 from openmoba.lab.config import RunConfig, changes, from_dict
 from openmoba.lab.model.build import SIZES
-
-RECIPE_FILE = "recipe.toml"
-"""A study's folder keeps its recipe under this name."""
+from openmoba.lab.run_files import RECIPE_FILE
 
 Table = dict[str, Any]
 
@@ -178,6 +176,16 @@ def read_recipe(path: Path, source: str | None = None) -> Recipe:
         raise ValueError(f"{path} is not readable as a recipe ({error.strerror}); give a TOML file") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def recipe_of(study: Path) -> Recipe:
+    """Read the recipe in the folder of a study; ValueError for any other folder."""
+    if not (study / RECIPE_FILE).exists():
+        raise ValueError(
+            f"{study} is not the folder of a study: it has no {RECIPE_FILE}; give the folder that `openmoba study` "
+            "has written, its --out"
+        )
+    return read_recipe(study / RECIPE_FILE)
 
 
 def parse_recipe(text: str, *, title: str, source: str | None = None) -> Recipe:

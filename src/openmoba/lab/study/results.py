@@ -11,6 +11,7 @@ from openmoba.lab.arms import FULL
 from openmoba.lab.columns import counted
 from openmoba.lab.measure.needle_page import chance, needle_sentences, read_needles
 from openmoba.lab.measure.resample import SeedNoise
+from openmoba.lab.run_files import RECIPE_FILE
 from openmoba.lab.study.answers import answers, from_full, reach, sweep, switches, use_of_context
 from openmoba.lab.study.candidates import standing_table, standings, tokens_per_second
 from openmoba.lab.study.charts import FOLDER, describe_arm, describe_arms, law_axes
@@ -27,7 +28,7 @@ from openmoba.lab.study.outcomes import (
     seed_noise,
     speeds_apart,
 )
-from openmoba.lab.study.recipe import RECIPE_FILE, Recipe, Stage, read_recipe
+from openmoba.lab.study.recipe import Recipe, Stage, read_recipe
 from openmoba.lab.study.report import REPORT_FILE
 from openmoba.lab.study.words import in_percent
 from openmoba.records.markdown import table

@@ -18,8 +18,8 @@ from openmoba.lab.errors import DivergenceError
 from openmoba.lab.model.build import check_model
 from openmoba.lab.model.checkpoint import checkpoints
 from openmoba.lab.progress import Progress, duration
-from openmoba.lab.run_files import CONFIG_FILE, FAILED_FILE, RESULT_FILE, has_begun
-from openmoba.lab.study.recipe import RECIPE_FILE, PlannedRun, Recipe
+from openmoba.lab.run_files import CONFIG_FILE, FAILED_FILE, RECIPE_FILE, RESULT_FILE, has_begun
+from openmoba.lab.study.recipe import PlannedRun, Recipe
 from openmoba.lab.study.same_data import begun, check_same_data, known_data
 from openmoba.lab.train.plan import planned_work
 from openmoba.records.disk import Row, expect, read_json, remove_leftovers, write_json, write_text
@@ -117,6 +117,8 @@ def check_folders(recipe: Recipe, study: Path) -> None:
 
     So does a run that the recipe does not name: the folder's report would leave it out, and lose the recipe that does.
     """
+    if (study / CONFIG_FILE).exists():
+        raise ValueError(f"{study} holds a run or a model, and a study has a folder of its own; choose another --out")
     names = {run.name for run in recipe.runs}
     found = sorted(str(path.parent.relative_to(study)) for path in study.glob(f"*/*/{CONFIG_FILE}"))
     strange = [name for name in found if name not in names and has_begun(study / name)]

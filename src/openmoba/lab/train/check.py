@@ -9,7 +9,7 @@ from openmoba.lab.config import RunConfig, changes, stored_config
 from openmoba.lab.data.load import Data
 from openmoba.lab.model.build import check_model
 from openmoba.lab.model.checkpoint import checkpoint_step, checkpoints
-from openmoba.lab.run_files import CONFIG_FILE, has_begun, is_run
+from openmoba.lab.run_files import CONFIG_FILE, RECIPE_FILE, has_begun, is_run
 from openmoba.lab.train.schedule import check_lengthening
 
 
@@ -60,6 +60,8 @@ def check_vocabulary(config: RunConfig, model: Any, data: Data) -> None:
 
 def _check_folder(config: RunConfig, folder: Path) -> bool:
     """Tell whether a shorter run of this configuration has begun in the folder; ValueError if another one has."""
+    if (folder / RECIPE_FILE).exists():
+        raise ValueError(f"{folder} is the folder of a study, and a run takes one of its own; use another folder")
     if not has_begun(folder):
         return False
     if not (folder / CONFIG_FILE).exists():

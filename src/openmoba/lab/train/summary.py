@@ -50,7 +50,7 @@ def plan_text(config: RunConfig) -> str:
     compute = ", ".join(f"{name} {value:.3g}" for name, value in plan.compute.items())
     rows = {
         "model": f"{config.model_words}, {parameters(plan.shape)}, vocabulary {plan.shape.vocab:,}",
-        "attention": config.arm.describe(plan.shape.layers, train.steps),
+        "attention": _attention(config, plan.shape),
         "training": f"{train.steps:,} steps of {train.batch_size:,} windows of {config.data.length:,} tokens: "
         f"{config.tokens:,} tokens; {config.eval.windows:,} windows evaluated {evaluations:,} "
         f"time{'s' if evaluations > 1 else ''}",
@@ -72,10 +72,19 @@ def parameters(shape: Shape) -> str:
     return f"{short(shape.total)} parameters ({short(shape.non_embedding)} without embeddings)"
 
 
+def _attention(config: RunConfig, shape: Shape) -> str:
+    """Say what the run's layers attend with, and the share of the keys that they read: 100% is full attention."""
+    arm, steps = config.arm, config.train.steps
+    said = arm.describe(shape.layers, steps)
+    if arm.kind is FULL:
+        return said
+    return f"{said}: {arm.key_share(shape.layers, config.data.length, steps):.0%} of full attention's keys"
+
+
 def _attention_path(trainer: RunTrainer) -> str:
     """Say what the run's layers attend with, and which implementation of MoBA runs, as `openmoba.explain` does."""
     arm, steps, shape = trainer.config.arm, trainer.config.train.steps, trainer.shape
-    attention, said = arm.sparsest(steps), arm.describe(shape.layers, steps)
+    attention, said = arm.sparsest(steps), _attention(trainer.config, shape)
     if attention is None or arm.kind is FULL:
         return said
     dtype = torch.bfloat16 if trainer.args.bf16 else torch.float32
