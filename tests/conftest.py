@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,14 +46,38 @@ def quick_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gc.collect", lambda *_: 0)
 
 
+@contextmanager
+def _few_replicates() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("study.fit", "measure.resample"):
+            patch.setattr(f"openmoba.lab.{module}.REPLICATES", 300)
+        yield
+
+
 @pytest.fixture(scope="module")
 def few_replicates() -> Iterator[None]:
     """Replicates enough to tell a resolved difference from noise."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in ("fit", "resample"):
-            room = "study" if module == "fit" else "measure"
-            patch.setattr(f"openmoba.lab.{room}.{module}.REPLICATES", 300)
+    with _few_replicates():
         yield
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished study with its report, by few replicates; not to be changed."""
+    from synthetic_study import make_study
+
+    from openmoba.lab.study.report import write_report
+
+    out = tmp_path_factory.mktemp("study")
+    with _few_replicates():
+        write_report(make_study(out), out, "6nd")
+    return out
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports whose figures are made but not written, which takes most of the time."""
+    monkeypatch.setattr("openmoba.lab.study.charts.save", lambda _, path: [path.with_name(f"{path.name}.png")])
 
 
 @pytest.fixture

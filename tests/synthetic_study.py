@@ -9,6 +9,8 @@ import numpy as np
 from openmoba.lab.config import RunConfig, to_dict
 from openmoba.lab.data.identity import Known
 from openmoba.lab.progress import Progress
+from openmoba.lab.study.recipe import Recipe, parse_recipe
+from openmoba.lab.study.work import run_study
 from openmoba.lab.train.history import keep
 
 LAWS = {"moba": (1.546, -0.108), "full": (1.464, -0.097), "hybrid": (1.50, -0.103)}
@@ -168,3 +170,10 @@ def _difficulty():
     rng = np.random.default_rng(0)
     difficulty = np.repeat(rng.normal(0, 0.3, DOCUMENTS), WINDOWS // DOCUMENTS) + rng.normal(0, 0.1, WINDOWS)
     return difficulty - difficulty.mean()
+
+
+def make_study(out: Path, text: str = RECIPE) -> Recipe:
+    """Finish a study, without a report."""
+    recipe = parse_recipe(text, title="t")
+    run_study(recipe, out, train, silent)
+    return recipe

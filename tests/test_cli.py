@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-pytest.importorskip("tyro")
-
-from openmoba.cli import commands
+from openmoba import cli
+from openmoba.lab.errors import Terminated, on_sigterm
 
 ANSWERS = """
 import sys
@@ -43,7 +49,7 @@ def python(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        *(([*name.split(), "--help"], 0) for name in commands()),
+        *(([*name.split(), "--help"], 0) for name in cli.commands()),
         (["--help"], 0),
         (["--version"], 0),
         (["training"], 2),
@@ -72,3 +78,74 @@ def test_names_of_the_package_are_there_before_they_are_imported() -> None:
     )
     assert done.stdout == "True\n"
     assert done.stderr.endswith("AttributeError: module 'openmoba' has no attribute 'nothing'\n")
+
+
+def test_the_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    out = capsys.readouterr().out
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    assert out.startswith(f"openmoba {project['version']}, python ")
+    assert f"torch {torch.__version__}" in out
+
+
+def test_sigterm_stops_what_does_not_handle_it(capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("openmoba.lab.study.commands.Plot.run", stop)
+        assert cli.main(["plot", "anything"]) == 143
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_whoever_interrupts_is_told_that_it_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("openmoba.lab.study.commands.Plot.run", stop)
+    assert cli.main(["plot", "anything"]) == 130
+    assert capsys.readouterr().err == "\nstopped\n"
+
+
+def test_whoever_asks_twice_does_not_wait_for_the_end_of_the_step() -> None:
+    asked: list[str] = []
+
+    def ask_twice() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        assert asked == ["once"]
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    with on_sigterm(lambda: asked.append("once")), pytest.raises(Terminated):
+        ask_twice()
+
+
+def test_a_fault_of_the_program_is_a_traceback_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fault(*_: Any) -> None:
+        raise KeyError("kind")
+
+    monkeypatch.setattr("openmoba.lab.study.commands.Plot.run", fault)
+    assert cli.main(["plot", "anything"]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert "error: this is a fault of openmoba, please report it" in error
+
+
+def test_output_that_nobody_reads_any_more_ends_the_command() -> None:
+    code = (
+        "import sys; from openmoba import cli; from openmoba.lab.study.commands import Plot\n"
+        "Plot.run = lambda self: print('x' * 10**6)\nsys.exit(cli.main(['plot', 'x']))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.wait() == 141
+        assert process.stderr.read() == b""

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from huggingface_hub import constants
 from matplotlib.figure import Figure
 from tiny import tiny_config
 
 from openmoba import cli
 from openmoba.bench.rows import columns
 from openmoba.bench.table import Row
-from openmoba.errors import explain
-from openmoba.hub import check_model_source, check_source
 from openmoba.lab.arms import ArmConfig
 from openmoba.lab.config import DataConfig, EvalConfig, RunConfig, TrainConfig, from_dict, to_dict
-from openmoba.lab.errors import Terminated, on_sigterm
-from openmoba.lab.progress import Progress
 from openmoba.lab.train.run import run_training
-from openmoba.lab.train.trainer import RunTrainer
 from openmoba.records import disk
 
 HUGE = str(10**20)
@@ -279,47 +266,6 @@ def test_refused_on_construction() -> None:
     assert from_dict(RunConfig, to_dict(RunConfig())) == RunConfig()
 
 
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (OSError(28, "No space left on device", "charts/a.png"), r"^charts/a\.png: No space left on device; make room"),
-        (PermissionError(13, "Permission denied", "/root/x"), r"^/root/x: Permission denied; give another place"),
-        (OSError(18, "Invalid cross-device link", "a", None, "b"), r"^a to b: Invalid cross-device link; try another"),
-        (OSError("Couldn't reach the hub"), r"says: Couldn't reach the hub; check the name, and the connection"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB\nmore"), r"^out of memory \(CUDA .* 2 GiB\); take sm"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "^out of memory"),
-        (MemoryError(), r"^out of memory; take smaller batches"),
-        (OverflowError("int too big to convert"), r"^a number is too large \(int too big to convert\)"),
-        (ModuleNotFoundError("No module named 'tyro'", name="tyro"), r"No module named 'tyro'; pip install"),
-        (ValueError("ours"), "^ours$"),
-    ],
-)
-def test_every_kind_of_error_has_a_way_out(error: Exception, said: str) -> None:
-    assert re.search(said, explain(error) or "")
-
-
-def test_a_librarys_error_says_whose_it_is() -> None:
-    with pytest.raises(ValueError, match="Expecting") as raised:
-        json.loads("")
-    assert explain(raised.value) == "Python says: Expecting value: line 1 column 1 (char 0)"
-    with pytest.raises(ValueError, match="a line is not str") as raised:
-        disk.expect(3, str, "a line")
-    assert explain(raised.value) == "a line is not str but 3; restore the file from a copy"
-
-
-def test_a_fault_of_the_program_is_a_traceback_and_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fault(*_: Any) -> None:
-        raise KeyError("kind")
-
-    monkeypatch.setattr("openmoba.lab.study.commands.Plot.run", fault)
-    assert cli.main(["plot", "anything"]) == 1
-    error = capsys.readouterr().err
-    assert "Traceback" in error
-    assert "error: this is a fault of openmoba, please report it" in error
-
-
 @pytest.mark.parametrize("full", [OSError(28, "No space left on device", "a.png"), OSError(5, "Input/output error")])
 def test_a_disk_that_is_full_while_drawing_is_one_sentence(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], full: OSError
@@ -337,130 +283,3 @@ def test_a_disk_that_is_full_while_drawing_is_one_sentence(
     assert cli.main(["convert", str(place / "model"), str(place / "out"), *CONVERT]) == 2
     assert str(full.strerror) in capsys.readouterr().err
     assert not (place / "out").exists()
-
-
-def test_names_that_the_hub_may_have_are_looked_for_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    for name in ("gpt2", "Qwen/Qwen3-0.6B", "runs", str(tmp_path)):
-        check_source(name)
-    for name in ("runs/demo", "/runs", "./gpt2", "a b", "a/b/c", "~/nowhere", "", "runs/"[:-1] + "/x"):
-        with pytest.raises(ValueError, match="does not exist"):
-            check_source(name)
-
-
-def test_a_hub_that_does_not_answer_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "kept"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    for name in ("gpt2", "Qwen/Qwen3-0.6B"):
-        with pytest.raises(
-            ValueError, match=f"{name} does not exist here, and the hub does not answer .*; give bytes$"
-        ):
-            check_model_source(name, "bytes")
-    (tmp_path / "kept" / "models--gpt2").mkdir(parents=True)
-    check_model_source("gpt2", "bytes")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    check_model_source("Qwen/Qwen3-0.6B", "bytes")
-
-
-@pytest.mark.parametrize(
-    "words", [["evaluate", "nope"], ["evaluate", "needle", "nope"], ["convert", "nope", "out", *CONVERT]], ids=str
-)
-def test_a_name_that_is_nowhere_is_an_error_at_once(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    start = time.monotonic()
-    assert cli.main(words) == 2
-    assert time.monotonic() - start < 10
-    assert "nope does not exist here, and the hub does not answer" in capsys.readouterr().err
-
-
-def test_sigterm_stops_what_does_not_handle_it(capsys: pytest.CaptureFixture[str]) -> None:
-    def stop(*_: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(10)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("openmoba.lab.study.commands.Plot.run", stop)
-        assert cli.main(["plot", "anything"]) == 143
-    assert "stopped by SIGTERM" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
-def test_whoever_interrupts_is_told_that_it_stopped(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("openmoba.lab.study.commands.Plot.run", stop)
-    assert cli.main(["plot", "anything"]) == 130
-    assert capsys.readouterr().err == "\nstopped\n"
-
-
-def test_whoever_asks_twice_does_not_wait_for_the_end_of_the_step() -> None:
-    asked: list[str] = []
-
-    def ask_twice() -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.01)
-        assert asked == ["once"]
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(10)
-
-    with on_sigterm(lambda: asked.append("once")), pytest.raises(Terminated):
-        ask_twice()
-
-
-@pytest.mark.parametrize("stop_at", [1, 2, 3, 4])
-def test_a_run_that_gets_sigterm_keeps_its_last_step_and_goes_on_as_if_it_had_not(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stop_at: int
-) -> None:
-    """Between two records, too: the losses since the last one are in the checkpoint."""
-    plain = RunTrainer.training_step
-
-    def terminated(trainer: RunTrainer, *args: Any, **kwargs: Any) -> Any:
-        if trainer.state.global_step + 1 == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return plain(trainer, *args, **kwargs)
-
-    folder = tmp_path / "run"
-    disk.write_json(make(folder) / "config.json", to_dict(tiny_config(place)))
-    with monkeypatch.context() as patch:
-        patch.setattr(RunTrainer, "training_step", terminated)
-        assert cli.main(["train", str(folder)]) == 143
-    said = capsys.readouterr().err
-    assert (folder / f"checkpoint-{stop_at}").exists()
-    if stop_at < 4:
-        assert f"stopped at step {stop_at} with a checkpoint; the same command goes on" in said
-        run_training(tiny_config(place), folder, progress=Progress())
-    else:
-        assert "is finished" in said
-    assert losses(folder) == losses(place / "run")
-
-
-def make(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
-
-
-def losses(folder: Path) -> list[Any]:
-    rows = disk.read(folder / "metrics.jsonl")
-    return [(row["kind"], row["step"], row.get("loss"), row.get("lm_loss"), row.get("windows")) for row in rows]
-
-
-def test_output_that_nobody_reads_any_more_ends_the_command() -> None:
-    code = (
-        "import sys; from openmoba import cli; from openmoba.lab.study.commands import Plot\n"
-        "Plot.run = lambda self: print('x' * 10**6)\nsys.exit(cli.main(['plot', 'x']))"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout
-        assert process.stderr
-        process.stdout.close()
-        assert process.wait() == 141
-        assert process.stderr.read() == b""

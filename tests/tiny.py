@@ -1,9 +1,15 @@
-"""A run of a second: four steps of a model of two narrow layers, on documents that a test writes; what a run says."""
+"""A run of a second: four steps of a model of two narrow layers, on documents that a test writes; what a run says.
+
+And what tests do to runs: stop them, damage their files.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from openmoba.lab.arms import ArmConfig
 from openmoba.lab.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
@@ -19,6 +25,18 @@ class Notes(Progress):
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+
+class Heard(Notes):
+    """Keeps steps of training too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[str] = []
+
+    def step(self, done: int, total: int, detail: str = "", share: float | None = None) -> None:
+        if share is not None:  # of training, not of reading data
+            self.steps.append(f"{done}/{total} {detail} {share:.2f}")
 
 
 def write_texts(folder: Path, count: int = 8) -> None:
@@ -50,3 +68,32 @@ def curve(folder: Path) -> list[dict[str, Any]]:
             row.pop(name, None)
         row["compute"].pop("accelerator_seconds")
     return rows
+
+
+def interrupt(config: RunConfig, folder: Path, step: int) -> None:
+    """Train until `step` has begun, then stop as a kill would: nothing is cleaned up."""
+    from openmoba.lab.train.run import run_training
+    from openmoba.lab.train.trainer import RunTrainer
+
+    plain = RunTrainer.attend_as_configured
+
+    def stop(trainer: RunTrainer, at: int) -> None:
+        if at == step:
+            raise KeyboardInterrupt
+        plain(trainer, at)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunTrainer, "attend_as_configured", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(config, folder)
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def one_thread() -> dict[str, str]:
+    """The environment of a process that runs beside others."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from openmoba import explain, moba_attention
+from openmoba.bench.timing import replayed
 from openmoba.ops.triton import attention, hopper
 from openmoba.ops.triton.geometry import Geometry
 from openmoba.ops.triton.host import replay
@@ -209,20 +210,7 @@ def captured(case: Case) -> Callable[[], tuple[Tensor, ...]]:
         out = moba_attention(*inputs, **case.settings)
         return out.detach(), *torch.autograd.grad(out, inputs, case.d_out)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-
-    def replay() -> tuple[Tensor, ...]:
-        graph.replay()
-        return results
-
-    return replay
+    return replayed(step)
 
 
 @pytest.mark.usefixtures("planning")

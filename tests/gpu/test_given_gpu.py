@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from given import Given, assert_as_accurate_as_plain_pytorch, at_random, of_moba
 from torch import Tensor
 
 from openmoba import block_attention
+from openmoba.bench.timing import replayed
 from openmoba.ops.triton import attention, hopper
 from openmoba.ops.triton.geometry import Geometry
 from openmoba.ops.triton.host import replay
@@ -147,17 +149,9 @@ def test_cuda_graph():
     """A graph captured on some blocks replays on others, in lists of other lengths."""
     given = example()
     expected = run(replace(given, blocks=given.blocks.flip(-1).clamp(max=2)))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        differentiated(block_attention, given)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = differentiated(block_attention, given)
+    replay = replayed(partial(differentiated, block_attention, given))
     given.blocks.copy_(given.blocks.flip(-1).clamp(max=2))
-    graph.replay()
-    assert_same_bits(results, expected)
+    assert_same_bits(replay(), expected)
 
 
 @pytest.mark.parametrize("wrong", [-2, 1, 2**30])

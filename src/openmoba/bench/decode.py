@@ -23,7 +23,7 @@ from openmoba.bench.attention import Session
 from openmoba.bench.machine import attempted
 from openmoba.bench.rows import read_rows
 from openmoba.bench.table import Row, compared
-from openmoba.bench.timing import Work, measure
+from openmoba.bench.timing import Work, measure, replayed
 from openmoba.ops.api import moba_attention
 from openmoba.ops.centroids import new_centroids
 from openmoba.ops.decode import moba_decode
@@ -176,21 +176,3 @@ def check_chunk(chunk: int, out: Path) -> None:
         raise ValueError(
             f"{out} holds chunks of {min(ends)} tokens, got chunk={chunk}; write other chunks to another file (--out)"
         )
-
-
-def replayed(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Capture `step` in a CUDA graph, after a call that compiles it; what it reads lives as long as the replay."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
-
-    def replay(_keeps: Callable[[], Tensor] = step) -> Tensor:
-        graph.replay()
-        return out
-
-    return replay

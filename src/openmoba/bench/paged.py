@@ -16,9 +16,10 @@ from torch import Tensor
 
 from openmoba.bench import cases
 from openmoba.bench.attention import Session
-from openmoba.bench.decode import GRAPH, Cache, Shape, cache_tasks, replayed
+from openmoba.bench.decode import GRAPH, Cache, Shape, cache_tasks
 from openmoba.bench.rows import length_name, markdown_table
 from openmoba.bench.table import Row
+from openmoba.bench.timing import replayed
 from openmoba.ops.api import moba_attention
 from openmoba.ops.paged import complete_paged, moba_paged, new_paged_centroids
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active as are_transforms_active
 from torch._C._functorch import is_legacy_batchedtensor
 from torch._functorch.utils import unwrap_dead_wrappers
+from torch._library.custom_ops import CustomOpDef
 from torch.autograd import Function
 from torch.library import custom_op, infer_schema
 from torch.nn import Parameter
@@ -58,46 +59,78 @@ def operation(
             with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
                 return function(*arguments)
 
-        def launch_flat(*flat: Any) -> R:
-            return launch(*struct.together(flat))
-
-        def save_flat(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            save(ctx, struct.together(inputs), output)
-
-        schema = struct.schema(mutates)
-        op = custom_op(f"openmoba::{function.__name__}", launch_flat, mutates_args=mutates, schema=schema)
-        op.register_fake(lambda *flat: fake(*struct.together(flat)))
-        written = [i for i, x in enumerate(op._opoverload._schema.arguments) if x.name in mutates]
-        op.register_vmap(partial(_one_by_one, op, written))
-        registered: Callable[..., R] = op._opoverload
-        if gradient is not None:
-            gradient_flat = _of_all(gradient, len(struct.fields))
-            op.register_autograd(gradient_flat, setup_context=save_flat)
-            traced = _differentiable(registered, save_flat, gradient_flat)
-            # Not by way of Python's `apply`, which inspects the signature.
-            plain = super(Function, _differentiable(launch, save, _of_all(gradient, struct.arguments))).apply  # type: ignore[misc]
-
-        def call(*arguments: Any) -> Any:
-            flat = struct.apart(arguments)
-            if gradient is None:
-                if is_plain(flat):
-                    return launch(*arguments)
-                with torch.no_grad():
-                    return registered(*flat)
-            if is_plain(flat):
-                if not _may_be_differentiated():
-                    return launch(*arguments)
-                return plain(*struct.together(unwrap_dead_wrappers(flat)))
-            if are_transforms_active():
-                # Imports what compiles, which importing openmoba must not.
-                from openmoba.ops.transforms import transformed
-
-                return transformed(traced, registered, *flat)
-            return registered(*flat)
-
+        op = _registered(function.__name__, launch, struct, fake, mutates)
+        if gradient is None:
+            call = _undifferentiated(op, launch, struct)
+        else:
+            call = _differentiated(op, launch, struct, save, gradient)
         return cast(Callable[Concatenate[str, P], R], call)
 
     return decorate
+
+
+def _registered(
+    name: str, launch: Callable[..., Any], struct: _Struct, fake: Callable[..., Any], mutates: tuple[str, ...]
+) -> CustomOpDef:
+    """Tell torch of an operation: schema, results of tensors without numbers, and how it takes batches apart."""
+
+    def launch_flat(*flat: Any) -> Any:
+        return launch(*struct.together(flat))
+
+    op = custom_op(f"openmoba::{name}", launch_flat, mutates_args=mutates, schema=struct.schema(mutates))
+    op.register_fake(lambda *flat: fake(*struct.together(flat)))
+    written = [i for i, x in enumerate(op._opoverload._schema.arguments) if x.name in mutates]
+    op.register_vmap(partial(_one_by_one, op, written))
+    return op
+
+
+def _undifferentiated(op: CustomOpDef, launch: Callable[..., Any], struct: _Struct) -> Callable[..., Any]:
+    """Make the call of an operation without a gradient."""
+    registered: Callable[..., Any] = op._opoverload
+
+    def call(*arguments: Any) -> Any:
+        flat = struct.apart(arguments)
+        if is_plain(flat):
+            return launch(*arguments)
+        with torch.no_grad():
+            return registered(*flat)
+
+    return call
+
+
+def _differentiated(
+    op: CustomOpDef,
+    launch: Callable[..., Any],
+    struct: _Struct,
+    save: Callable[..., None],
+    gradient: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Tell torch of the gradient of an operation; make the call."""
+
+    def save_flat(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        save(ctx, struct.together(inputs), output)
+
+    registered: Callable[..., Any] = op._opoverload
+    gradient_flat = _of_all(gradient, len(struct.fields))
+    op.register_autograd(gradient_flat, setup_context=save_flat)
+    traced = _differentiable(registered, save_flat, gradient_flat)
+    # Not by way of Python's `apply`, which inspects the signature.
+    plain = super(Function, _differentiable(launch, save, _of_all(gradient, struct.arguments))).apply  # type: ignore[misc]
+
+    def call(*arguments: Any) -> Any:
+        flat = struct.apart(arguments)
+        if is_plain(flat):
+            if not _may_be_differentiated():
+                return launch(*arguments)
+            return plain(*struct.together(unwrap_dead_wrappers(flat)))
+        if are_transforms_active():
+            # Imports what compiles, which importing the operation must not.
+            from openmoba.ops.transforms import transformed
+
+            return transformed(traced, registered, *flat)
+        return registered(*flat)
+
+    return call
 
 
 class _Struct:

@@ -139,8 +139,7 @@ def _launches(
 ) -> Launches:
     top_k = min(top_k, blocks + 1)
     chooses = top_k > 1
-    group = heads // kv_heads
-    rows, d = batch * heads * tokens, kernel_width(width)
+    group, rows, d = heads // kv_heads, batch * heads * tokens, kernel_width(width)
     n = keys_per_tile(block_size, d, dtype.itemsize)
     ranks, piece = portion_of(rows, block_size, top_k, n, multiprocessors(device))
     pieces = cdiv(block_size, piece)
@@ -148,67 +147,42 @@ def _launches(
     # Multiples of 16 keep addresses aligned.
     counters, padded = cdiv(rows, 16) * 16, cdiv(blocks, 16) * 16 if chooses else 0
     partials = portions * (width + 1) if portions > 1 else 0
-    split, scored = 0, tokens
-    if packed is not None:
-        split = packed.page_size if packed.page_size < block_size else 0
-        scored = cdiv(batch, packed.sequences)
-    m = min(_MOST_ROWS, max(16, power_of_two(scored * group)))
-    row_tiles = batch
-    if packed is not None:
-        scored = max(1, m // group)
-        row_tiles = batch // scored + packed.sequences
+    split = 0 if packed is None or packed.page_size >= block_size else packed.page_size
     overlap = chooses and overlaps(device)
     workspace, queries = Workspace(TENSOR, counters, padded), Rows.of(q_strides)
     options = {"GROUP": group, "WIDTH": width, "D": d, "OVERLAPS": overlap, "num_warps": 4}
+    scored, m, row_tiles = scored_at_once(batch, tokens, group, packed)
     score = Launch(
         decode_kernels.score,
         (cdiv(blocks, _BLOCKS_PER_TILE), kv_heads * cdiv(scored * group, m), row_tiles),
         (queries, Rows.of(centroid_strides), workspace, TENSOR, packed, blocks, block_size),
         options | {"TOKENS": scored, "M": m, "N": _BLOCKS_PER_TILE, "W": min(d, 64) if dtype == torch.float32 else d},
     )
+    tensors = (queries, Rows.of(k_strides), Rows.of(v_strides), workspace, TENSOR, TENSOR, TENSOR, packed)
+    lanes = next((lanes for lanes in _LANES if lanes >= blocks), _LANES[0])
+    looked_up = dict(zip(("PAGES", "TURNS"), pages_of(min(piece, block_size), split), strict=True))
     attend = Launch(
         decode_kernels.attend,
         (portions, heads * tokens, batch),
-        (
-            queries,
-            Rows.of(k_strides),
-            Rows.of(v_strides),
-            workspace,
-            TENSOR,
-            TENSOR,
-            TENSOR,
-            packed,
-            blocks,
-            block_size,
-            top_k,
-            ranks,
-            pieces,
-            piece,
-            scale,
-        ),
+        (*tensors, blocks, block_size, top_k, ranks, pieces, piece, scale),
         options
-        | {
-            "TOKENS": tokens,
-            "SPLIT": split,
-            "CHOOSES": chooses,
-            "SHARED": portions > 1,
-            "L": next((lanes for lanes in _LANES if lanes >= blocks), _LANES[0]),
-            "IN_REGISTERS": blocks <= _LANES[-1],
-            **dict(zip(("PAGES", "TURNS"), pages_of(min(piece, block_size), split), strict=True)),
-            "N": n,
-            "C": _MERGED_AT_ONCE,
-            "STAGES": _TILES_IN_FLIGHT + 1,
-        }
+        | {"TOKENS": tokens, "SPLIT": split, "CHOOSES": chooses, "SHARED": portions > 1}
+        | {"L": lanes, "IN_REGISTERS": blocks <= _LANES[-1], **looked_up}
+        | {"N": n, "C": _MERGED_AT_ONCE, "STAGES": _TILES_IN_FLIGHT + 1}
         | most_registers(128)
         | ({"launch_pdl": True} if overlap else {}),
     )
-    return Launches(
-        numbers=counters + rows * (padded + partials),
-        counters=counters,
-        score=score if chooses else None,
-        shared=portions > 1,
-        attend=attend,
-    )
+    return Launches(counters + rows * (padded + partials), counters, score if chooses else None, portions > 1, attend)
+
+
+def scored_at_once(batch: int, tokens: int, group: int, packed: Packed | None) -> tuple[int, int, int]:
+    """Return how many query tokens are scored together, the rows of their tiles, and how often there are as many."""
+    together = tokens if packed is None else cdiv(batch, packed.sequences)
+    m = min(_MOST_ROWS, max(16, power_of_two(together * group)))
+    if packed is None:
+        return tokens, m, batch
+    together = max(1, m // group)
+    return together, m, batch // together + packed.sequences
 
 
 def keys_per_tile(block_size: int, d: int, itemsize: int) -> int:

@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train import TRAIN, _interrupt, config, curve  # noqa: F401  the fixture `config`
+from tiny import curve, interrupt
 from transformers import Trainer
 
 from openmoba import cli
 from openmoba.lab.arms import ArmConfig
-from openmoba.lab.config import ModelConfig, RunConfig
+from openmoba.lab.config import ModelConfig, RunConfig, TrainConfig
 from openmoba.lab.measure.compute import Shape, training_compute
 from openmoba.lab.model.build import SIZES, build_model, load_model, set_attention
 from openmoba.lab.train.run import run_training
 from openmoba.lab.train.trainer import RunTrainer
 from openmoba.records import disk
 
-SHORT = replace(TRAIN, steps=4, log_every=1)
+SHORT = TrainConfig(steps=4, batch_size=4, log_every=1, checkpoint_every=4, learning_rate=5e-3)
 
 
-def test_an_arm_starts_as_without_it(config: RunConfig, tmp_path: Path) -> None:  # noqa: F811
+def test_an_arm_starts_as_without_it(config: RunConfig, tmp_path: Path) -> None:
     """Full attention with it: the first loss is that of full attention, the later ones are its own."""
     losses = []
     for key_conv in (None, 4):
@@ -40,7 +40,7 @@ def test_an_arm_starts_as_without_it(config: RunConfig, tmp_path: Path) -> None:
 
 
 def test_a_time_hybrid_keeps_it_over_the_switch(
-    config: RunConfig,  # noqa: F811
+    config: RunConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -58,13 +58,13 @@ def test_a_time_hybrid_keeps_it_over_the_switch(
     assert [attention["full_layers"] for attention in seen] == [0] * 6 + ["all"] * 6
     assert {attention["key_conv"] for attention in seen} == {4}
     monkeypatch.setattr(RunTrainer, "attend_as_configured", plain)
-    _interrupt(timed, tmp_path / "cut", 9, monkeypatch)
+    interrupt(timed, tmp_path / "cut", 9)
     run_training(timed, tmp_path / "cut")
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
 
 
 def test_fine_tuning_goes_on_with_it_or_says_what_would_be_lost(
-    config: RunConfig,  # noqa: F811
+    config: RunConfig,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
