@@ -254,6 +254,23 @@ def test_learning_rates_are_compared_over_the_seeds_that_all_have(
     assert "seed1" not in sentence
 
 
+def test_a_sweep_of_two_models_of_a_size_says_of_each_its_best(tmp_path: Path) -> None:
+    sizes = "".join(
+        f'"{family}-{rate}" = {{ model = {{ family = "{family}", size = "small" }}, '
+        f"train = {{ steps = 100, learning_rate = {rate} }} }}\n"
+        for family in ("llama", "qwen3")
+        for rate in (1e-3, 4e-3)
+    )
+    text = RECIPE[: RECIPE.index("[[stages]]")].replace("[sizes]\n", f"[sizes]\n{sizes}")
+    names = '"llama-0.001", "qwen3-0.001", "llama-0.004", "qwen3-0.004"'
+    text += f'[[stages]]\nname = "sweep"\nsizes = [{names}]\narms = ["full"]\n'
+    write_report(make(tmp_path, text), tmp_path, "6nd")
+    found = [line for line in (tmp_path / "report.md").read_text().splitlines() if "learning rate: " in line]
+    assert [line.partition("Runs: ")[2] for line in found] == [
+        f"sweep/{family}-0.001-full-seed0, sweep/{family}-0.004-full-seed0." for family in ("llama", "qwen3")
+    ]
+
+
 def test_stages_that_differ_in_more_than_the_rate_are_no_sweep(tmp_path: Path) -> None:
     sizes = '[sizes]\nlonger = { model = { size = "small" }, train = { steps = 200, learning_rate = 1e-3 } }\n'
     text = RECIPE[: RECIPE.index("[[stages]]")].replace("[sizes]\n", sizes)

@@ -70,8 +70,8 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def interrupt(config: RunConfig, folder: Path, step: int) -> None:
-    """Train until `step` has begun, then stop as a kill would: nothing is cleaned up."""
+def interrupt(config: RunConfig, folder: Path, step: int, said: str | None = None) -> None:
+    """Train until `step` has begun, then stop as Ctrl-C does: nothing is cleaned up, and `said` is told."""
     from openmoba.lab.train.run import run_training
     from openmoba.lab.train.trainer import RunTrainer
 
@@ -84,7 +84,7 @@ def interrupt(config: RunConfig, folder: Path, step: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunTrainer, "attend_as_configured", stop)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match=said):
             run_training(config, folder)
 
 

@@ -281,3 +281,10 @@ def test_a_disk_that_is_full_stops_the_run_with_earlier_records_whole(
         run_training(config, tmp_path)
     monkeypatch.setattr(os, "fsync", plain)
     assert [row["step"] for row in disk.read(tmp_path / "metrics.jsonl")][:1] == [2]
+
+
+@pytest.mark.parametrize(("steps", "said"), [(0, "begins it again"), (3, "goes on from step 2")])
+def test_whoever_interrupts_a_run_is_told_where_it_goes_on(steps: int, said: str, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    interrupt(config, tmp_path / "run", steps, f"run stopped; the same command {said}")
+    assert run_training(config, tmp_path / "run")["eval"]["step"] == 4

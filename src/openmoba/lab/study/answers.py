@@ -70,15 +70,16 @@ def sweep(stage: Stage, outcomes: Sequence[Outcome]) -> Iterator[str]:
         outcomes: of the whole study, other stages too: runs that differ from one of the sweep's in nothing but the rate
             and the seed belong to it.
     """
-    own = [run for run in outcomes if run.run.stage == stage and run.run.sweep]
-    for model in dict.fromkeys(run.config.model.size for run in own):
-        first = next(run for run in own if run.config.model.size == model)
+    own, told = [run for run in outcomes if run.run.stage == stage and run.run.sweep], set[str]()
+    for first in own:
         rates: dict[float, list[Outcome]] = {}
-        for run in outcomes:
+        for run in outcomes if first.run.name not in told else ():
             if not changes(first.config, _at_rate_and_seed_of(first, run)):
                 rates.setdefault(run.config.train.learning_rate, []).append(run)
-        noise = SeedNoise.of([run.loss("lm") for run in runs] for runs in rates.values())
-        yield f"{model}, learning rate: {_best_rate(dict(sorted(rates.items())), noise)}"
+                told.add(run.run.name)
+        if rates:
+            noise = SeedNoise.of([run.loss("lm") for run in runs] for runs in rates.values())
+            yield f"{first.config.model.size}, learning rate: {_best_rate(dict(sorted(rates.items())), noise)}"
 
 
 def _at_rate_and_seed_of(first: Outcome, run: Outcome) -> RunConfig:

@@ -14,7 +14,7 @@ from openmoba.lab.data.identity import OTHER_DOCUMENTS, Known, known_of_run, sto
 from openmoba.lab.data.load import load_data, validation_windows
 from openmoba.lab.errors import DivergenceError, Terminated, on_sigterm
 from openmoba.lab.model.build import build_model, load_model, model_folder, set_attention
-from openmoba.lab.model.checkpoint import checkpoint_step, newest_checkpoint, prune
+from openmoba.lab.model.checkpoint import checkpoint_step, checkpoints, newest_checkpoint, prune
 from openmoba.lab.progress import Progress
 from openmoba.lab.run_files import CONFIG_FILE, FAILED_FILE, IDENTITY_FILE, RESULT_FILE, has_begun
 from openmoba.lab.train.check import check_labels, check_run, check_start, check_vocabulary
@@ -60,7 +60,7 @@ def run_training(
             progress.note(f"{folder} goes on from step {checkpoint_step(checkpoint)}")
         if checkpoint is None or checkpoint_step(checkpoint) < config.train.steps:
             progress.note(summary_of(trainer))
-            with on_sigterm(trainer.stop):
+            with on_sigterm(trainer.stop), _way_on(folder):
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.stopping and trainer.state.global_step < config.train.steps:
         step = trainer.state.global_step
@@ -73,6 +73,19 @@ def run_training(
     if trainer.stopping:  # in the last step; a study must not begin the next run
         raise Terminated(f"{folder} is finished")
     return result
+
+
+@contextmanager
+def _way_on(folder: Path) -> Iterator[None]:
+    """Add to Ctrl-C, which says nothing itself, where the run goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if stop.args:
+            raise
+        kept = checkpoints(folder)
+        way = f"goes on from step {checkpoint_step(kept[0])}" if kept else "begins it again"
+        raise KeyboardInterrupt(f"{folder} stopped; the same command {way}") from stop
 
 
 def is_first() -> bool:
