@@ -127,6 +127,7 @@ ROWS: list[tuple[list[str], int, str]] = [
     (["bench", "plot", "not.csv"], 2, "other columns"),
     (["bench", "plot", "words.csv"], 2, "words.csv, line 2: "),
     (["bench", "plot", "short.csv"], 2, "short.csv, line 2: "),
+    (["runs"], 2, "there are no runs below runs; give a folder"),
     (["runs", "empty"], 2, "there are no runs below empty; give a folder"),
     (["runs", "file"], 2, "there are no runs below file"),
     (["generate", "run", "--file", "nowhere.txt"], 2, "nowhere.txt: No such file or directory; check the path"),

@@ -136,7 +136,7 @@ def test_runs_are_listed_side_by_side(
     for folder in (finished, tmp_path / "study" / "cut"):
         rows = disk.read(folder / "metrics.jsonl")
         losses[folder] = next(row["trailing_loss"] for row in reversed(rows) if row["kind"] == "eval")
-    first, second = sorted(losses)
+    first, second = losses
     assert cells["run"][:4] == ["finished", "moba", "8/2", "nano"]
     assert cells["cut"][:4] == ["step", "8/12", "full", "nano"]
     assert cells["run"][-5] == f"{losses[finished]:.4f}"
@@ -144,6 +144,10 @@ def test_runs_are_listed_side_by_side(
     assert cells[second.name][-4] == f"{losses[second] - losses[first]:+.4f}"
     assert cells["other"][-4] == "+0.0000", "on other windows"
     assert lines[-1].startswith(f"not listed: {tmp_path / 'study' / 'broken'}: ")
+    assert cli.main(["runs", str(tmp_path / "study" / "cut"), str(finished), str(finished)]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [Path(line.split()[0]).name for line in lines] == ["cut", "run"], "in the order given, each once"
+    assert lines[1].split()[-4] == f"{losses[finished] - losses[second]:+.4f}"
     (tmp_path / "empty").mkdir()
     assert cli.main(["runs", str(tmp_path / "empty")]) == 2
     assert "there are no runs below" in capsys.readouterr().err

@@ -23,8 +23,8 @@ HEADS = ("run", "state", "arm", "size", "tokens", "LM", "trailing", "to first", 
 class Runs:
     """List the runs below some folders, side by side: state, losses of the last evaluation, speed."""
 
-    folders: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of runs, of studies, or of many of them."""
+    folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)
+    """Folders of runs, of studies, or of many of them, to be listed in this order; left out: runs."""
 
     def run(self) -> None:
         """Print the table."""
@@ -41,7 +41,8 @@ def runs_table(folders: tuple[Path, ...]) -> str:
         ValueError: no runs there.
     """
     signs = (METRICS_FILE, FAILED_FILE)  # a run may fail before its first record
-    found = sorted({path.parent for folder in folders for sign in signs for path in folder.rglob(sign)})
+    below = ({path.parent for sign in signs for path in folder.rglob(sign)} for folder in folders)
+    found = list(dict.fromkeys(run for runs in below for run in sorted(runs)))
     if not found:
         raise ValueError(f"there are no runs below {', '.join(map(str, folders))}; give a folder that holds some")
     lines, problems = [], []
