@@ -107,7 +107,7 @@ class TrainConfig:
     """bf16 autocast or fp32; auto: bf16 on a GPU, fp32 on the CPU."""
     compile: Literal["auto", "layers", "off"] = "auto"
     """Compile the decoder layer by layer: "layers" or "off"; "auto": layers on a GPU, and each micro-batch launched as
-    one CUDA graph where that can be. Two to three times as fast there."""
+    one CUDA graph where that can be."""
     log_every: int = 10
     """Steps between training records."""
     checkpoint_every: int = 100
