@@ -317,6 +317,26 @@ def test_laws_and_curves_side_by_side_are_of_the_same_seeds(tmp_path: Path, monk
     assert report.count("MoBA and full attention by position") == 1
 
 
+def test_curves_by_position_are_of_the_same_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(synthetic_study.MORE, (2e-3, 1), -0.5)
+    drawn: list[Any] = []
+    for name in ("position_chart", "context_chart"):
+        real = getattr(charts.panels, name)
+        monkeypatch.setattr(
+            charts.panels,
+            name,
+            lambda x, losses, *rest, real=real, **named: drawn.append(losses) or real(x, losses, *rest, **named),
+        )
+    text = RECIPE.replace("[sizes]", "eval = { contexts = [256, 512] }\n[sizes]")
+    recipe = make(tmp_path, text, "pretrain/large-*-seed0", "pretrain/large-full-seed1")
+    write_report(recipe, tmp_path, "6nd")
+    outcomes = {run.run.name: run for run in read_outcomes(recipe, tmp_path)}
+    alone = outcomes["pretrain/large-full-seed0"]
+    assert drawn[0]["Full attention"] == [alone.loss(k) for k in range(len(alone.ranges))]
+    assert drawn[1]["Full attention"][-1] == alone.loss("trailing")
+    assert len(drawn) == 2
+
+
 def test_an_arm_that_lacks_a_size_has_a_law_and_no_band(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = make(tmp_path, RECIPE, "pretrain/*-full-*", "pretrain/small-moba-*", "pretrain/medium-moba-*")
     first, *_ = scaling_charts(monkeypatch, recipe, tmp_path, "6nd")

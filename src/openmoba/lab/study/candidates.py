@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from openmoba.lab.arms import FULL
+from openmoba.lab.columns import counted
 from openmoba.lab.measure.resample import LEVEL, Difference, Interval
 from openmoba.lab.study.figures import Level
 from openmoba.lab.study.outcomes import (
@@ -153,7 +154,7 @@ def _noise_sentence(runs: Sequence[Outcome], loss: float) -> str:
         f"The smallest difference in trailing loss that one seed of each arm lets one see is {smallest:.4f} nats "
         f"({smallest / loss:.2%}): t · s · √(2 / seeds), where s = {noise.sd:.4f} nats is the standard deviation "
         f"between seeds, pooled over {', '.join(several)}, and t the {LEVEL:.0%} quantile of Student's t with "
-        f"{noise.freedom} degrees of freedom. All intervals hold this noise."
+        f"{counted(noise.freedom, 'degree')} of freedom. All intervals hold this noise."
     )
 
 

@@ -17,6 +17,7 @@ from openmoba.lab.study.candidates import Standing, standings
 from openmoba.lab.study.figures import Curve, Level
 from openmoba.lab.study.outcomes import (
     Cut,
+    Named,
     Outcome,
     arms_of,
     behind,
@@ -254,7 +255,7 @@ def _positions(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
     arms = by("arm", runs)
     reference = of_kind(runs, FULL) or next(iter(arms.values()))
     shown = _most_telling(arms, reference)
-    ranges = range(len(reference[0].ranges))
+    ranges, same = range(len(reference[0].ranges)), by("arm", of_same_seeds(runs))
     differences = {
         own[0].label: [_level(difference(own, reference, k, seed_noise(runs, k))) for k in ranges]
         for own in shown
@@ -263,7 +264,7 @@ def _positions(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
     name = inside(reference[0].label)
     figure = panels.position_chart(
         reference[0].ranges,
-        {own[0].label: [mean_loss(own, k) for k in ranges] for own in shown},
+        {own[0].label: [mean_loss(same[own[0].run.arm], k) for k in ranges] for own in shown},
         differences,
         title=f"Loss by position, {_model(runs[0])}, length {runs[0].config.data.length:,}",
         loss_name="LM loss (nats)",
@@ -314,14 +315,16 @@ def _contexts(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
     key = "size" if len(by("arm", outcomes)) == 1 else "arm"
     runs = outcomes if key == "size" else list(by("size", outcomes).values())[-1]
     first = runs[0]
-    groups = by(key, (run for run in runs if run.contexts == first.contexts))
+    runs = [run for run in runs if run.contexts == first.contexts]
+    groups, same = by(key, runs), by(key, of_same_seeds(runs))
     if key == "arm":
         shown = _most_telling(groups, of_kind(runs, FULL) or next(iter(groups.values())))
         groups = {own[0].label: own for own in shown}
     cuts = [Cut(context) for context in first.contexts]
+    seen: list[Cut | Named] = [*cuts, "trailing"]
     figure = panels.context_chart(
         [*first.contexts, first.config.data.length],
-        {name: [*(mean_loss(own, cut) for cut in cuts), mean_loss(own, "trailing")] for name, own in groups.items()},
+        {name: [mean_loss(same[getattr(own[0].run, key)], cut) for cut in seen] for name, own in groups.items()},
         {name: [_level(gain(own, cut, "trailing")) for cut in cuts] for name, own in groups.items()},
         title=f"Use of context, {inside(first.label) if key == 'size' else _model(first)}",
         loss_name=f"Loss of the last\n{first.config.trailing:,} tokens (nats)",
