@@ -23,6 +23,8 @@ SHARE: dict[Device, float] = {"cpu": 0.3, "cuda": 0.55}
 foretells the steps of 2 M to 32 M parameters in results/h200 within 25 %; those of 545 M come out half too long."""
 ELEMENTWISE: dict[Device, float] = {"cpu": 6 * 60_000, "cuda": 28_000}
 """Work, in operations per layer and token (on GPUs, and channel), of what is no product, such as norms."""
+HEAD_NORMS = 10_800
+"""That of norms of queries and keys, on GPUs, per layer, token and channel of these: as results/h200 has qwen3 and llama."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,10 @@ def planned_work(config: RunConfig, device: Device | None = None) -> float:
     """
     shape, train, device = planned_shape(config), config.train, device or this_device()
     compute = training_compute(shape, config.arm, train.steps, train.steps, train.batch_size, 0.0)
-    width = shape.hidden if device == "cuda" else 1
-    operations = compute["causal_exact"] * PFLOPS_DAY + config.tokens * shape.layers * width * ELEMENTWISE[device]
+    elementwise = ELEMENTWISE["cpu"]
+    if device == "cuda":
+        elementwise = shape.hidden * ELEMENTWISE["cuda"] + _normed_channels(planned_model(config), shape) * HEAD_NORMS
+    operations = compute["causal_exact"] * PFLOPS_DAY + config.tokens * shape.layers * elementwise
     evaluated = len(config.evaluation_steps) * config.eval.windows * config.data.length
     evaluated += config.eval.windows * sum(config.eval.contexts)
     return operations * (1 + evaluated / config.tokens / 3)  # a forward pass is a third of a step
@@ -105,17 +109,26 @@ def activation_bytes(config: RunConfig, device: Device | None = None) -> float:
     bf16 = in_bf16(config, device)
     product, width = 2 if bf16 else 4, shape.hidden
     heads = shape.heads * shape.head_dim
-    shared = (getattr(entries, "num_key_value_heads", None) or shape.heads) * shape.head_dim
+    shared = _key_channels(model, shape)
     feed_forward = getattr(entries, "intermediate_size", None) or 4 * width
     layer: int = 20 * width + product * (3 * heads + 2 * shared + 4 * feed_forward)
     layer += 2 * product * width if bf16 else 0
-    if "qwen3" in entries.model_type:  # norms of queries and keys
-        layer += (4 + product) * (heads + shared)
+    layer += (4 + product) * _normed_channels(model, shape)
     together = 1 if train.gradient_checkpointing else shape.layers
     layers = 4 * width * (shape.layers - together) + layer * together
     tokens = config.data.length * (train.micro_batch_size or train.batch_size)
     weights = 2 * shape.non_embedding * together / shape.layers if bf16 else 0  # autocast's copies
     return tokens * (layers + 24 * width) + weights
+
+
+def _normed_channels(model: Any, shape: Shape) -> int:
+    """Return the channels of queries and keys that have norms of their own."""
+    normed = "qwen3" in model.config.model_type
+    return shape.heads * shape.head_dim + _key_channels(model, shape) if normed else 0
+
+
+def _key_channels(model: Any, shape: Shape) -> int:
+    return (getattr(model.config, "num_key_value_heads", None) or shape.heads) * shape.head_dim
 
 
 def in_bf16(config: RunConfig, device: Device | None = None) -> bool:
