@@ -24,7 +24,7 @@ foretells the steps of 2 M to 32 M parameters in results/h200 within 25 %; those
 ELEMENTWISE: dict[Device, float] = {"cpu": 6 * 60_000, "cuda": 28_000}
 """Work, in operations per layer and token (on GPUs, and channel), of what is no product, such as norms."""
 HEAD_NORMS = 10_800
-"""That of norms of queries and keys, on GPUs, a layer, token and channel of these, as results/h200 has qwen3 and llama."""
+"""That of norms of queries and keys, on GPUs, a layer, token and channel of these; results/h200 has qwen3 and llama."""
 
 
 @dataclass(frozen=True)
