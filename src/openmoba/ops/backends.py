@@ -111,16 +111,12 @@ def decoder(name: str) -> Decoder:
 
 @cache
 def paged_decoder(name: str) -> PagedDecoder:
-    """Import the backend that attends over a block table."""
+    """Import the backend that attends over a block table; torch operations do it in `openmoba.ops.paged_reference`."""
     if name == "triton":
         from openmoba.ops.triton import paged
 
         return paged
-    if name == "reference":
-        from openmoba.ops import paged_reference
-
-        return paged_reference
-    raise ValueError(f"there is no backend {name!r} that attends over a block table; use 'triton' or 'reference'")
+    raise ValueError(f"there is no backend {name!r} that attends over a block table; use 'triton'")
 
 
 def implementation(q: Tensor, impl: str, known: Sequence[str] = IMPLEMENTATIONS) -> tuple[str, str]:

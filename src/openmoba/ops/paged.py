@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from openmoba.config import check_blocks
+from openmoba.ops import paged_reference
 from openmoba.ops.arguments import KeyPages
 from openmoba.ops.backends import DECODERS, PagedDecoder, implementation, paged_decoder
 from openmoba.ops.centroids import centroid_dtype
@@ -41,13 +42,17 @@ from openmoba.ops.operation import operation
 @operation(PagedDecoder.attend_paged, fake=lambda _, q, *__: q.new_empty(q.shape))
 def attend_paged(name: str, *arguments: Any) -> Tensor:
     """Attend over a block table, not differentiable."""
-    return paged_decoder(name).attend_paged(*arguments)
+    return _decoder(name).attend_paged(*arguments)
 
 
 @operation(PagedDecoder.complete_paged, fake=lambda *_: None, mutates=("centroids",))
 def write_paged(name: str, *arguments: Any) -> None:
     """Write the centroids of the blocks that the new tokens complete."""
-    paged_decoder(name).complete_paged(*arguments)
+    _decoder(name).complete_paged(*arguments)
+
+
+def _decoder(name: str) -> PagedDecoder:
+    return paged_reference if name == "reference" else paged_decoder(name)
 
 
 def new_paged_centroids(k_pages: Tensor, block_size: int) -> Tensor:
