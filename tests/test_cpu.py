@@ -8,7 +8,7 @@ from oracle import assert_as_exact_as_plain, with_gradients
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from openmoba import moba_attention, moba_select
+from openmoba import block_attention, moba_attention, moba_select
 from openmoba.ops import cpu, selection, tiles
 from openmoba.ops.arguments import Blocking
 from openmoba.ops.reference import attention_given_selection
@@ -46,6 +46,46 @@ def test_every_tile_size(normal, dtype):
     selected = moba_select(*inputs[:2], block_size=64, top_k=4, **CPU)
     assert (selected == 0).sum() > 2 * tiles.TILE_ROWS[0]
     assert_exact(inputs, d_out, block_size=64, top_k=4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("block_size", [3, 16, 20])
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_that_is_no_number_gives_none(normal, dtype, top_k, block_size, bad):
+    """In blocks and ends of sequences with fewer keys than a vector register holds, too; other rows are as ever."""
+    (q, k, v), _ = call(normal, 23, dtype=dtype)
+    settings = {"block_size": block_size, "top_k": top_k, "return_lse": True, **CPU}
+    expected = moba_attention(q, k, v, **settings)
+    rows = torch.zeros(1, 23, 4, dtype=torch.bool)
+    rows[:, [0, 2, 9, 22], [0, 1, 2, 3]] = True
+    column = torch.arange(16) == 5
+    broken = q.detach().masked_fill(rows[..., None] & column, bad).requires_grad_()
+    out, lse = moba_attention(broken, k, v, **settings)
+    assert torch.equal(out.isnan(), rows[..., None].expand_as(out))
+    assert torch.equal(~lse.isfinite(), rows)
+    assert torch.equal(out[~rows], expected[0][~rows])
+    (d_q,) = torch.autograd.grad(out.sum(), broken)
+    assert torch.equal(d_q.isnan().any(-1), rows)
+
+
+@pytest.mark.parametrize("size", [4, 20])
+def test_blocks_without_weight(normal, size):
+    """Whose logits are all `-inf`: blocks that were chosen, and the first keys of the own block."""
+    (q, k, v), _ = call(normal, 4 * size + 3)
+    weightless = torch.zeros(4 * size + 3, dtype=torch.bool)
+    weightless[size : 2 * size] = weightless[3 * size : 3 * size + 2] = True
+    with torch.no_grad():
+        q[..., 0] = 1
+        k[..., 0] = 0
+        k[:, weightless, :, 0] = -math.inf
+    blocks = torch.tensor([0, 1]).int().expand(1, len(weightless), 2, 2)
+    own = torch.arange(len(weightless))[:, None, None] // size
+    settings = {"blocks": blocks.masked_fill(blocks >= own, -1), "block_size": size, "return_lse": True}
+    out, lse = block_attention(q, k, v, **settings, **CPU)
+    expected, expected_lse = block_attention(q, k, v, **settings, impl="reference")
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
 
 
 def test_every_query_choosing_the_same_block(normal):

@@ -83,6 +83,25 @@ def test_a_block_larger_than_the_cache_takes_no_more_memory() -> None:
     torch.testing.assert_close(out(2**31 - 1), out(12))
 
 
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_slots_of_no_row_are_not_read(impl: str, junk: float) -> None:
+    """Memory that nobody wrote lies before a row, behind it, and all along a row that has no token."""
+    keys, q = torch.randn(3, 12, 2, 8), torch.randn(3, 2, 4, 8)
+    lengths, starts = torch.tensor([7, 0, 1]).int(), torch.tensor([2, 0, 11]).int()
+
+    def out(keys: Tensor) -> Tensor:
+        centroids = new_centroids(keys, 12, 4).fill_(junk)
+        complete_pages(centroids, keys, lengths, starts, 12, 4)
+        return moba_decode(q, keys, keys, centroids, lengths, starts, block_size=4, top_k=2, impl=impl)
+
+    slot_S = torch.arange(12)
+    outside = (slot_S < starts[:, None]) | (slot_S >= (starts + lengths)[:, None])
+    expected = out(keys)
+    assert expected[0].ne(0).all()
+    assert torch.equal(out(keys.masked_fill(outside[..., None, None], junk)), expected)
+
+
 @pytest.mark.parametrize(
     ("keys", "block_size", "message"),
     [

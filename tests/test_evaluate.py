@@ -126,7 +126,8 @@ def test_measures_by_hand() -> None:
     }
     assert [(r["start"], r["end"], r["loss"]) for r in row["position_loss"]] == [(0, 3, 4.0), (3, 4, 3.0)]
     low, high = row["intervals"]["trailing"]
-    assert (low, high) == (1.5, 5.5)
+    of_two = 2 * 12.706 * 2**0.5 / 1.95996  # documents, whose means lie 2 from that of both
+    assert (low, high) == pytest.approx((3.5 - of_two, 3.5 + of_two), rel=1e-4)
     means = summary(loss, labelled, windows, trailing=2, position_range=3, each_window=False)
     assert set(means) == {"lm_loss", "trailing_loss", "position_loss", "trailing"}
     assert means["position_loss"] == [{"start": 0, "end": 3, "loss": 4.0}, {"start": 3, "end": 4, "loss": 3.0}]
@@ -168,7 +169,9 @@ def test_intervals_of_a_record_are_over_documents() -> None:
         np.diff(summary(loss, labelled, windows, 2, 2)["intervals"]["lm"])[0]
         for windows in (windows_of([5] * 100, 4), together)
     ]
-    assert widths[1] / widths[0] == pytest.approx(5**0.5, rel=0.1), "five windows of a document tell as much as one"
+    assert widths[1] / widths[0] == pytest.approx(1.077 * 5**0.5, rel=0.1), (
+        "five windows of a document tell as much as one"
+    )
 
 
 def numbered(lengths: list[int], length: int) -> Windows:

@@ -63,6 +63,38 @@ def test_intervals_cover_the_truth_about_as_often_as_they_claim(monkeypatch):
     assert fit.b.high - fit.b.low < 0.02, "an interval that covers by being wide shows nothing"
 
 
+@pytest.mark.parametrize(("runs", "least", "most"), [(3, 40, 62), (9, 88, 98)])
+def test_few_runs_cover_less_than_they_claim(runs, least, most, monkeypatch):
+    """The ratio of two equal laws whose runs have luck of their own, on windows that have none.
+
+    Measured over 1,000 draws: of 3, 4, 5, 6, 9 and 12 runs 53, 80, 81, 87, 93 and 94 % cover.
+    """
+    for module in ("study.fit", "measure.resample"):
+        monkeypatch.setattr(f"openmoba.lab.{module}.REPLICATES", 400)
+    rng, compute, inside = np.random.default_rng(6), np.geomspace(0.1, 10, runs), 0
+    for _ in range(100):
+        arms = [synthetic_windows(rng, 2.6, -0.08, run_noise=0.004, window_noise=0, compute=compute) for _ in range(2)]
+        one, two = fit_arms([compute, compute], arms, np.arange(64))
+        low, high = one.ratio(two, compute[-1:])
+        inside += low[0] <= 1 <= high[0]
+    assert least <= inside <= most
+
+
+@pytest.mark.parametrize("documents", [3, 22])
+def test_laws_hold_what_few_documents_tell(documents, monkeypatch):
+    """Runs without luck: measured over 500 draws, 94 and 95 % cover; as they are drawn, of 3 documents 76 %."""
+    for module in ("study.fit", "measure.resample"):
+        monkeypatch.setattr(f"openmoba.lab.{module}.REPLICATES", 300)
+    rng, inside = np.random.default_rng(7), 0
+    for _ in range(100):
+        windows = (2.6 * COMPUTE**-0.08)[:, None] + rng.normal(0, 0.1, documents).repeat(3)[None]
+        harder = 1.02 * windows * np.exp(rng.normal(0, 0.02, documents).repeat(3))
+        one, two = fit_arms([COMPUTE, COMPUTE], [harder, windows], np.repeat(np.arange(documents), 3))
+        low, high = one.ratio(two, [COMPUTE[-1]])
+        inside += low[0] <= 1.02 <= high[0]
+    assert inside >= 88
+
+
 def test_window_noise_alone_widens_the_intervals():
     rng = np.random.default_rng(1)
     quiet = fitted(COMPUTE, synthetic_windows(rng, 2.6, -0.08, run_noise=0, window_noise=0.01))

@@ -237,13 +237,28 @@ def test_a_static_cache_that_the_prompt_fills() -> None:
     assert out.equal(model.generate(ids, **options))
 
 
-def test_a_prompt_of_inference_mode_goes_on_outside_it() -> None:
+@pytest.mark.parametrize("graded", [False, True])
+def test_a_prompt_of_inference_mode_goes_on_outside_it(graded: bool) -> None:
+    """Where gradients are recorded, without the reserve of slots that the prompt had."""
     model, ids = configure(build(), SPARSE), tokens(1, 30)
+    model.requires_grad_(False)
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
         model(ids[:, :21], past_key_values=cache)
-    rest = logits(model, ids[:, 21:], past_key_values=cache)
+    with torch.set_grad_enabled(graded):
+        rest = model(ids[:, 21:], past_key_values=cache).logits
     torch.testing.assert_close(rest, logits(model, ids, use_cache=False)[:, 21:])
+
+
+def test_tokens_after_a_loss_do_not_write_what_its_backward_needs() -> None:
+    model, ids = configure(build(), SPARSE), tokens(1, 30)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :21], past_key_values=cache)
+    loss = model(ids[:, 21:], past_key_values=cache).logits.square().sum()
+    cache.crop(-5)
+    logits(model, ids[:, :3], past_key_values=cache)
+    loss.backward()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters())
 
 
 def test_compiled_decoding() -> None:

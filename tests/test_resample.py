@@ -17,6 +17,8 @@ from openmoba.lab.measure.resample import (
 )
 
 DOCUMENTS = 40
+TWO = 12.706 * 2**0.5 / 1.95996
+"""How much what is drawn of two documents is widened: Student's t with one degree of freedom, over the normal's z."""
 
 
 def clustered(rng, share):
@@ -28,7 +30,7 @@ def clustered(rng, share):
 
 @pytest.mark.parametrize(("share", "least"), [(0.0, 95), (0.3, 89), (0.9, 88)])
 def test_intervals_cover_with_windows_of_shared_documents(share, least, monkeypatch):
-    """Measured over 1,000 data sets: 98.9, 94.5 and 92.6 % cover."""
+    """Measured over 1,000 data sets: 99.1, 95.9 and 94.0 % cover."""
     monkeypatch.setattr("openmoba.lab.measure.resample.REPLICATES", 300)
     rng = np.random.default_rng(3)
     hits = 0
@@ -37,6 +39,21 @@ def test_intervals_cover_with_windows_of_shared_documents(share, least, monkeypa
         found = paired_difference([difference_W], [np.zeros_like(difference_W)], document_W)
         hits += found.interval is not None and 0.0 in found.interval
     assert hits >= least
+
+
+@pytest.mark.parametrize(("documents", "share"), [*product([2, 3, 5, 10], [0.3, 0.9])])
+def test_intervals_cover_with_few_documents(documents, share, monkeypatch):
+    """Measured over 2,000 data sets: 94 to 100 % cover; as they are drawn, of 3 documents 87 and 74 %."""
+    monkeypatch.setattr("openmoba.lab.measure.resample.REPLICATES", 300)
+    rng = np.random.default_rng(5)
+    document_W = np.arange(4 * documents) % documents
+    hits = 0
+    for _ in range(200):
+        between, within = rng.normal(size=documents)[document_W], rng.normal(size=len(document_W))
+        difference_W = np.sqrt(share) * between + np.sqrt(1 - share) * within
+        interval = mean_interval(difference_W, np.ones_like(difference_W), document_W)
+        hits += interval is not None and 0.0 in interval
+    assert hits >= 182
 
 
 def test_windows_taken_for_independent_do_not_cover(monkeypatch):
@@ -91,7 +108,10 @@ def test_means_weigh_windows_by_their_labels_and_need_two():
     assert interval is not None
     assert interval.high - interval.low == pytest.approx(2 * 1.96 / 20, rel=0.1)
     assert total.mean() in interval
-    assert mean_interval([1.0, 90.0, 0.0], [1, 9, 0], [0, 1, 2]) == Interval(1.0, 10.0)
+    assert mean_interval([1.0, 90.0, 0.0], [1, 9, 0], [0, 0, 2]) == Interval(1.0, 10.0)
+    apart = mean_interval([1.0, 90.0, 0.0], [1, 9, 0], [0, 1, 2])
+    assert apart is not None
+    assert [apart.low, apart.high] == pytest.approx([9.1 - 8.1 * TWO, 9.1 + 0.9 * TWO], rel=1e-4)
     assert mean_interval([1.0, 0.0], [1, 0], [0, 1]) is None
 
 
@@ -141,6 +161,7 @@ def test_equal_arms_and_disagreeing_seeds_stay_unresolved():
 def test_windows_without_the_loss_are_left_out():
     found = paired_difference([[3.0, np.nan, 5.0]], [[1.0, np.nan, 1.0]], [0, 0, 1])
     assert found.mean == 3.0
-    assert found.interval == Interval(2.0, 4.0)
+    assert found.interval is not None
+    assert [found.interval.low, found.interval.high] == pytest.approx([3 - TWO, 3 + TWO], rel=1e-4)
     single = paired_difference([[3.0, np.nan]], [[1.0, np.nan]], [0, 1])
     assert (single.mean, single.interval, single.resolved) == (2.0, None, False)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 OPS = ROOT / "src/openmoba/ops"
 FILES = {path.relative_to(OPS).as_posix(): path.read_text() for path in sorted(OPS.rglob("*.py"))}
 
-CACHES = {"centroids.py", "decode.py", "pages.py", "paged.py", "raw_keys.py", "reference.py", "triton/raw_keys.py"}
+CACHES = {"centroids.py", "decode.py", "pages.py", "raw_keys.py", "reference.py", "triton/raw_keys.py"}
 SORTING = {f"triton/{name}.py" for name in ("route", "gate", "ranking", "given", "plan", "attention")}
 ATTENTIONS = {"key_begin", "key_partial_bytes"}
 """Names in files that sort, of the keys that attention reads."""

@@ -205,7 +205,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             return known
         centroids = new_centroids(keys_BSHD, slots, block_size)
         if known is not None:
-            centroids[:, : known.shape[1]] = known
+            pages = min(
+                known.shape[1], centroids.shape[1]
+            )  # without a reserve there are fewer than there were with one
+            centroids[:, :pages] = known[:, :pages]
         return centroids
 
     def _show(self, tokens: int) -> None:
@@ -232,5 +235,5 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def _writable(x: Tensor) -> bool:
-    """Return False for a tensor of an inference mode that has ended."""
-    return not x.is_inference() or torch.is_inference_mode_enabled()
+    """Return False for a tensor of an inference mode that has ended, or that a backward pass may need."""
+    return not x.requires_grad and (not x.is_inference() or torch.is_inference_mode_enabled())

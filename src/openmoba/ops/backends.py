@@ -111,7 +111,7 @@ def decoder(name: str) -> Decoder:
 
 @cache
 def paged_decoder(name: str) -> PagedDecoder:
-    """Import the backend that attends over a block table; torch operations do it in `openmoba.ops.paged`."""
+    """Import the backend that attends over a block table; torch operations do it in `openmoba.ops.paged_reference`."""
     if name == "triton":
         from openmoba.ops.triton import paged
 

@@ -154,6 +154,8 @@ def _forward_part(
         q_L1RD = _gather(q_QD, row_LR)
         k_L1MD, v_L1MD = _gather(kv_KD, key_LM).chunk(2, dim=-1)
         o_L1RD, lse_L1R = _attend(q_L1RD, k_L1MD, v_L1MD, 0.0, tiles.causal, scale=scale)
+        if not lse_L1R.all():
+            lse_L1R = _where_zero(lse_L1R, q_L1RD, k_L1MD, tiles.causal, scale)
         end = start + row_LR.numel()
         partial_D[start:end] = o_L1RD.reshape(-1, width)
         partial_lse[start:end] = lse_L1R.flatten()
@@ -162,6 +164,17 @@ def _forward_part(
     lse_Q = lse_QC.logsumexp(1)
     weight_QC = (lse_QC - lse_Q[:, None]).exp_()
     return embedding_bag(tiling.partials_of_row, partial_D, mode="sum", per_sample_weights=weight_QC), lse_Q
+
+
+def _where_zero(lse_L1R: Tensor, q_L1RD: Tensor, k_L1MD: Tensor, causal: bool, scale: float) -> Tensor:
+    """Return the log-sum-exps of tiles, those that are 0 anew: torch's kernel says 0 of a row that it takes for one
+    without keys, whose logits are all `-inf` or, of a few keys, NaN.
+    """
+    logit_L1RM = scale * (q_L1RD.float() @ k_L1MD.float().transpose(-1, -2))
+    if causal:
+        after_RM = torch.ones(logit_L1RM.shape[-2:], dtype=torch.bool, device="cpu").triu(1)
+        logit_L1RM = logit_L1RM.masked_fill(after_RM, -torch.inf)
+    return torch.where(lse_L1R == 0, logit_L1RM.logsumexp(-1), lse_L1R)
 
 
 def _backward_part(

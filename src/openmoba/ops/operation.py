@@ -225,6 +225,11 @@ def _one_by_one(
     function: Callable[..., Any], written: list[int], info: Any, dims: tuple[int | None, ...], *arguments: Any
 ) -> tuple[Any, Any]:
     """Run `vmap` of a function one by one: its elements have nothing in common that could be computed together."""
+    if any(dims[j] is None for j in written):
+        raise ValueError(
+            "openmoba: vmap would write the results of all its elements to the same tensor, which is in no batch; make "
+            "it within the function, or map over it too"
+        )
     results = []
     for i in range(info.batch_size):
         views = [x if dim is None else x.select(dim, i) for x, dim in zip(arguments, dims, strict=True)]

@@ -171,6 +171,8 @@ def reference_decode(q: Tensor, cache: KeyCache, v_cache: Tensor, top_k: int, sc
     position_BT = lengths[:, None] - queries + _range(q, queries)
 
     def at(position_BHN: Tensor) -> tuple[Tensor, Tensor]:
+        # Slots that are of no row may hold NaN, which a weight of 0 does not take away.
+        position_BHN = position_BHN.clamp(min=0).minimum(lengths[:, None, None] - 1)
         slot_BHN = (starts_B[:, None, None] + position_BHN).clamp(0, k_cache.shape[1] - 1)
         place = _range(q, q.shape[0])[:, None, None], slot_BHN, key_head_of(q, k_cache)
         return k_cache[place], v_cache[place]
@@ -205,8 +207,8 @@ def decode_one(
     # A row times a matrix: on a CPU, libraries take seven times as long for a matrix times a column.
     logit_BHN = scale * (q_BHD.to(wide)[..., None, :] @ k_BHND.to(wide).transpose(-1, -2))[..., 0, :]
     weight_BHN = logit_BHN.masked_fill(~read_BHN, -math.inf).softmax(-1)
-    weight_BHN = weight_BHN.masked_fill((position_B < 0)[:, None, None], 0)
-    return (weight_BHN[..., None, :] @ v_BHND.to(wide))[..., 0, :].to(q_BHD.dtype)
+    out_BHD = (weight_BHN[..., None, :] @ v_BHND.to(wide))[..., 0, :]
+    return out_BHD.masked_fill((position_B < 0)[:, None, None], 0).to(q_BHD.dtype)
 
 
 def _choose_pages(q_BHD: Tensor, centroid_BPHD: Tensor, own_B: Tensor, top_k: int) -> Tensor:

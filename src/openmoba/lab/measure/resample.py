@@ -3,7 +3,8 @@
 Windows of one document are alike, so a replicate draws documents with replacement, and from every drawn document
 its windows with replacement. A loss is a mean over windows that count equally, so a replicate's loss is the mean
 over all windows drawn. All arms and seeds are measured on the same windows and share a replicate's draw: what is
-hard for one is hard for the other, and cancels in a difference.
+hard for one is hard for the other, and cancels in a difference. Few documents differ less from themselves drawn again
+than from all others, so what is drawn of them is moved away from what was measured, as Student's t says (`widened`).
 
 Two or three seeds are too few to draw from: the interval of three equal draws is their range, which holds the mean
 of all seeds three times in four. So their spread is pooled over the arms that have several seeds (`SeedNoise`), and
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -128,7 +130,7 @@ def paired_difference(
     seeds = len(difference_SW)
     measured_W = ~np.isnan(difference_SW).any(axis=0)
     difference_SW, document_W = difference_SW[:, measured_W], np.asarray(document_W)[measured_W]
-    mean_R = window_shares(document_W) @ difference_SW.mean(axis=0)
+    mean_R = widened(window_shares(document_W) @ difference_SW.mean(axis=0), difference_SW.mean(), document_W)
     if noise is not None:
         mean_R = mean_R + noise.draw(seeds)
     return Difference(
@@ -151,8 +153,9 @@ def mean_interval(total_W: ArrayLike, count_W: ArrayLike, document_W: ArrayLike)
     some_W = count_W > 0
     if some_W.sum() < 2:
         return None
-    share_RW = window_shares(np.asarray(document_W)[some_W])
-    return Interval.of((share_RW @ total_W[some_W]) / (share_RW @ count_W[some_W]))
+    total_W, count_W, document_W = total_W[some_W], count_W[some_W], np.asarray(document_W)[some_W]
+    share_RW = window_shares(document_W)
+    return Interval.of(widened((share_RW @ total_W) / (share_RW @ count_W), total_W.sum() / count_W.sum(), document_W))
 
 
 def window_shares(document_W: ArrayLike) -> Floats:
@@ -162,6 +165,21 @@ def window_shares(document_W: ArrayLike) -> Floats:
     """
     _, number_W = np.unique(np.asarray(document_W), return_inverse=True)
     return _shares(tuple(number_W.tolist()), REPLICATES)
+
+
+def widened(drawn_R: Floats, measured: float | Floats, document_W: ArrayLike) -> Floats:
+    """Return what draws of few documents have, `[R, ...]`, as far from what was measured as many would lie from it.
+
+    The variance of D draws among D documents is `(D - 1) / D` of what it should be, and is itself known with D - 1
+    degrees of freedom: the distance is multiplied by `t * sqrt(D / (D - 1)) / z`, t and z the two-sided quantiles of
+    Student's t and of the normal distribution. A single document says nothing of others, and stays as it is.
+    """
+    freedom = len(np.unique(np.asarray(document_W))) - 1
+    if freedom == 0:
+        return drawn_R
+    normal = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    factor = student_quantile(freedom) * np.sqrt((freedom + 1) / freedom) / normal
+    return np.asarray(measured + factor * (drawn_R - measured))
 
 
 def student_quantile(freedom: int) -> float:

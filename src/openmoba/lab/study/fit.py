@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from openmoba.lab.measure.resample import REPLICATES, Floats, Interval, ends, window_shares
+from openmoba.lab.measure.resample import REPLICATES, Floats, Interval, ends, widened, window_shares
 
 HUBER_DELTA = 1e-3  # in log loss, as in Hoffmann et al. 2022 (arXiv 2203.15556, appendix D.3)
 REWEIGHTINGS, SETTLED = 200, 1e-9  # steps of the Huber fit, and the change of a coefficient that ends them
@@ -103,7 +103,8 @@ def fit_arms(compute: Sequence[ArrayLike], windows: Sequence[ArrayLike], documen
     fits = []
     for law, compute_N, windows_NW in zip(laws, compute_AN, windows_ANW, strict=True):
         loss_N = windows_NW.mean(axis=1)
-        lines_R2 = _huber_lines(np.log(compute_N), np.log(share_RW @ windows_NW.T), count_RN)
+        drawn_RN = widened(np.log(share_RW @ windows_NW.T), np.log(loss_N), documents)
+        lines_R2 = _huber_lines(np.log(compute_N), drawn_RN, count_RN)
         bounds = Interval.of(np.exp(lines_R2[:, 0])), Interval.of(lines_R2[:, 1])
         fits.append(Fit(law, *bounds, compute_N, loss_N, np.log(loss_N / law(compute_N)), lines_R2))
     return fits
