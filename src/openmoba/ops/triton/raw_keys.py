@@ -101,12 +101,9 @@ def _keep(
     M: tl.constexpr,
 ):
     """Write a tile of new keys once more, and keep those of the last tokens of pages and of sequences."""
-    n_M = tl.program_id(0) * M + tl.arange(0, M)
+    n_M, exists_M, _sequence_M, number_M, left_M, first_M = _tile(batch, length_ptr, tokens, M)
     c_C = tl.program_id(1) * C + tl.arange(0, C)
-    _sequence_M, number_M, left_M, first_M = _find(batch, length_ptr, n_M)
-    exists_M = (n_M < tokens) & (left_M > 0)
     exists_C = (c_C < channels)[None, :]
-    n_M = n_M.to(tl.int64)
     x_MC = tl.load(k_ptr + n_M[:, None] * key_stride + c_C, mask=exists_M[:, None] & exists_C, other=0.0)
     tl.store(raw_ptr + n_M[:, None] * channels + c_C, x_MC, mask=exists_M[:, None] & exists_C)
     slot_M = tl.load(slot_ptr + n_M, mask=exists_M, other=-1)
@@ -132,13 +129,10 @@ def _convolve(
     M: tl.constexpr,
 ):
     """Write the convolved keys of a tile of tokens."""
-    n_M = tl.program_id(0) * M + tl.arange(0, M)
+    n_M, exists_M, sequence_M, number_M, _left_M, first_M = _tile(batch, length_ptr, tokens, M)
     c_C = tl.program_id(1) * C + tl.arange(0, C)
-    sequence_M, number_M, left_M, first_M = _find(batch, length_ptr, n_M)
-    exists_M = (n_M < tokens) & (left_M > 0)
     exists_C = (c_C < channels)[None, :]
     begins_page_M = first_M % batch.page_size == 0
-    n_M = n_M.to(tl.int64)
     x_MC = _wide(tl.load(raw_ptr + n_M[:, None] * channels + c_C, mask=exists_M[:, None] & exists_C, other=0.0))
     sum_MC = x_MC * _wide(tl.load(weight_ptr + c_C * (R + 1), mask=c_C < channels, other=0.0))
     for d in tl.static_range(1, R + 1):
@@ -163,16 +157,18 @@ def _convolve(
 
 
 @triton.jit
-def _find(batch, length_ptr, n_M):
-    """Return of new tokens their sequence, their number in it, how many are left from there on, and its first position.
-
-    None is left where a token is of no sequence.
+def _tile(batch, length_ptr, tokens, M: tl.constexpr):
+    """Return a tile's new tokens, and whether they exist; of each its sequence, and then of that sequence's new tokens
+    its number, how many are left from it on, and the position of the first.
     """
+    n_M = tl.program_id(0) * M + tl.arange(0, M)
     sequence_M = sequence_of(n_M, batch, True)
     begin_M = tl.load(batch.cu_q + sequence_M)
     new_M = tl.load(batch.cu_q + sequence_M + 1) - begin_M
     number_M = n_M - begin_M
-    return sequence_M, number_M, new_M - number_M, tl.load(length_ptr + sequence_M) - new_M
+    left_M = new_M - number_M
+    exists_M = (n_M < tokens) & (left_M > 0)
+    return n_M.to(tl.int64), exists_M, sequence_M, number_M, left_M, tl.load(length_ptr + sequence_M) - new_M
 
 
 @triton.jit
