@@ -205,9 +205,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             return known
         centroids = new_centroids(keys_BSHD, slots, block_size)
         if known is not None:
-            pages = min(
-                known.shape[1], centroids.shape[1]
-            )  # without a reserve there are fewer than there were with one
+            pages = min(known.shape[1], centroids.shape[1])  # without a reserve fewer than there were with one
             centroids[:, :pages] = known[:, :pages]
         return centroids
 

@@ -72,14 +72,15 @@ def sweep(stage: Stage, outcomes: Sequence[Outcome]) -> Iterator[str]:
     """
     own, told = [run for run in outcomes if run.run.stage == stage and run.run.sweep], set[str]()
     for first in own:
+        if first.run.name in told:
+            continue
         rates: dict[float, list[Outcome]] = {}
-        for run in outcomes if first.run.name not in told else ():
+        for run in outcomes:
             if not changes(first.config, _at_rate_and_seed_of(first, run)):
                 rates.setdefault(run.config.train.learning_rate, []).append(run)
                 told.add(run.run.name)
-        if rates:
-            noise = SeedNoise.of([run.loss("lm") for run in runs] for runs in rates.values())
-            yield f"{first.config.model.size}, learning rate: {_best_rate(dict(sorted(rates.items())), noise)}"
+        noise = SeedNoise.of([run.loss("lm") for run in runs] for runs in rates.values())
+        yield f"{first.config.model.size}, learning rate: {_best_rate(dict(sorted(rates.items())), noise)}"
 
 
 def _at_rate_and_seed_of(first: Outcome, run: Outcome) -> RunConfig:

@@ -234,14 +234,9 @@ def _stage_runs(stage: Stage, stages: dict[str, Stage], tables: Table, special: 
 
 def _is_sweep(runs: Sequence[PlannedRun]) -> bool:
     """Tell whether two sizes of a single arm differ in nothing but their learning rates."""
-    rates = "train.learning_rate"
     sizes = {run.size: _flat(run.tables) for run in runs}.values()
-    but_rate = [{key: value for key, value in flat.items() if key != rates} for flat in sizes]
-    alike = (
-        one.get(rates) != other.get(rates)
-        for (one, first), (other, second) in combinations(zip(sizes, but_rate, strict=True), 2)
-        if first == second
-    )
+    same_rate = {"train.learning_rate": None}
+    alike = (one != other and one | same_rate == other | same_rate for one, other in combinations(sizes, 2))
     return len({run.arm for run in runs}) == 1 and any(alike)
 
 

@@ -103,13 +103,13 @@ def _keep(
     """Write a tile of new keys once more, and keep those of the last tokens of pages and of sequences."""
     n_M, exists_M, _sequence_M, number_M, left_M, first_M = _tile(batch, length_ptr, tokens, M)
     c_C = tl.program_id(1) * C + tl.arange(0, C)
-    exists_C = (c_C < channels)[None, :]
-    x_MC = tl.load(k_ptr + n_M[:, None] * key_stride + c_C, mask=exists_M[:, None] & exists_C, other=0.0)
-    tl.store(raw_ptr + n_M[:, None] * channels + c_C, x_MC, mask=exists_M[:, None] & exists_C)
+    exists_MC = exists_M[:, None] & (c_C < channels)[None, :]
+    x_MC = tl.load(k_ptr + n_M[:, None] * key_stride + c_C, mask=exists_MC, other=0.0)
+    tl.store(raw_ptr + n_M[:, None] * channels + c_C, x_MC, mask=exists_MC)
     slot_M = tl.load(slot_ptr + n_M, mask=exists_M, other=-1)
     last_M = (slot_M % batch.page_size >= batch.page_size - R) | (left_M <= R)
     row_M = slot_M // batch.page_size * R + (first_M + number_M) % R
-    tl.store(raw_keys_ptr + row_M[:, None] * channels + c_C, x_MC, mask=((slot_M >= 0) & last_M)[:, None] & exists_C)
+    tl.store(raw_keys_ptr + row_M[:, None] * channels + c_C, x_MC, mask=((slot_M >= 0) & last_M)[:, None] & exists_MC)
 
 
 @triton.jit
@@ -131,29 +131,29 @@ def _convolve(
     """Write the convolved keys of a tile of tokens."""
     n_M, exists_M, sequence_M, number_M, _left_M, first_M = _tile(batch, length_ptr, tokens, M)
     c_C = tl.program_id(1) * C + tl.arange(0, C)
-    exists_C = (c_C < channels)[None, :]
+    exists_MC = exists_M[:, None] & (c_C < channels)[None, :]
     begins_page_M = first_M % batch.page_size == 0
-    x_MC = _wide(tl.load(raw_ptr + n_M[:, None] * channels + c_C, mask=exists_M[:, None] & exists_C, other=0.0))
+    x_MC = _wide(tl.load(raw_ptr + n_M[:, None] * channels + c_C, mask=exists_MC, other=0.0))
     sum_MC = x_MC * _wide(tl.load(weight_ptr + c_C * (R + 1), mask=c_C < channels, other=0.0))
     for d in tl.static_range(1, R + 1):
         # One of three loads has the key d tokens before; the others load nothing, which adds 0.
         token_M = first_M + number_M - d
-        is_new_M = exists_M & (number_M >= d)
-        past_MC = tl.load(raw_ptr + (n_M - d)[:, None] * channels + c_C, mask=is_new_M[:, None] & exists_C, other=0.0)
+        is_new_M = number_M >= d
+        past_MC = tl.load(raw_ptr + (n_M - d)[:, None] * channels + c_C, mask=is_new_M[:, None] & exists_MC, other=0.0)
         is_old_M = exists_M & (number_M < d) & (token_M >= 0)
         # Another sequence may have written the page before in this step, so it is read after `_keep`.
         page_M, _place_M = page_of(batch, sequence_M, token_M, is_old_M & begins_page_M)
         row_M = page_M * R + token_M % R
-        of_page_MC = (is_old_M & begins_page_M)[:, None] & exists_C
+        of_page_MC = (is_old_M & begins_page_M)[:, None] & exists_MC
         past_MC += tl.load(raw_keys_ptr + row_M[:, None] * channels + c_C, mask=of_page_MC, other=0.0)
         # Within a page the sequence's own new tokens may have overwritten them; `_read_before` was before that.
         row_M = sequence_M.to(tl.int64) * R + R + number_M - d
-        read_MC = (is_old_M & (begins_page_M == 0))[:, None] & exists_C
+        read_MC = (is_old_M & (begins_page_M == 0))[:, None] & exists_MC
         past_MC += tl.load(before_ptr + row_M[:, None] * channels + c_C, mask=read_MC, other=0.0)
         sum_MC += _wide(past_MC) * _wide(tl.load(weight_ptr + c_C * (R + 1) + d, mask=c_C < channels, other=0.0))
     out_MC = x_MC + sum_MC * tl.sigmoid(sum_MC)
     out_MC = out_MC.to(k_ptr.dtype.element_ty)
-    tl.store(k_ptr + n_M[:, None] * key_stride + c_C, out_MC, mask=exists_M[:, None] & exists_C)
+    tl.store(k_ptr + n_M[:, None] * key_stride + c_C, out_MC, mask=exists_MC)
 
 
 @triton.jit
