@@ -23,6 +23,7 @@ from openmoba.errors import explain
 from openmoba.ops.dense import dense_attention
 from openmoba.ops.key_conv import key_convolution
 from openmoba.parallel import Sharding, collectives, cost, keys
+from openmoba.parallel import heads as by_heads
 from openmoba.parallel.cost import values_sent
 
 # B batch, T tokens, H heads, D head width
@@ -229,7 +230,7 @@ def volumes(ranks: int, way: str, layout: str) -> None:
     """What is sent is what the cost model says."""
     sharding = Sharding.over(GROUPS[ranks], 60, way=way, layout=layout)
     sent = 0.0
-    exchange, gather = collectives._start, collectives.gather
+    exchange, gather = collectives.start, collectives.gather
 
     def counted_exchange(x: Tensor, *rest: Any) -> Any:
         nonlocal sent
@@ -241,7 +242,11 @@ def volumes(ranks: int, way: str, layout: str) -> None:
         sent += x.numel() * (ranks - 1)
         return gather(x, *rest)
 
-    with patch.object(collectives, "_start", counted_exchange), patch.object(keys, "gather", counted_gather):
+    with (
+        patch.object(collectives, "start", counted_exchange),
+        patch.object(by_heads, "start", counted_exchange),
+        patch.object(keys, "gather", counted_gather),
+    ):
         for heads, kv_heads in ((12, 6), (12, 4), (12, 1)):
             sent = 0.0
             local = [sharding.shard(x).requires_grad_() for x in inputs(1, 60, heads=heads, kv_heads=kv_heads)]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
 
+from openmoba.parallel.copies import contiguous
+
 Waiting = Callable[[], Tensor]
 """Waits for a transfer that is under way, and returns what arrived."""
 
@@ -60,14 +62,21 @@ def gather(x: Tensor, ranks: int, group_name: str) -> Waiting:
 
 def exchange(x: Tensor, ranks: int, group_name: str) -> Waiting:
     """Start to send the n-th part of `x` along dimension 0 to rank n; what arrives lies in the order of its senders."""
-    coming = _start(x, ranks, group_name)
-    return lambda: torch.ops._c10d_functional.wait_tensor(coming)
+    coming = start(x, ranks, group_name)
+    return lambda: wait(coming)
 
 
-def _start(x: Tensor, ranks: int, group_name: str) -> Tensor:
+def start(x: Tensor, ranks: int, group_name: str) -> Tensor:
+    """Start an `exchange` and return what is on its way: it is for `wait` alone. No gradient."""
     sizes = [x.shape[0] // ranks] * ranks
     coming: Tensor = torch.ops._c10d_functional.all_to_all_single(x, sizes, sizes, group_name)
     return coming
+
+
+def wait(coming: Tensor) -> Tensor:
+    """Wait for what is on its way, and return it. No gradient."""
+    got: Tensor = torch.ops._c10d_functional.wait_tensor(coming)
+    return got
 
 
 def started(x: Tensor, ranks: int, group_name: str) -> Tensor:
@@ -87,23 +96,22 @@ def arrived(x: Tensor, ranks: int, group_name: str) -> Tensor:
 class _Started(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: int, group_name: str) -> Tensor:
-        return _start(x, ranks, group_name)
+        return start(contiguous(x), ranks, group_name)
 
     @staticmethod
     def backward(ctx: Any, coming: Tensor) -> tuple[Tensor, None, None]:
-        return torch.ops._c10d_functional.wait_tensor(coming), None, None
+        return wait(coming), None, None
 
 
 class _Arrived(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, coming: Tensor, ranks: int, group_name: str) -> Tensor:
         ctx.group = ranks, group_name
-        got: Tensor = torch.ops._c10d_functional.wait_tensor(coming)
-        return got
+        return wait(coming)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _start(gradient.contiguous(), *ctx.group), None, None
+        return start(contiguous(gradient), *ctx.group), None, None
 
 
 def sum_parts(x: Tensor, ranks: int, group_name: str) -> Waiting:

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from openmoba.parallel.collectives import Waiting, gather, sum_parts
+from openmoba.parallel.copies import copy_into
 from openmoba.parallel.cost import heads_per_turn
 from openmoba.parallel.heads import Attend
 from openmoba.parallel.sharding import Sharding
@@ -59,7 +60,7 @@ class _ByKeys(torch.autograd.Function):
                     ctx.calls.append(_Call(*map(get_gradient_edge, (*roots, result))))
                 else:
                     result = piece.attend(attend, sharding, *inputs, *given)
-                out[:, piece.local, turn.heads] = result.detach()
+                copy_into(out[:, piece.local, turn.heads], result.detach())
         ctx.save_for_backward(k, v, *ctx.saved.take())
         return out
 
@@ -78,10 +79,13 @@ class _ByKeys(torch.autograd.Function):
                 call = next(calls)
                 gradient = d_out[:, piece.local, turn.heads]
                 inner = torch.autograd.grad(call.out, [call.q, call.k, call.v], gradient, retain_graph=True)
-                dq[:, piece.local, turn.heads] = inner[0]
+                copy_into(dq[:, piece.local, turn.heads], inner[0])
                 for i, x in enumerate(inner[1:]):
-                    its = dkv_TB2KD[: piece.end, :, i]
-                    (its.add_ if written else its.copy_)(x.transpose(0, 1))
+                    its, x_TBKD = dkv_TB2KD[: piece.end, :, i], x.transpose(0, 1)
+                    if written:
+                        its.add_(x_TBKD)
+                    else:
+                        copy_into(its, x_TBKD)
                 written = max(written, piece.end)
             dkv_TB2KD[written:] = 0
             under_way.add(turn.kv_heads, sum_parts(sharding.by_rank(dkv_TB2KD), sharding.ranks, sharding.group_name))
@@ -112,13 +116,15 @@ class _Turn(NamedTuple):
 
 def _turns(heads: int, k_BSHD: Tensor, v_BSHD: Tensor, sharding: Sharding) -> Iterator[_Turn]:
     """Yield each turn when its keys and values are there, while those of the next are on their way."""
-    kv_heads = k_BSHD.shape[2]
+    batch, shard, kv_heads, width = k_BSHD.shape
     step, group = heads_per_turn(kv_heads, 2 * k_BSHD.nbytes // kv_heads * sharding.ranks), heads // kv_heads
     parts = [slice(start, start + step) for start in range(0, kv_heads, step)]
 
     def start(part: slice) -> Waiting:
-        kv_BS2KD = torch.stack([k_BSHD[:, :, part], v_BSHD[:, :, part]], 2)
-        return gather(kv_BS2KD.transpose(0, 1).contiguous(), sharding.ranks, sharding.group_name)
+        kv_SB2KD = k_BSHD.new_empty(shard, batch, 2, step, width)
+        for i, x_BSHD in enumerate((k_BSHD, v_BSHD)):
+            copy_into(kv_SB2KD[:, :, i], x_BSHD[:, :, part].transpose(0, 1))
+        return gather(kv_SB2KD, sharding.ranks, sharding.group_name)
 
     coming = start(parts[0])
     for i, part in enumerate(parts):
