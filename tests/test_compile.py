@@ -117,3 +117,12 @@ def test_more_graphs_than_are_kept_are_no_silent_eager_run(monkeypatch: pytest.M
     assert problem is not None
     assert "limit" in problem
     assert all(layer._compiled_call_impl is None for layer in layers)
+
+
+def test_graphs_of_models_before_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study trains one model after another in one process."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    for layer in (Layer(4), Layer(5), Layer(6)):
+        monkeypatch.setattr(lab_compile, "decoder_layers", lambda model, layer=layer: [layer])
+        try_out = partial(layer, torch.zeros(len(layer.weight)))
+        assert lab_compile.compile_or_stay_eager(torch.nn.Module(), try_out) is None

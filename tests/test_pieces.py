@@ -359,8 +359,8 @@ def test_charts_that_are_drawn_no_more_do_not_stay(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == sorted(kept)
 
 
-@pytest.mark.parametrize("differing", ["commit", "device"])
-def test_seconds_of_different_commits_or_devices_are_not_compared(
+@pytest.mark.parametrize("differing", ["commit", "device", "compiled"])
+def test_seconds_of_different_commits_devices_or_launches_are_not_compared(
     differing: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Where they were before, their chart does not stay behind."""
@@ -375,6 +375,9 @@ def test_seconds_of_different_commits_or_devices_are_not_compared(
     if differing == "commit":
         result["commit"] = "1111111"
         said = "2 commits (0000000, 1111111)"
+    elif differing == "compiled":
+        result["compiled"] = True
+        said = "2 ways to run layers (eager, compiled)"
     else:
         result["hardware"]["gpus"] = ["a card"]
         said = "2 devices (an imagined processor, a card)"

@@ -27,7 +27,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def copy_into(out: Tensor, x: Tensor) -> None:
-    """Copy `x` into `out`, of its shape and of any strides; another dtype is converted. No gradient."""
+    """Write `x` into `out`, of its shape and of any strides; another dtype is converted. No gradient."""
     wide_out, wide_x = wide(out), wide(x)
     if out.dtype == x.dtype and wide_out.dtype == wide_x.dtype:
         wide_out.copy_(wide_x)

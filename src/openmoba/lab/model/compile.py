@@ -45,9 +45,13 @@ def strict() -> Iterator[None]:
 def compile_or_stay_eager(model: Any, try_out: Callable[[], None]) -> str | None:
     """Compile the layers and run `try_out`, which makes all graphs that training needs.
 
+    Graphs of models before are let go: the compiler's limit counts all that a process has made of a class of layers, so
+    the fourth run of a study would train eagerly.
+
     Returns:
         None, or what went wrong, in a line; the layers run eagerly then.
     """
+    torch.compiler.reset()
     compile_layers(model)
     try:
         with strict():

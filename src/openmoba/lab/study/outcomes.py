@@ -285,12 +285,21 @@ def behind(outcomes: Sequence[Outcome], kind: Loss, seeds: int | None = None) ->
 
 
 def speeds_apart(outcomes: Iterable[Outcome]) -> str | None:
-    """Say why measured seconds of these runs do not compare: other commits or devices; None if they do."""
+    """Say why measured seconds of these runs do not compare: other commits, devices or launches; None if they do."""
     runs = list(outcomes)
     devices = (", ".join(run.result["hardware"]["gpus"]) or run.result["hardware"]["cpu"] for run in runs)
-    found = {"commits": [str(run.result["commit"])[:10] for run in runs], "devices": devices}
+    found = {
+        "commits": [str(run.result["commit"])[:10] for run in runs],
+        "devices": devices,
+        "ways to run layers": [_launched(run.result) for run in runs],
+    }
     differing = [(name, list(dict.fromkeys(values))) for name, values in found.items()]
     return " and ".join(f"{len(each)} {name} ({', '.join(each)})" for name, each in differing if len(each) > 1) or None
+
+
+def _launched(result: Row) -> str:
+    """Say how the layers of a run were launched. The first records do not say; those runs were eager."""
+    return ("compiled" if result.get("compiled") else "eager") + (" in CUDA graphs" if result.get("graphed") else "")
 
 
 def moba_settings(outcomes: Iterable[Outcome]) -> list[tuple[int, int, int]]:
