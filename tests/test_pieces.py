@@ -345,6 +345,7 @@ def test_an_arm_that_lacks_a_size_has_a_law_and_no_band(tmp_path: Path, monkeypa
     report = (tmp_path / "report.md").read_text()
     assert "Without a band: MoBA, whose runs are of other sizes or seeds than those of full attention." in report
     assert "the trailing loss of MoBA lies" in report
+    assert "(figures/pretrain-scaling-law.png)" in report
 
 
 def test_charts_that_are_drawn_no_more_do_not_stay(tmp_path: Path) -> None:

@@ -235,8 +235,8 @@ def _scaling(stage: Stage, all_runs: list[Outcome], study: Path, axis: str, name
         )
     bare = [own[0].label for own in others if own not in level and laws[own[0].label]]
     if bare and laws[full[0].label]:
-        name = inside(full[0].label)
-        caption += f" Without a band: {', '.join(bare)}, whose runs are of other sizes or seeds than those of {name}."
+        whose = inside(full[0].label)
+        caption += f" Without a band: {', '.join(bare)}, whose runs are of other sizes or seeds than those of {whose}."
     if len(runs) < len(all_runs):
         caption += " Left out: seeds that not every arm of a size has."
     if axis == SECONDS:
