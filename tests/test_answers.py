@@ -91,7 +91,10 @@ def test_an_arm_with_key_convolution_is_compared_with_full_attention_that_has_it
     )
     laws = RECIPE.replace("[arms]\n", KEYS)
     laws = laws.replace('arms = ["full", "moba"]', 'arms = ["full", "moba", "keys", "full-keys"]')
-    sentences = said(tmp_path / "laws", laws, "pretrain")
+    short, *sentences = said(tmp_path / "laws", laws, "pretrain")
+    assert re.search(
+        r": MoBA .* full attention, keys .* full attention, keys .* full-keys, full-keys .* full att", short
+    )
     pairs = [re.search(r"loss of (\S+) lies .* from that of (.+?), by", sentence) for sentence in sentences]
     assert [pair and pair.groups() for pair in pairs] == [
         ("MoBA", "full attention"), ("keys", "full attention"), ("keys", "full-keys"), ("full-keys", "full attention"),
@@ -167,14 +170,17 @@ def test_laws_are_said_to_be_extrapolated_where_no_compute_is_shared(
 ) -> None:
     plant(monkeypatch)
     text = RECIPE[: RECIPE.index('[[stages]]\nname = "finetune"')]
-    (within,) = said(tmp_path, text, "pretrain")
+    short, within = said(tmp_path, text, "pretrain")
     assert "(6nd) the trailing loss" in within
+    share = float(re.search(r" MoBA lies \+([\d.]+)% ", within)[1])  # type: ignore[index]
+    start = "In short, trailing losses at equal compute (6nd), the most that both have spent: "
+    assert short == f"{start}MoBA {share:.1f}% above full attention (3 sizes, 8 documents, 24 windows, 2 seeds)."
     for path in tmp_path.glob("pretrain/*moba*/metrics.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         for row in rows:
             row["compute"]["6nd"] *= 1000
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (beyond,) = said(tmp_path, text, "pretrain")
+    _, beyond = said(tmp_path, text, "pretrain")
     assert "(6nd, beyond the runs of one of them, which begin at 5.69e-06 PFLOP/s-days)" in beyond
 
 
@@ -183,7 +189,9 @@ def test_hybrids_are_said_to_be_within_noise_of_full_attention_and_what_share_of
 ) -> None:
     full = synthetic_study.LAWS["full"]
     plant(monkeypatch, luck=0.002, hybrid=(full[0] + 0.045, full[1]))
-    gap, one, *_, three, reported = said(tmp_path / "gap", RECIPE, "finetune")
+    short, gap, one, *_, three, reported = said(tmp_path / "gap", RECIPE, "finetune")
+    assert re.search(r": MoBA in every layer \d+\.\d% above full attention, with 1 of 16 layers full \d", short)
+    assert short.endswith("with 3 of 16 layers full within noise of full attention (8 documents, 24 windows, 2 seeds).")
     assert gap.startswith("large: MoBA in every layer costs +")
     assert gap.endswith(": **resolved**.")
     assert one.startswith("With 1 of 16 layers full (6%; last-1): +")
@@ -191,7 +199,8 @@ def test_hybrids_are_said_to_be_within_noise_of_full_attention_and_what_share_of
     assert three.endswith("% of the gap closed: **within noise**.")
     assert reported.startswith("The hybrids of the MoBA report have 1, 3, 5 and 10 full layers of 32, 3% to 31%")
     plant(monkeypatch, luck=0.002, moba=full)
-    none, *hybrids, _ = said(tmp_path / "none", RECIPE, "finetune")
+    short, none, *hybrids, _ = said(tmp_path / "none", RECIPE, "finetune")
+    assert "MoBA in every layer within noise of full attention, with" in short
     assert none.endswith("**within noise**.")
     assert not any("gap closed" in sentence for sentence in hybrids), "there is none to close"
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from openmoba.lab.arms import FULL, HYBRID, MOBA
+from openmoba.lab.columns import counted
 from openmoba.lab.config import RunConfig, changes
 from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.resample import Difference, SeedNoise
@@ -28,7 +29,7 @@ from openmoba.lab.study.outcomes import (
     slope_difference,
 )
 from openmoba.lab.study.recipe import Stage
-from openmoba.lab.study.words import LOSSES, in_percent, inside, nats, span, verdict, word
+from openmoba.lab.study.words import LOSSES, in_percent, inside, nats, side, span, verdict, word
 
 AS_GOOD = 0.5
 """Percent above full attention, at the upper end of the interval, up to which an arm counts as good as it."""
@@ -224,34 +225,68 @@ def _counts(found: Difference) -> str:
     return "counts" if found.resolved and found.mean < 0 else "is not seen to count"
 
 
+@dataclass(frozen=True)
+class _Ratio:
+    """How far an arm's law lies from that of full attention, at the most compute that both have spent.
+
+    Attributes:
+        share: of the law of full attention, with the ends of its interval.
+        begins: compute of the smallest run of the arm that begins later.
+    """
+
+    own: Sequence[Outcome]
+    other: Sequence[Outcome]
+    pair: tuple[Fit, Fit]
+    share: float
+    low: float
+    high: float
+    compute: float
+    begins: float
+
+    @property
+    def resolved(self) -> bool:
+        return not self.low <= 0 <= self.high
+
+
 def _law_ratios(outcomes: Sequence[Outcome], axis: str) -> Iterator[str]:
-    """Say how far each arm's law lies from that of full attention, at the most compute that both have spent.
+    """Say how far each arm's law lies from that of full attention, in short and with intervals.
 
     An arm with key convolution is compared with full attention that has it, too.
     """
     full = of_kind(outcomes, FULL)
-    for own in by("arm", outcomes).values():
-        for other in references(own, outcomes) if own != full else ():
-            pair = fit_pair(own, other, "trailing", axis)
-            if pair is not None:
-                yield _law_ratio(own, other, pair, axis)
+    arms = [own for own in by("arm", outcomes).values() if own != full]
+    ratios = [found for own in arms for other in references(own, outcomes) if (found := _ratio(own, other, axis))]
+    if ratios:
+        shown = (f"{one.own[0].label} {side(one.share, one.resolved)} {inside(one.other[0].label)}" for one in ratios)
+        last = ratios[-1]
+        sizes = counted(_common_sizes(last.own, last.other), "size")
+        yield (
+            f"In short, trailing losses at equal compute ({axis}), the most that both have spent: {', '.join(shown)} "
+            f"({sizes}, {behind(last.own, 'trailing')})."
+        )
+    yield from (_law_ratio(one, axis) for one in ratios)
 
 
-def _law_ratio(own: Sequence[Outcome], other: Sequence[Outcome], pair: tuple[Fit, Fit], axis: str) -> str:
+def _ratio(own: Sequence[Outcome], other: Sequence[Outcome], axis: str) -> _Ratio | None:
+    pair = fit_pair(own, other, "trailing", axis)
+    if pair is None:
+        return None
     compute = min(float(law.compute.max()) for law in pair)
     begins = max(float(law.compute.min()) for law in pair)
-    ratio = float(pair[0].law(compute) / pair[1].law(compute)) - 1
+    share = float(pair[0].law(compute) / pair[1].law(compute)) - 1
     low, high = (float(end[0]) - 1 for end in pair[0].ratio(pair[1], [compute]))
-    sizes = _common_sizes(own, other)
-    several = len(pair[0].loss) >= 2 * sizes
+    return _Ratio(own, other, pair, share, low, high, compute, begins)
+
+
+def _law_ratio(found: _Ratio, axis: str) -> str:
+    sizes, runs = _common_sizes(found.own, found.other), len(found.pair[0].loss)
     unchecked = " Two sizes make a law that nothing checks." if sizes == 2 else ""
-    beyond = (
-        "" if begins <= compute else f", beyond the runs of one of them, which begin at {AXES[axis].amount(begins)}"
-    )
+    beyond = f", beyond the runs of one of them, which begin at {AXES[axis].amount(found.begins)}"
     return (
-        f"At an equal {AXES[axis].amount(compute)} ({axis}{beyond}) the trailing loss of {own[0].label} lies "
-        f"{ratio:+.2%} [{low:+.2%}, {high:+.2%}] from that of {inside(other[0].label)}, by the laws of "
-        f"{len(pair[0].loss)} runs each ({behind(own, 'trailing')}): {word(not low <= 0 <= high, several)}.{unchecked}"
+        f"At an equal {AXES[axis].amount(found.compute)} ({axis}{'' if found.begins <= found.compute else beyond}) the "
+        f"trailing loss of {found.own[0].label} lies {found.share:+.2%} [{found.low:+.2%}, {found.high:+.2%}] from "
+        f"that of {inside(found.other[0].label)}, by the laws of {runs} runs each ({behind(found.own, 'trailing')}): "
+        f"{word(found.resolved, runs >= 2 * sizes)}.{unchecked}"
     )
 
 
@@ -266,29 +301,42 @@ def _closing(runs: Sequence[Outcome]) -> Iterator[str]:
     gap = difference(moba, full, "trailing", noise)
     if full and not full[0].has("trailing"):
         return
+    left = [(own, found) for own in arms_of(runs, HYBRID) if (found := difference(own, full, "trailing", noise))]
+    shown = [f"MoBA in every layer {_from(gap, full, moba)}"] if gap else []
+    shown += [f"with {_full_layers(own[0])} {_from(found, full, own)}" for own, found in left]
+    if shown:
+        yield f"In short, trailing losses of {runs[0].run.size}: {', '.join(shown)} ({behind(runs, 'trailing')})."
     if gap is not None:
         base = paired_loss(full, moba, "trailing")
         yield (
             f"{runs[0].run.size}: {moba[0].label} in every layer costs {nats(gap)} ({in_percent(gap, base)}) in "
             f"trailing loss ({behind(moba, 'trailing', len(gap.per_seed))}): {verdict(gap)}."
         )
-    for own in arms_of(runs, HYBRID):
-        found = difference(own, full, "trailing", noise)
-        if found is not None:
-            layers, count = own[0].layers, len(own[0].full_layers)
-            of = f" of {layers} layers full ({count / layers:.0%}" if layers else " layers full ("
-            gains = gap is not None and gap.resolved and gap.mean > 0
-            closed = f", {1 - found.mean / gap.mean:.0%} of the gap closed" if gap and gains else ""
-            share = in_percent(found, paired_loss(full, own, "trailing"))
-            yield (
-                f"With {count}{of}; {own[0].label}): {nats(found)} ({share}) "
-                f"from {inside(full[0].label)}{closed}: {verdict(found)}."
-            )
+    for own, found in left:
+        gains = gap is not None and gap.resolved and gap.mean > 0
+        closed = f", {1 - found.mean / gap.mean:.0%} of the gap closed" if gap and gains else ""
+        share = in_percent(found, paired_loss(full, own, "trailing"))
+        layers, count = own[0].layers, len(own[0].full_layers)
+        of = f"{count / layers:.0%}; " if layers else ""
+        yield (
+            f"With {_full_layers(own[0])} ({of}{own[0].label}): {nats(found)} ({share}) "
+            f"from {inside(full[0].label)}{closed}: {verdict(found)}."
+        )
     if full and any(run.layers and run.layers != REPORTED_LAYERS for run in runs):
         yield (
             f"The hybrids of the MoBA report have 1, 3, 5 and 10 full layers of {REPORTED_LAYERS}, 3% to 31%: compare "
             "shares of layers, not counts."
         )
+
+
+def _full_layers(run: Outcome) -> str:
+    return f"{len(run.full_layers)}{f' of {run.layers}' if run.layers else ''} layers full"
+
+
+def _from(found: Difference, full: Sequence[Outcome], own: Sequence[Outcome]) -> str:
+    """Say how far an arm ends from full attention, without an interval."""
+    share = found.mean / paired_loss(full, own, "trailing")
+    return f"{side(share, found.resolved)} {inside(full[0].label)}"
 
 
 def _nearest(runs: Sequence[Outcome]) -> Iterator[str]:
@@ -351,8 +399,7 @@ def _in_short(found: Standing) -> str:
     full += " without its key convolution" if found.fair is None else ""
     trailing = against.trailing
     assert trailing is not None, "chosen by it"
-    share = abs(trailing.mean) / against.trailing_loss
-    end = f"{share:.1%} {'below' if trailing.mean < 0 else 'above'}" if trailing.resolved else "within noise of"
+    end = side(trailing.mean / against.trailing_loss, trailing.resolved)
     return (
         f"In short: {run.label} ({settings}) reads {found.key_share:.0%} of the keys that full attention reads, trains "
         f"{found.speedup:.1f} times as fast, and its trailing loss ends {end} that of {full}."

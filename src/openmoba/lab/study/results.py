@@ -41,10 +41,10 @@ NEEDLES = "needle.jsonl"
 """Record of `openmoba evaluate needle`, in a study's folder."""
 HEADLINES = {
     "compare": ("Loss of every candidate against full attention", 2),
-    "scaling": ("Trailing loss over compute, with the fitted laws of MoBA and full attention", None),
-    "layers": ("Trailing loss over the number of full layers, between MoBA and full attention", None),
+    "scaling": ("Trailing loss over compute, with the fitted laws of MoBA and full attention", 1),
+    "layers": ("Trailing loss over the number of full layers, between MoBA and full attention", 1),
 }
-"""What the charts show that the project is about, and how many of their sentences stand below them, if not all."""
+"""What the charts show that the project is about, and how many of their sentences stand below them."""
 BUDGETS = (0.1, 0.2, 0.35, 1.0)
 """Shares of the keys that a setting may read."""
 PARTS = (8, 4, 2, 1)

@@ -33,6 +33,11 @@ def bounds(interval: Interval | None) -> str:
     return "" if interval is None else f" [{interval.low:+.4f}, {interval.high:+.4f}]"
 
 
+def side(share: float, resolved: bool) -> str:
+    """Say how far a difference lies from what follows, without an interval: "1.2% above", or "within noise of"."""
+    return f"{abs(share):.1%} {'below' if share < 0 else 'above'}" if resolved else "within noise of"
+
+
 def verdict(found: Difference) -> str:
     """Say whether a difference is resolved, and whether its interval holds the luck of a seed."""
     return word(found.resolved, found.noise is not None)
