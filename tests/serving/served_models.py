@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,7 +16,7 @@ from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 
 from openmoba import MobaConfig
-from openmoba.hf import convert
+from openmoba.hf import configure, convert
 
 WORDS = 320
 Engine = Callable[..., AbstractContextManager[Any]]
@@ -51,6 +52,19 @@ def save_moba(full: Path, settings: MobaConfig) -> Path:
     """Convert a saved model, once for each settings."""
     folder = full.with_name(f"moba-{settings.block_size}-{settings.top_k}")
     return folder if folder.exists() else convert(full, folder, settings)
+
+
+def save_trained(full: Path, settings: MobaConfig) -> Path:
+    """Save a hybrid with key convolution, whose filters have weights, beside the model that it is made of."""
+    model = configure(AutoModelForCausalLM.from_pretrained(full), settings)
+    torch.manual_seed(1)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.key_conv.weight)
+    made = full.with_name("key_conv")
+    model.save_pretrained(made)
+    for path in full.glob("*token*.json"):
+        shutil.copy(path, made)
+    return made
 
 
 def prompts(*lengths: int, seed: int = 1) -> list[list[int]]:

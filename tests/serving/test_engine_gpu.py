@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from served_models import Engine, log_probabilities, prompts, save_full, save_moba, serve
+from served_models import Engine, log_probabilities, prompts, save_full, save_moba, save_trained, serve
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
@@ -18,6 +19,11 @@ from openmoba import MobaConfig
 from openmoba.vllm import cuda
 
 HYBRID = MobaConfig(block_size=128, top_k=3, full_layers=(3,))
+MODELS = {
+    "full": lambda full: full,
+    "moba": lambda full: save_moba(full, HYBRID),
+    "keys": lambda full: save_trained(full, replace(HYBRID, key_conv=4)),
+}
 LENGTHS = (3000, 4096, 5000, 12288, 6001, 7168, 9000, 11111)
 SHARED, NEW = 2048, 64
 """Tokens with which the last four prompts begin as the first one does; tokens that each request gets."""
@@ -32,13 +38,14 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-@pytest.mark.parametrize("attention", ["moba", "full"])
+@pytest.mark.parametrize("attention", ["moba", "full", "keys"])
 def test_log_probabilities(attention: str, eager: bool, wide: Path, engine: Engine) -> None:
     """Those of prompts, and of tokens that are generated, are as near to those in fp32 as transformers' in bf16.
 
-    Rounding moves keys, so some blocks are chosen otherwise, in either engine. Full attention is beside it.
+    Rounding moves keys, so some blocks are chosen otherwise, in either engine. Full attention is beside it, and
+    MoBA with key convolution.
     """
-    folder, kind = (wide, FlashAttentionImpl) if attention == "full" else (save_moba(wide, HYBRID), cuda.Layer)
+    folder, kind = MODELS[attention](wide), FlashAttentionImpl if attention == "full" else cuda.Layer
     first, *others = prompts(*LENGTHS)
     asked = [first, *others[:3], *(first[:SHARED] + prompt[SHARED:] for prompt in others[3:])]
     options = {"enforce_eager": eager, "max_model_len": 16384, "max_num_batched_tokens": 2048, "block_size": 128}

@@ -20,10 +20,10 @@ from served_models import (
     prompts,
     save_full,
     save_moba,
+    save_trained,
     serve,
 )
 from torch import fx, nn
-from transformers import AutoModelForCausalLM
 from vllm.compilation.partition_rules import should_split
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
@@ -31,29 +31,15 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from openmoba import MobaConfig
-from openmoba.hf import configure
 from openmoba.ops.raw_keys import NewTokens
 from openmoba.vllm import key_conv
 
 HYBRID = MobaConfig(block_size=16, top_k=3, full_layers=(1,), key_conv=4)
 
 
-def trained(full: Path) -> Path:
-    """Save a hybrid whose filters have weights beside the model that it is made of."""
-    model = configure(AutoModelForCausalLM.from_pretrained(full), HYBRID)
-    torch.manual_seed(1)
-    for layer in model.model.layers:
-        torch.nn.init.normal_(layer.self_attn.key_conv.weight)
-    made = full.with_name("key_conv")
-    model.save_pretrained(made)
-    for path in full.glob("*token*.json"):
-        shutil.copy(path, made)
-    return made
-
-
 @pytest.fixture(scope="module")
 def folder(full: Path) -> Path:
-    return trained(full)
+    return save_trained(full, HYBRID)
 
 
 @pytest.fixture
@@ -120,7 +106,7 @@ def test_two_processes(
     generated: Generated,
 ) -> None:
     """Each has the filters of its key heads or its layers."""
-    folder = trained(save_full(tmp_path / "full", num_key_value_heads=kv_heads))
+    folder = save_trained(save_full(tmp_path / "full", num_key_value_heads=kv_heads), HYBRID)
     assert_processes_change_nothing(folder, engine, generated, split, filters, channels)
 
 
