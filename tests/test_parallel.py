@@ -40,19 +40,22 @@ def test_every_token_lies_on_one_rank(layout: str, chunks: tuple[int, ...]) -> N
         assert torch.equal(shardings[0].by_rank(whole), parts)
 
 
-def test_the_rule_takes_what_sends_less() -> None:
-    assert [choose_way(8 * g, 8, n) for g in (1, 4, 8) for n in (2, 4, 8)] == [
+def test_the_rule_is_by_heads_where_all_is_exact_else_by_what_sends_less() -> None:
+    assert [choose_way(8 * g, 8, n) for g in (1, 4, 8) for n in (2, 8, 16)] == [
+        *("heads", "heads", "keys"),
         *("heads", "heads", "heads"),
-        *("keys", "heads", "heads"),
-        *("keys", "keys", "heads"),
+        *("heads", "heads", "heads"),
     ]
-    for kv_heads, group, ranks in product((1, 2, 6, 8), (1, 3, 4), (1, 2, 3, 4, 6, 8, 16)):
+    assert [choose_way(2 * g, 2, n) for g in (2, 4, 8) for n in (2, 4, 8)] == [
+        *("heads", "heads", "keys"),
+        *("heads", "heads", "heads"),
+        *("heads", "keys", "heads"),
+    ]
+    for kv_heads, group, ranks in product((1, 2, 6, 8), (1, 3, 4, 8), (1, 2, 3, 4, 6, 8, 16)):
         heads = kv_heads * group
-        if heads % ranks:
-            assert choose_way(heads, kv_heads, ranks) == "keys"
-            continue
-        by_rule = 2 * (group + key_copies(kv_heads, ranks)) <= 3 * ranks
-        assert choose_way(heads, kv_heads, ranks) == ("heads" if by_rule or ranks == 1 else "keys")
+        sends_less = 2 * (group + key_copies(kv_heads, ranks)) <= 3 * ranks
+        by_heads = kv_heads % ranks == 0 or (heads % ranks == 0 and sends_less)
+        assert choose_way(heads, kv_heads, ranks) == ("heads" if by_heads else "keys")
         assert values_sent("heads", heads, kv_heads, 1) == values_sent("keys", heads, kv_heads, 1) == 0
 
 
