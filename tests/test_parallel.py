@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -12,8 +13,10 @@ from parallel_checks import all_checks
 from ranks import checked
 from torch import Tensor, distributed
 
-from openmoba.parallel import Sharding, block_attention, cost, moba_attention
+from openmoba.parallel import Sharding, block_attention, cost, moba_attention, prioritize_transfers
 from openmoba.parallel.cost import Call, choose_way, crossover, key_copies, predicted_seconds, values_sent
+
+PRIORITY = "TORCH_NCCL_HIGH_PRIORITY"
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,14 @@ def test_the_cost_on_paper_hides_what_it_can(monkeypatch: pytest.MonkeyPatch) ->
     assert ways[0] == pytest.approx(ways[1])
     assert predicted_seconds("keys", call, 8, 2 * equal) < predicted_seconds("heads", call, 8, 2 * equal)
     assert predicted_seconds("keys", call, 8, equal / 2) > predicted_seconds("heads", call, 8, equal / 2)
+
+
+def test_transfers_go_first_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before, after in ((None, "1"), ("0", "0")):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", {} if before is None else {PRIORITY: before})
+            prioritize_transfers()
+            assert os.environ == {PRIORITY: after}
 
 
 def test_a_program_without_process_group_is_told_of_torchrun() -> None:

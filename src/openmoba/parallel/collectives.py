@@ -6,6 +6,7 @@ run beside computation. In torch 2.11 they have no gradients yet; what needs one
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,16 @@ from openmoba.parallel.copies import contiguous
 
 Waiting = Callable[[], Tensor]
 """Waits for a transfer that is under way, and returns what arrived."""
+
+
+def prioritize_transfers() -> None:
+    """Have NCCL's transfers go before the computation beside them; call it before a process group is made.
+
+    It sets the environment variable TORCH_NCCL_HIGH_PRIORITY, which groups read when they are made, to 1, unless it is
+    set. In a stream of ordinary priority a transfer waits for the attention kernel that runs, and the next kernel for
+    the transfer: both were to run beside each other.
+    """
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
 
 
 def group_of(group: Any) -> tuple[str, int, int]:
