@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from parallel_checks import all_checks
+from parallel_checks import all_checks, exchanged, exchanged_gradients
 from ranks import checked
 from torch import Tensor, distributed
 
@@ -33,7 +33,7 @@ def test_over_processes(outcomes: dict[str, list[str]], check: str) -> None:
 def test_every_token_lies_on_one_rank(layout: str, chunks: tuple[int, ...]) -> None:
     """The chunks of the picture in `sharding.py`, whatever the length; padding comes last and is marked."""
     for tokens in (1, 5, 6, 31):
-        shardings = [Sharding(tokens, rank, 3, "", layout) for rank in range(3)]
+        shardings = [Sharding(tokens, rank, 3, None, layout) for rank in range(3)]
         assert shardings[0].chunks == chunks
         parts = torch.cat([s.shard(torch.arange(tokens), 0, padding=-1) for s in shardings])
         assert len(parts) == 3 * shardings[0].local_tokens
@@ -101,6 +101,12 @@ def alone() -> Iterator[None]:
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("check", [exchanged, exchanged_gradients])
+def test_one_process_exchanges_with_itself(check: Callable[[Any], None]) -> None:
+    check(distributed.group.WORLD)
 
 
 def qkv() -> dict[str, Tensor]:
