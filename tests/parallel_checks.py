@@ -24,13 +24,14 @@ from openmoba.ops.dense import dense_attention
 from openmoba.ops.key_conv import key_convolution
 from openmoba.parallel import Sharding, collectives, cost, keys
 from openmoba.parallel import heads as by_heads
+from openmoba.parallel.collectives import Exchange, arrived, started
 from openmoba.parallel.cost import values_sent
 
 # B batch, T tokens, H heads, D head width
 
 WAYS = [*product(("heads", "keys"), ("contiguous", "head-tail"))]
 Inputs = tuple[Tensor, Tensor, Tensor]
-GROUPS: dict[int, Any] = {}
+GROUPS: dict[int | str, Any] = {}
 
 
 def inputs(*shape: int, heads: int = 12, kv_heads: int = 6, dtype: torch.dtype = torch.float64) -> Inputs:
@@ -198,8 +199,22 @@ def checkpointed(ranks: int, way: str, layout: str) -> None:
     assert all(map(torch.equal, first, second))
 
 
+def checkpointed_turns(ranks: int, way: str, layout: str) -> None:
+    """Computing again ends in the middle of the last turn; what is on its way by then is waited for."""
+    sharding = Sharding.over(GROUPS[ranks], 61, way=way, layout=layout)
+    one, many = moba()
+    made: list[Exchange] = []
+    with (
+        patch.object(cost, "BYTES_PER_TURN", 0),
+        patch.object(by_heads, "Exchange", lambda group: made.append(Exchange(group)) or made[-1]),
+    ):
+        compare(one, lambda *x: checkpoint(many, *x, use_reentrant=False), inputs(1, 61), sharding)
+    assert len(made) == (2 * 2 * (6 // ranks) if way == "heads" else 0)  # there and back, twice
+    assert not any(each.wait() for each in made)
+
+
 def compiled(ranks: int, way: str, layout: str) -> None:
-    """In a compiled function, after key convolution; by heads without a break in its graph."""
+    """In a compiled function, after key convolution."""
     sharding = Sharding.over(GROUPS[ranks], 61, way=way, layout=layout)
     one, many = moba()
     weight = torch.randn(48, 4, generator=torch.Generator().manual_seed(1))
@@ -207,7 +222,7 @@ def compiled(ranks: int, way: str, layout: str) -> None:
     def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return one(q * 2, key_convolution(k.flatten(2), weight).view_as(k), v) + 1
 
-    @torch.compile(backend="aot_eager", fullgraph=way == "heads", dynamic=False)
+    @torch.compile(backend="aot_eager", dynamic=False)
     def around(q: Tensor, k: Tensor, v: Tensor, sharding: Sharding) -> Tensor:
         convolved = parallel.key_convolution(k.flatten(2), weight, sharding).view_as(k)
         return many(q * 2, convolved, v, sharding) + 1
@@ -229,26 +244,25 @@ def autocast(ranks: int, way: str, layout: str) -> None:
 def volumes(ranks: int, way: str, layout: str) -> None:
     """What is sent is what the cost model says."""
     sharding = Sharding.over(GROUPS[ranks], 60, way=way, layout=layout)
-    sent = 0.0
-    exchange, gather = collectives.start, collectives.gather
+    sent = 0
+    send, gather = distributed.batch_isend_irecv, collectives.gather
 
-    def counted_exchange(x: Tensor, *rest: Any) -> Any:
+    def counted_send(operations: list[Any]) -> Any:
         nonlocal sent
-        sent += x.numel() * (ranks - 1) / ranks
-        return exchange(x, *rest)
+        sent += sum(each.tensor.numel() for each in operations if each.op is distributed.isend)
+        return send(operations)
 
-    def counted_gather(x: Tensor, *rest: Any) -> Any:
+    def counted_gather(x: Tensor, group: Any) -> Any:
         nonlocal sent
         sent += x.numel() * (ranks - 1)
-        return gather(x, *rest)
+        return gather(x, group)
 
     with (
-        patch.object(collectives, "start", counted_exchange),
-        patch.object(by_heads, "start", counted_exchange),
+        patch.object(distributed, "batch_isend_irecv", counted_send),
         patch.object(keys, "gather", counted_gather),
     ):
         for heads, kv_heads in ((12, 6), (12, 4), (12, 1)):
-            sent = 0.0
+            sent = 0
             local = [sharding.shard(x).requires_grad_() for x in inputs(1, 60, heads=heads, kv_heads=kv_heads)]
             out = moba()[1](*local, sharding)
             assert sent == pytest.approx(60 * 8 * values_sent(way, heads, kv_heads, ranks, backward=False))
@@ -289,6 +303,64 @@ def refuses(call: Callable[[], Any], text: str) -> None:
         call()
 
 
+def tensors_of(rank: int, ranks: int) -> list[Tensor]:
+    """What a rank has for the others: contiguous, permuted, strided, the same for all, of other widths, and nothing."""
+    generator = torch.Generator().manual_seed(rank)
+    return [
+        torch.randn(ranks, 5, 3, generator=generator),
+        torch.randn(4, ranks, 2, 8, generator=generator).bfloat16().transpose(0, 1),
+        torch.randint(-9, 9, (2, ranks, 3, 6), generator=generator, dtype=torch.int32)[1, :, :, ::2],
+        torch.randn(1, 4, generator=generator, dtype=torch.float64).expand(ranks, 4),
+        torch.randn(ranks, generator=generator),
+        torch.randn(ranks, 0, 3, generator=generator),
+    ]
+
+
+def exchanged(group: Any) -> None:
+    """Several tensors at once, two exchanges at once, and none of the bytes of those that sent."""
+    rank, ranks = distributed.get_rank(group), distributed.get_world_size(group)
+    sent = [tensors_of(rank + turn, ranks) for turn in (0, 7)]
+    exchanges = [Exchange(group) for _ in sent]
+    coming = [exchange.start(*tensors) for exchange, tensors in zip(exchanges, sent, strict=True)]
+    for turn, exchange, its in reversed(list(zip((0, 7), exchanges, coming, strict=True))):
+        assert exchange.wait() is its
+        assert exchange.wait() == ()
+        expected = zip(*(tensors_of(sender + turn, ranks) for sender in range(ranks)), strict=True)
+        for found, parts in zip(its, expected, strict=True):
+            assert found.is_contiguous()
+            assert torch.equal(found, torch.stack([x[rank] for x in parts]))
+    for tensors, turn in zip(sent, (0, 7), strict=True):
+        assert all(map(torch.equal, tensors, tensors_of(rank + turn, ranks)))
+    with pytest.raises(AssertionError, match="has not been waited for"):
+        exchanges[0].start(*exchanges[0].start(torch.ones(ranks)))
+    exchanges[0].wait()
+
+
+def exchanged_gradients(group: Any) -> None:
+    """By the weights that the other ranks gave what they got; of what needs none, and of what nobody used."""
+    rank, ranks = distributed.get_rank(group), distributed.get_world_size(group)
+
+    def weights(rank: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(rank)
+        x, y = torch.randn(2, ranks, 6, 4, generator=generator, dtype=torch.float64)
+        return x, y
+
+    x, y, unused = torch.randn(3, 6, ranks, 4, dtype=torch.float64).requires_grad_().unbind()
+    constant, lists = torch.randn(ranks, 2), torch.ones(ranks, 3, dtype=torch.int32)
+    exchange = Exchange(group)
+    tensors = (x.transpose(0, 1), constant, y.transpose(0, 1), lists, unused.transpose(0, 1))
+    got = arrived(exchange, *started(exchange, *tensors))
+    out = sum((mine * weight).sum() for mine, weight in zip((got[0], got[2]), weights(rank), strict=True))
+    for _ in range(2):
+        found = torch.autograd.grad(out, (x, y, unused), retain_graph=True)
+        for i in range(2):
+            expected = torch.stack([weights(other)[i][rank] for other in range(ranks)], 1)
+            assert torch.equal(found[i], expected)
+        assert not found[2].any()
+    with torch.no_grad():
+        assert not arrived(exchange, *started(exchange, x.transpose(0, 1)))[0].requires_grad
+
+
 def unanswered() -> None:
     """One does not answer: the others end with one sentence, after the timeout. The last check: it breaks groups."""
     group = distributed.new_group(range(3), timeout=timedelta(seconds=1))
@@ -303,9 +375,10 @@ def unanswered() -> None:
 
 
 def groups(*_: Any) -> None:
-    """Groups of the first two and three processes."""
+    """Groups of the first two and three processes, and of the last two, which have other numbers in it."""
     ranks = distributed.get_world_size()
     GROUPS.update({n: distributed.new_group(range(n), timeout=PATIENCE) for n in range(2, ranks + 1)})
+    GROUPS["last"] = distributed.new_group(range(ranks - 2, ranks), timeout=PATIENCE)
 
 
 CASES = (
@@ -318,6 +391,7 @@ CASES = (
     turns,
     key_convolved,
     checkpointed,
+    checkpointed_turns,
     compiled,
     autocast,
     volumes,
@@ -332,12 +406,19 @@ def all_checks() -> dict[str, Callable[[], Any]]:
         # Making a graph takes longer than all else: over three processes by heads, over two by keys.
         if case is not compiled or (ranks, way, layout) in ((3, "heads", "contiguous"), (2, "keys", "head-tail")):
             checks[f"{case.__name__}-{ranks}-{way}-{layout}"] = partial(_in_group, case, ranks, way, layout)
+    for case, group in product((exchanged, exchanged_gradients), (2, 3, "last")):
+        checks[f"{case.__name__}-{group}"] = partial(_within, case, group)
     return checks | {"unanswered": unanswered}
 
 
 def _in_group(case: Callable[..., None], ranks: int, way: str, layout: str) -> None:
     if distributed.get_rank() < ranks:
         case(ranks, way, layout)
+
+
+def _within(case: Callable[..., None], group: int | str) -> None:
+    if distributed.get_rank(GROUPS[group]) >= 0:
+        case(GROUPS[group])
 
 
 if __name__ == "__main__":

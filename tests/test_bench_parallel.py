@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
+from torch import distributed
 
 pytest.importorskip("transformers")
 
@@ -12,6 +14,7 @@ from ranks import checked
 
 from openmoba.bench.__main__ import main as bench
 from openmoba.bench.parallel.cases import GRIDS, ParallelRow, compared, markdown
+from openmoba.bench.parallel.command import Parallel
 from openmoba.cli import main
 
 
@@ -51,6 +54,20 @@ def test_a_table_says_how_much_faster() -> None:
     assert compared(two, [replace(one, commit="other")]).speedup is None
     table = markdown([one, compared(two, [one])])
     assert "| forward+backward | 2 | heads contiguous | 512 | 32/2 | 5 | 1.60x |" in table
+
+
+def test_transfers_go_first_before_there_is_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str | None] = []
+
+    def make_group(*_: object, **__: object) -> None:
+        read.append(os.environ.get("TORCH_NCCL_HIGH_PRIORITY"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "environ", {"RANK": "0"})
+    monkeypatch.setattr(distributed, "init_process_group", make_group)
+    with pytest.raises(KeyboardInterrupt):
+        Parallel(grid="cpu").run()
+    assert read == ["1"]
 
 
 def test_what_it_needs_is_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tiny import tiny_config
 
 from openmoba.errors import explain
 from openmoba.lab.config import changes
+from openmoba.lab.train import arguments
 from openmoba.lab.train.run import run_training
 
 
@@ -43,6 +45,24 @@ def test_what_cannot_be_shared_is_said_before_data_are_read(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="do not divide the 1 there are; start a multiple of 2, as torchrun"):
         run_training(plain, tmp_path / "run")
     assert changes(plain, tiny_config(tmp_path)) == []
+
+
+@pytest.mark.parametrize(("ranks", "priority"), [(2, "1"), (1, None)])
+def test_transfers_go_first_before_there_is_a_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, priority: str | None
+) -> None:
+    """Trainer's settings make the process group, which reads the variable then."""
+    read: list[str | None] = []
+
+    def make_group(**_: object) -> None:
+        read.append(os.environ.get("TORCH_NCCL_HIGH_PRIORITY"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "environ", {"WORLD_SIZE": "2"})
+    monkeypatch.setattr(arguments, "TrainingArguments", make_group)
+    with pytest.raises(KeyboardInterrupt):
+        arguments.training_arguments(tiny_config(tmp_path, context_parallel=ranks), tmp_path)
+    assert read == [priority]
 
 
 def test_a_lost_process_is_explained() -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from parallel_checks import all_checks
+from parallel_checks import all_checks, exchanged, exchanged_gradients
 from ranks import checked
 from torch import Tensor, distributed
 
-from openmoba.parallel import Sharding, block_attention, cost, moba_attention
+from openmoba.parallel import Sharding, block_attention, cost, moba_attention, prioritize_transfers
 from openmoba.parallel.cost import Call, choose_way, crossover, key_copies, predicted_seconds, values_sent
+
+PRIORITY = "TORCH_NCCL_HIGH_PRIORITY"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,7 @@ def test_over_processes(outcomes: dict[str, list[str]], check: str) -> None:
 def test_every_token_lies_on_one_rank(layout: str, chunks: tuple[int, ...]) -> None:
     """The chunks of the picture in `sharding.py`, whatever the length; padding comes last and is marked."""
     for tokens in (1, 5, 6, 31):
-        shardings = [Sharding(tokens, rank, 3, "", layout) for rank in range(3)]
+        shardings = [Sharding(tokens, rank, 3, None, layout) for rank in range(3)]
         assert shardings[0].chunks == chunks
         parts = torch.cat([s.shard(torch.arange(tokens), 0, padding=-1) for s in shardings])
         assert len(parts) == 3 * shardings[0].local_tokens
@@ -40,19 +43,22 @@ def test_every_token_lies_on_one_rank(layout: str, chunks: tuple[int, ...]) -> N
         assert torch.equal(shardings[0].by_rank(whole), parts)
 
 
-def test_the_rule_takes_what_sends_less() -> None:
-    assert [choose_way(8 * g, 8, n) for g in (1, 4, 8) for n in (2, 4, 8)] == [
+def test_the_rule_is_by_heads_where_all_is_exact_else_by_what_sends_less() -> None:
+    assert [choose_way(8 * g, 8, n) for g in (1, 4, 8) for n in (2, 8, 16)] == [
+        *("heads", "heads", "keys"),
         *("heads", "heads", "heads"),
-        *("keys", "heads", "heads"),
-        *("keys", "keys", "heads"),
+        *("heads", "heads", "heads"),
     ]
-    for kv_heads, group, ranks in product((1, 2, 6, 8), (1, 3, 4), (1, 2, 3, 4, 6, 8, 16)):
+    assert [choose_way(2 * g, 2, n) for g in (2, 4, 8) for n in (2, 4, 8)] == [
+        *("heads", "heads", "keys"),
+        *("heads", "heads", "heads"),
+        *("heads", "keys", "heads"),
+    ]
+    for kv_heads, group, ranks in product((1, 2, 6, 8), (1, 3, 4, 8), (1, 2, 3, 4, 6, 8, 16)):
         heads = kv_heads * group
-        if heads % ranks:
-            assert choose_way(heads, kv_heads, ranks) == "keys"
-            continue
-        by_rule = 2 * (group + key_copies(kv_heads, ranks)) <= 3 * ranks
-        assert choose_way(heads, kv_heads, ranks) == ("heads" if by_rule or ranks == 1 else "keys")
+        sends_less = 2 * (group + key_copies(kv_heads, ranks)) <= 3 * ranks
+        by_heads = kv_heads % ranks == 0 or (heads % ranks == 0 and sends_less)
+        assert choose_way(heads, kv_heads, ranks) == ("heads" if by_heads else "keys")
         assert values_sent("heads", heads, kv_heads, 1) == values_sent("keys", heads, kv_heads, 1) == 0
 
 
@@ -76,6 +82,14 @@ def test_the_cost_on_paper_hides_what_it_can(monkeypatch: pytest.MonkeyPatch) ->
     assert predicted_seconds("keys", call, 8, equal / 2) > predicted_seconds("heads", call, 8, equal / 2)
 
 
+def test_transfers_go_first_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before, after in ((None, "1"), ("0", "0")):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", {} if before is None else {PRIORITY: before})
+            prioritize_transfers()
+            assert os.environ == {PRIORITY: after}
+
+
 def test_a_program_without_process_group_is_told_of_torchrun() -> None:
     with pytest.raises(ValueError, match="start the program with torchrun"):
         Sharding.over(None, 8)
@@ -87,6 +101,12 @@ def alone() -> Iterator[None]:
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("check", [exchanged, exchanged_gradients])
+def test_one_process_exchanges_with_itself(check: Callable[[Any], None]) -> None:
+    check(distributed.group.WORLD)
 
 
 def qkv() -> dict[str, Tensor]:

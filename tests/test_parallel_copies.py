@@ -73,39 +73,45 @@ def plain_parts(x: Tensor, turns: int, ranks: int) -> list[Tensor]:
     return [part.permute(2, 1, 0, 3, 4).contiguous() for part in x_BSNhD.chunk(turns, 3)]
 
 
-@pytest.fixture
-def _nothing_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heads, "start", lambda x, ranks, group_name: x)
-    monkeypatch.setattr(heads, "wait", lambda x: x)
+class Still:
+    """Stands for an exchange between three ranks; nothing is sent."""
+
+    ranks = 3
+
+    def start(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(contiguous(x) for x in tensors)
+
+    def wait(self) -> tuple[Tensor, ...]:
+        return ()
 
 
-@pytest.mark.usefixtures("_nothing_sent")
 @pytest.mark.parametrize("turns", [1, 2])
 @pytest.mark.parametrize("width", [4, 3])
 def test_heads_leave_and_return(turns: int, width: int) -> None:
     """Both directions and their gradients, one tensor having none, a list of blocks, and a part that is not used."""
     q, k = (numbers(2, 5, n, width, dtype=torch.float64).requires_grad_() for n in (12, 6))
     v, lists = numbers(2, 5, 6, width, dtype=torch.float64), numbers(2, 5, 6, 3, dtype=torch.int32)
-    sent = heads._Sent.apply(turns, 3, "", q, k, v, lists)
+    exchanges = [Still() for _ in range(turns)]
+    sent = heads._Sent.apply(exchanges, q, k, v, lists)
     assert all(x.is_contiguous() for x in sent)
     for i, x in enumerate((q, k, v, lists)):
         for found, expected in zip(sent[i::4], plain_parts(x, turns, 3), strict=True):
             assert torch.equal(found, expected)
     assert [x.requires_grad for x in sent] == [True, True, False, False] * turns
-    assert torch.equal(heads._Placed.apply(3, "", *sent[::4]), q)
+    assert torch.equal(heads._Placed.apply(exchanges, *sent[::4]), q)
     (unused,) = torch.autograd.grad(sent[0].sum(), q, retain_graph=True)
     (expected,) = torch.autograd.grad(plain_parts(q, turns, 3)[0].sum(), q)
     assert torch.equal(unused, expected)
-    torch.autograd.gradcheck(lambda q, k: heads._Sent.apply(turns, 3, "", q, k, v), (q, k))
+    torch.autograd.gradcheck(lambda q, k: heads._Sent.apply(exchanges, q, k, v), (q, k))
     parts = [x.detach().requires_grad_() for x in sent[::4]]
-    torch.autograd.gradcheck(lambda *x: heads._Placed.apply(3, "", *x), parts)
+    torch.autograd.gradcheck(lambda *x: heads._Placed.apply(exchanges, *x), parts)
 
 
-@pytest.mark.usefixtures("_nothing_sent")
 def test_bf16_gradients_of_any_layout() -> None:
     """Copied wide, from gradients that are not contiguous."""
     q = numbers(2, 5, 12, 8).requires_grad_()
-    out = heads._Placed.apply(3, "", *heads._Sent.apply(2, 3, "", q))
+    exchanges = [Still(), Still()]
+    out = heads._Placed.apply(exchanges, *heads._Sent.apply(exchanges, q))
     weight = numbers(12, 8, 5, 2).permute(3, 2, 0, 1)
     (gradient,) = torch.autograd.grad(out, q, weight)
     assert torch.equal(out, q)

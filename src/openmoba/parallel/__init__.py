@@ -1,6 +1,7 @@
 """Attention of one sequence over several devices, on `torch.distributed`."""
 
 from openmoba.parallel.api import block_attention, full_attention, moba_attention, over_ranks
+from openmoba.parallel.collectives import prioritize_transfers
 from openmoba.parallel.current import sharded
 from openmoba.parallel.key_conv import key_convolution
 from openmoba.parallel.sharding import Sharding
@@ -12,5 +13,6 @@ __all__ = [
     "key_convolution",
     "moba_attention",
     "over_ranks",
+    "prioritize_transfers",
     "sharded",
 ]

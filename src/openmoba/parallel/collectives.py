@@ -1,26 +1,39 @@
-"""The collectives of attention, as functions of tensors.
+"""The collectives of attention. They start without waiting, so that transfers run beside computation.
 
-They are torch's functional collectives, which name their group by a text and start without waiting, so that transfers
-run beside computation. In torch 2.11 they have no gradients yet; what needs one is an operation of its own here.
+None has a gradient but `started` and `arrived`. Compilers do not trace them: who calls them is kept from compiling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
 
-from openmoba.parallel.copies import contiguous
+from openmoba.parallel.copies import contiguous, copy_into
+
+if TYPE_CHECKING:  # builds of torch without distributed have none
+    from torch.distributed import ProcessGroup, Work
 
 Waiting = Callable[[], Tensor]
 """Waits for a transfer that is under way, and returns what arrived."""
 
 
-def group_of(group: Any) -> tuple[str, int, int]:
-    """Return name, own rank and number of ranks of a process group.
+def prioritize_transfers() -> None:
+    """Have NCCL's transfers go before the computation beside them; call it before a process group is made.
+
+    It sets the environment variable TORCH_NCCL_HIGH_PRIORITY, which groups read when they are made, to 1, unless it is
+    set. In a stream of ordinary priority a transfer waits for the attention kernel that runs, and the next kernel for
+    the transfer: both were to run beside each other.
+    """
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+
+
+def group_of(group: Any) -> tuple[ProcessGroup, int, int]:
+    """Return a process group, the own rank and the number of ranks in it.
 
     Args:
         group: a `ProcessGroup`, a `DeviceMesh` of one dimension, or None for all processes.
@@ -39,7 +52,7 @@ def group_of(group: Any) -> tuple[str, int, int]:
     rank = distributed.get_rank(group)
     if rank < 0:
         raise ValueError("this process is not in the process group that it is to share a sequence with")
-    return group.group_name, rank, distributed.get_world_size(group)
+    return group, rank, distributed.get_world_size(group)
 
 
 def leave_group() -> None:
@@ -54,71 +67,112 @@ def leave_group() -> None:
         distributed.destroy_process_group()
 
 
-def gather(x: Tensor, ranks: int, group_name: str) -> Waiting:
+def gather(x: Tensor, group: ProcessGroup) -> Waiting:
     """Start to put the `x` of all ranks behind each other along dimension 0."""
-    started = torch.ops._c10d_functional.all_gather_into_tensor(x, ranks, group_name)
-    return lambda: torch.ops._c10d_functional.wait_tensor(started)
+    # torch.distributed has had two names for this since 2.11, of which 2.13 warns of one.
+    functional = torch.ops._c10d_functional
+    coming = functional.all_gather_into_tensor(x, distributed.get_world_size(group), group.group_name)
+    return lambda: functional.wait_tensor(coming)
 
 
-def exchange(x: Tensor, ranks: int, group_name: str) -> Waiting:
-    """Start to send the n-th part of `x` along dimension 0 to rank n; what arrives lies in the order of its senders."""
-    coming = start(x, ranks, group_name)
-    return lambda: wait(coming)
+class Exchange:
+    """Tensors `[N, ...]` on their way between N ranks: part n goes to rank n, and what arrives there is its sender's.
 
+    The parts of all tensors for other ranks leave together, packed where they are not contiguous. A rank's own parts
+    are copied to their places meanwhile: sent, they would keep multiprocessors from the attention that runs beside.
 
-def start(x: Tensor, ranks: int, group_name: str) -> Tensor:
-    """Start an `exchange` and return what is on its way: it is for `wait` alone. No gradient."""
-    sizes = [x.shape[0] // ranks] * ranks
-    coming: Tensor = torch.ops._c10d_functional.all_to_all_single(x, sizes, sizes, group_name)
-    return coming
+    An exchange is its own transpose. One object serves both passes, with one exchange under way at a time.
 
-
-def wait(coming: Tensor) -> Tensor:
-    """Wait for what is on its way, and return it. No gradient."""
-    got: Tensor = torch.ops._c10d_functional.wait_tensor(coming)
-    return got
-
-
-def started(x: Tensor, ranks: int, group_name: str) -> Tensor:
-    """Start an `exchange` with a gradient. What it returns is on its way: it is for `arrived` alone.
-
-    An exchange is its own transpose, so in the backward pass `arrived` starts one, and `started` waits for it. Those of
-    calls that were made one after another are under way together there too.
+    Attributes:
+        ranks: N.
     """
-    return _Started.apply(x, ranks, group_name)  # type: ignore[no-any-return, no-untyped-call]
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group, self._rank = group, distributed.get_rank(group)
+        self.ranks = distributed.get_world_size(group)
+        self._sent: tuple[list[Work], list[Sequence[Tensor]]] = [], []
+        self._coming: tuple[Tensor, ...] = ()
+
+    def start(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Start to send tensors of any strides, and return what is on its way, contiguous: it is for after `wait`."""
+        assert not self._coming, "what was started before has not been waited for"
+        self._coming = tuple(x.new_empty(x.shape) for x in tensors)
+        sent = [self._packed(x) for x in tensors]
+        operations = [
+            distributed.P2POp(operation, parts[peer], group=self._group, group_peer=peer)
+            for peer in range(self.ranks)
+            for going, coming in zip(sent, self._coming, strict=True)
+            for operation, parts in ((distributed.isend, going), (distributed.irecv, coming))
+            if peer != self._rank and coming.numel()
+        ]
+        # Parts are kept until they have left.
+        self._sent = (distributed.batch_isend_irecv(operations) if operations else []), sent
+        for coming, x in zip(self._coming, tensors, strict=True):
+            copy_into(coming[self._rank], x[self._rank])
+        return self._coming
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """Wait for what is under way and return it; no tensors, where nothing is."""
+        (works, parts), coming = self._sent, self._coming
+        self._sent, self._coming = ([], []), ()  # nobody waits twice for what fails
+        for work in works:
+            work.wait()
+        del parts
+        return coming
+
+    def _packed(self, x: Tensor) -> Sequence[Tensor]:
+        """Return the parts of `x`, those for other ranks contiguous: two copies at most, whatever their number."""
+        before, after = x[: self._rank], x[self._rank + 1 :]
+        return [*contiguous(before), x[self._rank], *contiguous(after)]
 
 
-def arrived(x: Tensor, ranks: int, group_name: str) -> Tensor:
-    """Wait for what was `started`, and return it."""
-    return _Arrived.apply(x, ranks, group_name)  # type: ignore[no-any-return, no-untyped-call]
+def started(exchange: Exchange, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Start an exchange with gradients. What it returns is on its way: it is for `arrived` alone.
+
+    In the backward pass `arrived` starts the exchange of gradients, and `started` waits for it. Those of calls that
+    were made one after another are under way together there too.
+    """
+    return _Started.apply(exchange, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def arrived(exchange: Exchange, *coming: Tensor) -> tuple[Tensor, ...]:
+    """Wait for all that was started together, and return it."""
+    return _Arrived.apply(exchange, *coming)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Started(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: int, group_name: str) -> Tensor:
-        return start(contiguous(x), ranks, group_name)
+    def forward(ctx: Any, exchange: Exchange, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
+        return exchange.start(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, coming: Tensor) -> tuple[Tensor, None, None]:
-        return wait(coming), None, None
+    def backward(ctx: Any, *coming: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.exchange.wait()
+        return None, *coming
 
 
 class _Arrived(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, coming: Tensor, ranks: int, group_name: str) -> Tensor:
-        ctx.group = ranks, group_name
-        return wait(coming)
+    def forward(ctx: Any, exchange: Exchange, *coming: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
+        ctx.mark_non_differentiable(*(x for i, x in enumerate(coming) if not ctx.needs_input_grad[1 + i]))
+        exchange.wait()
+        return coming
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return start(contiguous(gradient), *ctx.group), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:]
+        coming = iter(ctx.exchange.start(*(x for x, its in zip(gradients, needed, strict=True) if its)))
+        return None, *(next(coming) if its else None for its in needed)
 
 
-def sum_parts(x: Tensor, ranks: int, group_name: str) -> Waiting:
+def sum_parts(x: Tensor, group: ProcessGroup) -> Waiting:
     """Start to sum over all ranks, of which rank n gets the n-th part along dimension 0.
 
     The parts travel as they are and are summed in fp32: as many bytes as a reduce-scatter, which would round to the
     dtype of `x` at every rank, and the same sum each time.
     """
-    arriving = exchange(x, ranks, group_name)
-    return lambda: arriving().view(ranks, -1, *x.shape[1:]).sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
+    exchange = Exchange(group)
+    exchange.start(x.view(exchange.ranks, -1, *x.shape[1:]))
+    return lambda: exchange.wait()[0].sum(0, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -15,10 +15,10 @@ def wide(x: Tensor) -> Tensor:
     """Return a view of the same bytes as int64, `[..., D]` to `[..., D * itemsize / 8]`, or `x` where there is none.
 
     None is there of a last dimension that is strided or holds no multiple of 8 bytes, or of rows that do not begin at
-    one. Compilers write copies of their own, and a graph would hold for other storage offsets too.
+    one.
     """
     narrow = _WIDE.itemsize // x.itemsize
-    if narrow < 2 or x.dim() == 0 or torch.compiler.is_compiling() or x.is_conj() or x.is_neg():
+    if narrow < 2 or x.dim() == 0 or x.is_conj() or x.is_neg():
         return x
     begins = (x.storage_offset(), x.shape[-1], *x.stride()[:-1])
     if x.stride(-1) != 1 or any(n % narrow for n in begins) or x.data_ptr() % _WIDE.itemsize:

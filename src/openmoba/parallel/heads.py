@@ -9,21 +9,22 @@ computed in another order, and outputs and gradients are one device's bit for bi
 as it takes, and their gradients summed.
 
 Long sequences go some key/value heads at a time: while a turn computes, the next one's tokens are on their way here and
-the last one's output back. So it is in the backward pass, where autograd takes the same nodes in the other order.
+the last one's output back. So it is in the backward pass, where autograd takes the same nodes in the other order. All
+tensors of a turn travel in one exchange.
 
 Source: DeepSpeed-Ulysses, arXiv 2309.14509.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from openmoba.parallel.collectives import arrived, start, started, wait
-from openmoba.parallel.copies import contiguous, copy_into
+from openmoba.parallel.collectives import Exchange, arrived, started
+from openmoba.parallel.copies import copy_into
 from openmoba.parallel.cost import heads_per_turn, key_copies
 from openmoba.parallel.sharding import Sharding
 
@@ -33,6 +34,7 @@ Attend = Callable[..., Tensor]
 # B batch, T tokens of the whole, S of a shard, N ranks, t turns, H heads, h heads of a turn on one rank, D head width
 
 
+@torch.compiler.disable(reason="compilers do not trace transfers")  # type: ignore[no-untyped-call, untyped-decorator]
 def attend_by_heads(
     attend: Attend, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, sharding: Sharding, lists: Tensor | None = None
 ) -> Tensor:
@@ -51,15 +53,18 @@ def attend_by_heads(
     # The last dimensions differ in width, but a turn's share of each is the same.
     turns = own // heads_per_turn(own, (q_BSHD.nbytes + 2 * k_BSHD.nbytes) // own)
     tensors = (q_BSHD, k_BSHD, v_BSHD) if lists is None else (q_BSHD, k_BSHD, v_BSHD, lists)
-    sent = _Sent.apply(turns, *_group(sharding), *tensors)  # type: ignore[no-untyped-call]
-    coming = [sent[i : i + len(tensors)] for i in range(0, len(sent), len(tensors))]
-    going = [_start_back(_attend(attend, turn, sharding), sharding) for turn in coming]
-    out: Tensor = _Placed.apply(*_group(sharding), *going)  # type: ignore[no-untyped-call]
+    there, back = ([Exchange(sharding.group) for _ in range(turns)] for _ in range(2))
+    try:
+        sent = _Sent.apply(there, *tensors)  # type: ignore[no-untyped-call]
+        going: list[Tensor] = []
+        for turn in range(turns):
+            coming = arrived(there[turn], *sent[turn * len(tensors) : (turn + 1) * len(tensors)])
+            going += started(back[turn], _by_rank(_attend(attend, coming, sharding), sharding))
+        out: Tensor = _Placed.apply(back, *going)  # type: ignore[no-untyped-call]
+    finally:  # checkpointing leaves in the middle, by an exception
+        for exchange in (*there, *back):
+            exchange.wait()
     return out
-
-
-def _group(sharding: Sharding) -> tuple[int, str]:
-    return sharding.ranks, sharding.group_name
 
 
 def _heads_of_turn(x_BSHD: Tensor, turn: int, turns: int, ranks: int) -> Tensor:
@@ -72,26 +77,29 @@ def _heads_of_turn(x_BSHD: Tensor, turn: int, turns: int, ranks: int) -> Tensor:
 class _Sent(torch.autograd.Function):
     """Heads `[B, S, H, D]` of several tensors, on their way to the ranks that attend to them.
 
-    They are `[N, S, B, h, D]`, one turn's of every tensor after the other's. Gradients are on their way here likewise.
+    They are `[N, S, B, h, D]`, one turn's of every tensor after the other's. Each turn has an exchange, in which its
+    gradients come here too.
     """
 
     @staticmethod
-    def forward(ctx: Any, turns: int, ranks: int, group_name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.turns, ctx.ranks, ctx.shapes = turns, ranks, [x.shape for x in tensors]
-        views = (_heads_of_turn(x, turn, turns, ranks) for turn in range(turns) for x in tensors)
-        going = [start(contiguous(x), ranks, group_name) for x in views]
-        constant = [x for i, x in enumerate(going) if not ctx.needs_input_grad[3 + i % len(tensors)]]
+    def forward(ctx: Any, exchanges: Sequence[Exchange], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchanges, ctx.shapes, turns = exchanges, [x.shape for x in tensors], len(exchanges)
+        coming: list[Tensor] = []
+        for turn, exchange in enumerate(exchanges):
+            coming += exchange.start(*(_heads_of_turn(x, turn, turns, exchange.ranks) for x in tensors))
+        constant = [x for i, x in enumerate(coming) if not ctx.needs_input_grad[1 + i % len(tensors)]]
         ctx.mark_non_differentiable(*constant)
-        return tuple(going)
+        return tuple(coming)
 
     @staticmethod
     def backward(ctx: Any, *coming: Tensor) -> tuple[Tensor | None, ...]:
-        step = len(ctx.shapes)
-        gradients = {i: coming[i].new_empty(ctx.shapes[i]) for i in range(step) if ctx.needs_input_grad[3 + i]}
-        for turn in reversed(range(ctx.turns)):
+        step, turns = len(ctx.shapes), len(ctx.exchanges)
+        gradients = {i: coming[i].new_empty(ctx.shapes[i]) for i in range(step) if ctx.needs_input_grad[1 + i]}
+        for turn, exchange in reversed(list(enumerate(ctx.exchanges))):
+            exchange.wait()
             for i, gradient in gradients.items():
-                copy_into(_heads_of_turn(gradient, turn, ctx.turns, ctx.ranks), wait(coming[turn * step + i]))
-        return None, None, None, *(gradients.get(i) for i in range(step))
+                copy_into(_heads_of_turn(gradient, turn, turns, exchange.ranks), coming[turn * step + i])
+        return None, *(gradients.get(i) for i in range(step))
 
 
 class _Placed(torch.autograd.Function):
@@ -101,26 +109,26 @@ class _Placed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, ranks: int, group_name: str, *coming: Tensor) -> Tensor:
-        ctx.turns, ctx.ranks, ctx.group_name = len(coming), ranks, group_name
-        _, shard, batch, heads, width = coming[0].shape
-        out = coming[0].new_empty(batch, shard, ranks * len(coming) * heads, width)
-        for turn, x in enumerate(coming):
-            copy_into(_heads_of_turn(out, turn, len(coming), ranks), wait(x))
+    def forward(ctx: Any, exchanges: Sequence[Exchange], *coming: Tensor) -> Tensor:
+        ctx.exchanges, turns = exchanges, len(exchanges)
+        ranks, shard, batch, heads, width = coming[0].shape
+        out = coming[0].new_empty(batch, shard, ranks * turns * heads, width)
+        for turn, (exchange, x) in enumerate(zip(exchanges, coming, strict=True)):
+            exchange.wait()
+            copy_into(_heads_of_turn(out, turn, turns, ranks), x)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        going = [
-            start(contiguous(_heads_of_turn(gradient, turn, ctx.turns, ctx.ranks)), ctx.ranks, ctx.group_name)
-            for turn in reversed(range(ctx.turns))  # the order in which they are needed
-        ]
-        return None, None, *reversed(going)
+        turns, coming = len(ctx.exchanges), []
+        for turn, exchange in reversed(list(enumerate(ctx.exchanges))):  # the order in which they are needed
+            coming += exchange.start(_heads_of_turn(gradient, turn, turns, exchange.ranks))
+        return None, *reversed(coming)
 
 
 def _attend(attend: Attend, coming: tuple[Tensor, ...], sharding: Sharding) -> Tensor:
     """Return the output of a turn's heads for all tokens, `[B, T, h, D]`."""
-    q, k, v, *given = (_whole(arrived(x, *_group(sharding)), sharding) for x in coming)
+    q, k, v, *given = (_whole(x, sharding) for x in coming)
     cu = sharding.cu_seqlens
     if cu is None:
         return attend(q, k, v, None, None, *given)
@@ -133,11 +141,10 @@ def _whole(got_NSBhD: Tensor, sharding: Sharding) -> Tensor:
     return (whole_TBhD[: sharding.tokens] if sharding.padding else whole_TBhD).transpose(0, 1)
 
 
-def _start_back(out_BThD: Tensor, sharding: Sharding) -> Tensor:
-    """Start to send the output to the ranks that hold its tokens; what arrives is `[N, S, B, h, D]`."""
+def _by_rank(out_BThD: Tensor, sharding: Sharding) -> Tensor:
+    """Return the output by the ranks that hold its tokens, `[N, S, B, h, D]`; contiguous shards are a view."""
     whole_TBhD = out_BThD.transpose(0, 1)
     if sharding.padding:
         whole_TBhD = torch.nn.functional.pad(whole_TBhD, (0, 0, 0, 0, 0, 0, 0, sharding.padding))
     by_rank_TBhD = sharding.by_rank(whole_TBhD)
-    by_rank_NSBhD = by_rank_TBhD.view(sharding.ranks, sharding.local_tokens, *by_rank_TBhD.shape[1:])
-    return started(by_rank_NSBhD, *_group(sharding))
+    return by_rank_TBhD.view(sharding.ranks, sharding.local_tokens, *by_rank_TBhD.shape[1:])

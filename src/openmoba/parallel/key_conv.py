@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from openmoba.ops import key_conv as ops
 from openmoba.ops.checks import DTYPES, check_tensors
-from openmoba.parallel.collectives import arrived, started
+from openmoba.parallel.collectives import Exchange, arrived, started
 from openmoba.parallel.sharding import Sharding
 
 # B batch, S tokens of a shard, N ranks, C channels of all key/value heads, W width
@@ -63,10 +63,16 @@ def _ends_before(parts_BPLC: Tensor, reach: int, sharding: Sharding) -> Tensor:
     """Return the `reach` keys before each of this rank's chunks, `[B, P, R, C]`; zeros before the first token."""
     end = min(reach, sharding.chunk)
     ends_XBC = parts_BPLC[:, :, sharding.chunk - end :].permute(1, 2, 0, 3).flatten(0, 1)
-    group = sharding.ranks, sharding.group_name
-    got_NXBC = arrived(started(ends_XBC.expand(sharding.ranks, *ends_XBC.shape).contiguous(), *group), *group)
-    in_order = pad(sharding.in_order(got_NXBC.flatten(0, 1)), (0, 0, 0, 0, reach, 0))
+    in_order = pad(sharding.in_order(_of_all(ends_XBC, sharding).flatten(0, 1)), (0, 0, 0, 0, reach, 0))
     return torch.stack([in_order[c * end : c * end + reach] for c in sharding.own_chunks]).permute(2, 0, 1, 3)
+
+
+@torch.compiler.disable(reason="compilers do not trace transfers")  # type: ignore[no-untyped-call, untyped-decorator]
+def _of_all(x: Tensor, sharding: Sharding) -> Tensor:
+    """Return the `x` of all ranks, `[N, *x.shape]`."""
+    exchange = Exchange(sharding.group)
+    (got,) = arrived(exchange, *started(exchange, x.expand(sharding.ranks, *x.shape)))
+    return got
 
 
 def _goes_on(sharding: Sharding, reach: int) -> Tensor | None:

@@ -26,7 +26,7 @@ from openmoba.parallel.sharding import Sharding
 # B batch, T tokens of the whole, S of a shard, H heads, K key/value heads of a turn, D head width
 
 
-@torch.compiler.disable(reason="it starts transfers ahead, and gathers again in the backward pass")  # type: ignore[no-untyped-call, untyped-decorator]
+@torch.compiler.disable(reason="compilers do not trace transfers")  # type: ignore[no-untyped-call, untyped-decorator]
 def attend_by_keys(
     attend: Attend, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, sharding: Sharding, lists: Tensor | None = None
 ) -> Tensor:
@@ -88,7 +88,7 @@ class _ByKeys(torch.autograd.Function):
                         copy_into(its, x_TBKD)
                 written = max(written, piece.end)
             dkv_TB2KD[written:] = 0
-            under_way.add(turn.kv_heads, sum_parts(sharding.by_rank(dkv_TB2KD), sharding.ranks, sharding.group_name))
+            under_way.add(turn.kv_heads, sum_parts(sharding.by_rank(dkv_TB2KD), sharding.group))
         under_way.finish()
         ctx.saved.take()
         return None, None, None, dq, dk, dv
@@ -124,7 +124,7 @@ def _turns(heads: int, k_BSHD: Tensor, v_BSHD: Tensor, sharding: Sharding) -> It
         kv_SB2KD = k_BSHD.new_empty(shard, batch, 2, step, width)
         for i, x_BSHD in enumerate((k_BSHD, v_BSHD)):
             copy_into(kv_SB2KD[:, :, i], x_BSHD[:, :, part].transpose(0, 1))
-        return gather(kv_SB2KD, sharding.ranks, sharding.group_name)
+        return gather(kv_SB2KD, sharding.group)
 
     coming = start(parts[0])
     for i, part in enumerate(parts):

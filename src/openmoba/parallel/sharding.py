@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from torch import Tensor
 from openmoba.ops.checks import check_boundary_values, check_tensors
 from openmoba.parallel.collectives import gather, group_of
 from openmoba.parallel.cost import WAYS, choose_way
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Layout = Literal["contiguous", "head-tail"]
 LAYOUTS = ("contiguous", "head-tail")
@@ -35,7 +38,7 @@ class Sharding:
         tokens: length T of the whole.
         rank: of this process within the group.
         ranks: processes of the group.
-        group_name: the group's name in this process.
+        group: the process group.
         layout: "contiguous" or "head-tail", see the head of this file.
         way: how attention crosses the ranks: "heads", "keys", or "auto" for what `openmoba.parallel.cost.choose_way`
             says of the heads at hand.
@@ -46,7 +49,7 @@ class Sharding:
     tokens: int
     rank: int
     ranks: int
-    group_name: str
+    group: ProcessGroup
     layout: str = "contiguous"
     way: str = "auto"
     cu_seqlens: Tensor | None = field(default=None, compare=False)
@@ -83,8 +86,8 @@ class Sharding:
                 raise ValueError(f"cu_seqlens must be int32 of shape [sequences + 1], got {got}; use .int()")
             if cu_seqlens.device.type == "cpu":  # on a rank that has none of the wrong ones nothing would show
                 check_boundary_values(cu_seqlens, cu_seqlens, tokens, tokens)
-        name, rank, ranks = group_of(group)
-        return cls(tokens, rank, ranks, name, layout, way, cu_seqlens)
+        group, rank, ranks = group_of(group)
+        return cls(tokens, rank, ranks, group, layout, way, cu_seqlens)
 
     @classmethod
     def balanced(
@@ -178,7 +181,7 @@ class Sharding:
 
     def unshard(self, x: Tensor, dim: int = 1) -> Tensor:
         """Put the parts of all ranks together again, without padding; every rank gets the whole. No gradient."""
-        gathered = gather(x.detach().movedim(dim, 0).contiguous(), self.ranks, self.group_name)
+        gathered = gather(x.detach().movedim(dim, 0).contiguous(), self.group)
         return self.in_order(gathered())[: self.tokens].movedim(0, dim)
 
     def in_order(self, x: Tensor) -> Tensor:

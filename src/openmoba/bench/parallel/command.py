@@ -35,6 +35,7 @@ class Parallel:
 
         from openmoba.bench.machine import Machine
         from openmoba.bench.parallel.measure import PATIENCE, leave_at_once, run_parallel_benchmark
+        from openmoba.parallel import prioritize_transfers
         from openmoba.parallel.collectives import leave_group
 
         on_gpu = self.grid != "cpu"
@@ -43,6 +44,7 @@ class Parallel:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
         if on_gpu:
             torch.cuda.set_device(device)
+        prioritize_transfers()
         distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
         try:
             rows = run_parallel_benchmark(GRIDS[self.grid], self.out, Machine(device, self.commit))

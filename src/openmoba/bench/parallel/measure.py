@@ -6,11 +6,11 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, distributed
@@ -22,7 +22,8 @@ from openmoba.bench.parallel.cases import ParallelCase, ParallelRow, compared
 from openmoba.bench.rows import append_row, read_rows
 from openmoba.bench.timing import MB, Work, measure, quantiles
 from openmoba.parallel import Sharding
-from openmoba.parallel.collectives import exchange, gather
+from openmoba.parallel.collectives import Exchange, gather
+from openmoba.parallel.cost import key_copies
 
 STEPS = 2
 """After the one that the layers are compiled with."""
@@ -124,14 +125,24 @@ def _attention(case: ParallelCase, ranks: int, device: torch.device) -> tuple[Wo
 
 
 def _transfer(case: ParallelCase, ranks: int, device: torch.device) -> tuple[Work, float]:
-    """Return one transfer of attention's forward pass, and the bytes that a device sends in it."""
-    heads = case.heads + 2 * case.kv_heads if case.way == "heads" else 2 * case.kv_heads
-    x = _normal(case.tokens // ranks, heads, case, device, 0)[0]
-    name = Sharding.over(None, case.tokens).group_name
-    send: Callable[[], Any] = (
-        (lambda: exchange(x, ranks, name)()) if case.way == "heads" else (lambda: gather(x, ranks, name)())
-    )
-    return Work(send), x.nbytes * ((ranks - 1) / ranks if case.way == "heads" else ranks - 1)
+    """Return one transfer of attention's forward pass, all heads in one turn, and the bytes that a device sends."""
+    group = Sharding.over(None, case.tokens).group
+    shard = case.tokens // ranks
+    if case.way == "keys":
+        x = _normal(shard, 2 * case.kv_heads, case, device, 0)[0]
+        return Work(lambda: gather(x, group)()), x.nbytes * (ranks - 1)
+    kv_heads = case.kv_heads * key_copies(case.kv_heads, ranks)
+    tensors = [
+        _normal(ranks * shard, heads // ranks, case, device, seed).view(ranks, shard, -1, case.head_dim)
+        for seed, heads in enumerate((case.heads, kv_heads, kv_heads))
+    ]
+    exchange = Exchange(group)
+
+    def send() -> Tensor:
+        exchange.start(*tensors)
+        return exchange.wait()[0]
+
+    return Work(send), sum(x.nbytes for x in tensors) * (ranks - 1) / ranks
 
 
 def _normal(tokens: int, heads: int, case: ParallelCase, device: torch.device, seed: int) -> Tensor:

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from openmoba.hf.releases import CHECKPOINTING
 from openmoba.lab.config import RunConfig, TrainConfig
+from openmoba.parallel import prioritize_transfers
 
 
 def training_arguments(config: RunConfig, folder: Path) -> Any:
@@ -24,6 +25,8 @@ def training_arguments(config: RunConfig, folder: Path) -> Any:
     if train.fsdp and not cuda:
         raise ValueError("train.fsdp needs GPUs, and none is available; leave it out")
     _check_sharing(train, cuda)
+    if train.context_parallel > 1:
+        prioritize_transfers()  # before TrainingArguments makes the process group
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=train.steps,
