@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -107,6 +108,15 @@ def alone() -> Iterator[None]:
 @pytest.mark.parametrize("check", [exchanged, exchanged_gradients])
 def test_one_process_exchanges_with_itself(check: Callable[[Any], None]) -> None:
     check(distributed.group.WORLD)
+
+
+@pytest.mark.usefixtures("alone")
+def test_shardings_are_compared_and_replaced() -> None:
+    found = Sharding.over(None, 8)
+    assert found == Sharding.over(distributed.group.WORLD, 8)
+    assert hash(found) == hash(Sharding.over(None, 8))
+    assert replace(found, tokens=9) == Sharding.over(None, 9) != found
+    assert found != Sharding.over(distributed.new_group([0]), 8)
 
 
 def qkv() -> dict[str, Tensor]:

@@ -69,7 +69,7 @@ def leave_group() -> None:
 
 def gather(x: Tensor, group: ProcessGroup) -> Waiting:
     """Start to put the `x` of all ranks behind each other along dimension 0."""
-    # torch.distributed has had two names for this since 2.11, of which 2.13 warns of one.
+    # Of torch.distributed's own, 2.13 warns of the name that 2.11 has.
     functional = torch.ops._c10d_functional
     coming = functional.all_gather_into_tensor(x, distributed.get_world_size(group), group.group_name)
     return lambda: functional.wait_tensor(coming)
