@@ -159,6 +159,9 @@ BAD = {
 ILL_FORMED = {
     "blocks must be a torch.Tensor, got list": lambda: call(blocks=[0]),
     "blocks must be int32, got torch.int64; use .int()": lambda: call(blocks=call()["blocks"].long()),
+    "blocks is a sparse or nested tensor (torch.sparse_coo); fill it up with -1": lambda: call(
+        blocks=call()["blocks"].to_sparse()
+    ),
     "blocks is on meta but q is on cpu; move it there": lambda: call(blocks=call()["blocks"].to("meta")),
     "blocks must be [1, 9] and then 4 or 2 heads and any number of blocks, got [1, 9, 3, 1]": lambda: call(
         blocks=call()["blocks"][:, :, :3]

@@ -25,6 +25,7 @@ def cache() -> dict[str, Tensor]:
     [
         ("q", lambda x: x.tolist(), "q must be a torch.Tensor, got list"),
         ("q", lambda x: x.int(), "q has dtype torch.int32; use float64"),
+        ("k_cache", lambda x: x[:, :0], r"k_cache must be \[1, slots >= 1, heads, 8\], got \(1, 0, 2, 8\)"),
         ("k_cache", lambda x: x[:, :, :0], "4 heads must be a multiple of the cache's 0 heads"),
         ("v_cache", lambda x: x.to("meta"), "v_cache must be on q's device cpu, got meta"),
         ("centroids", lambda x: x.sum(), "centroids must be torch.float32"),

@@ -91,6 +91,22 @@ def test_limits(top_k: int) -> None:
     assert_rounded(attend(server, call, top_k), expected(call, top_k))
 
 
+@pytest.mark.usefixtures("kernels")
+def test_a_block_larger_than_any_sequence() -> None:
+    server = new_server(4, 2**31 - 4)
+    server.complete(server.call({server.begin(): 14, server.begin(): 4}))
+    call = server.call({0: 1, 1: 5})
+    assert_rounded(attend(server, call, 3), expected(call, 3))
+
+
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_tables_without_a_page_are_of_no_sequence(tokens: int) -> None:
+    server = new_server(4, 4)
+    call = server.call({server.begin(): 0})
+    call |= {"q": server.draw(tokens, 2, 16), "block_table": call["block_table"][:, :0].contiguous()}
+    assert not moba_paged(**call, top_k=2, impl="triton").any()
+
+
 @SIZES
 @pytest.mark.usefixtures("kernels")
 def test_a_shared_prefix(page_size: int, block_size: int) -> None:

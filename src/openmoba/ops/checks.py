@@ -58,6 +58,8 @@ def check_given_shape(q: Tensor, k: Tensor, blocks: Tensor) -> int:
         raise ValueError(
             f"blocks must be a torch.Tensor, got {type(blocks).__name__}; moba_attention chooses blocks by itself"
         )
+    if blocks.layout is not torch.strided or blocks.is_nested:
+        raise ValueError(f"blocks is a sparse or nested tensor ({blocks.layout}); fill it up with -1, which names none")
     if blocks.dtype != torch.int32:
         raise ValueError(f"blocks must be int32, got {blocks.dtype}; use .int()")
     if blocks.device != q.device:

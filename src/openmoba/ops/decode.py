@@ -106,8 +106,8 @@ def _check(q: Tensor, cache: KeyCache, v_cache: Tensor, top_k: int) -> None:
             "use moba_attention for more tokens"
         )
     batch, _, heads, width = q.shape
-    if k_cache.dim() != 4 or k_cache.shape[0] != batch or k_cache.shape[3] != width:
-        raise ValueError(f"k_cache must be [{batch}, slots, heads, {width}], got {tuple(k_cache.shape)}")
+    if k_cache.dim() != 4 or k_cache.shape[0] != batch or k_cache.shape[1] == 0 or k_cache.shape[3] != width:
+        raise ValueError(f"k_cache must be [{batch}, slots >= 1, heads, {width}], got {tuple(k_cache.shape)}")
     if v_cache.shape != k_cache.shape:
         raise ValueError(f"v_cache must have k_cache's shape {tuple(k_cache.shape)}, got {tuple(v_cache.shape)}")
     kv_heads = k_cache.shape[2]

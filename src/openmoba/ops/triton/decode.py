@@ -49,6 +49,7 @@ _PROGRAMS_PER_MULTIPROCESSOR = 4
 def decode(q: Tensor, cache: KeyCache, v_cache: Tensor, top_k: int, scale: float) -> Tensor:
     """Do what `openmoba.ops.decode.moba_decode` says, checked; the last dimension of all tensors is contiguous."""
     centroids, keys, _, starts, block_size = cache
+    block_size = min(block_size, keys.shape[1])  # a larger one holds no more keys
     launches = _launches(
         *q.shape, *centroids.shape[1:3], block_size, top_k, scale, q.dtype, q.device,
         strides(q), strides(keys), strides(v_cache), strides(centroids), None,
@@ -61,9 +62,9 @@ def packed_launches(q: Tensor, cache: KeyPages, v_pages: Tensor, top_k: int, sca
     centroids, k_pages, block_table, _, _, block_size = cache
     (tokens, heads, width), (_, page_size, kv_heads, _) = q.shape, k_pages.shape
     sequences, pages = block_table.shape
-    packed = Packed(TENSOR, block_table.stride(0), page_size, TENSOR, sequences)
+    packed, room = Packed(TENSOR, block_table.stride(0), page_size, TENSOR, sequences), pages * page_size
     return _launches(
-        tokens, 1, heads, width, pages * page_size // block_size, kv_heads, block_size, top_k, scale, q.dtype, q.device,
+        tokens, 1, heads, width, room // block_size, kv_heads, min(block_size, room), top_k, scale, q.dtype, q.device,
         (q.stride(0), *q.stride()[:2]), strides(k_pages), strides(v_pages), strides(centroids), packed,
     )  # fmt: skip
 

@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from openmoba.ops.triton.host.launch import REMEMBERED
+
+_WHOLE = 128
+"""Keys; of a block that holds all keys of a call, the length is rounded up to it, so that whole tiles serve it."""
 
 
 def cdiv(a: int, b: int) -> int:
@@ -165,7 +169,10 @@ def _shared(*sizes: Any) -> Geometry:
 def _sizes(q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> tuple[Any, ...]:
     sequences = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
     heads = Heads(q.shape[-2], k.shape[-2], q.shape[-1])
-    return cu_q is not None, sequences, q.shape[-3], k.shape[-3], heads, block_size, top_k
+    tokens_k = k.shape[-3]
+    # A larger block holds no more keys, and would have programs for tokens that there are not.
+    block_size = torch.sym_min(block_size, cdiv(tokens_k, _WHOLE) * _WHOLE)
+    return cu_q is not None, sequences, q.shape[-3], tokens_k, heads, block_size, top_k
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:

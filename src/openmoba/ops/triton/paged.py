@@ -39,8 +39,8 @@ _POOLING_PROGRAMS_PER_MULTIPROCESSOR = 4
 
 def attend_paged(q: Tensor, cache: KeyPages, v_pages: Tensor, top_k: int, scale: float) -> Tensor:
     """Do what `openmoba.moba_paged` says, checked; the last dimension of all tensors is contiguous."""
-    tokens, sequences = q.shape[0], cache.block_table.shape[0]
-    if tokens == 0 or sequences == 0:
+    tokens, (sequences, pages) = q.shape[0], cache.block_table.shape
+    if tokens == 0 or sequences == 0 or pages == 0:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     if are_few(tokens, sequences):
         launches = decode.packed_launches(q, cache, v_pages, top_k, scale)
@@ -123,7 +123,7 @@ def _geometry(
     room = pages * page_size
     most_read = min(top_k, cdiv(room, block_size))
     shape, paging = Heads(heads, kv_heads, width), Paging(table_stride, page_size)
-    return Geometry(True, sequences, tokens, sequences * room, shape, block_size, most_read, paging)
+    return Geometry(True, sequences, tokens, sequences * room, shape, min(block_size, room), most_read, paging)
 
 
 def _side_by_side(centroids: Tensor, block_table: Tensor, cu_k: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
