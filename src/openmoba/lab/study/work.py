@@ -184,7 +184,7 @@ class StudyClock:
         self._own = 0.0
 
     def left(self, run: PlannedRun, share: float) -> str:
-        """Share of the study that is done, and the time left, with `share` of `run` done by this process."""
+        """Say what share of the study is done, and the time left, with `share` of `run` done by this process."""
         part = share * self._work[run.name]
         own = self._own + part
         if self._start is None:  # without the preparation of data, which runs after the first do not have

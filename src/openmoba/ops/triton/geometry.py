@@ -240,7 +240,7 @@ def first_tile_slot(sequence, cu_ptr, tokens, tile, PACKED: tl.constexpr):
 
 @triton.jit
 def first_row(sequence, call, PACKED: tl.constexpr):
-    """Number of a sequence's first query token among the query tokens of all sequences."""
+    """Return the number of a sequence's first query token among the query tokens of all sequences."""
     if PACKED:
         return tl.load(call.cu_q + sequence)
     else:

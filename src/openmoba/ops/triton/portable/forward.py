@@ -166,7 +166,7 @@ def attend_own(
 
 @triton.jit
 def _merge_partials(partials, first_M, most, count_M, valid, WIDTH: tl.constexpr, M: tl.constexpr, D: tl.constexpr):
-    """Sum of a row's partials weighted by exp(lse - maximum), that maximum, and the sum of weights.
+    """Return the sum of a row's partials weighted by exp(lse - maximum), that maximum, and the sum of weights.
 
     All rows have `most` partials, or `count_M` of them, perhaps none (maximum -inf). Absent ones may hold anything.
     """
