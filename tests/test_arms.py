@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from pathlib import Path
+
 import pytest
 
 from openmoba.config import MobaConfig
@@ -92,7 +96,7 @@ def test_a_warm_start_is_full_attention_first() -> None:
 
 def test_a_kind_of_arm_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every other layer full at first, all of them at the end: no other place knows that there is such a kind."""
-    with pytest.raises(ValueError, match="unknown arm 'zebra'; the arms are full, moba, hybrid, time_hybrid"):
+    with pytest.raises(ValueError, match=f"unknown arm 'zebra'; the arms are {', '.join(KINDS)}"):
         ArmConfig("zebra")
     zebra = Kind("zebra", lambda arm: (0, 2), lambda arm, steps: steps - 1, "Zebra")
     monkeypatch.setitem(KINDS, "zebra", zebra)
@@ -104,5 +108,14 @@ def test_a_kind_of_arm_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_record_or_recipe_names_a_kind_that_there_is() -> None:
-    with pytest.raises(ValueError, match="name must be 'full' or 'moba' or 'hybrid' or 'time_hybrid', got 'zebra'"):
+    with pytest.raises(ValueError, match=f"name must be {' or '.join(map(repr, KINDS))}, got 'zebra'"):
         from_dict(ArmConfig, {"name": "zebra"})
+
+
+def test_every_kind_is_explained() -> None:
+    """In the table of the laboratory's page, and in the help of `ArmConfig.name`."""
+    page = (Path(__file__).parent.parent / "docs/laboratory.md").read_text()
+    table = page.partition("| arm | attention |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(KINDS)
+    of_name = inspect.getsource(ArmConfig).partition("name: KindName")[2].split('"""')[1]
+    assert set(KINDS) <= set(re.findall(r"\w+", of_name))
