@@ -11,7 +11,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -32,6 +32,25 @@ def lock(path: Path, *, wait: bool = True) -> Iterator[IO[str] | None]:
             yield None
             return
         yield file
+
+
+@contextmanager
+def lock_existing(path: Path, *, shared: bool = False) -> Iterator[bool]:
+    """Hold the lock of a file that is only read, for the body of the `with`; a file that is not there needs none.
+
+    Args:
+        shared: with other readers, after waiting for who has it alone; else alone, and False where another has it.
+    """
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(path.open("rb" if shared else "r+b"))
+            fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except FileNotFoundError:
+            pass
+        yield True
 
 
 @contextmanager

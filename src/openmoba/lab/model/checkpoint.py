@@ -7,16 +7,16 @@ seal: size and hash of every file. Weights are safetensors; optimizer and random
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from openmoba.lab.progress import Progress
 from openmoba.records.disk import read_json, write_json
+from openmoba.records.locks import lock_existing
 
 SEAL = "complete.json"
 
@@ -89,7 +89,7 @@ def newest_held(run: Path, progress: Progress | None = None) -> Iterator[Path | 
     """
     problems: list[str] = []
     for checkpoint in (listed := checkpoints(run)):
-        with _locked(checkpoint, fcntl.LOCK_SH):
+        with lock_existing(checkpoint / SEAL, shared=True):
             finished = (checkpoint / SEAL).exists()
             problem = damage(checkpoint)
             if problem is None:
@@ -118,21 +118,6 @@ def prune(run: Path, keep: int) -> None:
     whole = [checkpoint for checkpoint in checkpoints(run) if damage(checkpoint, contents=False) is None]
     for checkpoint in checkpoints(run):
         if checkpoint not in whole[:keep]:
-            with _locked(checkpoint, fcntl.LOCK_EX | fcntl.LOCK_NB) as mine:
+            with lock_existing(checkpoint / SEAL) as mine:
                 if mine:
                     shutil.rmtree(checkpoint)
-
-
-@contextmanager
-def _locked(checkpoint: Path, how: int) -> Iterator[bool]:
-    """Lock the seal, which a kill lets go of as well; False if another process has it. Parts need none."""
-    with ExitStack() as stack:
-        try:
-            mode = "r+b" if how & fcntl.LOCK_EX else "rb"
-            fcntl.flock(stack.enter_context((checkpoint / SEAL).open(mode)), how)
-        except BlockingIOError:
-            yield False
-            return
-        except FileNotFoundError:
-            pass
-        yield True
