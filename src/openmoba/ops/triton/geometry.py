@@ -73,10 +73,10 @@ class Geometry:
     top_k: int
     paging: Paging | None = None
 
-    @classmethod
-    def of(cls, q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> Geometry:
+    @staticmethod
+    def of(q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> Geometry:
         """Return that of a call; its lengths may be symbols of a compiler."""
-        return cls(*_sizes(q, k, cu_q, block_size, top_k))
+        return _of_sizes(*_sizes(q, k, cu_q, block_size, top_k))
 
     @staticmethod
     def shared(q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> Geometry:
@@ -163,16 +163,21 @@ class Geometry:
 
 @lru_cache(maxsize=REMEMBERED)
 def _shared(*sizes: Any) -> Geometry:
-    return Geometry(*sizes)
+    return _of_sizes(*sizes)
+
+
+def _of_sizes(
+    packed: bool, sequences: int, tokens_q: int, tokens_k: int, heads: Heads, block_size: int, top_k: int
+) -> Geometry:
+    # A block larger than all keys holds no more of them, and would have programs for tokens that there are not.
+    block_size = torch.sym_min(block_size, cdiv(tokens_k, _WHOLE) * _WHOLE)
+    return Geometry(packed, sequences, tokens_q, tokens_k, heads, block_size, top_k)
 
 
 def _sizes(q: Tensor, k: Tensor, cu_q: Tensor | None, block_size: int, top_k: int) -> tuple[Any, ...]:
     sequences = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
     heads = Heads(q.shape[-2], k.shape[-2], q.shape[-1])
-    tokens_k = k.shape[-3]
-    # A larger block holds no more keys, and would have programs for tokens that there are not.
-    block_size = torch.sym_min(block_size, cdiv(tokens_k, _WHOLE) * _WHOLE)
-    return cu_q is not None, sequences, q.shape[-3], tokens_k, heads, block_size, top_k
+    return cu_q is not None, sequences, q.shape[-3], k.shape[-3], heads, block_size, top_k
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:
