@@ -59,6 +59,26 @@ def test_what_moba_loses_with_distance_is_paired_on_the_same_text(study: Path) -
     assert sentence in (study / "report.md").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_what_the_largest_size_lacks_is_shown_of_the_one_before(tmp_path: Path) -> None:
+    beside = """
+[[stages]]
+name = "hybrids"
+sizes = ["medium", "large"]
+arms = ["last-1"]
+beside = "pretrain"
+"""
+    recipe = make_study(tmp_path, RECIPE + beside)
+    for run in ("medium-full-seed0", "medium-full-seed1", "large-moba-seed0", "large-moba-seed1"):
+        shutil.rmtree(tmp_path / "pretrain" / run)
+    write_report(recipe, tmp_path, "6nd")
+    pretrain, _, hybrids = (tmp_path / "report.md").read_text().split("\n## Stage ")[1:]
+    assert "Loss by position (small), and the difference from full attention" in pretrain, "others have one arm"
+    assert "with full attention (small) the loss at positions" in pretrain
+    assert "Loss by position (large), and the difference from full attention" in hybrids
+    assert re.search(r"Arms, layers of large: .*; last-1: blocks of 64, top-3, 1 of 16 layers full \(15\)", hybrids)
+
+
 def comparisons(study: Path) -> list[str]:
     """Differences of MoBA from full attention: those in LM and trailing loss, of each size and stage."""
     lines = [line.split(" | ") for line in (study / "report.md").read_text().splitlines()]

@@ -210,13 +210,15 @@ def test_a_run_that_diverges_is_marked_and_the_study_goes_on(
         error = capsys.readouterr().err
         assert "4 of 22 runs failed. 10 that start from them were not trained." in error
         assert "pretrain/large-full-seed0: the gradient was not a finite number at step 2; lower" in error
-        assert (out / "report.md").exists()
+        diverged = ", ".join(f"pretrain/large-{run}" for run in ("full-seed0", "full-seed1", "moba-seed0", "moba-seed1"))
+        assert f"**Diverged**, and so without a loss here: {diverged}." in (out / "report.md").read_text()
         assert len(tried) == 12
     assert "failed    pretrain/large-full-seed0" in overview(read_recipe(path), out)
     path.write_text(RECIPE)
     assert cli.main(["study", str(path), "--out", str(out)]) == 0
     assert len(tried) == 12 + 14
     assert not list(out.rglob("failed.json"))
+    assert "Diverged" not in (out / "report.md").read_text()
 
 
 def test_sigterm_ends_a_study_with_the_run(tmp_path: Path) -> None:

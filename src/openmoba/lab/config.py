@@ -348,7 +348,8 @@ def _dotted(table: dict[str, Any], where: str) -> dict[str, Any]:
 def _name(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(repr(choice) for choice in get_args(hint))
-    return "none" if hint is NoneType else getattr(get_origin(hint) or hint, "__name__", str(hint))
+    kind = get_origin(hint) or hint
+    return {NoneType: "none", tuple: "a list", dict: "a table"}.get(kind) or getattr(kind, "__name__", str(kind))
 
 
 def _at_least(config: Any, **limits: int) -> None:

@@ -21,6 +21,7 @@ from openmoba.lab.study.outcomes import (
     difference,
     fit_pair,
     gain,
+    largest,
     mean_loss,
     of_kind,
     paired_loss,
@@ -167,7 +168,7 @@ def switches(outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 def use_of_context(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """Say what full attention gains from a longer context, and how much of it MoBA does not."""
-    runs = list(by("size", outcomes).values())[-1]
+    runs = largest(outcomes)
     full, moba = of_kind(runs, FULL), of_kind(runs, MOBA)
     if len(by("arm", outcomes)) == 1 or not full or len(full[0].ranges) < 3:
         return

@@ -26,6 +26,7 @@ from openmoba.lab.study.outcomes import (
     fit,
     fit_pair,
     gain,
+    largest,
     mean_loss,
     moba_settings,
     of_kind,
@@ -118,9 +119,8 @@ def law_axes(stage: Stage, outcomes: Sequence[Outcome], axis: str) -> list[str]:
 def describe_arms(outcomes: Sequence[Outcome]) -> str:
     """Say of every arm its name and what it attends with, in the largest of its models; nothing of a single arm."""
     arms = [own[-1] for own in by("arm", outcomes).values()]
-    sizes = list(by("size", arms))
-    hybrid = any(run.config.arm.kind is HYBRID for run in arms)
-    at = f", layers of {sizes[-1]}" if hybrid and len(by("size", outcomes)) > 1 else ""
+    hybrids = by("size", (run for run in arms if run.config.arm.kind is HYBRID))
+    at = f", layers of {' and '.join(hybrids)}" if hybrids and len(by("size", outcomes)) > 1 else ""
     return f"Arms{at}: {'; '.join(map(describe_arm, arms))}." if len(arms) > 1 else ""
 
 
@@ -251,8 +251,8 @@ def _places(runs: Sequence[Outcome]) -> set[tuple[str, int]]:
 
 def _positions(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
     """Draw the loss by position of the largest size's arms, and their differences from full attention."""
-    size, runs = list(by("size", outcomes).items())[-1]
-    arms = by("arm", runs)
+    runs = largest(outcomes)
+    size, arms = runs[0].run.size, by("arm", runs)
     reference = of_kind(runs, FULL) or next(iter(arms.values()))
     shown = _most_telling(arms, reference)
     ranges, same = range(len(reference[0].ranges)), by("arm", of_same_seeds(runs))
@@ -313,7 +313,7 @@ def _gains(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
 def _contexts(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
     """Draw the trailing loss over the tokens in sight, of the largest size's arms, or every size of one arm."""
     key = "size" if len(by("arm", outcomes)) == 1 else "arm"
-    runs = outcomes if key == "size" else list(by("size", outcomes).values())[-1]
+    runs = outcomes if key == "size" else largest(outcomes)
     first = runs[0]
     runs = [run for run in runs if run.contexts == first.contexts]
     groups, same = by(key, runs), by(key, of_same_seeds(runs))

@@ -221,6 +221,12 @@ def by(key: str, outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
     return groups
 
 
+def largest(outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """Return the runs of the last size that has arms to compare; of the last size, where none has."""
+    sizes = list(by("size", outcomes).values())
+    return next((runs for runs in reversed(sizes) if len(by("arm", runs)) > 1), sizes[-1])
+
+
 def arms_of(outcomes: Iterable[Outcome], kind: Kind) -> list[list[Outcome]]:
     """Return the runs of each arm of one kind: the fewest full layers first, those without key convolution first."""
     arms = by("arm", (outcome for outcome in outcomes if outcome.config.arm.kind is kind)).values()

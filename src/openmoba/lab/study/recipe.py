@@ -276,7 +276,7 @@ def _check_stage(stage: Stage, earlier: dict[str, Stage], tables: Table) -> None
     for key in ("sizes", "arms", "seeds"):
         values = getattr(stage, key)
         if not values or len(set(values)) < len(values):
-            raise ValueError(f"{where}: {key} must be a list without repetitions, got {list(values)}")
+            raise ValueError(f"{where}: {key} must be a list of at least one, without repetitions, got {list(values)}")
     _check_names(f"{where}: more_seeds", stage.more_seeds, [*stage.sizes, *stage.arms])
     for size, arm in product(stage.sizes, stage.arms):
         seeds = stage.seeds_of(size, arm)
@@ -358,7 +358,8 @@ def _check_name(where: str, name: str) -> None:
 def _check_names(where: str, names: Any, allowed: Any) -> None:
     unknown = [name for name in names if name not in allowed]
     if unknown:
-        raise ValueError(f"{where}: unknown {', '.join(map(repr, unknown))}; allowed are {', '.join(allowed)}")
+        allowed = ", ".join(allowed) or "none"
+        raise ValueError(f"{where}: unknown {', '.join(map(repr, unknown))}; allowed are {allowed}")
 
 
 def _flat(tables: Table, prefix: str = "") -> Table:

@@ -10,7 +10,7 @@ from openmoba.lab.arms import FULL
 from openmoba.lab.columns import counted
 from openmoba.lab.measure.compute import AXES, Axis
 from openmoba.lab.measure.resample import LEVEL
-from openmoba.lab.run_files import RESULT_FILE
+from openmoba.lab.run_files import FAILED_FILE, RESULT_FILE
 from openmoba.lab.study.answers import answers, slopes, sweep, switches, use_of_context
 from openmoba.lab.study.candidates import standing_table, standings
 from openmoba.lab.study.charts import Chart, describe_arms, draw_charts, law_axes
@@ -116,6 +116,9 @@ def _report(
             f"\n**{len(outcomes)} of {len(recipe.runs)} runs are finished**; what follows is of these alone. Missing: "
             f"{missing(recipe, outcomes)}."
         )
+    diverged = [run.name for run in recipe.runs if (study / run.name / FAILED_FILE).exists()]
+    if diverged:
+        yield f"\n**Diverged**, and so without a loss here: {', '.join(diverged)}."
     yield ""
     yield from _scale(recipe, outcomes)
     for stage in recipe.stages:
