@@ -53,10 +53,12 @@ BAD_CALLS = {
     ),
     "v must have k's shape (1, 17, 2, 8), got (1, 16, 2, 8)": lambda: changed(v=tensors(16)[2]),
     "q has head width 16 but k has 8; they must be equal": lambda: changed(q=tensors(width=16)[0]),
-    "head width must be 8 to 256, got 7; pad the heads with zeros": lambda: dict(
+    "head width must be 8 to 256, got 7; pad the heads with zeros, and keep the logits by scale=7**-0.5": lambda: dict(
         zip("qkv", tensors(width=7), strict=True), **SETTINGS
     ),
-    "head width must be 8 to 256, got 257": lambda: dict(zip("qkv", tensors(width=257), strict=True), **SETTINGS),
+    "head width must be 8 to 256, got 257; use narrower heads": lambda: dict(
+        zip("qkv", tensors(width=257), strict=True), **SETTINGS
+    ),
     "q's 3 heads must be a multiple of k's 2 heads": lambda: changed(q=tensors(heads=3)[0]),
     "q's 4 heads must be a multiple of k's 0 heads": lambda: dict(
         zip("qkv", tensors(kv_heads=0), strict=True), **SETTINGS

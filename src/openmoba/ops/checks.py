@@ -220,6 +220,17 @@ def _check_kind(tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} is on {x.device} but q is on {q.device}; move them to one device")
 
 
+def check_head_width(width: int) -> None:
+    """Raise ValueError if heads are narrower or wider than any implementation takes."""
+    if width < MIN_HEAD_WIDTH:
+        raise ValueError(
+            f"head width must be {MIN_HEAD_WIDTH} to {MAX_HEAD_WIDTH}, got {width}; pad the heads with zeros, and keep "
+            f"the logits by scale={width}**-0.5"
+        )
+    if width > MAX_HEAD_WIDTH:
+        raise ValueError(f"head width must be {MIN_HEAD_WIDTH} to {MAX_HEAD_WIDTH}, got {width}; use narrower heads")
+
+
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
     dims, layout = (3, "[tokens, heads, dim]") if packed else (4, "[batch, tokens, heads, dim]")
     for name, x in (("q", q), ("k", k)):
@@ -230,8 +241,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
         raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q has head width {q.shape[-1]} but k has {k.shape[-1]}; they must be equal")
-    if not MIN_HEAD_WIDTH <= q.shape[-1] <= MAX_HEAD_WIDTH:
-        raise ValueError(f"head width must be 8 to 256, got {q.shape[-1]}; pad the heads with zeros")
+    check_head_width(q.shape[-1])
     heads, kv_heads = q.shape[-2], k.shape[-2]
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
         raise ValueError(f"q's {heads} heads must be a multiple of k's {kv_heads} heads")

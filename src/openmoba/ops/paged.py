@@ -25,9 +25,8 @@ from openmoba.ops.arguments import KeyPages
 from openmoba.ops.backends import DECODERS, PagedDecoder, implementation, paged_decoder
 from openmoba.ops.centroids import centroid_dtype
 from openmoba.ops.checks import (
-    MAX_HEAD_WIDTH,
-    MIN_HEAD_WIDTH,
     check_cache,
+    check_head_width,
     check_rows,
     check_scale,
     check_tensors,
@@ -168,8 +167,7 @@ def _check_cache(cache: KeyPages) -> None:
         k_pages=k_pages, centroids=centroids, block_table=block_table, lengths=lengths, cu_seqlens_q=cu_seqlens_q
     )
     _check_pages(k_pages)
-    if not MIN_HEAD_WIDTH <= k_pages.shape[3] <= MAX_HEAD_WIDTH:
-        raise ValueError(f"head width must be 8 to 256, got {k_pages.shape[3]}; pad the heads with zeros")
+    check_head_width(k_pages.shape[3])
     pages, page_size, heads, width = k_pages.shape
     _check_sizes(page_size, block_size)
     shape, dtype = (pages, max(1, page_size // block_size), heads, width), centroid_dtype(k_pages.dtype)
