@@ -183,7 +183,7 @@ def test_two_sizes_make_a_law_that_nothing_checks(tmp_path: Path) -> None:
     report = (tmp_path / "one" / "report.md").read_text()
     assert "Fitted laws" not in report, "seconds differ, but it is one size"
     assert "fitted laws" not in report
-    assert "There is no law yet: it takes two sizes of an arm, and a third to check it." in report
+    assert "There is no law yet: it takes two windows and two sizes of an arm, and a third to check it." in report
 
 
 def test_an_unfinished_chart_b_draws_what_is_there_and_says_what_is_missing(

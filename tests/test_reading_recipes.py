@@ -25,7 +25,7 @@ from openmoba.lab.study.recipe import parse_recipe, read_recipe
         ('after = "pretrain"', 'after = "warmup"', r"after: unknown 'warmup'; allowed are pretrain"),
         ('branch = "moba"', "", r"last-1, last-2, last-3 are not in stage 'pretrain'; set branch"),
         ("seeds = [0, 1]\nchart = \"layers\"", "seeds = [0, 7]\nchart = \"layers\"", r"lacks the seeds \[7\]"),
-        ("seeds = [0, 1]\nchart = \"layers\"", "seeds = []\nchart = \"layers\"", r"a list of at least one, .*, got \[\]"),
+        ("seeds = [0, 1]\nchart = \"layers\"", "seeds = []\nchart = \"layers\"", r"list of at least one, .*got \[\]"),
         ('chart = "scaling"', "more_seeds = { tiny = [2] }", r"more_seeds: unknown 'tiny'; allowed are small, medium"),
         ('chart = "scaling"', "more_seeds = { large = [2], moba = [2] }", r"give moba of size large a seed twice"),
         ('chart = "layers"', "more_seeds = { last-1 = [2] }", r"last-1 .* from moba of stage .*lacks the seeds \[2\]"),

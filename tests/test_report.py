@@ -18,6 +18,7 @@ from openmoba.lab.study.charts import describe_sparsity
 from openmoba.lab.study.outcomes import behind, by, difference, fit, of_stage, read_outcomes, seed_noise
 from openmoba.lab.study.recipe import parse_recipe
 from openmoba.lab.study.report import write_report
+from openmoba.lab.train.history import history, keep
 
 pytestmark = pytest.mark.usefixtures("few_replicates")
 
@@ -132,6 +133,22 @@ def test_settings_are_those_of_the_arms_that_have_blocks(tmp_path: Path) -> None
     runs = by("arm", read_outcomes(recipe, tmp_path))
     assert describe_sparsity([*runs["full"], *runs["moba"]]) == "block 32, top-5 of 32 blocks"
     assert describe_sparsity(runs["full"]) == "full attention alone"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_single_window_resolves_nothing(tmp_path: Path) -> None:
+    recipe = make_study(tmp_path, RECIPE.replace("seeds = [0, 1]", "seeds = [0]"))
+    for path in tmp_path.glob("*/*/metrics.jsonl"):
+        rows = history(path.parent)
+        rows[-1]["windows"] = {key: values[:1] for key, values in rows[-1]["windows"].items()}
+        path.unlink()
+        keep(path.parent, rows)
+    write_report(recipe, tmp_path, "6nd")
+    report = (tmp_path / "report.md").read_text()
+    assert "(1 document, 1 window, 1 seed)" in report
+    assert "resolved" not in report
+    assert "Fitted laws" not in report
+    assert "There is no law yet: it takes two windows" in report
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -210,7 +210,9 @@ def test_a_run_that_diverges_is_marked_and_the_study_goes_on(
         error = capsys.readouterr().err
         assert "4 of 22 runs failed. 10 that start from them were not trained." in error
         assert "pretrain/large-full-seed0: the gradient was not a finite number at step 2; lower" in error
-        diverged = ", ".join(f"pretrain/large-{run}" for run in ("full-seed0", "full-seed1", "moba-seed0", "moba-seed1"))
+        diverged = ", ".join(
+            f"pretrain/large-{run}" for run in ("full-seed0", "full-seed1", "moba-seed0", "moba-seed1")
+        )
         assert f"**Diverged**, and so without a loss here: {diverged}." in (out / "report.md").read_text()
         assert len(tried) == 12
     assert "failed    pretrain/large-full-seed0" in overview(read_recipe(path), out)

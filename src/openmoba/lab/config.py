@@ -349,7 +349,7 @@ def _name(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(repr(choice) for choice in get_args(hint))
     kind = get_origin(hint) or hint
-    return {NoneType: "none", tuple: "a list", dict: "a table"}.get(kind) or getattr(kind, "__name__", str(kind))
+    return {NoneType: "none", tuple: "a list", dict: "a table"}.get(kind, getattr(kind, "__name__", str(kind)))
 
 
 def _at_least(config: Any, **limits: int) -> None:

@@ -154,22 +154,23 @@ def _layers(stage: Stage, size: str, runs: list[Outcome], study: Path) -> Chart:
 
     hybrids = arms_of(runs, HYBRID)
     names, layers_name = _hybrid_names([own[0] for own in hybrids])
+    shown, between = dict(zip(names, map(level, hybrids), strict=True)), level(moba) if moba else None
     figure = figures.layers_chart(
-        dict(zip(names, map(level, hybrids), strict=True)),
+        shown,
         mean_loss(full, "trailing") if full else None,
-        level(moba) if moba else None,
+        between,
         title=f"Layer-wise hybrid, {_model(runs[0])}, {describe_sparsity(runs)}",
         layers_name=layers_name,
         loss_name=f"Trailing LM loss (nats)\n{describe_trailing(runs[0])}",
     )
     caption = f"Trailing loss over the layers with full attention ({size}; {behind(runs, 'trailing')})."
-    if reference:
+    if any(found and found.interval for found in (*shown.values(), between)):
         caption += (
             f" Bars: {LEVEL:.0%} interval of the difference from {inside(reference[0].label)}, on the same windows: a "
             "bar that does not reach that one's line is resolved from it."
         )
-        if not all(share_a_seed(own, reference) for own in hybrids):
-            caption += " Without a bar: of other seeds, not compared."
+    if reference and not all(share_a_seed(own, reference) for own in hybrids):
+        caption += " Without a bar: of other seeds, not compared."
     return Chart(stage, save(figure, study / FOLDER / f"{stage.name}-{size}-layerwise-hybrid"), caption)
 
 
@@ -226,7 +227,9 @@ def _scaling(stage: Stage, all_runs: list[Outcome], study: Path, axis: str, name
     if any(laws.values()):
         caption += f", and the fitted laws through their ends (dashed; {counts})."
     else:
-        caption += f" ({counts}). There is no law yet: it takes two sizes of an arm, and a third to check it."
+        caption += (
+            f" ({counts}). There is no law yet: it takes two windows and two sizes of an arm, and a third to check it."
+        )
     if any(pairs.values()):
         caption += (
             f" Bands: pointwise {LEVEL:.0%} interval of a law's difference from that of full attention, over runs, "

@@ -367,16 +367,21 @@ def gain(outcomes: Sequence[Outcome], first_kind: Loss, second_kind: Loss) -> Di
 
 
 def fit(outcomes: Sequence[Outcome], kind: Loss, axis: str) -> Fit | None:
-    """Fit the law through the ends of one arm's runs; None if they are of one size or compute, or lack this loss."""
+    """Fit the law through the ends of one arm's runs.
+
+    None if they are of one size or compute, lack this loss, or have it of a single window, which gives no interval.
+    """
     if not _fittable(outcomes, kind, axis):
         return None
     documents = _common_documents(outcomes, kind)
     windows, documents = _whole(np.stack([outcome.windows(kind) for outcome in outcomes]), documents)
+    if len(documents) < 2:
+        return None
     return fit_runs(_compute(outcomes, axis), windows, documents)
 
 
 def fit_pair(first: Sequence[Outcome], second: Sequence[Outcome], kind: Loss, axis: str) -> tuple[Fit, Fit] | None:
-    """Fit the laws of two arms with the same draws, over the sizes and seeds that both have."""
+    """Fit the laws of two arms with the same draws, over the sizes and seeds that both have; None where `fit` is."""
     own, other = ({(run.run.size, run.run.seed): run for run in runs} for runs in (first, second))
     pairs = [(run, other[key]) for key, run in own.items() if key in other]
     arms = [[pair[arm] for pair in pairs] for arm in (0, 1)]
@@ -385,6 +390,8 @@ def fit_pair(first: Sequence[Outcome], second: Sequence[Outcome], kind: Loss, ax
     documents = _common_documents([*arms[0], *arms[1]], kind)
     windows = np.stack([outcome.windows(kind) for runs in arms for outcome in runs])
     windows, documents = _whole(windows, documents)
+    if len(documents) < 2:
+        return None
     by_arm = list(windows.reshape(2, len(pairs), -1))
     one, two = fit_arms([_compute(runs, axis) for runs in arms], by_arm, documents)
     return one, two

@@ -89,7 +89,7 @@ def fit_tables(recipe: Recipe, outcomes: Sequence[Outcome], axis: str) -> str:
     """Write the fitted laws of every scaling stage, as Markdown.
 
     Raises:
-        ValueError: no stage has an arm with two finished runs of different compute.
+        ValueError: no stage has an arm with two finished runs of different compute, measured on two windows.
     """
     tables = [
         "\n".join([f"{stage.name}, compute by the convention {axis}", "", *rows])
@@ -98,7 +98,8 @@ def fit_tables(recipe: Recipe, outcomes: Sequence[Outcome], axis: str) -> str:
     ]
     if not tables:
         raise ValueError(
-            'a law needs finished runs of at least two sizes of one arm, in a stage with chart = "scaling"'
+            'a law needs finished runs of at least two sizes of one arm, in a stage with chart = "scaling", measured '
+            "on at least two windows"
         )
     return "\n\n".join(tables)
 
