@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import termios
 from itertools import pairwise
 from pathlib import Path
 
@@ -254,6 +255,20 @@ def test_progress_on_a_terminal_redraws_its_line(monkeypatch: pytest.MonkeyPatch
     assert stream.getvalue().endswith("2/2  loss 1.0\ndone\n")
     assert bar(0.5, 4) == "[##..]"
     assert [duration(s) for s in (5, 125, 7500)] == ["5s", "2m05s", "2h05m"]
+
+
+def test_progress_never_wraps_on_a_narrow_terminal() -> None:
+    ours, theirs = os.openpty()
+    with open(theirs, "w") as stream:
+        termios.tcsetwinsize(theirs, (24, 30))
+        progress = TerminalProgress("run", stream)
+        for done in (1, 2):
+            progress.step(done, 2, "loss 1.0")
+        told = os.read(ours, 1000).decode()
+    os.close(ours)
+    begun, ended = told.split("\r\033[K")[1:]
+    assert begun == "run [############............]"
+    assert ended == "run [########################] 2/2  loss 1.0\r\n"
 
 
 def test_a_claim_that_the_disk_does_not_take_is_an_error_with_the_files_name(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import TextIO
@@ -40,6 +41,8 @@ SECONDS_PER_LINE = 30.0
 class TerminalProgress(Progress):
     """A bar that redraws itself on a terminal; elsewhere a line for the first step, the last, and one in 30 seconds.
 
+    A bar is cut at the terminal's width, since a line that wraps cannot be drawn over; the last one is whole.
+
     The time left is extrapolated from this object's own first step on, so that a resumed run is judged by its
     own speed.
     """
@@ -63,7 +66,8 @@ class TerminalProgress(Progress):
             self._first, self._total = (share, now), total
         line = f"{self.label} {bar(done / total)} {done}/{total}{self._time_left(share, now)}  {detail}"
         if self.stream.isatty():
-            print(f"\r\033[K{line.strip()}", end="", file=self.stream, flush=True)
+            shown = line.strip() if done >= total else line.strip()[: _columns(self.stream)]
+            print(f"\r\033[K{shown}", end="", file=self.stream, flush=True)
             self._open_line = True
             if done >= total:
                 self._end_line()
@@ -82,6 +86,14 @@ class TerminalProgress(Progress):
         if self._open_line:
             print(file=self.stream, flush=True)
             self._open_line = False
+
+
+def _columns(terminal: TextIO) -> int | None:
+    """Return the width of a terminal; None where it is not known."""
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns or None
+    except OSError:
+        return None
 
 
 def bar(share: float, width: int = 24) -> str:
