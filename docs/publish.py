@@ -18,7 +18,7 @@ from pathlib import Path
 import tables
 
 from openmoba.lab.measure.needle_page import draw_needles, read_needles
-from openmoba.lab.run_files import CONFIG_FILE, IDENTITY_FILE, METRICS_FILE, RECIPE_FILE, RESULT_FILE
+from openmoba.lab.run_files import CONFIG_FILE, FAILED_FILE, IDENTITY_FILE, METRICS_FILE, RECIPE_FILE, RESULT_FILE
 from openmoba.lab.study.outcomes import read_outcomes
 from openmoba.lab.study.recipe import recipe_of
 from openmoba.lab.study.report import write_report
@@ -47,7 +47,7 @@ def publish(pieces: Sequence[Path], out: Path) -> list[Path]:
 
 
 def gather(pieces: Sequence[Path], out: Path) -> None:
-    """Put copies of the records of the finished runs of a study's pieces into `out`.
+    """Put copies of the records of the finished runs of a study's pieces into `out`, and what says that one diverged.
 
     Raises:
         ValueError: pieces of different recipes, or a run that is finished twice with other records; nothing was copied.
@@ -67,6 +67,13 @@ def gather(pieces: Sequence[Path], out: Path) -> None:
             if source.exists() and source.resolve() != target.resolve():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
+    for run in recipe.runs:
+        failed = [piece / run.name / FAILED_FILE for piece in pieces if (piece / run.name / FAILED_FILE).exists()]
+        if f"{run.name}/{RESULT_FILE}" in found:  # with the same settings it went well elsewhere
+            (out / run.name / FAILED_FILE).unlink(missing_ok=True)
+        elif failed and failed[0].resolve() != (out / run.name / FAILED_FILE).resolve():
+            (out / run.name).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(failed[0], out / run.name / FAILED_FILE)
     for piece in pieces:
         if (piece / NEEDLES).exists() and piece.resolve() != out.resolve():
             shutil.copyfile(piece / NEEDLES, out / NEEDLES)

@@ -108,6 +108,19 @@ def test_pieces_that_contradict_each_other_are_refused_and_nothing_is_copied(who
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_that_diverged_is_named_until_it_finishes_elsewhere(whole: Path, tmp_path: Path) -> None:
+    first, second = split(whole, tmp_path)
+    name, out = "pretrain/small-full-seed1", tmp_path / "results" / "study"
+    (first / name).mkdir()
+    (first / name / "failed.json").write_text('{"reason": "the loss is nan", "config": {}}')
+    publish.publish([first], out)
+    said = f"**Diverged**, and so without a loss here: {name}."
+    assert said in (out / "report.md").read_text()
+    publish.publish([second], out)
+    assert said not in (out / "report.md").read_text()
+    assert not (out / name / "failed.json").exists()
+
+
 def test_finished_runs_without_checkpoints_are_gone_on_from(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
