@@ -33,7 +33,7 @@ FP16, FP32 = torch.float16, torch.float32
         (FP32, (1, 40, 40, 2, 1, 8), 1, 50, 2),  # fewer rows, and chance decides whose rounding is better
         (FP32, (1, 9, 9, 2, 1, 8), 16, 3, 1),  # no past block at all
         (FP16, (1, 1, 50, 3, 1, 16), 16, 2, 3),
-        (FP32, (2, 9, 30, 2, 1, 16), 2**31 - 1, 2, 1),  # the largest block there is
+        (FP32, (2, 40, 60, 2, 1, 16), 2**31 - 1, 2, 1),  # the largest block there is
     ],
 )
 def test_batched(dtype, shape, block_size, most, lists):
@@ -45,7 +45,7 @@ def test_batched(dtype, shape, block_size, most, lists):
     [
         (FP32, [12, 1, 0, 5, 3, 0], [12, 1, 0, 21, 3, 10], 4, 3, 2),
         (FP16, [0, 9, 1, 5], [0, 25, 20, 5], 8, 6, 1),
-        (FP32, [0, 9, 1, 5], [0, 25, 20, 5], 2**31 - 1, 3, 1),
+        (FP32, [0, 40, 1, 25], [0, 60, 20, 25], 2**31 - 1, 3, 1),
     ],
 )
 @pytest.mark.usefixtures("planning")
