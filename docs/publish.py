@@ -63,20 +63,23 @@ def gather(pieces: Sequence[Path], out: Path) -> None:
                 raise ValueError(f"{first / name} and {piece / name} differ; delete the one that does not count")
     for name, piece in found.items():
         for record in RECORDS if name != RECIPE_FILE else (RECIPE_FILE,):
-            source, target = (folder / Path(name).with_name(record) for folder in (piece, out))
-            if source.exists() and source.resolve() != target.resolve():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, target)
+            _copy(Path(name).with_name(record), piece, out)
     for run in recipe.runs:
-        failed = [piece / run.name / FAILED_FILE for piece in pieces if (piece / run.name / FAILED_FILE).exists()]
+        failed = Path(run.name) / FAILED_FILE
         if f"{run.name}/{RESULT_FILE}" in found:  # with the same settings it went well elsewhere
-            (out / run.name / FAILED_FILE).unlink(missing_ok=True)
-        elif failed and failed[0].resolve() != (out / run.name / FAILED_FILE).resolve():
-            (out / run.name).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(failed[0], out / run.name / FAILED_FILE)
+            (out / failed).unlink(missing_ok=True)
+        elif holder := next((piece for piece in pieces if (piece / failed).exists()), None):
+            _copy(failed, holder, out)
     for piece in pieces:
-        if (piece / NEEDLES).exists() and piece.resolve() != out.resolve():
-            shutil.copyfile(piece / NEEDLES, out / NEEDLES)
+        _copy(Path(NEEDLES), piece, out)
+
+
+def _copy(file: Path, piece: Path, out: Path) -> None:
+    """Put a copy of a file that a piece has into its place in `out`, unless it is that file."""
+    source, target = piece / file, out / file
+    if source.exists() and source.resolve() != target.resolve():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
 
 
 if __name__ == "__main__":

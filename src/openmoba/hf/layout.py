@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from openmoba.hf.values import eager, once, refuse
+from openmoba.hf.values import once, refuse
 from openmoba.ops.decode import MAX_QUERIES
+from openmoba.ops.eager import eager
 
 UNWRITTEN, PADDING = -1, 0
 TOKENS_PER_SEQUENCE = 16

@@ -13,15 +13,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def eager(reason: str) -> Callable[[F], F]:
-    """Decorate a function to run it outside compiled graphs; `reason` is shown where that is not allowed."""
-
-    def mark(function: F) -> F:
-        return cast(F, torch.compiler.disable(function, reason=reason))  # type: ignore[no-untyped-call]
-
-    return mark
-
-
 def once(method: F) -> F:
     """Decorate a method of a named tuple: remember the answer for as long as the first tensor in it lives unchanged.
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import Function
 
+from openmoba.ops.eager import eager
 
-@torch.compiler.disable(reason="compilers do not trace transforms of this implementation; use impl='reference' in them")  # type: ignore[no-untyped-call,untyped-decorator]
+
+@eager("compilers do not trace transforms of this implementation; use impl='reference' in them")
 def transformed(differentiable: type[Function], registered: Callable[..., Any], *arguments: Any) -> Any:
     """Run an operation where transforms are active: its autograd function, which they take apart."""
     interpreter = peek_interpreter_stack()

@@ -126,7 +126,7 @@ def over_ranks(
         q, k, v = (x[None] for x in (q, k, v))
         lists = None if lists is None else lists[None]
     by_heads = sharding.resolved(q.shape[2], k.shape[2]) == "heads"
-    out: Tensor = (attend_by_heads if by_heads else attend_by_keys)(attend, q, k, v, sharding, lists)
+    out = (attend_by_heads if by_heads else attend_by_keys)(attend, q, k, v, sharding, lists)
     return out[0] if packed else out
 
 

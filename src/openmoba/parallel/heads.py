@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openmoba.ops.eager import eager
 from openmoba.parallel.collectives import Exchange, arrived, started
 from openmoba.parallel.copies import copy_into
 from openmoba.parallel.cost import heads_per_turn, key_copies
@@ -34,7 +35,7 @@ Attend = Callable[..., Tensor]
 # B batch, T tokens of the whole, S of a shard, N ranks, t turns, H heads, h heads of a turn on one rank, D head width
 
 
-@torch.compiler.disable(reason="compilers do not trace transfers")  # type: ignore[no-untyped-call, untyped-decorator]
+@eager("compilers do not trace transfers")
 def attend_by_heads(
     attend: Attend, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, sharding: Sharding, lists: Tensor | None = None
 ) -> Tensor:

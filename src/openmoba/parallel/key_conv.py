@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from openmoba.ops import key_conv as ops
 from openmoba.ops.checks import DTYPES, check_tensors
+from openmoba.ops.eager import eager
 from openmoba.parallel.collectives import Exchange, arrived, started
 from openmoba.parallel.sharding import Sharding
 
@@ -67,7 +68,7 @@ def _ends_before(parts_BPLC: Tensor, reach: int, sharding: Sharding) -> Tensor:
     return torch.stack([in_order[c * end : c * end + reach] for c in sharding.own_chunks]).permute(2, 0, 1, 3)
 
 
-@torch.compiler.disable(reason="compilers do not trace transfers")  # type: ignore[no-untyped-call, untyped-decorator]
+@eager("compilers do not trace transfers")
 def _of_all(x: Tensor, sharding: Sharding) -> Tensor:
     """Return the `x` of all ranks, `[N, *x.shape]`."""
     exchange = Exchange(sharding.group)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
+from openmoba.ops.eager import eager
 from openmoba.parallel.collectives import Waiting, gather, sum_parts
 from openmoba.parallel.copies import copy_into
 from openmoba.parallel.cost import heads_per_turn
@@ -26,7 +27,7 @@ from openmoba.parallel.sharding import Sharding
 # B batch, T tokens of the whole, S of a shard, H heads, K key/value heads of a turn, D head width
 
 
-@torch.compiler.disable(reason="compilers do not trace transfers")  # type: ignore[no-untyped-call, untyped-decorator]
+@eager("compilers do not trace transfers")
 def attend_by_keys(
     attend: Attend, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, sharding: Sharding, lists: Tensor | None = None
 ) -> Tensor:

@@ -127,9 +127,8 @@ def blank(case: TrainingCase, machine: Machine) -> TrainingRow:
 
 @contextmanager
 def _fresh_compiler(case: TrainingCase) -> Iterator[None]:
-    """Forget compiled graphs before and after; a limit of recompilations is an error, not a silent eager run."""
+    """Forget compiled graphs afterwards; a limit of recompilations is an error, not a silent eager run."""
     limit = _GRAPHS_OF_LENGTHS if case.kind == "longest" else _GRAPHS
-    torch.compiler.reset()
     counters.clear()
     with strict(), compiler_config.patch(recompile_limit=limit):
         yield

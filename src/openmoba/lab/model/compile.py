@@ -13,7 +13,12 @@ from openmoba.lab.model.loss import compile_loss
 
 
 def compile_layers(model: Any) -> None:
-    """Compile every decoder layer and the loss of a model after `attach_loss`, in place, when each first runs."""
+    """Compile every decoder layer and the loss of a model after `attach_loss`, in place, when each first runs.
+
+    Graphs of models before are let go: the compiler's limit counts all that a process has made of a class of layers, so
+    the fourth run of a study would train eagerly.
+    """
+    torch.compiler.reset()
     for layer in decoder_layers(model):
         layer.compile(dynamic=False)
     compile_loss(model, True)
@@ -45,13 +50,9 @@ def strict() -> Iterator[None]:
 def compile_or_stay_eager(model: Any, try_out: Callable[[], None]) -> str | None:
     """Compile the layers and run `try_out`, which makes all graphs that training needs.
 
-    Graphs of models before are let go: the compiler's limit counts all that a process has made of a class of layers, so
-    the fourth run of a study would train eagerly.
-
     Returns:
         None, or what went wrong, in a line; the layers run eagerly then.
     """
-    torch.compiler.reset()
     compile_layers(model)
     try:
         with strict():

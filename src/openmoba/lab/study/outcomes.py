@@ -373,11 +373,8 @@ def fit(outcomes: Sequence[Outcome], kind: Loss, axis: str) -> Fit | None:
     """
     if not _fittable(outcomes, kind, axis):
         return None
-    documents = _common_documents(outcomes, kind)
-    windows, documents = _whole(np.stack([outcome.windows(kind) for outcome in outcomes]), documents)
-    if len(documents) < 2:
-        return None
-    return fit_runs(_compute(outcomes, axis), windows, documents)
+    windows, documents = _whole(outcomes, kind)
+    return fit_runs(_compute(outcomes, axis), windows, documents) if len(documents) > 1 else None
 
 
 def fit_pair(first: Sequence[Outcome], second: Sequence[Outcome], kind: Loss, axis: str) -> tuple[Fit, Fit] | None:
@@ -387,9 +384,7 @@ def fit_pair(first: Sequence[Outcome], second: Sequence[Outcome], kind: Loss, ax
     arms = [[pair[arm] for pair in pairs] for arm in (0, 1)]
     if not all(_fittable(runs, kind, axis) for runs in arms):
         return None
-    documents = _common_documents([*arms[0], *arms[1]], kind)
-    windows = np.stack([outcome.windows(kind) for runs in arms for outcome in runs])
-    windows, documents = _whole(windows, documents)
+    windows, documents = _whole([*arms[0], *arms[1]], kind)
     if len(documents) < 2:
         return None
     by_arm = list(windows.reshape(2, len(pairs), -1))
@@ -411,8 +406,10 @@ def _compute(outcomes: Sequence[Outcome], axis: str) -> list[float]:
     return [AXES[axis].value(outcome.final) for outcome in outcomes]
 
 
-def _whole(windows_NW: Floats, document_W: Numbers) -> tuple[Floats, Numbers]:
-    """Return the windows that have this loss."""
+def _whole(outcomes: Sequence[Outcome], kind: Loss) -> tuple[Floats, Numbers]:
+    """Return losses `[N, W]` and documents `[W]` of the windows that have this loss in all runs."""
+    document_W = _common_documents(outcomes, kind)
+    windows_NW = np.stack([outcome.windows(kind) for outcome in outcomes])
     whole_W = ~np.isnan(windows_NW).any(axis=0)
     return windows_NW[:, whole_W], document_W[whole_W]
 
