@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from statistics import median
 
 from openmoba.bench.rows import length_name, markdown_table, short_commit
 
@@ -55,7 +56,8 @@ def _with_key_convolution(rows: dict[tuple[str, int, int], dict[str, str]]) -> s
     ]
     if not times:
         return ""
-    return f" With key convolution over 4 tokens a step takes {min(times):.2f} to {max(times):.2f} times as long."
+    low, middle, high = min(times), median(times), max(times)
+    return f" With key convolution over 4 tokens a step takes {middle:.2f} times as long ({low:.2f} to {high:.2f})."
 
 
 def _requests(batch: int) -> str:

@@ -29,8 +29,8 @@ class Builder(FlashAttentionMetadataBuilder):  # type: ignore[misc]
 
     @classmethod
     def get_cudagraph_support(cls, *_: Any) -> AttentionCGSupport:
-        """Keep attention out of CUDA graphs; vLLM then captures what lies between the layers' attentions."""
-        return AttentionCGSupport.NEVER
+        """Let vLLM capture whole steps in which each request decodes one token, and others between attentions."""
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
 
 class Backend(FlashAttentionBackend):  # type: ignore[misc]
