@@ -155,7 +155,7 @@ def test_layers_by_name() -> None:
             "a cache in fp8_e4m3 of a model in bfloat16; start with --kv-cache-dtype auto",
         ),
         ({"cache__cache_dtype": "float16"}, "a cache in float16"),
-        ({"cache__block_size": 6}, "blocks of 4 tokens in pages of 6; start with a --block-size that divides 4"),
+        ({"cache__block_size": 6}, "blocks of 4 tokens in pages of 6; start with --block-size 32$"),
         ({"cache__prefix_match_unit": 4}, "prefixes that end within a page"),
         ({"speculative_config": object()}, "speculative decoding"),
         ({"kv_transfer_config": object()}, "moved between machines or memories"),

@@ -6,12 +6,15 @@ Nothing here imports vLLM. Configurations are taken as they come: whatever has t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import lcm
 from typing import Any
 
 from openmoba.config import MobaConfig
 
 VERSIONS = ("0.32", "0.33")
 """Releases of vLLM whose interfaces this was written for."""
+_PAGES = 32
+"""Tokens of which vLLM's kernels for CPUs want a multiple in a page; those for GPUs want one of 16."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def _unserved(config: Any) -> list[tuple[str, str]]:
         found.append(
             (
                 f"blocks of {block_size} tokens in pages of {pages}",
-                f"start with a --block-size that divides {block_size}, or is a multiple of it",
+                f"start with --block-size {lcm(block_size, _PAGES)}",
             )
         )
     return found
