@@ -401,9 +401,10 @@ def _in_short(found: Standing) -> str:
     trailing = against.trailing
     assert trailing is not None, "chosen by it"
     end = side(trailing.mean / against.trailing_loss, trailing.resolved)
+    fast = "" if found.speedup is None else f", trains {found.speedup:.1f} times as fast"
     return (
-        f"In short: {run.label} ({settings}) reads {found.key_share:.0%} of the keys that full attention reads, trains "
-        f"{found.speedup:.1f} times as fast, and its trailing loss ends {end} that of {full}."
+        f"In short: {run.label} ({settings}) reads {found.key_share:.0%} of the keys that full attention reads{fast}, "
+        f"and its trailing loss ends {end} that of {full}."
     )
 
 
@@ -415,11 +416,10 @@ def _stands(found: Standing) -> str:
             trailing = against.trailing
             shown = f"{nats(trailing)} ({in_percent(trailing, against.trailing_loss)})"
             parts.append(f"{shown} from {inside(against.name)}{name}: {verdict(trailing)}")
-    share = "" if found.key_share is None else f", with {found.key_share:.1%} of the keys read"
-    return (
-        f"{found.runs[0].label}: {'; '.join(parts)}{share} and {found.speedup:.2f} times the tokens per second "
-        f"({behind(found.runs, 'trailing')})"
-    )
+    costs = [] if found.key_share is None else [f"{found.key_share:.1%} of the keys read"]
+    costs += [] if found.speedup is None else [f"{found.speedup:.2f} times the tokens per second"]
+    cost = f", with {' and '.join(costs)}" if costs else ""
+    return f"{found.runs[0].label}: {'; '.join(parts)}{cost} ({behind(found.runs, 'trailing')})"
 
 
 def _as_good(found: Standing) -> str:

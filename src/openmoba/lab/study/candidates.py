@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from openmoba.lab.arms import FULL
@@ -19,6 +19,7 @@ from openmoba.lab.study.outcomes import (
     paired_loss,
     seed_noise,
     share_a_seed,
+    speeds_apart,
 )
 from openmoba.lab.study.panels import Candidate
 from openmoba.lab.study.words import bounds, in_percent
@@ -57,7 +58,7 @@ class Standing:
         fair: the one of both that is against full attention which differs in nothing but the choice of blocks; None
             where that has no run.
         key_share: keys read in training over all layers, as a share of those that full attention reads.
-        tokens_per_second, speedup: of training; the latter as a multiple of full attention's.
+        speedup: training speed, as a multiple of full attention's; None where the two do not compare.
     """
 
     runs: list[Outcome]
@@ -65,21 +66,19 @@ class Standing:
     own: Against | None
     fair: Against | None
     key_share: float | None
-    tokens_per_second: float
-    speedup: float
+    speedup: float | None
 
     @property
     def candidate(self) -> Candidate:
         """Its row of the chart."""
-        cost = f"{self.speedup:.2f}x tokens/s"
-        if self.key_share is not None:
-            cost = f"{self.key_share:.1%} of keys, {cost}"
+        share = [] if self.key_share is None else [f"{self.key_share:.1%} of keys"]
+        speed = [] if self.speedup is None else [f"{self.speedup:.2f}x tokens/s"]
         own = None if self.own is None else _level(self.own.trailing, self.own.trailing_loss)
         trailing, lm = (
             _level(self.plain.trailing, self.plain.trailing_loss),
             _level(self.plain.lm, self.plain.lm_loss),
         )
-        return Candidate(self.runs[0].label, trailing, lm, own, cost)
+        return Candidate(self.runs[0].label, trailing, lm, own, ", ".join([*share, *speed]))
 
 
 def standings(runs: Sequence[Outcome]) -> list[Standing]:
@@ -97,22 +96,18 @@ def standings(runs: Sequence[Outcome]) -> list[Standing]:
             if same and same != full and share_a_seed(own, same):
                 against = Against.of(own, same, runs)
             alike = own[0].config.arm.key_conv == full[0].config.arm.key_conv
-            speed = tokens_per_second(own)
-            found.append(
-                Standing(
-                    own, plain, against, plain if alike else against, own[0].key_share(), speed,
-                    speed / tokens_per_second(full),
-                )
-            )  # fmt: skip
+            fair, speedup = plain if alike else against, times_as_fast(own, full)
+            found.append(Standing(own, plain, against, fair, own[0].key_share(), speedup))
     return sorted(found, key=lambda standing: standing.plain.trailing.mean if standing.plain.trailing else 0.0)
 
 
 def standing_table(runs: Sequence[Outcome], found: Sequence[Standing]) -> Iterator[str]:
     """Write the candidates as a Markdown table, and the smallest difference that can be seen."""
     with_own = any(standing.own for standing in found)
+    with_speed = any(standing.speedup for standing in found)
     heads = ["arm", "seeds", "trailing, nats", "%", "LM, nats", "%"]
     heads += ["trailing, from full with the same keys", "%"] if with_own else []
-    heads += ["keys read", "tokens/s", "of full's"]
+    heads += ["keys read", *(["tokens/s", "of full's"] if with_speed else [])]
     rows = []
     for standing in found:
         cells = [standing.runs[0].label, str(len(standing.runs))]
@@ -122,15 +117,35 @@ def standing_table(runs: Sequence[Outcome], found: Sequence[Standing]) -> Iterat
             own = standing.own
             cells += _cells(own.trailing, own.trailing_loss) if own else ["", ""]
         share = "" if standing.key_share is None else f"{standing.key_share:.1%}"
-        rows.append([*cells, share, speeds(standing.runs), f"{standing.speedup:.2f}x"])
+        cells.append(share)
+        if with_speed:
+            cells += ["", ""] if standing.speedup is None else [speeds(standing.runs), f"{standing.speedup:.2f}x"]
+        rows.append(cells)
     yield from table(heads, rows)
     yield ""
+    if unlike := speeds_not_compared((standing.runs, of_kind(runs, FULL)) for standing in found):
+        yield f"{unlike}\n"
     yield _noise_sentence(runs, found[0].plain.trailing_loss)
 
 
 def tokens_per_second(runs: Sequence[Outcome]) -> float:
     """Return the training speed of one arm, the mean over its seeds."""
     return sum(run.tokens_per_second for run in runs) / len(runs)
+
+
+def times_as_fast(own: Sequence[Outcome], full: Sequence[Outcome]) -> float | None:
+    """Return the training speed of an arm as a multiple of full attention's; None where the two do not compare."""
+    return None if speeds_apart([*full, *own]) else tokens_per_second(own) / tokens_per_second(full)
+
+
+def speeds_not_compared(pairs: Iterable[tuple[Sequence[Outcome], Sequence[Outcome]]]) -> str:
+    """Say which arms' speeds do not compare with that of full attention, and why; "" if all do."""
+    labels: dict[str, list[str]] = {}
+    for own, full in pairs:
+        if apart := speeds_apart([*full, *own]):
+            labels.setdefault(apart, []).append(own[0].label)
+    parts = [f"{', '.join(dict.fromkeys(names))}, since the runs are of {apart}" for apart, names in labels.items()]
+    return f"Not compared in training speed with full attention: {'; '.join(parts)}." if parts else ""
 
 
 def speeds(runs: Sequence[Outcome]) -> str:

@@ -353,10 +353,11 @@ def _candidates(stage: Stage, size: str, runs: list[Outcome], found: Sequence[St
         reference=full[0].label,
         difference_name=f"Loss against {inside(full[0].label)}, on the same windows",
     )
+    speed = ", and training speed" if any(standing.speedup for standing in found) else ""
     caption = (
         f"Every candidate's loss against {inside(full[0].label)} ({size}; {behind(runs, 'trailing')}). Bars: "
         f"{LEVEL:.0%} interval of the paired difference. To the right: keys read over all layers, of those that full "
-        f"attention reads, and training speed. The axis is to scale up to {panels.LINEAR_PERCENT:.0f}%."
+        f"attention reads{speed}. The axis is to scale up to {panels.LINEAR_PERCENT:.0f}%."
     )
     if any(standing.own for standing in found):
         caption += " Diamonds: against full attention with the same key convolution."

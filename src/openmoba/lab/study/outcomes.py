@@ -291,7 +291,11 @@ def behind(outcomes: Sequence[Outcome], kind: Loss, seeds: int | None = None) ->
 
 
 def speeds_apart(outcomes: Iterable[Outcome]) -> str | None:
-    """Say why measured seconds of these runs do not compare: other commits, devices or launches; None if they do."""
+    """Say what makes seconds and tokens per second of these runs unlike; None where they compare.
+
+    Other commits, devices or launches do, and steps so short that the host's launches may be what is timed: of one
+    window, on a GPU without CUDA graphs.
+    """
     runs = list(outcomes)
     devices = (", ".join(run.result["hardware"]["gpus"]) or run.result["hardware"]["cpu"] for run in runs)
     found = {
@@ -300,7 +304,16 @@ def speeds_apart(outcomes: Iterable[Outcome]) -> str | None:
         "ways to run layers": [_launched(run.result) for run in runs],
     }
     differing = [(name, list(dict.fromkeys(values))) for name, values in found.items()]
-    return " and ".join(f"{len(each)} {name} ({', '.join(each)})" for name, each in differing if len(each) > 1) or None
+    unlike = [f"{len(each)} {name} ({', '.join(each)})" for name, each in differing if len(each) > 1]
+    if not unlike and any(map(_may_time_the_host, runs)):
+        return "one window a step without CUDA graphs, where the host may be what is timed"
+    return " and ".join(unlike) or None
+
+
+def _may_time_the_host(run: Outcome) -> bool:
+    train = run.config.train
+    windows = train.micro_batch_size or train.batch_size
+    return bool(run.result["hardware"]["gpus"]) and windows == 1 and not run.result.get("graphed")
 
 
 def _launched(result: Row) -> str:

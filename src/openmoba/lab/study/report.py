@@ -151,8 +151,6 @@ def _report(
         if stage.chart == "scaling":
             for convention in law_axes(stage, own, axis):
                 yield from _laws(stage, own, convention, by_position=convention == axis)
-            if apart := speeds_apart(own):
-                yield f"\nMeasured seconds are not compared, since these runs are of {apart}."
         yield "\n### Runs\n"
         yield from _runs([outcome for outcome in own if outcome.run.stage == stage])
     yield "\n## Provenance\n"
@@ -341,6 +339,8 @@ def _position_laws(own: Sequence[Outcome], full: Sequence[Outcome], axis: str) -
 
 
 def _runs(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    if apart := speeds_apart(outcomes):
+        yield f"Measured seconds, tokens/s and MFU do not compare here, since these runs are of {apart}.\n"
     rows = []
     for run in outcomes:
         compute = [_compute_cell(run, axis) for axis in AXES.values()]

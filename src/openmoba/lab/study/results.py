@@ -10,10 +10,10 @@ from pathlib import Path
 from openmoba.lab.arms import FULL
 from openmoba.lab.columns import counted
 from openmoba.lab.measure.needle_page import chance, needle_sentences, read_needles
-from openmoba.lab.measure.resample import SeedNoise
+from openmoba.lab.measure.resample import Difference
 from openmoba.lab.run_files import RECIPE_FILE
 from openmoba.lab.study.answers import answers, from_full, reach, sweep, switches, use_of_context
-from openmoba.lab.study.candidates import standing_table, standings, tokens_per_second
+from openmoba.lab.study.candidates import speeds_not_compared, standing_table, standings, times_as_fast
 from openmoba.lab.study.charts import FOLDER, describe_arm, describe_arms, law_axes
 from openmoba.lab.study.outcomes import (
     Outcome,
@@ -47,6 +47,8 @@ HEADLINES = {
 """What the charts show that the project is about, and how many of their sentences stand below them."""
 BUDGETS = (0.1, 0.2, 0.35, 1.0)
 """Shares of the keys that a setting may read."""
+ONE_SIZE = 0.1
+"""Share of the largest model's parameters that another may lack and count as one size with it."""
 PARTS = (8, 4, 2, 1)
 """Of the windows' length, the lengths that a setting is chosen for."""
 
@@ -112,18 +114,22 @@ def headlines(studies: Sequence[Study], page: Path) -> str:
 def settings(studies: Sequence[Study], page: Path) -> str:
     """Say which setting to take, by length and by how many keys it may read, and on what it rests, as Markdown.
 
-    A row is the arm with the lowest loss at the last position range of that length, among the arms that read no more
-    keys than the budget, in the stage with the most arms; beside it the others whose difference from it lies within
-    noise. Empty without an arm that could be compared.
+    A row is the arm with the lowest difference from full attention, in percent, at the last position range of that
+    length, among the arms of the largest models that read no more keys than the budget; beside it the others of its
+    model whose difference from it lies within noise. Empty without an arm that could be compared.
     """
     heads = ("length", "keys read at most", "setting", "against full attention, %", "with its key convolution, %",
              "not told apart", "keys read", "training speed", "measured with")  # fmt: skip
-    rows = []
-    for study, runs in _most_arms(studies):
-        for number, (_, end) in enumerate(runs[0].ranges):
-            if end in [runs[0].config.data.length // part for part in PARTS]:
-                rows += [[f"{end:,}", *row] for row in _rows(runs, number, study, page)]
-    return "\n".join([*table(heads, rows), ""]) if rows else ""
+    rows, taken = [], []
+    for groups in _largest_models(studies):
+        length = groups[0][1][0].config.data.length
+        for end in [length // part for part in PARTS]:
+            arms = [arm for study, runs in groups for arm in _arms_at(end, study, runs)]
+            for budget, best, alike in _best(arms):
+                rows.append([f"{end:,}", *_cells(budget, best, alike, page)])
+                taken.append((best.own, best.full))
+    unlike = speeds_not_compared(taken)
+    return "\n".join([*table(heads, rows), *(["", unlike] if unlike else []), ""]) if rows else ""
 
 
 def limits(studies: Sequence[Study]) -> str:
@@ -179,7 +185,7 @@ def _stage(study: Study, stage: Stage, runs: list[Outcome], page: Path) -> Itera
     yield from (f"- {sentence}" for axis in axes for sentence in answers(stage, runs, axis))
     if stage.chart == "scaling":
         if apart := speeds_apart(runs):
-            yield f"- Measured seconds are not compared, since these runs are of {apart}."
+            yield f"- Measured seconds do not compare here, since these runs are of {apart}."
         yield from (f"- {sentence}" for own in by("size", runs).values() for sentence in from_full(stage, own))
     yield from (f"- {sentence}" for sentence in sweep(stage, study.outcomes))
     if stage.chart in ("positions", "compare"):
@@ -204,54 +210,99 @@ def _needles(study: Study, page: Path) -> Iterator[str]:
         yield f"- A guess has a loss of {chance(searches):.2f} nats; every length stands in the [table]({report}).\n"
 
 
-def _most_arms(studies: Sequence[Study]) -> list[tuple[Study, list[Outcome]]]:
-    """Find for each length the runs of the stage and size that compare the most arms with full attention."""
-    found: dict[int, tuple[Study, list[Outcome]]] = {}
+@dataclass(frozen=True)
+class _Setting:
+    """An arm at one length, beside full attention of the same model.
 
-    def rank(runs: Sequence[Outcome]) -> tuple[int, int]:
-        return len(by("arm", runs)), int(runs[0].result["params"]["non_embedding"])
+    Attributes:
+        own, full: its runs and those of full attention.
+        number: of the position range before that length.
+        against: paired difference in nats; loss: of full attention, which that is a part of.
+        key_share: keys read up to that length, as a share of those that full attention reads.
+    """
 
-    for study in studies:
-        for stage in study.recipe.stages:
-            for runs in by("size", study.runs(stage)).values():
-                length, full = runs[0].config.data.length, of_kind(runs, FULL)
-                plain = bool(full) and full[0].config.arm.key_conv is None
-                if plain and (length not in found or rank(runs) > rank(found[length][1])):
-                    found[length] = study, runs
-    return [found[length] for length in sorted(found)]
+    study: Study
+    runs: list[Outcome]
+    own: list[Outcome]
+    full: list[Outcome]
+    number: int
+    against: Difference
+    loss: float
+    key_share: float
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.against.mean / self.loss
 
 
-def _rows(runs: Sequence[Outcome], number: int, study: Study, page: Path) -> Iterator[list[str]]:
-    """Yield the cells of the best arm within each budget at one position range, each arm once."""
-    full, noise, length = of_kind(runs, FULL), seed_noise(runs, number), runs[0].ranges[number][1]
-    found = []
+def _largest_models(studies: Sequence[Study]) -> list[list[tuple[Study, list[Outcome]]]]:
+    """Find for each length the largest models that several settings were compared on, those with most arms first.
+
+    Sizes within `ONE_SIZE` of the largest are one. Models of one setting alone count where there are no others.
+    """
+    found: dict[int, list[tuple[Study, list[Outcome]]]] = {}
+    for study, stage in ((one, stage) for one in studies for stage in one.recipe.stages):
+        for runs in by("size", study.runs(stage)).values():
+            full = of_kind(runs, FULL)
+            if full and full[0].config.arm.key_conv is None:
+                found.setdefault(runs[0].config.data.length, []).append((study, runs))
+    largest = []
+    for _, groups in sorted(found.items()):
+        groups.sort(key=lambda group: -len(by("arm", group[1])))
+        several = [group for group in groups if len(by("arm", group[1])) > 2] or groups
+        least = max(_parameters(runs) for _, runs in several) * (1 - ONE_SIZE)
+        largest.append([group for group in several if _parameters(group[1]) >= least])
+    return largest
+
+
+def _parameters(runs: Sequence[Outcome]) -> int:
+    """Return the parameters of full attention's model, without embeddings."""
+    return int(of_kind(runs, FULL)[0].result["params"]["non_embedding"])
+
+
+def _arms_at(end: int, study: Study, runs: list[Outcome]) -> Iterator[_Setting]:
+    """Yield the arms that are compared with full attention at the positions before `end`."""
+    full, ends = of_kind(runs, FULL), [stop for _, stop in runs[0].ranges]
+    if end not in ends:
+        return
+    number = ends.index(end)
     for own in by("arm", runs).values():
-        against, share = difference(own, full, number, noise), own[0].key_share(length)
+        against, share = difference(own, full, number, seed_noise(runs, number)), own[0].key_share(end)
         if own != full and against is not None and share is not None:
-            found.append((against, share, own))
+            yield _Setting(study, runs, own, full, number, against, paired_loss(full, own, number), share)
+
+
+def _best(arms: Sequence[_Setting]) -> Iterator[tuple[float, _Setting, list[str]]]:
+    """Yield the best arm within each budget, each arm once, with those of its model that are not told apart from it."""
     last = None
     for budget in BUDGETS:
-        within = [item for item in found if item[1] <= budget]
-        best = min(within, key=lambda item: item[0].mean, default=None)
-        if best is None or best == last:
+        within = [arm for arm in arms if arm.key_share <= budget]
+        best = min(within, key=lambda arm: arm.percent, default=None)
+        if best is None or best is last:
             continue
-        last = against, share, own = best
-        others = [(arm, difference(arm, own, number, noise)) for _, _, arm in within if arm != own]
-        alike = [arm[0].label for arm, apart in others if apart is not None and not apart.resolved]
-        speed, parameters = tokens_per_second(own) / tokens_per_second(full), own[0].result["params"]["non_embedding"]
-        fair = fair_full(own, runs)
-        yield [
-            f"{budget:.0%}", describe_arm(own[0]), in_percent(against, paired_loss(full, own, number), sign=""),
-            _in_percent_of(own, fair, number, noise), ", ".join(alike), f"{share:.1%}", f"{speed:.2f}x",
-            f"[{parameters:,} parameters; {behind(own, number)}]({_link(study.folder / REPORT_FILE, page)})",
-        ]  # fmt: skip
+        last, noise = best, seed_noise(best.runs, best.number)
+        others = [arm.own for arm in within if arm.runs is best.runs and arm is not best]
+        apart = [(own, difference(own, best.own, best.number, noise)) for own in others]
+        yield budget, best, [own[0].label for own, found in apart if found is not None and not found.resolved]
 
 
-def _in_percent_of(own: Sequence[Outcome], fair: Sequence[Outcome], number: int, noise: SeedNoise | None) -> str:
-    found = difference(own, fair, number, noise)
+def _cells(budget: float, best: _Setting, alike: Sequence[str], page: Path) -> list[str]:
+    speedup, behind_it = times_as_fast(best.own, best.full), behind(best.own, best.number)
+    parameters, report = best.own[0].result["params"]["non_embedding"], _link(best.study.folder / REPORT_FILE, page)
+    return [
+        f"{budget:.0%}", describe_arm(best.own[0]), in_percent(best.against, best.loss, sign=""),
+        _in_percent_of_fair(best), ", ".join(alike), f"{best.key_share:.1%}",
+        "-" if speedup is None else f"{speedup:.2f}x", f"[{parameters:,} parameters; {behind_it}]({report})",
+    ]  # fmt: skip
+
+
+def _in_percent_of_fair(best: _Setting) -> str:
+    """Write the difference from full attention with the arm's key convolution; "" for an arm without."""
+    own, fair = best.own, fair_full(best.own, best.runs)
+    found = difference(own, fair, best.number, seed_noise(best.runs, best.number))
     if found is None and own[0].config.arm.key_conv is not None and own[0].config.arm.kind is not FULL:
         return "not known yet: it has no run"
-    return "" if found is None else in_percent(found, paired_loss(fair, own, number), sign="")
+    return "" if found is None else in_percent(found, paired_loss(fair, own, best.number), sign="")
 
 
 def _by_arm_and_size(study: Study) -> Iterator[list[Outcome]]:
