@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("few_replicates")
 
 def test_report_lists_every_run_with_compute_by_all_conventions(study: Path) -> None:
     report = (study / "report.md").read_text()
+    assert report.count("| tokens/s | MFU of 1,000 TFLOP/s, the data sheet's |") == 2, "one base for all runs"
     rows = [line for line in report.splitlines() if line.startswith(("| small", "| medium", "| large"))]
     rows = [line for line in rows if line.count("|") == 14]
     assert len(rows) == 22

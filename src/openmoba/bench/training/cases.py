@@ -69,7 +69,8 @@ class TrainingRow(CsvRow):
         p20_ms, p50_ms, p80_ms: of steps.
         tokens_per_second, tflops: at the median; operations are counted as `causal_exact` of
             `openmoba.lab.measure.compute`, 10^12 a second.
-        matrix_tflops: rate of a large matrix product in this run; `mfu` is `tflops` over it.
+        matrix_tflops: rate of a large matrix product in this run; `mfu` is `tflops` over it, not over the data
+            sheet's rate as in the records of runs.
         peak_mb: most memory that tensors took in a step, weights and optimizer included, 10^6 bytes; with graphed steps
             what torch held, which is a little more.
         attention_share: of the time of all kernels, that of attention's; of all operations on a CPU.

@@ -12,8 +12,8 @@ from openmoba.records.markdown import table
 ARMS = ("512/3", "128/9")
 """MoBA's settings in the documents, the one that is compared first."""
 
-_HEAD = ("model", "micro-batch", "attention", "layers", "kind", "tokens/s", "ms a step", "TFLOP/s", "MFU", "GPU busy",
-         "attention's share", "GB")  # fmt: skip
+_HEAD = ("model", "micro-batch", "attention", "layers", "kind", "tokens/s", "ms a step", "TFLOP/s",
+         "of the measured matrix rate", "GPU busy", "attention's share", "GB")  # fmt: skip
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 """Head and lines; "-" where there is no row."""
@@ -24,7 +24,8 @@ def outcome(row: TrainingRow) -> str:
     if row.error:
         return row.error
     longest = f"{length_name(row.tokens)} tokens fit ({row.limit}), " if row.kind == "longest" else ""
-    return f"{longest}{rate_name(row.tokens_per_second)} tokens/s, {row.tflops:.3g} TFLOP/s, MFU {row.mfu:.1%}"
+    rate = f"{row.tflops:.3g} TFLOP/s, {row.mfu:.1%} of the measured matrix rate"
+    return f"{longest}{rate_name(row.tokens_per_second)} tokens/s, {rate}"
 
 
 def markdown(rows: Iterable[TrainingRow]) -> str:
@@ -61,8 +62,9 @@ def comparison(rows: Sequence[TrainingRow]) -> Table:
         for row in rows
         if not (row.error or row.checkpointing)
     }
-    head = ("model", "micro-batch", "full", *(f"MoBA {arm}" for arm in ARMS), "gain", "MFU", "attention's share",
-            "GPU busy", "GB", "MoBA, eager layers", "MoBA, CUDA graphs", "MoBA, `openmoba train`")  # fmt: skip
+    head = ("model", "micro-batch", "full", *(f"MoBA {arm}" for arm in ARMS), "gain", "of the measured matrix rate",
+            "attention's share", "GPU busy", "GB", "MoBA, eager layers", "MoBA, CUDA graphs",
+            "MoBA, `openmoba train`")  # fmt: skip
     lines = []
     for model in dict.fromkeys(key[0] for key in found):
         full, *sparse = (found.get((model, arm, "compiled", "loop")) for arm in ("full", *ARMS))

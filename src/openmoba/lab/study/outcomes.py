@@ -102,7 +102,7 @@ class Outcome:
 
     @property
     def mfu(self) -> float | None:
-        """Share of the devices' peak that training reached; None where it is not known."""
+        """Share of the data sheet's rate that training reached; None where it is not known."""
         return (self.result.get("speed") or {}).get("mfu")
 
     @property

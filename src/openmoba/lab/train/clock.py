@@ -16,7 +16,11 @@ PEAKS = {
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA A100-SXM4-40GB": 312e12,
 }
-"""Dense bf16 operations per second, by the device's name, as in NVIDIA's data sheets."""
+"""Dense bf16 operations per second, by the device's name, as in NVIDIA's data sheets: what MFU is a share of.
+
+No matrix product reaches them. `openmoba bench training` divides by the rate that it measures of one, some 690e12 on an
+H200, so its shares are larger.
+"""
 
 
 class Clock:
@@ -67,7 +71,7 @@ class Speedometer:
     """Tokens per second, and their share of what the devices could do, from one record of training to the next.
 
     Args:
-        peak: operations per second of all devices together; None if it is not known.
+        peak: operations per second of all devices together, by their data sheets; None if it is not known.
     """
 
     def __init__(self, peak: float | None) -> None:
@@ -93,7 +97,7 @@ class Speedometer:
 
 
 def peak_operations(device: torch.device, bf16: bool, devices: int) -> float | None:
-    """Return the operations per second that the devices could do; None in fp32 or where it is not known."""
+    """Return the operations per second of the devices' data sheets; None in fp32 or where it is not known."""
     if device.type != "cuda" or not bf16:
         return None
     peak = PEAKS.get(torch.cuda.get_device_name(device))
