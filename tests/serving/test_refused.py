@@ -52,7 +52,7 @@ def test_options(options: dict[str, Any], message: str, full: Path) -> None:
 
 def test_pages_that_the_error_names(full: Path) -> None:
     folder = save_moba(full, MobaConfig(block_size=100, top_k=3))
-    with pytest.raises(ValueError, match="blocks of 100 tokens in pages of 128; start with --block-size 800$"):
+    with pytest.raises(ValueError, match=r"blocks of 100 tokens in pages of 128; start with --block-size 800$"):
         configure(folder)
     assert configure(folder, block_size=800).cache_config.block_size == 800
 
