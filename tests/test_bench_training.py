@@ -25,6 +25,7 @@ from openmoba.bench.training.table import markdown
 from openmoba.bench.training.watch import Watch
 from openmoba.cli import main
 from openmoba.lab.model.build import SIZES
+from openmoba.records.figures import RED
 
 CPU = torch.device("cpu")
 SMALL = TrainingCase("nano", 2, tokens=48, layers="eager")
@@ -274,11 +275,19 @@ def test_figure_has_a_line_per_attention_named_at_its_end(tmp_path: Path, capsys
                 case = TrainingCase(size, batch, *arm)
                 row = TrainingRow.of(case, "bfloat16", total=total, tokens_per_second=factor * rate, device="card")
                 append_row(out, replace(row, p50_ms=1.0, tflops=1.0, mfu=0.5))
-                append_row(out, replace(row, layers="eager"))
+                append_row(out, replace(row, layers="eager", tokens_per_second=9e9))
     rows = read_rows(out, TrainingRow)
     (axes,) = rate_chart(rows).axes
-    assert {text.get_text() for text in axes.texts} == {"full attention", "MoBA 512/3"}
-    assert {tuple(line.get_ydata()) for line in axes.lines} == {(3e5, 3e5), (9e5, 9e5)}
+    assert {text.get_text() for text in axes.texts} == {"full attention\n(SDPA)", "MoBA 512/3"}
+    assert {tuple(line.get_ydata()) for line in axes.lines if len(line.get_ydata())} == {(3e5, 3e5), (9e5, 9e5)}
+    full = [row for row in rows if row.arm == "full" and row.layers == "compiled"]
+    graphs = [replace(row, layers="graphed", tokens_per_second=2e5, attention_kernel="cudnn_sdpa") for row in full[:1]]
+    (axes,) = rate_chart([*rows, *graphs]).axes
+    assert "full attention\n(SDPA/cuDNN)" in {text.get_text() for text in axes.texts}
+    solid, hollow = [line for line in axes.lines if line.get_color() == RED]
+    assert list(solid.get_ydata()) == [2e5, 3e5], "graphs first, though others are faster"
+    assert (list(hollow.get_ydata()), hollow.get_markerfacecolor()) == ([3e5], "white")
+    assert axes.get_title().endswith("layers in CUDA graphs; hollow: compiled alone")
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["2M", "14M"]
     assert chart._ticks({"17m": 17, "14m": 14, "32m": 32}) == ([14, 17, 32], ["14M", "", "32M"])
     assert main(["bench", "plot", str(out)]) == 0

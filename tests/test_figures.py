@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from matplotlib.text import Text
 
 from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.resample import Interval
-from openmoba.lab.study.figures import Curve, Level, arm_styles, layers_chart, scaling_chart
+from openmoba.lab.study.figures import Curve, Level, layers_chart, scaling_chart
 from openmoba.lab.study.fit import fit_arms
 from openmoba.lab.study.panels import Candidate, candidates_chart, position_chart
-from openmoba.records.figures import BLUE, GREY, RED, save
+from openmoba.records.figures import BLUE, DENSE, GREY, RED, Look, save
 
 HYBRID = {
     "1 layer": Level(1.170, Interval(1.165, 1.176)),
@@ -28,16 +29,17 @@ HYBRID = {
     "10 layers": Level(1.087),
 }
 COMPUTE = np.array([0.1, 0.5, 2.0])
+LOOKS = {"Full attention": DENSE, "MoBA": Look(BLUE, "o"), "last-1": Look("#EE7733", "^", "--")}
 
 
 def chart_a() -> Figure:
     return layers_chart(
-        HYBRID, 1.085, Level(1.170, Interval(1.16, 1.18)),
+        HYBRID, 1.085, Level(1.170, Interval(1.16, 1.18)), {"3 layers": Level(1.128, Interval(1.12, 1.14))},
         title="t", layers_name="Full layers", loss_name="Trailing loss, last 2K",
     )  # fmt: skip
 
 
-def chart_b(axis: str = "6nd", scale: float = 1.0) -> Figure:
+def chart_b(axis: str = "6nd", scale: float = 1.0, fitted: Collection[str] = ()) -> Figure:
     compute = COMPUTE * scale
     moba, full = fit_arms(
         [compute, compute],
@@ -52,8 +54,9 @@ def chart_b(axis: str = "6nd", scale: float = 1.0) -> Figure:
     laws, differences = {"MoBA": moba, "Full attention": full}, {"MoBA": (moba, full)}
     name = "Trailing loss, length 32,768, last 2,048"
     return scaling_chart(
-        curves, laws, differences, reference="Full attention", title="t", loss_name=name, axis=AXES[axis]
-    )
+        curves, laws, differences, LOOKS, fitted=fitted or {curve.size for curve in curves},
+        reference="Full attention", title="t", loss_name=name, axis=AXES[axis],
+    )  # fmt: skip
 
 
 def drawn(figure: Figure) -> list[Axes]:
@@ -94,12 +97,26 @@ def test_chart_a_shows_full_layers_as_categories_in_the_order_given() -> None:
 def test_chart_a_has_a_bar_for_every_difference_and_no_band() -> None:
     """A band around one line would cover the other arms."""
     axes = chart_a().axes[0]
-    moba, hybrid = (container.lines[2][0].get_segments() for container in axes.containers)
-    np.testing.assert_allclose(hybrid[0][:, 1], [1.165, 1.176])
-    np.testing.assert_allclose(hybrid[1][:, 1], [1.128, 1.128])
-    np.testing.assert_allclose(moba[0][:, 1], [1.16, 1.18])
-    assert moba[0][0, 0] > 3, "right of the last hybrid"
+    full, moba = axes.containers
+    bars = [[segment.tolist() for segment in container.lines[2][0].get_segments()] for container in (full, moba)]
+    (hybrid, line), (other,) = bars
+    np.testing.assert_allclose([end[1] for end in hybrid], [1.165, 1.176])
+    np.testing.assert_allclose([end[1] for end in line], [1.16, 1.18])
+    np.testing.assert_allclose([end[1] for end in other], [1.12, 1.14])
+    assert hybrid[0][0] < 0, "beside the hybrid"
+    assert 1 < other[0][0] < 1.5, "on its other side"
+    assert line[0][0] > 3, "right of the last hybrid"
     assert not axes.patches
+
+
+def test_chart_a_colours_a_bar_like_the_line_it_is_read_against() -> None:
+    """A bar of the difference from full attention that crosses MoBA's line says nothing of MoBA."""
+    axes = chart_a().axes[0]
+    colours = {container.get_label(): to_hex(container.lines[2][0].get_color()[0]) for container in axes.containers}
+    assert colours == {
+        "95% of the difference from full attention": RED.lower(),
+        "95% of the difference from MoBA": GREY.lower(),
+    }
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -125,6 +142,7 @@ def test_chart_b_is_log_log_with_solid_curves_and_dashed_laws(axis: str) -> None
 def test_chart_b_has_the_band_of_the_difference_around_moba_alone() -> None:
     axes = chart_b().axes[0]
     (band,) = axes.collections
+    assert sum(line.get_alpha() == 0.6 for line in axes.get_lines()) == 2, "its edges"
     assert to_hex(band.get_facecolor()[0]) == BLUE.lower()
     compute, loss = band.get_paths()[0].vertices.T
     np.testing.assert_allclose(loss, 1.546 * compute**-0.108, rtol=1e-6, err_msg="exact laws have no band")
@@ -142,8 +160,9 @@ def test_laws_reach_beyond_their_own_runs_and_bands_stand_where_both_are_drawn()
     ]
     laws = {"MoBA": moba, "Full attention": full}
     figure = scaling_chart(
-        curves, laws, {"MoBA": (moba, full)}, reference="Full attention", title="t", loss_name="l", axis=AXES["6nd"]
-    )
+        curves, laws, {"MoBA": (moba, full)}, LOOKS, fitted={"1 M", "2 M", "3 M"}, reference="Full attention",
+        title="t", loss_name="l", axis=AXES["6nd"],
+    )  # fmt: skip
     axes = figure.axes[0]
     drawn_laws = {
         line.get_color().lower(): line.get_xdata() for line in axes.get_lines() if line.get_linestyle() == "--"
@@ -156,7 +175,11 @@ def test_laws_reach_beyond_their_own_runs_and_bands_stand_where_both_are_drawn()
     reach = band.get_paths()[0].vertices[:, 0]
     assert reach.min() == pytest.approx(drawn_laws[RED.lower()][0])
     assert reach.max() == pytest.approx(drawn_laws[BLUE.lower()][-1])
-    assert [(text.get_text(), text.xy[0]) for text in axes.texts] == [("1 M", 0.1), ("2 M", 0.5), ("3 M", 2.0)]
+    assert sorted((text.xy[0], text.get_text(), to_hex(text.get_color())) for text in axes.texts) == sorted(
+        (c, f"{n} M", colour.lower())
+        for colour, amounts in ((BLUE, compute[0]), (RED, compute[1]))
+        for n, c in zip((1, 2, 3), amounts, strict=True)
+    ), "each arm's ends have their names where they lie apart"
 
 
 def test_the_band_lies_on_the_drawn_law_of_the_reference() -> None:
@@ -165,8 +188,8 @@ def test_the_band_lies_on_the_drawn_law_of_the_reference() -> None:
     (drawn_full,) = fit_arms([COMPUTE], [(1.4 * COMPUTE**-0.1)[:, None]], [0])
     curves = [Curve("MoBA", "1 M", [1.0, 2.0], [3.0, 1.5]), Curve("Full attention", "1 M", [1.0, 2.0], [3.0, 1.4])]
     figure = scaling_chart(
-        curves, {"MoBA": moba, "Full attention": drawn_full}, {"MoBA": (moba, full)},
-        reference="Full attention", title="t", loss_name="l", axis=AXES["6nd"],
+        curves, {"MoBA": moba, "Full attention": drawn_full}, {"MoBA": (moba, full)}, LOOKS,
+        fitted={"1 M"}, reference="Full attention", title="t", loss_name="l", axis=AXES["6nd"],
     )  # fmt: skip
     compute, loss = figure.axes[0].collections[0].get_paths()[0].vertices.T
     np.testing.assert_allclose(loss, 1.4 * 1.6 / 1.5 * compute**-0.1, rtol=1e-6)
@@ -174,9 +197,17 @@ def test_the_band_lies_on_the_drawn_law_of_the_reference() -> None:
 
 def test_one_curve_is_a_chart() -> None:
     figure = scaling_chart(
-        [Curve("MoBA", "1 M", [1.0, 2.0], [3.0, 2.0])], {}, {}, reference="", title="t", loss_name="l", axis=AXES["6nd"]
-    )
+        [Curve("MoBA", "1 M", [1.0, 2.0], [3.0, 2.0])], {}, {}, LOOKS,
+        fitted=(), reference="", title="t", loss_name="l", axis=AXES["6nd"],
+    )  # fmt: skip
     assert len(tick_labels(drawn(figure)[0], "y")) >= 3
+
+
+def test_sizes_that_no_law_is_fitted_through_have_hollow_ends() -> None:
+    (axes,) = drawn(chart_b(fitted={"1 M parameters", "2 M parameters"}))
+    ends = [line for line in axes.get_lines() if line.get_marker() == "o" and len(line.get_xdata()) == 1]
+    hollow = [line.get_xdata()[0] for line in ends if line.get_markerfacecolor() == "white"]
+    assert (len(ends), hollow) == (3, [2.0])
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 40.0, 3000.0])
@@ -192,6 +223,10 @@ def test_chart_b_labels_touch_neither_each_other_nor_an_axis(scale: float) -> No
         box = text.get_window_extent()
         assert box.x0 > axes.bbox.x0, text.get_text()
         assert box.y0 > axes.bbox.y0, text.get_text()
+        for line in axes.get_lines():
+            if len(line.get_xdata()) == 3:
+                path = axes.transData.transform_path(line.get_path()).interpolated(100)
+                assert not box.shrunk(0.9, 0.7).count_contains(path.vertices), "no curve goes through a name"
 
 
 def position_figure(intervals: bool = True) -> Figure:
@@ -201,7 +236,7 @@ def position_figure(intervals: bool = True) -> Figure:
     ranges = [(2048 * i, 2048 * (i + 1)) for i in range(16)]
     losses = {name: [3 + 0.1 * i] * 16 for i, name in enumerate(("Full attention", "MoBA", "last-1"))}
     differences = {"MoBA": levels(*[0.1] * 16), "last-1": levels(*[0.2] * 16)}
-    return position_chart(ranges, losses, differences, title="t", loss_name="l", difference_name="d")
+    return position_chart(ranges, losses, differences, LOOKS, title="t", loss_name="l", difference_name="d")
 
 
 def test_positions_have_the_difference_below_with_intervals_that_stand_side_by_side() -> None:
@@ -232,21 +267,26 @@ def test_candidates_are_dots_with_intervals_beside_full_attention_and_the_noise(
         Candidate("hybrid", level(0.7), level(0.5), None, "8% of keys"),
         Candidate("keys", level(7.0), level(6.0), level(10.3), "5% of keys"),
     ]
-    (axes,) = drawn(candidates_chart(rows, 0.4, title="t", reference="Full attention", difference_name="d"))
+    looks = {"hybrid": LOOKS["last-1"], "keys": LOOKS["MoBA"]}
+    noise = 0.4, "4 runs of 2 arms"
+    (axes,) = drawn(candidates_chart(rows, looks, noise, title="t", reference="Full attention", difference_name="d"))
+    assert axes.get_xscale() == "linear", "long bars must look long"
     assert [text.get_text() for text in axes.get_yticklabels()] == ["hybrid", "keys"]
     assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first on top"
-    trailing, lm, own = axes.containers
-    assert list(trailing.lines[0].get_xdata()) == [0.7, 7.0]
-    assert list(lm.lines[0].get_xdata()) == [0.5, 6.0]
-    assert list(own.lines[0].get_xdata()) == [10.3]
-    np.testing.assert_allclose(trailing.lines[2][0].get_segments()[0][:, 0], [0.2, 1.2])
+    dots = [(bar.lines[0].get_xdata()[0], bar.lines[0].get_marker(), to_hex(bar.lines[0].get_color()))
+            for bar in axes.containers]  # fmt: skip
+    first, second = "#ee7733", BLUE.lower()
+    assert dots == [(0.7, "o", first), (7.0, "o", second), (0.5, "s", first), (6.0, "s", second), (10.3, "D", second)]
+    np.testing.assert_allclose(axes.containers[0].lines[2][0].get_segments()[0][:, 0], [0.2, 1.2])
+    (legend,) = axes.figure.legends
+    assert "Within the noise of seeds (4 runs of 2 arms)" in [text.get_text() for text in legend.get_texts()]
     (band,) = axes.patches
     assert (band.get_x(), band.get_x() + band.get_width()) == pytest.approx((-0.4, 0.4))
     (line,) = [line for line in axes.get_lines() if line.get_label() == "Full attention"]
     assert (list(line.get_xdata()), to_hex(line.get_color())) == ([0, 0], RED.lower())
     assert [text.get_text() for text in axes.child_axes[0].get_yticklabels()] == ["8% of keys", "5% of keys"]
     labels = sorted(tick_labels(axes, "x"), key=lambda text: text.get_window_extent().x0)
-    assert {"0", "+1%", "+2%", "+5%"} <= {text.get_text() for text in labels}
+    assert {"0", "+2%", "+4%"} <= {text.get_text() for text in labels}
     for one, two in pairwise(text.get_window_extent() for text in labels):
         assert one.x1 < two.x0
 
@@ -256,16 +296,12 @@ def test_candidates_are_dots_with_intervals_beside_full_attention_and_the_noise(
 def test_percentages_below_candidates_do_not_touch(best: float, worst: float) -> None:
     rows = [Candidate(name, Level(loss), None, None, "29.9% of keys, 1.76x tokens/s") for name, loss in
             (("last-2-keys", best), ("MoBA", worst))]  # fmt: skip
-    (axes,) = drawn(candidates_chart(rows, None, title="t", reference="Full attention", difference_name="d"))
+    looks = {"last-2-keys": LOOKS["last-1"], "MoBA": LOOKS["MoBA"]}
+    (axes,) = drawn(candidates_chart(rows, looks, None, title="t", reference="Full attention", difference_name="d"))
     labels = sorted(tick_labels(axes, "x"), key=lambda text: text.get_window_extent().x0)
     assert len(labels) >= 4
     for one, two in pairwise(text.get_window_extent() for text in labels):
         assert one.x1 < two.x0, [text.get_text() for text in labels]
-
-
-def test_arms_differ_in_colour_and_in_marker() -> None:
-    styles = list(arm_styles(["MoBA", "Full attention", "last-1", "last-2", "last-3", "time"]).values())
-    assert len({colour for colour, _, _ in styles}) == len({marker for _, _, marker in styles}) == 6
 
 
 def test_charts_are_saved_as_png_and_svg_with_the_same_bytes_each_time(tmp_path: Path) -> None:

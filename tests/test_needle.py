@@ -154,11 +154,11 @@ def test_one_call_compares_the_runs_of_a_folder(tmp_path: Path, texts: list[str]
     shutil.rmtree(tmp_path / "study" / "c-seed0" / "checkpoint-1")
     options = ["--lengths", "128", "256", "--depths", "3", "--samples", "2", "--out", str(tmp_path / "new" / "v1.0")]
     assert main(["evaluate", "needle", str(tmp_path / "study"), *options]) == 0
-    assert "| b-full-seed0 | 256 | 0 of 6 |" in capsys.readouterr().out
+    assert "| Full attention, seed 0, b | 256 | 0 of 6 |" in capsys.readouterr().out
     page = (tmp_path / "new" / "v1.0.md").read_text()
-    assert "| from b-full-seed0 |" in page
+    assert "| from Full attention, seed 0, b |" in page
     found = "0 of 6 answered exactly; the needle changes the loss of the answer by "
-    assert f"- a-moba-seed0 (step 1 of 4), 256 tokens: {found}" in page
+    assert f"- MoBA, seed 0, a (step 1 of 4), 256 tokens: {found}" in page
     rows = [json.loads(line) for line in (tmp_path / "new" / "v1.0.jsonl").read_text().splitlines()]
     assert [(Path(row["source"]).name, row["full"]) for row in rows] == [
         ("a-moba-seed0", False),
@@ -260,8 +260,21 @@ def test_the_record_gives_the_page_again(tmp_path: Path, monkeypatch: pytest.Mon
 def test_names_are_as_long_as_they_must_be() -> None:
     a, b = (replace(SEARCHES[0], source=f"runs/{name}/14m-full-seed0") for name in "ab")
     assert model_names([a, b]) == ["a/14m-full-seed0", "b/14m-full-seed0"]
-    assert model_names([a]) == ["14m-full-seed0"]
     assert model_names([a, replace(b, stopped="step 1 of 4")]) == ["a/14m-full-seed0", "b/14m-full-seed0 (step 1 of 4)"]
+
+
+def test_runs_of_a_study_are_called_by_arm_and_seed() -> None:
+    """And by the size, where it differs."""
+
+    def names(*runs: str) -> list[str]:
+        return model_names([replace(SEARCHES[0], source=f"runs/{run}") for run in runs])
+
+    assert names("14m-full-seed0") == ["Full attention, seed 0"]
+    assert names("14m-moba-seed0", "14m-moba-seed1", "14m-last-2-keys-seed0") == [
+        "MoBA, seed 0", "MoBA, seed 1", "last-2-keys, seed 0",
+    ]  # fmt: skip
+    assert names("14m-moba-seed0", "9m-moba-seed0") == ["MoBA, seed 0, 14m", "MoBA, seed 0, 9m"]
+    assert names("14m-moba-seed0", "exported") == ["14m-moba-seed0", "exported"]
 
 
 def test_the_tokens_of_a_search_are_counted() -> None:
@@ -280,4 +293,5 @@ def test_the_results_show_what_a_study_found(tmp_path: Path, monkeypatch: pytest
     assert "needle" not in before
     assert "![Needle in a haystack, 3 models of Short list](study/needle.png)" in after
     assert "- moba-seed0, 1,024 tokens: 0 of 18 answered exactly; the needle changes the loss of" in after
+    assert "- At depth 0% the needle is whole, but it is the window's first tokens" in after
     assert "- A guess has a loss of 8.32 nats; every length stands in the [table](study/needle.md)." in after

@@ -1,38 +1,37 @@
 """Figures of the attention benchmark: speed-up over dense attention, and time against length.
 
-MoBA's settings have a colour each, in the order of their block sizes; other contenders have one of their own, and a
-line style per setting. Both differ in their markers.
+MoBA's settings have a colour each, by the size of their blocks; other contenders have one of their own, and a line
+style per setting. Both differ in their markers.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from openmoba.bench.cases import PASSES
 from openmoba.bench.contenders import contender_label
 from openmoba.bench.rows import length_name, newest
 from openmoba.bench.table import Row, compared, dense_names
-from openmoba.records.figures import BLUE, GREY, RED, chart_style
+from openmoba.records.figures import DENSE, GREY, LINES, Look, chart_style, setting_looks
 
 # Of Paul Tol's schemes; in grey, they and the markers still differ.
-_SETTINGS = ((BLUE, "o"), ("#33BBEE", "s"), ("#009988", "^"), ("#882255", "D"), ("#EE7733", "v"), ("#332288", "P"))
 _OTHERS = {
-    "sdpa_cudnn": (RED, "s"),
-    "sdpa": (RED, "s"),
-    "sdpa_flash": (GREY, "D"),
-    "fa4": ("#EE3377", "P"),
-    "given": ("#117733", "<"),
-    "flash_moba": ("#999933", "X"),
-    "flex": ("#BBBBBB", ">"),
-    "sdpa_mask": ("#AA4499", "h"),
+    "sdpa_cudnn": DENSE,
+    "sdpa": DENSE,
+    "sdpa_flash": Look(GREY, "D"),
+    "fa4": Look("#EE3377", "P"),
+    "given": Look("#117733", "<"),
+    "flash_moba": Look("#666633", "X"),
+    "flex": Look("#BBBBBB", ">"),
+    "sdpa_mask": Look("#DDAA33", "h"),
 }
-_LINES = ("-", "--", ":", "-.", (0, (5, 1)))
 
 
 class Line(NamedTuple):
@@ -127,29 +126,26 @@ def _line(row: Row) -> Line:
     return Line(row.contender, row.block_size, row.top_k)
 
 
-def _looks(rows: Iterable[Row]) -> dict[Line, dict[str, Any]]:
+def _looks(rows: Iterable[Row]) -> dict[Line, Look]:
     """Choose how each line is drawn, MoBA's first."""
     lines = {_line(row) for row in rows}
-    own = sorted(line for line in lines if line.contender == "moba")
-    looks = {line: _look(*look, "-") for line, look in zip(own, _SETTINGS, strict=False)}
+    settings = [(line.block_size, line.top_k) for line in lines if line.contender == "moba"]
+    own = setting_looks((block, top_k) for block, top_k in settings if block and top_k)
+    looks = {Line("moba", *setting): look for setting, look in own.items()}
     for name, look in _OTHERS.items():
         others = sorted(line for line in lines if line.contender == name)
-        looks |= {line: _look(*look, style) for line, style in zip(others, _LINES, strict=False)}
+        looks |= {line: look._replace(line=style) for line, style in zip(others, LINES, strict=False)}
     return looks
 
 
-def _look(colour: str, marker: str, style: Any) -> dict[str, Any]:
-    return {"color": colour, "marker": marker, "linestyle": style, "markersize": 5, "linewidth": 1.6}
-
-
-def _curves(axes: Axes, values: Mapping[Row, float], looks: Mapping[Line, dict[str, Any]]) -> None:
+def _curves(axes: Axes, values: Mapping[Row, float], looks: Mapping[Line, Look]) -> None:
     axes.set(xscale="log", yscale="log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     for line, look in looks.items():
         points = {row.tokens: y for row, y in values.items() if _line(row) == line}
         if points:
             x, y = zip(*sorted(points.items()), strict=True)
-            axes.plot(x, y, label=line.label, **look)
+            axes.plot(x, y, label=line.label, **look.options())
 
 
 def name_lines(axes: Axes) -> None:
@@ -163,7 +159,7 @@ def name_lines(axes: Axes) -> None:
     for ((x, _), line), y in zip(ends, heights, strict=True):
         axes.annotate(
             str(line.get_label()), (x, y), xytext=(9, 0), textcoords="offset points", va="center",
-            color=line.get_color(), annotation_clip=False,
+            color=line.get_color(), annotation_clip=False, path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,11 +13,7 @@ from openmoba.bench.contenders import contender_label
 from openmoba.bench.decode import CHUNK, EAGER, GRAPH
 from openmoba.bench.rows import length_name, newest
 from openmoba.bench.table import Row, dense_names
-from openmoba.records.figures import BLUE, RED, chart_style
-
-_MOBA: dict[str, Any] = {"color": BLUE, "marker": "o", "markersize": 5, "linewidth": 1.6}
-_DENSE: dict[str, Any] = {"color": RED, "marker": "s", "markersize": 5, "linewidth": 1.6}
-_LINES = ("-", "--", ":", "-.")
+from openmoba.records.figures import DENSE, chart_style, setting_looks
 
 
 def step_chart(rows: Sequence[Row]) -> Figure:
@@ -35,7 +31,8 @@ def step_chart(rows: Sequence[Row]) -> Figure:
                     dense[row.tokens] = min(row.p50_ms, dense.get(row.tokens, row.p50_ms))
             if dense:
                 names = "; ".join(map(contender_label, dense_names([row for row in panel if row.block_size], panel)))
-                axes.plot(*zip(*sorted(dense.items()), strict=True), label=f"dense, {names}", **_DENSE)
+                x, y = zip(*sorted(dense.items()), strict=True)
+                axes.plot(x, y, label=fill(f"dense, {names}", 36), **DENSE.options())
             axes.set(xscale="log", yscale="log", title=f"batch {batch}", xlabel="Cached tokens")
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.yaxis.set_minor_formatter(NullFormatter())
@@ -65,10 +62,10 @@ def _measured(rows: Sequence[Row], passes: str) -> list[Row]:
 
 
 def _settings(axes: Axes, rows: Sequence[Row]) -> None:
-    settings = sorted({(row.block_size, row.top_k) for row in rows if row.block_size is not None})
-    for (block_size, top_k), line in zip(settings, _LINES, strict=False):
+    looks = setting_looks((row.block_size, row.top_k) for row in rows if row.block_size and row.top_k)
+    for (block_size, top_k), look in looks.items():
         points = sorted((row.tokens, row.p50_ms) for row in rows if (row.block_size, row.top_k) == (block_size, top_k))
-        axes.plot(*zip(*points, strict=True), linestyle=line, label=f"openmoba {block_size}/{top_k}", **_MOBA)
+        axes.plot(*zip(*points, strict=True), label=f"openmoba {block_size}/{top_k}", **look.options())
 
 
 def _finish(axes: Axes, rows: Sequence[Row], most: int = 12) -> None:

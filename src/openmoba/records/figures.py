@@ -5,11 +5,13 @@ The colours are of Paul Tol's "vibrant" scheme, which survives colour-blind eyes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
+from itertools import pairwise
+from math import log2
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -18,7 +20,53 @@ from matplotlib.figure import Figure
 from openmoba.records.disk import write_bytes
 
 TITLE_WIDTH = 68  # characters that fit on one line
+LEGEND_WIDTH = 86  # characters of a legend's row, eight for each handle
 BLUE, RED, GREY = "#0077BB", "#CC3311", "#666666"
+
+
+class Look(NamedTuple):
+    """How a curve is drawn; colour and marker each tell it from the others, so that it survives grey printing."""
+
+    colour: str
+    marker: str
+    line: Any = "-"
+
+    def options(self, line_width: float = 1.6, marker_size: float = 5) -> dict[str, Any]:
+        """Return what matplotlib's `plot` takes."""
+        return {
+            "color": self.colour, "marker": self.marker, "linestyle": self.line, "linewidth": line_width,
+            "markersize": marker_size,
+        }  # fmt: skip
+
+
+DENSE = Look(RED, "s")
+_BLOCKS = {
+    16: Look("#AA4499", "X"),
+    32: Look("#DDAA33", "p"),
+    64: Look("#332288", "P"),
+    128: Look(BLUE, "o"),
+    256: Look("#33BBEE", "s"),
+    512: Look("#009988", "^"),
+    1024: Look("#999933", "h"),
+    2048: Look("#882255", "D"),
+    4096: Look("#EE7733", "v"),
+}
+"""Tokens of a block -> the look of MoBA's curves with it, in every benchmark; of Paul Tol's schemes."""
+LINES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (5, 1)))
+
+
+def setting_looks(settings: Iterable[tuple[int, int]]) -> dict[tuple[int, int], Look]:
+    """Choose the look of MoBA's settings, block size and top-k: by the block; the line tells those of one block apart.
+
+    A block of another size looks like the nearest that has a look.
+    """
+    looks: dict[tuple[int, int], Look] = {}
+    for block_size, top_k in sorted(set(settings)):
+        nearest = min(_BLOCKS, key=lambda known: abs(log2(known) - log2(block_size)))
+        same = sum(look.colour == _BLOCKS[nearest].colour for look in looks.values())
+        looks[block_size, top_k] = _BLOCKS[nearest]._replace(line=LINES[same % len(LINES)])
+    return looks
+
 
 STYLE: Any = {  # matplotlib types the keys of its settings one by one
     "font.size": 11,
@@ -63,5 +111,12 @@ def new_figure(height: float = 4.8) -> Figure:
 def legend_below(figure: Figure, axes: Axes) -> None:
     """Put the legend of `axes` under the figure, in as many columns as its names leave room for."""
     handles, names = axes.get_legend_handles_labels()
-    columns = min(4, max(1, 84 // (8 + max(map(len, names)))))
+    columns = next((count for count in (4, 3, 2) if _width(names, count) <= LEGEND_WIDTH), 1)
     figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3)
+
+
+def _width(names: Sequence[str], columns: int) -> int:
+    """Return the characters that a legend in so many columns, filled one after the other, takes."""
+    longer, rows = len(names) % columns, len(names) // columns
+    ends = [rows * column + min(column, longer) for column in range(columns + 1)]
+    return sum(8 + max(map(len, names[begin:end]), default=0) for begin, end in pairwise(ends))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from openmoba.bench.parallel.cases import ParallelRow
 from openmoba.bench.rows import length_name, newest
-from openmoba.records.figures import BLUE, GREY, RED, chart_style, new_figure
+from openmoba.records.figures import BLUE, GREY, chart_style, new_figure
 
-_WAYS = {("heads", "contiguous"): BLUE, ("keys", "head-tail"): RED, ("keys", "contiguous"): "#EE7733"}
+_WAYS = {("heads", "contiguous"): BLUE, ("keys", "head-tail"): "#009988", ("keys", "contiguous"): "#EE7733"}
 
 
 def gain_chart(rows: Sequence[ParallelRow]) -> Figure:
@@ -33,7 +34,8 @@ def gain_chart(rows: Sequence[ParallelRow]) -> Figure:
             gains = {(row.block_size, row.top_k, row.tokens): row.speedup or 0 for row in its}
             places = [groups.index(group) + (i - (len(ways) - 1) / 2) * width for group in gains]
             bars = axes.bar(places, list(gains.values()), 0.94 * width, color=_WAYS[way], label=f"by {', '.join(way)}")
-            axes.bar_label(bars, fmt="%.2f", fontsize=9)
+            around = [withStroke(linewidth=3, foreground="white")]
+            axes.bar_label(bars, fmt="%.2f", fontsize=9, padding=2, path_effects=around)
         axes.axhline(ranks, color=GREY, linewidth=1, linestyle="--")
         names = [f"{block} / {top_k}\n{length_name(tokens)}" for block, top_k, tokens in groups]
         axes.set_xticks(range(len(groups)), names)

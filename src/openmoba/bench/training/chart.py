@@ -5,54 +5,66 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from openmoba.bench.charts import name_lines
 from openmoba.bench.rows import length_name, newest
 from openmoba.bench.training.cases import TrainingRow
-from openmoba.records.figures import BLUE, RED, chart_style
+from openmoba.records.figures import DENSE, chart_style, setting_looks
 
-_OTHERS = ("#009988", "#EE7733", "#EE3377", "#33BBEE")
-_MARKERS = "os^DvP"
+_LAYERS = ("graphed", "compiled", "eager")
+"""Ways to run layers, what users get first."""
 
 
 def rate_chart(rows: Sequence[TrainingRow]) -> Figure:
     """Draw tokens per second over parameters, log-log, each line named at its end.
 
-    Of every size and attention the fastest micro-batch of compiled layers, in the family and at the length of most
-    rows; eager layers where none are compiled.
+    Of every size and attention the fastest micro-batch, in the family and at the length of most rows: of layers in CUDA
+    graphs, which is how they are trained; else of compiled ones, whose markers are hollow where others are in graphs.
     """
     shown = _shown(rows)
     if not shown:
         raise ValueError("no row to draw: tokens per second over size need rows of kind 'loop' without an error")
-    arms = sorted({row.arm for row in shown}, key=lambda arm: (arm == "full", arm))
-    colours = dict(zip([arm for arm in arms if arm != "full"], (BLUE, *_OTHERS), strict=False)) | {"full": RED}
+    looks = setting_looks((row.block_size, row.top_k) for row in shown if row.block_size and row.top_k)
+    best = min((row.layers for row in shown), key=_LAYERS.index)
     with chart_style():
         figure = Figure(figsize=(7.2, 4.8), layout="constrained")
         axes = figure.add_subplot()
         axes.set(xscale="log", yscale="log", xlabel="Parameters", ylabel="Tokens per second, optimizer included")
-        for arm, marker in zip(arms, _MARKERS, strict=False):
-            points = sorted((row.total, row.tokens_per_second) for row in shown if row.arm == arm)
-            x, y = zip(*points, strict=True)
-            label = "full attention" if arm == "full" else f"MoBA {arm}"
-            axes.plot(x, y, color=colours[arm], marker=marker, linewidth=1.8, label=label)
+        for arm in sorted({row.arm for row in shown}):
+            own = sorted((row for row in shown if row.arm == arm), key=lambda row: row.total or 0)
+            first = own[0]
+            look = looks.get((first.block_size or 0, first.top_k or 0), DENSE)
+            x, y = [row.total or 0 for row in own], [row.tokens_per_second or 0.0 for row in own]
+            label = f"full attention\n({_dense(own)})" if arm == "full" else f"MoBA {arm}"
+            axes.plot(x, y, label=label, **look.options())
+            others = [place for place, row in enumerate(own) if row.layers != best]
+            hollow = {**look.options(), "linestyle": "none", "markerfacecolor": "white"}
+            axes.plot([x[i] for i in others], [y[i] for i in others], **hollow)
         axes.set_xticks(*_ticks({row.size: row.total or 0 for row in shown}))
         axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y / 1e6:g} M" if y >= 1e6 else f"{y / 1e3:g} K"))
         name_lines(axes)
-        axes.set_title(_title(shown[-1]), fontsize=11)
+        axes.set_title(_title(shown, best), fontsize=11)
     return figure
 
 
 def _shown(rows: Sequence[TrainingRow]) -> list[TrainingRow]:
     timed = [row for row in newest(rows) if row.kind == "loop" and row.tokens_per_second and not row.checkpointing]
-    timed = [row for row in timed if row.layers == "compiled"] or timed
     kinds = [(row.family, row.tokens) for row in timed]
     timed = [row for row in timed if (row.family, row.tokens) == max(kinds, key=kinds.count)]
     best: dict[tuple[str, str], TrainingRow] = {}
-    for row in sorted(timed, key=lambda row: row.tokens_per_second or 0):
+    for row in sorted(timed, key=lambda row: (-_LAYERS.index(row.layers), row.tokens_per_second or 0)):
         best[row.size, row.arm] = row
     return list(best.values())
+
+
+def _dense(rows: Sequence[TrainingRow]) -> str:
+    """Say whose kernels full attention ran, as far as the rows say."""
+    kernels = {row.attention_kernel for row in rows if row.attention_kernel}
+    return "SDPA/cuDNN" if kernels and all(kernel.startswith("cudnn") for kernel in kernels) else "SDPA"
 
 
 def _ticks(sizes: Mapping[str, int]) -> tuple[list[int], list[str]]:
@@ -65,6 +77,9 @@ def _ticks(sizes: Mapping[str, int]) -> tuple[list[int], list[str]]:
     return [total for _, total in places], names
 
 
-def _title(row: TrainingRow) -> str:
+def _title(shown: Sequence[TrainingRow], best: str) -> str:
+    row, names = shown[-1], {"graphed": "layers in CUDA graphs"}
     precision = "fp32 weights, bf16 autocast" if row.dtype == "bfloat16" else row.dtype
-    return f"{row.device}, {row.family}, windows of {length_name(row.tokens)} tokens, {precision}, {row.layers} layers"
+    others = dict.fromkeys(row.layers for row in shown if row.layers != best)
+    ways = [names.get(best, f"{best} layers"), *(f"hollow: {way} alone" for way in others)]
+    return f"{row.device}, {row.family}, windows of {length_name(row.tokens)} tokens\n{precision}, {'; '.join(ways)}"

@@ -10,6 +10,7 @@ OUT.png, OUT.svg    heat maps of all models on one scale
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from openmoba.lab.arms import KINDS
 from openmoba.lab.config import from_dict
 from openmoba.lab.measure.needle import Grid, Search
 from openmoba.lab.measure.resample import LEVEL, Difference, Floats, paired_difference
@@ -26,6 +28,16 @@ from openmoba.records.disk import keep, read, write_text
 from openmoba.records.figures import chart_style, save
 from openmoba.records.markdown import table
 from openmoba.records.provenance import provenance
+
+_RUN = re.compile(r"(?P<size>[^-]+)-(?P<arm>.+)-seed(?P<seed>\d+)")
+"""What the folder of a study's run is called."""
+
+EDGE = (
+    "At depth 0% the needle is whole, but it is the window's first tokens, with nothing before them. What a model "
+    "finds there says how it reads the beginning of a window, not how far back it reaches; all numbers hold it like "
+    "every other depth."
+)
+"""What a reader of the heat maps must know of their first row."""
 
 NOWHERE = "none"
 """Row of a heat map with the examples that lack the needle."""
@@ -92,7 +104,7 @@ def needle_chart(searches: Sequence[Search]) -> Figure:
             look: Any = {"format": PercentFormatter(1.0)} if score == "exact" else {"extend": "max"}
             bar = figure.colorbar(image, ax=panels[:, column], location="top", aspect=30, shrink=0.9, **look)
             bar.set_label(label, fontsize=10)
-        figure.supylabel("Depth of the needle", fontsize=11)
+        figure.supylabel("Depth of the needle in the window (0%: its first tokens)", fontsize=11)
     return figure
 
 
@@ -142,9 +154,23 @@ def reference_of(searches: Sequence[Search]) -> Search:
 
 
 def model_names(searches: Sequence[Search]) -> list[str]:
-    """Return a name for every model, all different: the end of its path, as long as it must be; how far a run is."""
+    """Return a name for every model, all different, and how far a run is that is not finished.
+
+    The runs of a study have their arm and seed, with the size where it differs; other models the ends of their paths,
+    as long as they must be.
+    """
+    runs = [_RUN.fullmatch(Path(search.source).name) for search in searches]
+    found = [_arm_and_seed(run) for run in runs if run]
+    if len({run["size"] for run in runs if run}) > 1:
+        found = [f"{name}, {run['size']}" for name, run in zip(found, runs, strict=False) if run]
+    names = found if len(set(found)) == len(searches) else _ends(searches)
     far = [f" ({search.stopped})" if search.stopped else "" for search in searches]
-    return [f"{name}{stopped}" for name, stopped in zip(_ends(searches), far, strict=True)]
+    return [f"{name}{stopped}" for name, stopped in zip(names, far, strict=True)]
+
+
+def _arm_and_seed(run: re.Match[str]) -> str:
+    kind = KINDS.get(run["arm"])
+    return f"{(kind and kind.label) or run['arm']}, seed {run['seed']}"
 
 
 def _ends(searches: Sequence[Search]) -> list[str]:
@@ -179,6 +205,7 @@ def _page(searches: Sequence[Search], figure: str) -> Iterator[str]:
         f"{LEVEL:.0%} intervals over documents; they do not hold the luck of a seed.\n"
     )
     yield f"![Heat maps of exact answers and of the answer's loss, by length and depth of the needle]({figure})\n"
+    yield f"{EDGE}\n"
     yield from (f"- {sentence}" for sentence in needle_sentences(searches))
     yield ""
     yield from needle_table(searches)

@@ -15,6 +15,7 @@ from openmoba.lab.measure.resample import LEVEL, Difference
 from openmoba.lab.study import figures, panels
 from openmoba.lab.study.candidates import Standing, standings
 from openmoba.lab.study.figures import Curve, Level
+from openmoba.lab.study.looks import arm_looks, by_parameters, size_looks
 from openmoba.lab.study.outcomes import (
     Cut,
     Named,
@@ -143,10 +144,10 @@ def describe_sparsity(outcomes: Sequence[Outcome]) -> str:
 
 def _layers(stage: Stage, size: str, runs: list[Outcome], study: Path) -> Chart:
     full, moba = of_kind(runs, FULL), of_kind(runs, MOBA)
-    reference, noise = full or moba, seed_noise(runs, "trailing")
+    noise = seed_noise(runs, "trailing")
 
-    def level(own: list[Outcome]) -> Level:
-        found = difference(own, reference, "trailing", noise)
+    def level(own: list[Outcome], reference: list[Outcome]) -> Level:
+        found = difference(own, reference, "trailing", noise) if reference else None
         if found is None:
             return Level(mean_loss(own, "trailing"))
         line = mean_loss(reference, "trailing")
@@ -154,22 +155,25 @@ def _layers(stage: Stage, size: str, runs: list[Outcome], study: Path) -> Chart:
 
     hybrids = arms_of(runs, HYBRID)
     names, layers_name = _hybrid_names([own[0] for own in hybrids])
-    shown, between = dict(zip(names, map(level, hybrids), strict=True)), level(moba) if moba else None
+    named = dict(zip(names, hybrids, strict=True))
+    shown, from_moba = ({name: level(own, line) for name, own in named.items()} for line in (full, moba))
+    between = level(moba, full) if moba else None
     figure = figures.layers_chart(
         shown,
         mean_loss(full, "trailing") if full else None,
         between,
+        from_moba,
         title=f"Layer-wise hybrid, {_model(runs[0])}, {describe_sparsity(runs)}",
         layers_name=layers_name,
         loss_name=f"Trailing LM loss (nats)\n{describe_trailing(runs[0])}",
     )
     caption = f"Trailing loss over the layers with full attention ({size}; {behind(runs, 'trailing')})."
-    if any(found and found.interval for found in (*shown.values(), between)):
+    if any(found and found.interval for found in (*shown.values(), *from_moba.values(), between)):
         caption += (
-            f" Bars: {LEVEL:.0%} interval of the difference from {inside(reference[0].label)}, on the same windows: a "
-            "bar that does not reach that one's line is resolved from it."
+            f" Bars: {LEVEL:.0%} interval of the difference from the line of the bar's colour, on the same windows: a "
+            "bar that does not reach that line is resolved from it."
         )
-    if reference and not all(share_a_seed(own, reference) for own in hybrids):
+    if not all(share_a_seed(own, line) for own in hybrids for line in (full, moba) if line):
         caption += " Without a bar: of other seeds, not compared."
     return Chart(stage, save(figure, study / FOLDER / f"{stage.name}-{size}-layerwise-hybrid"), caption)
 
@@ -205,22 +209,20 @@ def _scaling(stage: Stage, all_runs: list[Outcome], study: Path, axis: str, name
     others = [own for own in arms if full and own != full]
     level = [own for own in others if _places(own) == _places(full)]
     pairs = {own[0].label: fit_pair(own, full, "trailing", axis) for own in level}
-    names = {size: _short(own[0]) for size, own in by("size", full or runs).items()}
+    names = {size: _short((of_kind(own, FULL) or own)[0]) for size, own in by("size", runs).items()}
     figure = figures.scaling_chart(
-        [
-            _curve(seeds, axis, names.get(size, _short(seeds[0])))
-            for own in arms
-            for size, seeds in by("size", own).items()
-        ],
+        [_curve(seeds, axis, names[size]) for own in arms for size, seeds in by("size", own).items()],
         {arm: law for arm, law in laws.items() if law},
         {arm: pair for arm, pair in pairs.items() if pair},
+        arm_looks(runs),
+        fitted=set(names.values()),
         reference=full[0].label if full else "",
         title=f"Scaling laws, {describe_trailing(runs[0])}",
         loss_name="Trailing LM loss (nats)",
         axis=AXES[axis],
     )
     caption = (
-        f"Trailing loss over compute by the convention {axis}: along the runs of each size, named by its parameters "
+        f"Trailing loss over {_over(axis)}: along the runs of each size, named by its parameters "
         "without embeddings (solid, mean of seeds)"
     )
     counts = behind(runs, "trailing")
@@ -234,7 +236,7 @@ def _scaling(stage: Stage, all_runs: list[Outcome], study: Path, axis: str, name
         caption += (
             f" Bands: pointwise {LEVEL:.0%} interval of a law's difference from that of full attention, over runs, "
             "documents and windows, where both laws are drawn: a band that does not touch the red line is resolved "
-            "from it."
+            "from it. Bands of few sizes are wide: runs are drawn anew, too."
         )
     bare = [own[0].label for own in others if own not in level and laws[own[0].label]]
     if bare and laws[full[0].label]:
@@ -244,8 +246,19 @@ def _scaling(stage: Stage, all_runs: list[Outcome], study: Path, axis: str, name
         caption += " Left out: seeds that not every arm of a size has."
     if axis == SECONDS:
         windows = sorted({run.config.train.batch_size for run in runs})
-        caption += f" Measured while training, with {' and '.join(counted(n, 'window') for n in windows)} a step."
+        caption += f" Measured while training, with {' and '.join(counted(n, 'window') for n in windows)} a step. "
+        caption += _dense(runs[0])
     return Chart(stage, save(figure, study / FOLDER / name), caption)
+
+
+def _over(axis: str) -> str:
+    """Say in words what a scaling chart is drawn over."""
+    return "accelerator seconds" if axis == SECONDS else f"compute by {AXES[axis].head}"
+
+
+def _dense(run: Outcome) -> str:
+    """Say what full attention runs on, for a chart that shows speed: cuDNN's kernels are asked for first, on GPUs."""
+    return "Full attention is SDPA/cuDNN." if run.result["hardware"]["gpus"] else "Full attention is SDPA."
 
 
 def _places(runs: Sequence[Outcome]) -> set[tuple[str, int]]:
@@ -269,6 +282,7 @@ def _positions(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
         reference[0].ranges,
         {own[0].label: [mean_loss(same[own[0].run.arm], k) for k in ranges] for own in shown},
         differences,
+        arm_looks(runs),
         title=f"Loss by position, {_model(runs[0])}, length {runs[0].config.data.length:,}",
         loss_name="LM loss (nats)",
         difference_name=f"Difference from\n{name} (nats)",
@@ -294,13 +308,15 @@ def _most_telling(arms: Mapping[str, list[Outcome]], reference: list[Outcome]) -
 def _gains(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
     """Draw the loss by position of every size of one arm, and its gain over the first range; of one length."""
     ranges = outcomes[0].ranges
-    sizes = by("size", (outcome for outcome in outcomes if outcome.ranges == ranges))
+    sizes = by_parameters([outcome for outcome in outcomes if outcome.ranges == ranges])
     names = {size: f"{size}, {_model(own[0])}" for size, own in sizes.items()}
+    looks = size_looks(outcomes)
     span = f"{ranges[0][0]:,}-{ranges[0][1]:,}"
     figure = panels.position_chart(
         ranges,
         {names[size]: [mean_loss(own, k) for k in range(len(ranges))] for size, own in sizes.items()},
         {names[size]: [_level(gain(own, k, 0)) for k in range(len(ranges))] for size, own in sizes.items()},
+        {names[size]: looks[size] for size in sizes},
         title=f"Loss by position, {inside(outcomes[0].label)}, length {outcomes[0].config.data.length:,}",
         loss_name="LM loss (nats)",
         difference_name=f"Difference from\npositions {span} (nats)",
@@ -329,6 +345,7 @@ def _contexts(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
         [*first.contexts, first.config.data.length],
         {name: [mean_loss(same[getattr(own[0].run, key)], cut) for cut in seen] for name, own in groups.items()},
         {name: [_level(gain(own, cut, "trailing")) for cut in cuts] for name, own in groups.items()},
+        size_looks(runs) if key == "size" else arm_looks(runs),
         title=f"Use of context, {inside(first.label) if key == 'size' else _model(first)}",
         loss_name=f"Loss of the last\n{first.config.trailing:,} tokens (nats)",
         difference_name="Lost for want of\nmore context (nats)",
@@ -345,10 +362,12 @@ def _candidates(stage: Stage, size: str, runs: list[Outcome], found: Sequence[St
     noise = seed_noise(runs, "trailing")
     full = of_kind(runs, FULL)
     base = mean_loss(full, "trailing")
-    smallest = None if noise is None else 100 * noise.smallest_difference(1) / base
+    smallest = 0.0 if noise is None else 100 * noise.smallest_difference(1) / base
+    seeds = [len(own) for own in by("arm", runs).values() if len(own) > 1]
     figure = panels.candidates_chart(
         [standing.candidate for standing in found],
-        smallest,
+        arm_looks(runs),
+        None if noise is None else (smallest, f"{counted(sum(seeds), 'run')} of {counted(len(seeds), 'arm')}"),
         title=f"Candidates, {_model(runs[0])}, {describe_trailing(runs[0])}",
         reference=full[0].label,
         difference_name=f"Loss against {inside(full[0].label)}, on the same windows",
@@ -357,12 +376,16 @@ def _candidates(stage: Stage, size: str, runs: list[Outcome], found: Sequence[St
     caption = (
         f"Every candidate's loss against {inside(full[0].label)} ({size}; {behind(runs, 'trailing')}). Bars: "
         f"{LEVEL:.0%} interval of the paired difference. To the right: keys read over all layers, of those that full "
-        f"attention reads{speed}. The axis is to scale up to {panels.LINEAR_PERCENT:.0f}%."
+        f"attention reads{speed}.{speed and f' {_dense(runs[0])}'}"
     )
     if any(standing.own for standing in found):
         caption += " Diamonds: against full attention with the same key convolution."
     if noise is not None:
-        caption += f" Grey: below {smallest:.2f}%, where two single seeds cannot be told apart."
+        caption += (
+            f" Grey: below {smallest:.2f}%, where two single seeds cannot be told apart; the noise is that of "
+            f"{counted(len(seeds), 'arm')} with {sum(seeds)} seeds in all, which leave "
+            f"{counted(noise.freedom, 'degree')} of freedom."
+        )
     return Chart(stage, save(figure, study / FOLDER / f"{stage.name}-{size}-candidates"), caption)
 
 
@@ -384,5 +407,6 @@ def _model(run: Outcome) -> str:
 
 
 def _short(run: Outcome) -> str:
-    """Write the parameters without embeddings as a person says them, to two digits or three: 2.2 M, 14.2 M."""
-    return short(float(run.result["params"]["non_embedding"]))
+    """Write the parameters without embeddings as the text does, in whole millions from two on: 792 K, 2 M, 14 M."""
+    count = float(run.result["params"]["non_embedding"])
+    return short(round(count, -6)) if 1.5e6 < count < 1e9 else short(count)

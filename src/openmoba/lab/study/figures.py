@@ -1,13 +1,14 @@
 """The charts: layer-wise hybrid (chart A) and scaling law (chart B); `openmoba.lab.study.panels` has the others.
 
-Arms differ in colour, line style and marker, so that the charts survive grey printing and colour-blind eyes.
+Arms differ in colour, line style and marker (`openmoba.lab.study.looks`), so that the charts survive grey printing and
+colour-blind eyes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import pairwise
 from textwrap import fill
 from typing import Any
 
@@ -26,9 +27,9 @@ from matplotlib.ticker import (
 )
 
 from openmoba.lab.measure.compute import Axis
-from openmoba.lab.measure.resample import Interval
+from openmoba.lab.measure.resample import LEVEL, Interval
 from openmoba.lab.study.fit import Fit
-from openmoba.records.figures import BLUE, GREY, RED, TITLE_WIDTH, chart_style, new_figure
+from openmoba.records.figures import BLUE, GREY, RED, TITLE_WIDTH, Look, chart_style, legend_below, new_figure
 
 EVEN_STEPS = 1.8  # highest loss of an axis over its lowest, up to which losses are written in even steps
 LOG_STEPS = (
@@ -39,6 +40,14 @@ LOG_STEPS = (
     (1,),
 )
 MOST_TICKS = 8
+BAR_ASIDE = 0.06  # of the way between two hybrids
+PANEL = np.array([440.0, 290.0])  # points, about: width and height of the scaling chart's panel
+NEAR = 0.03  # of the axis: ends of a size's curves that are so near share its name
+NAME_SIZE = 9  # points
+NAME_WIDTH = 0.6  # of a character, in its height
+NAME_PLACES = (("center", 0.5, 0, -7), ("left", 0.0, 7, 3), ("right", 1.0, -7, -3), ("left", 0.0, 7, -3))
+"""Where a size's name may stand beside the end of a curve, the best first: how it is aligned, the share of it to the
+left of its place, and that place, in points from the end."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ def layers_chart(
     hybrid: Mapping[str, Level],
     full: float | None,
     moba: Level | None,
+    from_moba: Mapping[str, Level],
     *,
     title: str,
     layers_name: str,
@@ -70,32 +80,37 @@ def layers_chart(
 ) -> Figure:
     """Draw chart A: loss over the full layers, between the lines of MoBA and full attention.
 
+    A bar has the colour of the line that it is read against: one that does not reach it is resolved from it.
+
     Args:
-        hybrid: what names a hybrid's full layers -> loss, in the order to show.
-        full, moba: the two horizontal lines; None leaves one out. MoBA's bar stands at the end of its line.
+        hybrid: what names a hybrid's full layers -> loss, in the order to show, and the bar against full attention.
+        full, moba: the two horizontal lines; None leaves one out. MoBA's bar, against full attention, stands at the end
+            of its line.
+        from_moba: some of the names of `hybrid` -> the same loss with the bar against MoBA.
         layers_name: what the names of `hybrid` say.
     """
     with chart_style():
         figure = new_figure()
         axes = figure.add_subplot()
         end = len(hybrid) - 0.5
-        bars: Any = {"fmt": "none", "capsize": 4, "linewidth": 2}
         if moba:
             axes.axhline(moba.loss, color=GREY, linewidth=2, label="MoBA")
-            axes.errorbar([end - 0.15], [moba.loss], yerr=error_bars([moba]), color=GREY, **bars)
         if full is not None:
             axes.axhline(full, color=RED, linewidth=2, label="Full Attention")
-        levels = list(hybrid.values())
+        names, levels = list(hybrid), list(hybrid.values())
         losses = [level.loss for level in levels]
         axes.plot(losses, color=BLUE, linestyle="--", marker="o", markersize=8, linewidth=2, label="Layer-wise Hybrid")
-        axes.errorbar(range(len(levels)), losses, yerr=error_bars(levels), color=BLUE, **bars)
-        axes.set_xticks(range(len(levels)), list(hybrid))
+        against_full = dict(zip((place - BAR_ASIDE for place in range(len(levels))), levels, strict=True))
+        if moba:
+            against_full[end - 0.15] = moba
+        _bars(axes, against_full, RED, "from full attention")
+        _bars(axes, {names.index(name) + BAR_ASIDE: level for name, level in from_moba.items()}, GREY, "from MoBA")
+        axes.set_xticks(range(len(levels)), names)
         axes.set_xlim(-0.5, end)
         axes.margins(y=0.12)
         axes.grid(visible=False, axis="x")
         axes.set(title=fill(title, TITLE_WIDTH), xlabel=layers_name, ylabel=loss_name)
-        handles, names = axes.get_legend_handles_labels()
-        figure.legend(handles[::-1], names[::-1], loc="outside lower center", ncols=3, handlelength=3)
+        legend_below(figure, axes)
     return figure
 
 
@@ -103,7 +118,9 @@ def scaling_chart(
     curves: Sequence[Curve],
     laws: Mapping[str, Fit],
     differences: Mapping[str, tuple[Fit, Fit]],
+    looks: Mapping[str, Look],
     *,
+    fitted: Collection[str],
     reference: str,
     title: str,
     loss_name: str,
@@ -117,6 +134,8 @@ def scaling_chart(
         differences: arm -> its law and that of `reference` over the runs that both have, of `fit_arms`. The band around
             the arm's law is the interval of their ratio, laid on the drawn law of the reference, where both are drawn:
             from below the least compute of their own runs to above the most.
+        looks: arm -> how it is drawn.
+        fitted: the sizes that the laws are fitted through; the markers of others are hollow.
         reference: the arm that the others are compared with.
         axis: what their compute is.
     """
@@ -130,19 +149,24 @@ def scaling_chart(
             xlabel=f"{axis.caption} ({axis.unit})",
             ylabel=loss_name,
         )
-        for arm, (colour, _, marker) in arm_styles(curve.arm for curve in curves).items():
+        shown = [float(fit.law(_beyond(fit.compute)[-1])) for fit in laws.values()]
+        for arm in dict.fromkeys(curve.arm for curve in curves):
+            colour, marker, _ = looks[arm]
             for curve in (curve for curve in curves if curve.arm == arm):
+                face = colour if curve.size in fitted or not laws else "white"
                 axes.plot(curve.compute, curve.loss, color=colour, linewidth=1.3, alpha=0.8)
-                axes.plot(curve.compute[-1], curve.loss[-1], color=colour, marker=marker, markersize=6)
+                axes.plot(
+                    curve.compute[-1], curve.loss[-1], color=colour, marker=marker, markersize=6, markerfacecolor=face
+                )
             axes.plot([], [], color=colour, marker=marker, linewidth=1.3, label=arm)
             if arm in laws:
                 law, grid_P = laws[arm].law, _beyond(laws[arm].compute)
                 name = f"{arm} Projection: {law.a:#.3g} · C$^{{{law.b:.3f}}}$"
                 axes.plot(grid_P, law(grid_P), color=colour, linestyle="--", linewidth=1.6, label=name)
-            if arm in differences:
-                _draw_band(axes, *differences[arm], laws[reference], colour)
-        _frame(axes, curves, [float(fit.law(_beyond(fit.compute)[-1])) for fit in laws.values()])
-        _name_sizes(axes, curves)
+            if arm in differences and reference in laws:
+                shown += _draw_band(axes, *differences[arm], laws[reference], colour)
+        _frame(axes, curves, shown)
+        _name_sizes(axes, curves, looks)
         _plain_log_ticks(axes)
         handles, names = axes.get_legend_handles_labels()
         order = sorted(range(len(names)), key=lambda place: " Projection: " in names[place])  # a column each
@@ -153,15 +177,6 @@ def scaling_chart(
     return figure
 
 
-def arm_styles(arms: Iterable[str]) -> dict[str, tuple[str, Any, str]]:
-    """Return colour, dash pattern and marker of every arm: full attention red, MoBA blue, others as they come."""
-    dashes = ["--", "-.", ":", (0, (5, 1))]
-    colours = ["#EE7733", "#009988", "#EE3377", "#33BBEE", "#AA3377", "#888800", "#444444"]
-    others = zip(cycle(colours), cycle(dashes), cycle("^DvPX<>p*h"), strict=False)
-    fixed = {"Full attention": (RED, "-", "s"), "MoBA": (BLUE, "-", "o")}
-    return {arm: fixed.get(arm) or next(others) for arm in dict.fromkeys(arms)}
-
-
 def error_bars(levels: Sequence[Level]) -> Any:
     """Return [2, N] distances below and above; 0 for a level without an interval."""
     bounds = [level.interval or Interval(level.loss, level.loss) for level in levels]
@@ -170,15 +185,32 @@ def error_bars(levels: Sequence[Level]) -> Any:
     return [below, above]
 
 
-def _draw_band(axes: Axes, own: Fit, other: Fit, drawn: Fit, colour: str) -> None:
-    """Lay the interval of the ratio of two laws on the drawn one of the other's arm, where both are drawn."""
+def _bars(axes: Axes, levels: Mapping[float, Level], colour: str, against: str) -> None:
+    """Draw the intervals of differences from a line, in its colour, at their places; none of levels without one."""
+    barred = {place: level for place, level in levels.items() if level.interval}
+    if barred:
+        axes.errorbar(
+            list(barred), [level.loss for level in barred.values()], yerr=error_bars(list(barred.values())),
+            fmt="none", capsize=4, linewidth=2, color=colour, label=f"{LEVEL:.0%} of the difference {against}",
+        )  # fmt: skip
+
+
+def _draw_band(axes: Axes, own: Fit, other: Fit, drawn: Fit, colour: str) -> list[float]:
+    """Lay the interval of the ratio of two laws on the drawn one of the other's arm, where both are drawn.
+
+    Returns:
+        The lowest loss of the band; nothing where there is none.
+    """
     grids = [_beyond(fit.compute) for fit in (own, other)]
     begin, end = max(grid[0] for grid in grids), min(grid[-1] for grid in grids)
-    if begin < end:
-        grid_P = np.geomspace(begin, end, 100)
-        low_P, high_P = own.ratio(other, grid_P)
-        level_P = drawn.law(grid_P)
-        axes.fill_between(grid_P, level_P * low_P, level_P * high_P, color=colour, alpha=0.18, linewidth=0)
+    if begin >= end:
+        return []
+    grid_P = np.geomspace(begin, end, 100)
+    low_P, high_P = (drawn.law(grid_P) * ratio_P for ratio_P in own.ratio(other, grid_P))
+    axes.fill_between(grid_P, low_P, high_P, color=colour, alpha=0.14, linewidth=0)
+    for edge_P in (low_P, high_P):  # a band is told from another that it overlaps by its edges
+        axes.plot(grid_P, edge_P, color=colour, linewidth=0.7, alpha=0.6)
+    return [float(low_P.min())]
 
 
 def _beyond(ends: Any) -> np.ndarray[Any, Any]:
@@ -197,20 +229,59 @@ def _frame(axes: Axes, curves: Sequence[Curve], far: Sequence[float]) -> None:
     axes.set_ylim(low / (high / low) ** 0.05, high)
 
 
-def _name_sizes(axes: Axes, curves: Sequence[Curve]) -> None:
-    """Write each size's name once, above the end of its curves that is farthest to the right and up."""
-    limits = np.log([axes.get_xlim(), axes.get_ylim()])
+def _name_sizes(axes: Axes, curves: Sequence[Curve], looks: Mapping[str, Look]) -> None:
+    """Write the size at the end of every curve, once where several of one size end at about the same compute.
 
-    def place(curve: Curve) -> float:
-        end = np.log([curve.compute[-1], curve.loss[-1]])
-        return float(((end - limits[:, 0]) / (limits[:, 1] - limits[:, 0])).sum())
+    Of the places beside the end it takes the first that crosses the least: lines, ends and other names. A name that
+    stands for one arm has its colour.
+    """
 
-    for size in dict.fromkeys(curve.size for curve in curves):
-        last = max((curve for curve in curves if curve.size == size), key=place)
+    def points(places_P2: Any) -> Any:
+        return axes.transAxes.inverted().transform(axes.transData.transform(places_P2)) * PANEL
+
+    ends = {id(curve): points([[curve.compute[-1], curve.loss[-1]]])[0] for curve in curves}
+    lines = [_dense(points(line.get_xydata())) for line in axes.lines if len(line.get_xdata()) > 1]  # type: ignore[arg-type]
+    taken_P2 = np.concatenate([*lines, *(_grid(end - 4, end + 4) for end in ends.values())])
+    for group in _ends_together(curves, ends):
+        curve = group[-1]
+        end, wide = ends[id(curve)], NAME_SIZE * NAME_WIDTH * len(curve.size)
+        boxes = []
+        for _, share, aside, above in NAME_PLACES:
+            corner = end + np.array([aside - share * wide, above - NAME_SIZE * (above < 0)])
+            boxes.append((corner, corner + np.array([wide, NAME_SIZE])))
+        crossed = [int(((taken_P2 > low) & (taken_P2 < high)).all(axis=1).sum()) for low, high in boxes]
+        best = crossed.index(min(crossed))
+        taken_P2 = np.concatenate([taken_P2, _grid(*boxes[best])])
+        across, _, aside, above = NAME_PLACES[best]
         axes.annotate(
-            size, (last.compute[-1], last.loss[-1]), xytext=(4, 4), ha="left", va="bottom", fontsize=10,
-            textcoords="offset points", zorder=5, path_effects=[withStroke(linewidth=3, foreground="white")],
+            curve.size, (curve.compute[-1], curve.loss[-1]), xytext=(aside, above), textcoords="offset points",
+            ha=across, va="top" if above < 0 else "bottom", fontsize=NAME_SIZE, zorder=5, annotation_clip=False,
+            color=looks[curve.arm].colour if len(group) == 1 else "black",
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )  # fmt: skip
+
+
+def _ends_together(curves: Sequence[Curve], ends: Mapping[int, Any]) -> list[list[Curve]]:
+    """Group the curves of a size whose ends lie above each other, the lowest last."""
+    groups: list[list[Curve]] = []
+    for curve in sorted(curves, key=lambda curve: (curve.size, curve.compute[-1])):
+        last = groups[-1] if groups else []
+        if last and last[0].size == curve.size and ends[id(curve)][0] - ends[id(last[0])][0] < NEAR * PANEL[0]:
+            last.append(curve)
+        else:
+            groups.append([curve])
+    return [sorted(group, key=lambda curve: -curve.loss[-1]) for group in groups]
+
+
+def _dense(line_P2: Any) -> Any:
+    """Fill a line's segments with points, [Q, 2], a point or two apart."""
+    steps = np.linspace(0, 1, 200, endpoint=False)[:, None]
+    return np.concatenate([one + steps * (two - one) for one, two in pairwise(line_P2)])
+
+
+def _grid(low: Any, high: Any) -> Any:
+    """Fill a box with points, [Q, 2], far enough apart that crossing it counts about as much as crossing lines."""
+    return np.stack(np.meshgrid(*np.linspace(low, high, 9).T), axis=-1).reshape(-1, 2)
 
 
 def _plain_log_ticks(axes: Axes) -> None:

@@ -9,17 +9,20 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from openmoba.lab.study.figures import Level, arm_styles, error_bars
-from openmoba.records.figures import BLUE, GREY, RED, chart_style, legend_below, new_figure
+from openmoba.lab.study.figures import Level, error_bars
+from openmoba.records.figures import GREY, RED, Look, chart_style, legend_below, new_figure
 
 Numbers = np.ndarray[Any, Any]
 
 MOST_TICKS = 9
-PERCENT_TICKS = (-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50)
-TICK_ROOM = 0.1  # of the axis, for one number
-LINEAR_PERCENT = 2.0  # differences up to this are to scale, larger ones are drawn closer together
+MARKS = (
+    ("trailing", "Trailing loss", "o", True, -0.17),
+    ("lm", "LM loss", "s", False, 0.0),
+    ("own", "Trailing, against full + key conv.", "D", True, 0.17),
+)
+"""A candidate's losses: their names in `Candidate` and in the legend, marker, whether it is filled, and rows aside."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ def position_chart(
     ranges: Sequence[tuple[int, int]],
     losses: Mapping[str, Sequence[float]],
     differences: Mapping[str, Sequence[Level]],
+    looks: Mapping[str, Look],
     *,
     title: str,
     loss_name: str,
@@ -55,6 +59,7 @@ def position_chart(
         ranges: first position of every range, and the one after its last.
         losses: curve's name -> its loss in every range.
         differences: name of some of these curves -> what the lower panel shows of it in every range.
+        looks: curve's name -> how it is drawn.
     """
     edges = np.array([ranges[0][0], *(end for _, end in ranges)])
     centre = (edges[1:] + edges[:-1]) / 2
@@ -65,7 +70,7 @@ def position_chart(
         for place, (name, levels) in enumerate(differences.items())
     }
     with chart_style():
-        figure, upper, lower = _two_panels(centre, losses, points)
+        figure, upper, lower = _two_panels(centre, losses, points, looks)
         upper.set(title=title, ylabel=loss_name)
         lower.set(xlabel="Position in the window (tokens)", ylabel=difference_name)
         _position_ticks(lower, edges)
@@ -76,6 +81,7 @@ def context_chart(
     contexts: Sequence[int],
     losses: Mapping[str, Sequence[float]],
     lost: Mapping[str, Sequence[Level]],
+    looks: Mapping[str, Look],
     *,
     title: str,
     loss_name: str,
@@ -87,6 +93,7 @@ def context_chart(
         contexts: tokens in sight, the whole window last.
         losses: curve's name -> its loss with every context.
         lost: the same names -> loss with every context but the last, minus that with the last.
+        looks: the same names -> how they are drawn.
     """
     points = {}
     for place, (name, levels) in enumerate(lost.items()):
@@ -94,7 +101,7 @@ def context_chart(
         beside = np.array([*(context * 2.0**apart for context in contexts[:-1]), contexts[-1]])
         points[name] = (beside, [*levels, Level(0.0)])
     with chart_style():
-        figure, upper, lower = _two_panels(np.array(contexts), losses, points)
+        figure, upper, lower = _two_panels(np.array(contexts), losses, points, looks)
         upper.set(title=title, ylabel=loss_name, xscale="log")
         lower.set(xlabel="Tokens in sight, up to the last one", ylabel=difference_name)
         lower.set_xticks(contexts, [f"{context:,}" for context in contexts])
@@ -103,38 +110,46 @@ def context_chart(
 
 
 def candidates_chart(
-    candidates: Sequence[Candidate], smallest: float | None, *, title: str, reference: str, difference_name: str
+    candidates: Sequence[Candidate],
+    looks: Mapping[str, Look],
+    noise: tuple[float, str] | None,
+    *,
+    title: str,
+    reference: str,
+    difference_name: str,
 ) -> Figure:
     """Draw every candidate's difference from a reference as a dot with its interval, the first one on top.
 
     Args:
-        smallest: the least difference, in percent, that the noise of seeds lets one see; None draws no band.
+        looks: arm -> how it is drawn; a dot has the arm's colour, its marker says which loss it is.
+        noise: the least difference, in percent, that the noise of seeds lets one see, and how many seeds say so; None
+            draws no band.
     """
     with chart_style():
-        figure = new_figure(height=1.9 + 0.46 * len(candidates))
+        figure = new_figure(height=2.0 + 0.46 * len(candidates))
         axes = figure.add_subplot()
-        axes.set_xscale("symlog", linthresh=LINEAR_PERCENT, linscale=0.9)
         axes.axvline(0, color=RED, linewidth=2, label=reference)
-        if smallest is not None:
-            axes.axvspan(-smallest, smallest, color=GREY, alpha=0.15, linewidth=0, label="Within the noise of seeds")
-        marks = (
-            ("trailing", "Trailing loss", BLUE, "o", BLUE, -0.17),
-            ("lm", "LM loss", BLUE, "s", "white", 0.0),
-            ("own", "Trailing, against full + key conv.", "#EE7733", "D", "#EE7733", 0.17),
-        )
-        for name, label, colour, marker, face, aside in marks:
-            rows = [(row, level) for row, item in enumerate(candidates) if (level := getattr(item, name)) is not None]
-            if rows:
+        for name, label, marker, filled, aside in MARKS:
+            rows = [(row, item, level) for row, item in enumerate(candidates) if (level := getattr(item, name))]
+            for row, item, level in rows:
+                colour = looks[item.name].colour
                 axes.errorbar(
-                    [level.loss for _, level in rows], [row + aside for row, _ in rows],
-                    xerr=error_bars([level for _, level in rows]), fmt=marker, color=colour, markerfacecolor=face,
-                    markersize=6, capsize=3, linewidth=1.4, label=label,
+                    [level.loss], [row + aside], xerr=error_bars([level]), fmt=marker, color=colour,
+                    markerfacecolor=colour if filled else "white", markersize=6, capsize=3, linewidth=1.4,
                 )  # fmt: skip
+            if rows:
+                face = "black" if filled else "white"
+                axes.plot([], [], marker, color="black", markerfacecolor=face, markersize=6, label=label)
+        if noise is not None:
+            smallest, seeds = noise
+            label = f"Within the noise of seeds ({seeds})"
+            axes.axvspan(-smallest, smallest, color=GREY, alpha=0.15, linewidth=0, label=label)
         axes.set_yticks(range(len(candidates)), [item.name for item in candidates])
         axes.set_ylim(len(candidates) - 0.5, -0.5)
         axes.set(title=title, xlabel=difference_name)
         axes.margins(x=0.08)
-        _percent_ticks(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(_percent))
         costs = axes.secondary_yaxis("right")
         costs.set_yticks(range(len(candidates)), [item.cost for item in candidates], fontsize=9, color=GREY)
         costs.tick_params(length=0)
@@ -144,27 +159,25 @@ def candidates_chart(
 
 
 def _two_panels(
-    x: Numbers, losses: Mapping[str, Sequence[float]], points: Mapping[str, tuple[Numbers, Sequence[Level]]]
+    x: Numbers,
+    losses: Mapping[str, Sequence[float]],
+    points: Mapping[str, tuple[Numbers, Sequence[Level]]],
+    looks: Mapping[str, Look],
 ) -> tuple[Figure, Axes, Axes]:
     """Draw curves over `x`, and below them what is shown of some of them: its places, and levels with their bars."""
     figure = new_figure(height=6.6)
     upper, lower = figure.subplots(2, 1, sharex=True)
-    looks = {name: _look(*style) for name, style in arm_styles(losses).items()}
     for name, loss in losses.items():
-        upper.plot(x, loss, label=name, **looks[name])
+        upper.plot(x, loss, label=name, **looks[name].options())
     lower.axhline(0, color=GREY, linewidth=1)
     for name, (beside, levels) in points.items():
         mean = [level.loss for level in levels]
-        lower.errorbar(beside, mean, yerr=error_bars(levels), capsize=2.5, elinewidth=1.2, **looks[name])
+        lower.errorbar(beside, mean, yerr=error_bars(levels), capsize=2.5, elinewidth=1.2, **looks[name].options())
     for axes in (upper, lower):
         axes.locator_params(axis="y", nbins=6)
     figure.align_ylabels((upper, lower))
     legend_below(figure, upper)
     return figure, upper, lower
-
-
-def _look(colour: str, line: Any, marker: str) -> dict[str, Any]:
-    return {"color": colour, "linestyle": line, "marker": marker, "markersize": 5, "linewidth": 1.5}
 
 
 def _position_ticks(axes: Axes, edges: Numbers) -> None:
@@ -176,19 +189,6 @@ def _position_ticks(axes: Axes, edges: Numbers) -> None:
     axes.set_xlim(edges[0], edges[-1])
 
 
-def _percent_ticks(axes: Axes) -> None:
-    """Set signed percentages at round places, with zero in sight."""
-    low, high = axes.get_xlim()
-    low, high = min(low, -LINEAR_PERCENT), max(high, LINEAR_PERCENT)
-    axes.set_xlim(low, high)
-    place = dict(
-        zip(PERCENT_TICKS, axes.transScale.transform([(tick, 0) for tick in PERCENT_TICKS])[:, 0], strict=True)
-    )
-    width = np.diff(axes.transScale.transform([(low, 0), (high, 0)])[:, 0])[0]
-    shown = [0]
-    for tick in sorted(PERCENT_TICKS, key=abs):  # from zero outwards, where there is room for a number
-        if low <= tick <= high and min(abs(place[tick] - place[other]) for other in shown) > TICK_ROOM * width:
-            shown.append(tick)
-    axes.xaxis.set_major_locator(FixedLocator(sorted(shown)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0f}%".replace("-", "−") if value else "0"))
+def _percent(value: float, _: int) -> str:
+    """Write a signed percentage."""
+    return f"{value:+.3g}%".replace("-", "−") if value else "0"

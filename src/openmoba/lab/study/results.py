@@ -9,7 +9,7 @@ from pathlib import Path
 
 from openmoba.lab.arms import FULL
 from openmoba.lab.columns import counted
-from openmoba.lab.measure.needle_page import chance, needle_sentences, read_needles
+from openmoba.lab.measure.needle_page import EDGE, chance, needle_sentences, read_needles
 from openmoba.lab.measure.resample import Difference
 from openmoba.lab.run_files import RECIPE_FILE
 from openmoba.lab.study.answers import answers, from_full, reach, sweep, switches, use_of_context
@@ -207,6 +207,7 @@ def _needles(study: Study, page: Path) -> Iterator[str]:
         maps, report = (_link(record.with_suffix(suffix), page) for suffix in (".png", ".md"))
         yield f"![Needle in a haystack, {len(searches)} models of {study.recipe.title}]({maps})\n"
         yield from (f"- {sentence}" for sentence in needle_sentences(searches))
+        yield f"- {EDGE}"
         yield f"- A guess has a loss of {chance(searches):.2f} nats; every length stands in the [table]({report}).\n"
 
 
