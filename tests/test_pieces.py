@@ -91,7 +91,7 @@ def test_pieces_that_are_put_together_give_the_report_of_the_whole(whole: Path, 
     write_report(parse_recipe(RECIPE, title="t"), whole, "6nd")
     assert (out / "report.md").read_text() == (whole / "report.md").read_text()
     assert not list(out.glob("*/*/checkpoint-*"))
-    assert "| large-full-seed1 | 64 | 1 of 2 |" in (out / "needle.md").read_text()
+    assert "| Full attention, seed 1 | 64 | 1 of 2 |" in (out / "needle.md").read_text()
 
 
 def test_pieces_that_contradict_each_other_are_refused_and_nothing_is_copied(whole: Path, tmp_path: Path) -> None:
@@ -298,9 +298,9 @@ def scaling_charts(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> list[dic
     given: list[dict[str, Any]] = []
     real = charts.figures.scaling_chart
 
-    def chart(curves: Any, laws: Any, differences: Any, **rest: Any) -> Any:
+    def chart(curves: Any, laws: Any, differences: Any, looks: Any, **rest: Any) -> Any:
         given.append({"curves": curves, "laws": laws, "differences": differences})
-        return real(curves, laws, differences, **rest)
+        return real(curves, laws, differences, looks, **rest)
 
     monkeypatch.setattr(charts.figures, "scaling_chart", chart)
     write_report(*arguments)

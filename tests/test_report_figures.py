@@ -64,15 +64,15 @@ def test_one_arm_shows_what_each_size_gains_from_context(tmp_path: Path, monkeyp
     shown: list[dict[str, Any]] = []
     draw = panels.position_chart
 
-    def record(ranges: Any, losses: Any, differences: Any, **kwargs: Any) -> Figure:
+    def record(ranges: Any, losses: Any, differences: Any, looks: Any, **kwargs: Any) -> Figure:
         shown.append({"losses": losses, "differences": differences, **kwargs})
-        return draw(ranges, losses, differences, **kwargs)
+        return draw(ranges, losses, differences, looks, **kwargs)
 
     monkeypatch.setattr(panels, "position_chart", record)
     text = RECIPE[: RECIPE.index('[[stages]]\nname = "finetune"')].replace('"moba"]', '"]').replace(', "]', "]")
     write_report(make_study(tmp_path, text.replace('chart = "scaling"', "")), tmp_path, "6nd")
     ((names, gains), difference_name) = (shown[0]["losses"], shown[0]["differences"]), shown[0]["difference_name"]
-    assert list(names) == ["small, 200 K parameters", "medium, 500 K parameters", "large, 1.2 M parameters"]
+    assert list(names) == ["200 K parameters", "500 K parameters", "1.2 M parameters"]
     assert "positions 0-128" in difference_name
     for levels in gains.values():
         assert [level.loss == 0 for level in levels] == [True] + [False] * (RANGES - 1)

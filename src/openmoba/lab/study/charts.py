@@ -309,7 +309,9 @@ def _gains(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
     """Draw the loss by position of every size of one arm, and its gain over the first range; of one length."""
     ranges = outcomes[0].ranges
     sizes = by_parameters([outcome for outcome in outcomes if outcome.ranges == ranges])
-    names = {size: f"{size}, {_model(own[0])}" for size, own in sizes.items()}
+    names = {size: _model(own[0]) for size, own in sizes.items()}
+    if len(set(names.values())) < len(names):
+        names = {size: f"{size}, {name}" for size, name in names.items()}
     looks = size_looks(outcomes)
     span = f"{ranges[0][0]:,}-{ranges[0][1]:,}"
     figure = panels.position_chart(

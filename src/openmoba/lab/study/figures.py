@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from textwrap import fill
 from typing import Any
 
@@ -232,8 +231,8 @@ def _frame(axes: Axes, curves: Sequence[Curve], far: Sequence[float]) -> None:
 def _name_sizes(axes: Axes, curves: Sequence[Curve], looks: Mapping[str, Look]) -> None:
     """Write the size at the end of every curve, once where several of one size end at about the same compute.
 
-    Of the places beside the end it takes the first that crosses the least: lines, ends and other names. A name that
-    stands for one arm has its colour.
+    Of the places beside the end it takes the first that crosses the least: lines, solid ones above all, ends and other
+    names. A name that stands for one arm has its colour.
     """
 
     def points(places_P2: Any) -> Any:
@@ -241,7 +240,8 @@ def _name_sizes(axes: Axes, curves: Sequence[Curve], looks: Mapping[str, Look]) 
 
     ends = {id(curve): points([[curve.compute[-1], curve.loss[-1]]])[0] for curve in curves}
     lines = [_dense(points(line.get_xydata())) for line in axes.lines if len(line.get_xdata()) > 1]  # type: ignore[arg-type]
-    taken_P2 = np.concatenate([*lines, *(_grid(end - 4, end + 4) for end in ends.values())])
+    solid = [_dense(points(np.column_stack([curve.compute, curve.loss]))) for curve in curves if len(curve.loss) > 1]
+    taken_P2 = np.concatenate([*lines, *solid, *solid, *(_grid(end - 4, end + 4) for end in ends.values())])
     for group in _ends_together(curves, ends):
         curve = group[-1]
         end, wide = ends[id(curve)], NAME_SIZE * NAME_WIDTH * len(curve.size)
@@ -274,13 +274,14 @@ def _ends_together(curves: Sequence[Curve], ends: Mapping[int, Any]) -> list[lis
 
 
 def _dense(line_P2: Any) -> Any:
-    """Fill a line's segments with points, [Q, 2], a point or two apart."""
-    steps = np.linspace(0, 1, 200, endpoint=False)[:, None]
-    return np.concatenate([one + steps * (two - one) for one, two in pairwise(line_P2)])
+    """Put points along a line, [Q, 2], one in each unit of its length."""
+    along_P = np.concatenate([[0.0], np.hypot(*np.diff(line_P2, axis=0).T).cumsum()])
+    along_Q = np.arange(0.0, along_P[-1])
+    return np.stack([np.interp(along_Q, along_P, values_P) for values_P in np.transpose(line_P2)], axis=1)
 
 
 def _grid(low: Any, high: Any) -> Any:
-    """Fill a box with points, [Q, 2], far enough apart that crossing it counts about as much as crossing lines."""
+    """Fill a box with points, [Q, 2]: crossing it counts more than crossing a line."""
     return np.stack(np.meshgrid(*np.linspace(low, high, 9).T), axis=-1).reshape(-1, 2)
 
 
