@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -208,6 +209,22 @@ def go_on() -> None:
     same(made_alone("begin"), steps(Split, 2, context_parallel=2, go_on=str(begun() / "checkpoint-1")))
 
 
+def own_loop() -> None:
+    """The function that docs/parallel.md shows, with labels that one of the processes has most of, and padding."""
+    shown = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "parallel.md").read_text(), re.S)
+    (source,) = (text for text in shown if "def both_passes" in text)
+    names: dict[str, Any] = {"distributed": distributed}
+    exec(source, names)
+    one, many = model(), model()
+    batch = {name: x.clone() for name, x in stacked(padded(False)["data"][:2]).items()}
+    batch["labels"][:, :25] = -100
+    loss = one(**batch).loss
+    loss.backward()
+    torch.testing.assert_close(names["both_passes"](many, batch), loss.detach(), rtol=1e-5, atol=0)
+    for x, y in zip(one.parameters(), many.parameters(), strict=True):
+        torch.testing.assert_close(y.grad, x.grad, rtol=1e-4, atol=1e-6)
+
+
 def random_rows() -> None:
     """Processes of another sequence draw other numbers than one process does, but neighbours the same."""
     steps(Split, 1, context_parallel=2, **CASES["random rows, read by workers"]())
@@ -294,6 +311,7 @@ def all_checks(ranks: int) -> dict[str, Callable[[], Any]]:
     if ranks == 2:
         return checks | {
             "go on": go_on,
+            "own loop": own_loop,
             "loss in 16 bits, FSDP2": loss_in_16_bits,
             "refusals": refusals,
             "other batches": other_batches,

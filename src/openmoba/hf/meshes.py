@@ -1,4 +1,4 @@
-"""Processes that share a sequence: which do where accelerate makes no mesh, their batches, and the name of their CPU."""
+"""Processes that share a sequence: their mesh where accelerate makes none, their batches, and the name of their CPU."""
 
 from __future__ import annotations
 
