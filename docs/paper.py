@@ -71,8 +71,24 @@ def _attention(rows: Sequence[ParallelRow]) -> str:
     if not shown:
         return ""
     bandwidth = _bandwidth(rows)
-    head = ("passes", "block / top-k", "tokens", "one GPU", "GPUs", "by", "ms", "gain", "lost", "on paper")
-    return "\n".join([*markdown_table(head, [_attention_cells(row, bandwidth) for row in shown]), ""])
+    one = {_what(row): row.peak_mb for row in rows if row.kind == "attention" and row.ranks == 1}
+    head = (*_HEAD, "GB, one GPU", "GB each")
+    cells = [
+        [*_attention_cells(row, bandwidth), *map(_gigabytes_held, (one.get(_what(row)), row.peak_mb))] for row in shown
+    ]
+    return "\n".join([*markdown_table(head, cells), ""])
+
+
+_HEAD = ("passes", "block / top-k", "tokens", "one GPU", "GPUs", "by", "ms", "gain", "lost", "on paper")
+
+
+def _what(row: ParallelRow) -> tuple[object, ...]:
+    """Return what is the same of a call on one GPU and on several."""
+    return row.tokens, row.block_size, row.top_k, row.passes, row.heads, row.kv_heads, row.head_dim, row.dtype
+
+
+def _gigabytes_held(megabytes: float | None) -> str:
+    return "-" if megabytes is None else f"{megabytes / 1000:.1f}"
 
 
 def _attention_cells(row: ParallelRow, bandwidth: dict[str, float] | None) -> list[str]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from ranks import PATIENCE, run_checks
 from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
 import openmoba
@@ -214,6 +215,21 @@ def checkpointed_turns(ranks: int, way: str, layout: str) -> None:
     assert not any(each.wait() for each in made)
 
 
+def twice(ranks: int, way: str, layout: str) -> None:
+    """No gradients of gradients, not even of the reference's: an error, where they would lack what other ranks add."""
+    sharding = Sharding.over(GROUPS[ranks], 30, way=way, layout=layout)
+    weight = torch.ones(48, 4, dtype=torch.float64)
+    q, k, v = (sharding.shard(x).requires_grad_() for x in inputs(1, 30))
+    for out in (
+        parallel.moba_attention(q, k, v, sharding, block_size=4, top_k=3, impl="reference"),
+        parallel.full_attention(q, k, v, sharding),
+        parallel.key_convolution(k.flatten(2), weight, sharding),
+    ):
+        (gradient,) = torch.autograd.grad((out**2).sum(), k, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            (gradient**2).sum().backward()
+
+
 def compiled(ranks: int, way: str, layout: str) -> None:
     """In a compiled function, after key convolution; its graph breaks at both."""
     sharding = Sharding.over(GROUPS[ranks], 61, way=way, layout=layout)
@@ -299,6 +315,8 @@ def refusals(ranks: int, way: str, layout: str) -> None:
     refuses(lambda: parallel.key_convolution(keys_BSC.int(), weight, sharding), "k has dtype torch.int32; use")
     refuses(lambda: Sharding.over(group, 30.5), "at least 1 token, got 30.5")
     refuses(lambda: sharding.shard(q), "but the sharding is of 30")
+    mesh = DeviceMesh("cpu", [[*range(ranks)]], mesh_dim_names=("dp", "cp"), _init_backend=False)
+    refuses(lambda: Sharding.over(mesh, 30), "this one has 2, dp, cp; give one of them, such as mesh['cp']")
     refuses(lambda: Sharding.over(group, 0), "at least 1 token, got 0")
     refuses(lambda: Sharding.over(group, 30, way="both"), "way must be one of auto, heads, keys, got 'both'")
     refuses(lambda: Sharding.over(group, 30, layout="zigzag"), "layout must be one of")
@@ -398,6 +416,7 @@ CASES = (
     key_convolved,
     checkpointed,
     checkpointed_turns,
+    twice,
     compiled,
     autocast,
     volumes,

@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 
 import pytest
+import torch
 from torch import distributed
 
 pytest.importorskip("transformers")
@@ -15,6 +16,8 @@ from ranks import checked
 from openmoba.bench.__main__ import main as bench
 from openmoba.bench.parallel.cases import GRIDS, ParallelRow, compared, markdown
 from openmoba.bench.parallel.command import Parallel
+from openmoba.bench.parallel.measure import peak_mb
+from openmoba.bench.timing import Work
 from openmoba.cli import main
 
 
@@ -54,6 +57,19 @@ def test_a_table_says_how_much_faster() -> None:
     assert compared(two, [replace(one, commit="other")]).speedup is None
     table = markdown([one, compared(two, [one])])
     assert "| forward+backward | 2 | heads contiguous | 512 | 32/2 | 5 | 1.60x |" in table
+
+
+def test_memory_is_that_of_a_whole_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timing begins to count anew behind a call of seconds, of which there is no other."""
+    now = {"forward": 0.0}
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: now.update(forward=1e6))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: now["forward"])
+
+    def forward() -> torch.Tensor:
+        now["forward"] += 8e6
+        return torch.ones(1)
+
+    assert peak_mb(Work(forward), torch.device("cuda")) == 9.0
 
 
 def test_transfers_go_first_before_there_is_a_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ def test_on_cuda_accelerate_makes_the_mesh_with_fsdp2() -> None:
         def __init__(self) -> None:
             config: Any = SimpleNamespace(_attn_implementation="moba")
             self.model = SimpleNamespace(config=config)
-            self.compute_metrics = self.compute_loss_func = self.label_smoother = None
+            self.compute_metrics = self.compute_loss_func = self.label_smoother = self.neftune_noise_alpha = None
             self.model_accepts_loss_kwargs = True
             self.args = SimpleNamespace(average_tokens_across_devices=True)
             self.accelerator = accelerator
@@ -60,7 +60,10 @@ def test_on_cuda_accelerate_makes_the_mesh_with_fsdp2() -> None:
         pass
 
     accelerator: Any = SimpleNamespace(
-        parallelism_config=SimpleNamespace(cp_size=2), is_fsdp2=False, device=torch.device("cuda")
+        parallelism_config=SimpleNamespace(cp_size=2),
+        is_fsdp2=False,
+        device=torch.device("cuda"),
+        dispatch_batches=None,
     )
     with pytest.raises(ValueError, match=r"ParallelismConfig\(cp_size=2\) needs FSDP2"):
         Split()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
@@ -16,7 +18,16 @@ from as_gpus import as_gpus
 from decoders import QUIETLY, SIZES, VOCAB, stacked
 from ranks import made_alone, run_checks
 from torch import distributed
-from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from torch.utils.data import Dataset, IterableDataset
+from transformers import (
+    DataCollatorWithFlattening,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from openmoba import MobaConfig
 from openmoba.hf import configure
@@ -26,7 +37,7 @@ from openmoba.hf.shards import shard_inputs
 from openmoba.parallel import Sharding, sharded
 
 HYBRID = MobaConfig(block_size=4, top_k=2, full_layers=1)
-OPTIONS = ("context_parallel", "made", "compute_metrics")  # of a trainer, not of its arguments
+OPTIONS = ("context_parallel", "made", "compute_metrics", "go_on")  # of a trainer, not of its arguments
 LENGTH = 39  # which the processes do not divide
 
 
@@ -44,6 +55,13 @@ def model(settings: MobaConfig = HYBRID, heads: int = 4, kv_heads: int = 2, *, s
     return made
 
 
+def without_shared_keys() -> Any:
+    """A GPT-NeoX, whose configuration has no number of key/value heads."""
+    torch.manual_seed(0)
+    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "pad_token_id")}
+    return configure(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)), HYBRID)
+
+
 def compiled() -> Any:
     """A model whose layers are compiled one by one, as the laboratory does it on GPUs."""
     made = model()
@@ -58,25 +76,44 @@ def rows(count: int = 8, length: int = LENGTH) -> list[dict[str, Any]]:
     return [{"input_ids": x.tolist(), "labels": [-100] * 5 + x[5:].tolist()} for x in ids]
 
 
+class Streamed(IterableDataset[dict[str, Any]]):
+    """Rows that come one after another."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        yield from rows()
+
+
+class Turned(Dataset[dict[str, Any]]):
+    """Rows that begin anywhere, by the random numbers of whoever reads them."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        ids = rows()[i]["input_ids"]
+        by = int(torch.randint(LENGTH, ()))
+        return {"input_ids": ids[by:] + ids[:by], "labels": ids[by:] + ids[:by]}
+
+
 def steps(kind: Any, batch_size: int, collate: Any = stacked, data: Any = None, **settings: Any) -> list[Any]:
     """Loss and gradient norm of two steps, the loss of an evaluation whose last batch is not full, and the weights."""
     options = {name: settings.pop(name) for name in OPTIONS if name in settings}
     arguments = TrainingArguments(
-        output_dir=mkdtemp(),
         max_steps=2,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
         gradient_accumulation_steps=2,
         learning_rate=1e-2,
         ddp_find_unused_parameters=False,
-        **QUIETLY | settings,
+        **{"output_dir": mkdtemp()} | QUIETLY | settings,
     )
     data = rows() if data is None else data
-    made = options.pop("made", None) or model()
-    trainer = kind(made, arguments, data_collator=collate, train_dataset=data, eval_dataset=data[:3], **options)
-    trainer.train()
+    evaluated = (data if isinstance(data, list) else rows())[:3]
+    made, go_on = options.pop("made", None) or model(), options.pop("go_on", None)
+    trainer = kind(made, arguments, data_collator=collate, train_dataset=data, eval_dataset=evaluated, **options)
+    trainer.train(resume_from_checkpoint=go_on)
     logged = [row[name] for row in trainer.state.log_history for name in ("loss", "grad_norm") if name in row]
-    weight = made.model.layers[0].self_attn.k_proj.weight.detach()
+    weight = next(x for name, x in made.named_parameters() if "k_proj" in name or "query_key_value" in name).detach()
     return [*logged, trainer.evaluate()["eval_loss"], getattr(weight, "full_tensor", lambda: weight)()]
 
 
@@ -134,6 +171,9 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "flattened": flattened,
     "padded on the left": lambda: padded(True),
     "padded on the right": lambda: padded(False),
+    "no shared keys": lambda: {"made": without_shared_keys()},
+    "streamed": lambda: {"data": Streamed()},
+    "random rows, read by workers": lambda: {"data": Turned(), "dataloader_num_workers": 2},
 }
 
 
@@ -153,6 +193,41 @@ def split_by_accelerate(name: str) -> None:
     with as_gpus():
         mesh = ParallelismConfig(cp_size=2, dp_shard_size=others)
         same(made_alone(name), steps(Split, 2 // others, fsdp=True, parallelism_config=mesh, **CASES[name]()))
+
+
+def begun() -> Path:
+    return Path(sys.argv[1]) / "begun"
+
+
+def begin() -> list[Any]:
+    """Train with a checkpoint after the first step."""
+    return steps(Trainer, 2, output_dir=str(begun()), save_strategy="steps", save_steps=1)
+
+
+def go_on() -> None:
+    """Two processes go on from the checkpoint of one, and end where it did."""
+    same(made_alone("begin"), steps(Split, 2, context_parallel=2, go_on=str(begun() / "checkpoint-1")))
+
+
+def own_loop() -> None:
+    """The function that docs/parallel.md shows, with labels that one of the processes has most of, and padding."""
+    shown = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "parallel.md").read_text(), re.S)
+    (source,) = (text for text in shown if "def both_passes" in text)
+    names: dict[str, Any] = {"distributed": distributed}
+    exec(source, names)
+    one, many = model(), model()
+    batch = {name: x.clone() for name, x in stacked(padded(False)["data"][:2]).items()}
+    batch["labels"][:, :25] = -100
+    loss = one(**batch).loss
+    loss.backward()
+    torch.testing.assert_close(names["both_passes"](many, batch), loss.detach(), rtol=1e-5, atol=0)
+    for x, y in zip(one.parameters(), many.parameters(), strict=True):
+        torch.testing.assert_close(y.grad, x.grad, rtol=1e-4, atol=1e-6)
+
+
+def random_rows() -> None:
+    """Processes of another sequence draw other numbers than one process does, but neighbours the same."""
+    steps(Split, 1, context_parallel=2, **CASES["random rows, read by workers"]())
 
 
 def loss_in_16_bits() -> None:
@@ -186,7 +261,12 @@ def refusals() -> None:
         ({"input_ids": tokens, "labels": tokens[:, :5]}, r"labels of shape \(2, 5\) do not fit"),
     ):
         with pytest.raises(ValueError, match=said):
-            shard_inputs(inputs, None, 4, 2)
+            shard_inputs(inputs, None, model().config)
+    routed = model()
+    routed.config.output_router_logits = True
+    refuses("set model.config.output_router_logits=False", made=routed)
+    refuses("neftune_noise_alpha=5.0 scales noise", neftune_noise_alpha=5.0)
+    refuses("dispatch_batches=True deals out other", accelerator_config={"dispatch_batches": True})
     rotating = model()
     rotating.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     refuses("rope_type='dynamic' rotates by the highest position", made=rotating)
@@ -198,20 +278,46 @@ def refusals() -> None:
                 model()(tokens, **inputs)
 
 
+def other_batches() -> None:
+    """What differs between processes is said in all of them, whatever it is, and nobody waits for another."""
+    rank, tokens = distributed.get_rank(), torch.arange(16).view(2, 8)
+    same = {"input_ids": tokens, "labels": tokens}
+    for changed, said in (
+        ({"input_ids": tokens.roll(rank)}, "input_ids"),
+        ({"input_ids": tokens[:, rank:], "labels": tokens[:, rank:]}, "input_ids, labels"),
+        ({name: x.view(2 - rank, -1) for name, x in same.items()}, "input_ids, labels"),
+        ({"labels": tokens.masked_fill(tokens < rank, -100)}, "labels"),
+        ({"position_ids": tokens % (8 - rank)}, "position_ids"),
+        ({"attention_mask": tokens > 15 * rank}, "attention_mask"),
+    ):
+        with pytest.raises(ValueError, match=rf"were given different batches \({said}\); give them the same"):
+            shard_inputs(same | changed, None, model().config)
+    torch.manual_seed(rank)
+    refuses(r"different batches \(input_ids, labels\)", data=Turned(), seed=rank)
+
+
 def refuses(text: str, **settings: Any) -> None:
     with pytest.raises(ValueError, match=text):
         steps(Split, 2, **{"context_parallel": 2} | settings)
 
 
-ACCELERATED = ("hybrid", "checkpointed", "key convolution, packed, by keys")
+ACCELERATED = ("hybrid", "checkpointed", "streamed", "key convolution, packed, by keys")
 
 
 def all_checks(ranks: int) -> dict[str, Callable[[], Any]]:
-    names = list(CASES) if ranks == 2 else ["hybrid", "packed"]
+    names = list(CASES) if ranks == 2 else ["hybrid", "packed", "streamed"]
     checks: dict[str, Callable[[], Any]] = {name: partial(split, name) for name in names}
     checks |= {f"{name}, FSDP2": partial(split_by_accelerate, name) for name in ACCELERATED if name in names}
-    return checks | ({"loss in 16 bits, FSDP2": loss_in_16_bits, "refusals": refusals} if ranks == 2 else {})
+    if ranks == 2:
+        return checks | {
+            "go on": go_on,
+            "own loop": own_loop,
+            "loss in 16 bits, FSDP2": loss_in_16_bits,
+            "refusals": refusals,
+            "other batches": other_batches,
+        }
+    return checks | {"random rows": random_rows}
 
 
 if __name__ == "__main__":
-    run_checks(all_checks(int(sys.argv[2])), {name: partial(alone, name) for name in CASES})
+    run_checks(all_checks(int(sys.argv[2])), {name: partial(alone, name) for name in CASES} | {"begin": begin})

@@ -21,9 +21,9 @@ from typing import Any
 from torch import Tensor, distributed
 from transformers import Trainer
 
-from openmoba.hf.meshes import same_batches, sequence_mesh
+from openmoba.hf.meshes import loadable_device, same_batches, same_seeds, sequence_mesh
 from openmoba.hf.settings import NAME
-from openmoba.hf.shards import shard_inputs
+from openmoba.hf.shards import check_loss, shard_inputs
 from openmoba.parallel import sharded
 
 _HOOK = "_prepare_context_parallel_inputs"
@@ -56,6 +56,8 @@ class ContextParallel:
             _check_trainer(trainer)
             self._sequence_mesh = self._mesh(config, context_parallel)
             self._context_group = self._sequence_mesh["cp"].get_group()
+        if self._context_group is not None and trainer.args.device.type == "cpu":
+            loadable_device(trainer.args)
         if self._meshed_by_accelerate:
             _keep_loss(trainer.accelerator.state.fsdp_plugin)
 
@@ -82,7 +84,7 @@ class ContextParallel:
     def get_train_dataloader(self) -> Any:
         """Return Trainer's, of which the processes of a sequence get the same batches."""
         with same_batches(self.accelerator, self._sequence_mesh):  # type: ignore[attr-defined]
-            return super().get_train_dataloader()  # type: ignore[misc]
+            return same_seeds(super().get_train_dataloader(), self._sequence_mesh)  # type: ignore[misc]
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Return Trainer's, of which the processes of a sequence get the same batches."""
@@ -99,9 +101,7 @@ class ContextParallel:
         trainer: Any = self
         config = trainer.accelerator.unwrap_model(model).config
         inputs = trainer._prepare_inputs(inputs)  # boundaries are found on the device that needs them
-        sharding, inputs = shard_inputs(
-            inputs, self._context_group, config.num_attention_heads, config.num_key_value_heads
-        )
+        sharding, inputs = shard_inputs(inputs, self._context_group, config)
         return partial(sharded, sharding), inputs
 
     def compute_loss(
@@ -168,6 +168,17 @@ def _check_trainer(trainer: Any) -> None:
         raise ValueError(
             f"attn_implementation={config._attn_implementation!r} does not know of split sequences; call "
             "openmoba.hf.configure(model, MobaConfig(...)) first, with full_layers='all' for full attention"
+        )
+    check_loss(config)
+    if trainer.neftune_noise_alpha is not None:
+        raise ValueError(
+            f"neftune_noise_alpha={trainer.neftune_noise_alpha} scales noise by a sequence's length, of which a "
+            "process has a part; leave it out"
+        )
+    if trainer.accelerator.dispatch_batches:
+        raise ValueError(
+            "dispatch_batches=True deals out other batches to the processes that share a sequence; leave it out of "
+            "accelerator_config: every process reads the data"
         )
     if trainer.compute_metrics is not None:
         raise ValueError("compute_metrics needs logits of whole sequences, which no process has; leave it out")

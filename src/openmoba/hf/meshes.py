@@ -1,13 +1,16 @@
-"""Which processes share a sequence where accelerate makes no mesh, and that they are given the same batches."""
+"""Processes that share a sequence: their mesh where accelerate makes none, their batches, and the name of their CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
+from transformers.trainer_utils import seed_worker
 
 
 def sequence_mesh(ranks: int, device: str) -> Any:
@@ -34,14 +37,32 @@ def sequence_mesh(ranks: int, device: str) -> Any:
 def same_batches(accelerator: Any, mesh: Any) -> Iterator[None]:
     """Have accelerate's loaders that are prepared in here give the processes of a sequence the same batch.
 
-    They do so under a mesh with the dimension "cp". The mesh is the whole process's, so it is taken back; None leaves
-    accelerate's own.
+    They do so under a mesh with the dimension "cp", and where every process reads the data: a process that reads
+    iterable data for the others deals out batches by their number alone. The mesh is the whole process's, so it is
+    taken back; None leaves accelerate's own.
     """
-    state = accelerator.state
-    before = state.device_mesh
+    state, settings = accelerator.state, accelerator.dataloader_config
+    before = state.device_mesh, settings.dispatch_batches
     if mesh is not None:
-        state.device_mesh = mesh
+        state.device_mesh, settings.dispatch_batches = mesh, False
     try:
         yield
     finally:
-        state.device_mesh = before
+        state.device_mesh, settings.dispatch_batches = before
+
+
+def same_seeds(loader: Any, mesh: Any) -> Any:
+    """Have workers of a loader of Trainer's draw the same random numbers in all processes of a sequence; return it."""
+    init = loader.worker_init_fn
+    if mesh is not None and isinstance(init, partial) and init.func is seed_worker:
+        loader.base_dataloader.worker_init_fn = partial(init, rank=distributed.get_rank() // mesh["cp"].size())
+    return loader
+
+
+def loadable_device(arguments: Any) -> None:
+    """Have Trainer's CPU be called "cpu": several processes are given "cpu:0", onto which torch.load puts nothing.
+
+    Args:
+        arguments: `TrainingArguments` on CPU.
+    """
+    vars(arguments)["_setup_devices"] = torch.device("cpu")

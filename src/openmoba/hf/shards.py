@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn.functional import pad
 
 from openmoba.hf.find_layout import boundaries_of_whole
 from openmoba.hf.kinds import Kind
 from openmoba.hf.layout import Layout, Sequences
+from openmoba.hf.support import key_value_heads
 from openmoba.parallel import Sharding, key_convolution, over_ranks
+from openmoba.parallel.collectives import gather, group_of
 
 IGNORED = -100
 """Label of a position without loss, as transformers has it."""
@@ -19,15 +21,18 @@ IGNORED = -100
 _SPLIT = {"input_ids": 0, "position_ids": 0, "labels": IGNORED, "shift_labels": IGNORED}
 """Inputs `[batch, tokens]` that every rank gets its part of, and what pads them."""
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+_COMPARED = (*_SPLIT, "attention_mask", "cu_seq_lens_q")
+"""Inputs that every rank has to be given alike; the others follow from them, or are none that can be split."""
 
 # B batch, T tokens of the whole, S of a shard, H heads, D head width
 
 Inputs = dict[str, Any]
 
 
-def shard_inputs(inputs: Inputs, group: Any, heads: int, kv_heads: int) -> tuple[Sharding, Inputs]:
-    """Cut a batch of whole sequences for this rank; every rank of the group is given the same batch.
+def shard_inputs(inputs: Inputs, group: Any, config: Any) -> tuple[Sharding, Inputs]:
+    """Cut a batch of whole sequences for this rank; every rank of the group calls this, with the same batch.
 
+    That it is the same is made sure of: ranks tell each other a few sums over their batches, which the host waits for.
     Labels are shifted first, positions are those of the whole, and where packed or padded sequences begin is found in
     the whole. Such rows lie behind each other in one row from then on; padding is a sequence of its own there.
 
@@ -35,15 +40,18 @@ def shard_inputs(inputs: Inputs, group: Any, heads: int, kv_heads: int) -> tuple
         inputs: what a model of transformers takes: `input_ids`, and if there are `labels` or `shift_labels`,
             `position_ids`, a 2-D `attention_mask`, `cu_seq_lens_q` and `cu_seq_lens_k`.
         group: as in `openmoba.parallel.Sharding.over`.
-        heads, kv_heads: of the model.
+        config: the model's.
 
     Returns:
         The sharding, and this rank's inputs; both for `model(**inputs)` within `openmoba.parallel.sharded(sharding)`.
 
     Raises:
-        ValueError: an input that cannot be split, or padding between the tokens of a sequence.
+        ValueError: ranks were given different batches, in all of them; an input that cannot be split, padding between
+            the tokens of a sequence, or a model whose loss is not a sum over labels.
     """
     inputs = dict(inputs)
+    check_loss(config)
+    _check_same(inputs, group)
     tokens_BT = inputs.get("input_ids")
     if not isinstance(tokens_BT, Tensor) or tokens_BT.dim() != 2 or tokens_BT.numel() == 0:
         raise ValueError(
@@ -65,8 +73,48 @@ def shard_inputs(inputs: Inputs, group: Any, heads: int, kv_heads: int) -> tuple
     split = {name: inputs[name] for name in _SPLIT if inputs.get(name) is not None}
     if begins is not None:
         split = {name: x.reshape(1, -1) for name, x in split.items()}
+    heads, kv_heads = config.num_attention_heads, key_value_heads(config)
     sharding = Sharding.balanced(group, split["input_ids"].shape[1], heads, kv_heads, cu_seqlens=begins)
     return sharding, inputs | {name: sharding.shard(x, 1, _SPLIT[name]) for name, x in split.items()}
+
+
+def check_loss(config: Any) -> None:
+    """Raise ValueError for a mixture of experts that adds its router's loss: one of shards is not that of the whole."""
+    if getattr(config, "output_router_logits", False):
+        raise ValueError(
+            "output_router_logits=True adds a loss that counts how experts share the tokens, of which a process has a "
+            "part; set model.config.output_router_logits=False"
+        )
+
+
+def _check_same(inputs: Inputs, group: Any) -> None:
+    """Raise ValueError, in every rank, unless all were given the same batch.
+
+    The host waits for one all-gather of a few numbers, a little before it waits to learn where sequences begin.
+    """
+    group, _, ranks = group_of(group)
+    if ranks == 1:
+        return
+    told = [_told(inputs.get(name)) for name in _COMPARED]
+    device = next((x.device for x in inputs.values() if isinstance(x, Tensor)), torch.device("cpu"))
+    if "nccl" in distributed.get_backend(group):
+        device = torch.device("cuda", torch.cuda.current_device())
+    every = gather(torch.stack([x.to(device) for x in told])[None], group)().tolist()
+    wrong = [name for i, name in enumerate(_COMPARED) if any(each[i] != every[0][i] for each in every)]
+    if wrong:
+        raise ValueError(
+            f"the {ranks} processes that share a sequence were given different batches ({', '.join(wrong)}); give them "
+            "the same: every process reads all data (accelerate's dispatch_batches=False), in one order and with the "
+            "same random numbers, which a seed of the dataset's own makes sure of"
+        )
+
+
+def _told(x: Any) -> Tensor:
+    """Return what a rank tells of an input, an int64 scalar: a sum over it in which places count, and its shape."""
+    if not isinstance(x, Tensor):
+        return torch.zeros((), dtype=torch.int64)
+    place_N = torch.arange(1, x.numel() + 1, device=x.device)
+    return (x.flatten().long() * place_N).sum() + hash(tuple(x.shape))
 
 
 def _check(inputs: Inputs) -> None:

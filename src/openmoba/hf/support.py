@@ -57,6 +57,11 @@ def check_supported(model: Any) -> None:
         _check_layer(layer, name)
 
 
+def key_value_heads(config: Any) -> int:
+    """Return how many heads of keys a decoder has; GPT-NeoX and others, whose heads share no keys, have no entry."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads  # type: ignore[no-any-return]
+
+
 def is_attention(module: nn.Module) -> bool:
     """Return whether a module is an attention layer of a decoder."""
     return "Attention" in type(module).__name__ and hasattr(module, "layer_idx")

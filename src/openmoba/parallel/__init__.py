@@ -1,7 +1,7 @@
 """Attention of one sequence over several devices, on `torch.distributed`."""
 
 from openmoba.parallel.api import block_attention, full_attention, moba_attention, over_ranks
-from openmoba.parallel.collectives import prioritize_transfers
+from openmoba.parallel.collectives import leave_group, prioritize_transfers
 from openmoba.parallel.current import sharded
 from openmoba.parallel.key_conv import key_convolution
 from openmoba.parallel.sharding import Sharding
@@ -11,6 +11,7 @@ __all__ = [
     "block_attention",
     "full_attention",
     "key_convolution",
+    "leave_group",
     "moba_attention",
     "over_ranks",
     "prioritize_transfers",

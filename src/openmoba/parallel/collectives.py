@@ -1,6 +1,7 @@
 """The collectives of attention. They start without waiting, so that transfers run beside computation.
 
-None has a gradient but `started` and `arrived`. Compilers do not trace them: who calls them is kept from compiling.
+None has a gradient but `started` and `arrived`, and these have no second one: what arrives knows no graph of another
+process, so torch refuses to differentiate twice. Compilers do not trace them: who calls them is kept from compiling.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from openmoba.parallel.copies import contiguous, copy_into
@@ -39,7 +41,7 @@ def group_of(group: Any) -> tuple[ProcessGroup, int, int]:
         group: a `ProcessGroup`, a `DeviceMesh` of one dimension, or None for all processes.
 
     Raises:
-        ValueError: no process group is there, or this process is not in it.
+        ValueError: no process group is there, this process is not in it, or it is none that a sequence can lie over.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         raise ValueError(
@@ -47,6 +49,12 @@ def group_of(group: Any) -> tuple[ProcessGroup, int, int]:
             "torch.distributed.init_process_group() first"
         )
     if isinstance(group, DeviceMesh):
+        if group.ndim > 1:
+            names = group.mesh_dim_names
+            raise ValueError(
+                f"a sequence lies over one dimension of a mesh, and this one has {group.ndim}, "
+                f"{', '.join(names) if names else 'without names'}; give one of them, such as mesh['cp']"
+            )
         group = group.get_group()
     group = distributed.group.WORLD if group is None else group
     rank = distributed.get_rank(group)
@@ -147,6 +155,7 @@ class _Started(torch.autograd.Function):
         return exchange.start(*tensors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *coming: Tensor) -> tuple[Tensor | None, ...]:
         ctx.exchange.wait()
         return None, *coming
@@ -161,6 +170,7 @@ class _Arrived(torch.autograd.Function):
         return coming
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
         coming = iter(ctx.exchange.start(*(x for x, its in zip(gradients, needed, strict=True) if its)))

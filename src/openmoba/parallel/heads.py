@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from openmoba.ops.eager import eager
 from openmoba.parallel.collectives import Exchange, arrived, started
@@ -93,6 +94,7 @@ class _Sent(torch.autograd.Function):
         return tuple(coming)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *coming: Tensor) -> tuple[Tensor | None, ...]:
         step, turns = len(ctx.shapes), len(ctx.exchanges)
         gradients = {i: coming[i].new_empty(ctx.shapes[i]) for i in range(step) if ctx.needs_input_grad[1 + i]}
@@ -120,6 +122,7 @@ class _Placed(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         turns, coming = len(ctx.exchanges), []
         for turn, exchange in reversed(list(enumerate(ctx.exchanges))):  # the order in which they are needed

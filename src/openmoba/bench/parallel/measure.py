@@ -86,14 +86,19 @@ def measure_case(case: ParallelCase, row: ParallelRow, device: torch.device) -> 
     """Fill in the row of a case; every device calls this."""
     if case.kind == "step":
         return _step(case, row, device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     work, sent = (_attention if case.kind == "attention" else _transfer)(case, row.ranks, device)
     found = measure(work, device, agree=lambda times: slowest(times, device))
     row = replace(row, p20_ms=found.p20_ms, p50_ms=found.p50_ms, p80_ms=found.p80_ms, samples=found.samples)
     if device.type == "cuda":
-        row = replace(row, peak_mb=slowest([torch.cuda.max_memory_allocated(device) / MB], device)[0])
+        row = replace(row, peak_mb=slowest([peak_mb(work, device)], device)[0])
     return row if sent is None else replace(row, gb_per_second=sent / found.p50_ms / 1e6)
+
+
+def peak_mb(work: Work, device: torch.device) -> float:
+    """Return the most memory that tensors take on a GPU during a call; timing counts each pass for itself."""
+    torch.cuda.reset_peak_memory_stats(device)
+    work.run()
+    return torch.cuda.max_memory_allocated(device) / MB
 
 
 def slowest(values: list[float], device: torch.device) -> list[float]:

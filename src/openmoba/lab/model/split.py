@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from openmoba.hf.support import key_value_heads
 from openmoba.lab.data.windows import IGNORED
 from openmoba.parallel import Sharding, sharded
 
@@ -16,8 +17,7 @@ Batch = dict[str, Tensor]
 
 def sharding_of_windows(group: Any, length: int, model: Any) -> Sharding:
     """Lay windows of so many tokens out over a group, as suits the heads of the model."""
-    heads = model.config.num_attention_heads
-    return Sharding.balanced(group, length, heads, getattr(model.config, "num_key_value_heads", None) or heads)
+    return Sharding.balanced(group, length, model.config.num_attention_heads, key_value_heads(model.config))
 
 
 def cut(batch: Batch, sharding: Sharding | None) -> Batch:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from openmoba.hf.meshes import loadable_device
 from openmoba.hf.releases import CHECKPOINTING
 from openmoba.lab.config import RunConfig, TrainConfig
 from openmoba.parallel import prioritize_transfers
@@ -57,8 +58,8 @@ def training_arguments(config: RunConfig, folder: Path) -> Any:
     )
     # Without torchrun one process trains on one device; Trainer would split each batch over all it sees.
     arguments._n_gpu = min(arguments.n_gpu, 1)
-    if not cuda:  # several CPU processes are given "cpu:0", "cpu:1" ..., onto which torch.load puts nothing
-        vars(arguments)["_setup_devices"] = torch.device("cpu")
+    if not cuda:
+        loadable_device(arguments)
     devices = arguments.world_size // train.context_parallel
     share, rest = divmod(train.batch_size, devices)
     micro = train.micro_batch_size or share

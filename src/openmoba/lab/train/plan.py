@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from openmoba.config import MobaConfig
+from openmoba.hf.support import key_value_heads
 from openmoba.lab.config import ModelConfig, RunConfig, stored_config
 from openmoba.lab.measure.compute import AXES, PFLOPS_DAY, PFLOPS_DAYS, Shape, training_compute
 from openmoba.lab.model.build import build_model, model_like, set_attention
@@ -128,7 +129,7 @@ def _normed_channels(model: Any, shape: Shape) -> int:
 
 
 def _key_channels(model: Any, shape: Shape) -> int:
-    return (getattr(model.config, "num_key_value_heads", None) or shape.heads) * shape.head_dim
+    return key_value_heads(model.config) * shape.head_dim
 
 
 def in_bf16(config: RunConfig, device: Device | None = None) -> bool:

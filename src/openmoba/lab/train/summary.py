@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from openmoba.hf.support import key_value_heads
 from openmoba.lab.arms import FULL
 from openmoba.lab.columns import gigabytes, short
 from openmoba.lab.config import RunConfig
@@ -88,7 +89,7 @@ def _attention_path(trainer: RunTrainer) -> str:
     if attention is None or arm.kind is FULL:
         return said
     dtype = torch.bfloat16 if trainer.args.bf16 else torch.float32
-    shared = getattr(trainer.model.config, "num_key_value_heads", None) or shape.heads
+    shared = key_value_heads(trainer.model.config)
     q, k, v = (
         torch.empty(1, shape.length, heads, shape.head_dim, dtype=dtype, device=trainer.args.device)
         for heads in (shape.heads, shared, shared)
