@@ -41,7 +41,7 @@ def opening(root: Path, machine: str) -> str:
         f"**With openmoba, attention over {length_name(row.tokens)} tokens takes {_ms(row)} ms forward and backward, "
         f"where full attention takes {_dense_ms(row)} ms on the same {row.device}: it reads {share:.1%} of the "
         "pairs of query and key.** "
-        f"{dense.replace('Dense attention', 'Full attention')}.\n"
+        f"{dense.replace('Dense attention', 'Full attention')}.{_peers(root, machine, row)}\n"
     )
 
 
@@ -358,6 +358,23 @@ def _beside(root: Path, machine: str) -> list[Beside]:
     rows = [pair.both for pair in _headline(root, f"results/{machine}/attention.csv") if pair.both]
     timed = {row.contender for row in _newest_rows(root, f"results/{machine}/attention.csv") if row.p50_ms}
     return beside(rows, root / f"results/{machine}/{CITED}", timed)
+
+
+def _peers(root: Path, machine: str, row: Row) -> str:
+    """Say what other code took on the case of `row`, and when that was timed apart; "" without figures."""
+    line = next((line for line in _beside(root, machine) if line.row == row), None)
+    if line is None:
+        return ""
+    told = [
+        f"{what} by {peer.label} took {_number(peer.ms)} ms, {ratio.removesuffix('x')} times as long"
+        for what, peer, ratio in zip(("full attention", "MoBA"), line.peers, line.ratios, strict=True)
+        if peer
+    ]
+    first = next(peer for peer in line.peers if peer)
+    return (
+        f" Timed apart, on another {first.device} on {first.date}, {', and '.join(told)} as openmoba "
+        "([more of them](docs/speed.md#others))."
+    )
 
 
 def _measured(root: Path, name: str, contender: str, grid: str) -> dict[Case, Row]:

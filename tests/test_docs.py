@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 import held
 import paper
 import picture
+import synthetic_study
 import tables
 from synthetic_study import CANDIDATES, RECIPE, train
 
@@ -30,6 +31,7 @@ from openmoba.bench.training.cases import GRIDS as TRAINING_GRIDS
 from openmoba.bench.training.cases import TrainingRow, arm_name
 from openmoba.lab.study.recipe import parse_recipe
 from openmoba.ops.cost import causal_pairs, moba_pairs
+from openmoba.records.disk import read_json
 
 ROOT = Path(__file__).parent.parent
 TRAINING = {"training_h200": "loop", "longest_h200": "longest"}
@@ -164,6 +166,8 @@ def test_tables_follow_their_files(tmp_path: Path) -> None:
     append_row(path, Row.of("sdpa_cudnn", replace(case, tokens=2**17), p50_ms=50.0, commit="new", **origin))
     assert "tokens takes 2.00 ms forward and backward, where full attention takes 50.0 ms" in table("opening")
     assert "a GPU: it reads 1.5% of the pairs" in table("opening")
+    peer = "on another a GPU on 2026-11-21, full attention by FlashAttention 4 beta took 40.0 ms, 20.0 times as long as"
+    assert peer in table("opening"), "FlashMoBA has no figure at this length"
     path = tmp_path / "results" / "h200" / "short.csv"
     for commit, short in zip(("older", "newer"), GRIDS["short"], strict=False):
         append_row(path, Row.of("sdpa_cudnn", short, p50_ms=1.25, commit=commit, **origin))
@@ -339,12 +343,43 @@ def test_results_follow_the_records_of_studies(tmp_path: Path) -> None:
     ]
     assert "Models of 200,000 to 1,200,000 parameters" in table("limits")
     assert "documents of stdlib, 1 to 3 seeds of a run." in table("limits")
+    assert "at most 1.0 epochs, 0.137 to 2.05 tokens for each parameter" in table("limits")
     assert "![Trailing loss over compute" in table("study")
     assert tables.TINY not in table("study")
     assert "(results/h200/study/chart-b/figures/finetune-large-layerwise-hybrid.png)" in table("study")
     assert "[Synthetic study](results/h200/study/chart-b/report.md): an imagined processor, 22 minutes" in table(
         "study"
     )
+
+
+def test_a_baseline_is_called_weak_where_a_smaller_model_ends_lower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The larger model's list of candidates, beside laws of smaller models of full attention that learned more."""
+
+    def finish(name: str, text: str) -> Path:
+        folder = tmp_path / "results" / "h200" / "study" / name
+        for run in parse_recipe(text, title="t").runs:
+            train(run.config(folder), folder / run.name)
+        (folder / "recipe.toml").write_text(text)
+        return folder
+
+    finish("chart-b", RECIPE)
+    finish("short-list", CANDIDATES)
+    weak = "it has not finished learning"
+    assert weak not in writer(tmp_path)("experiments")
+    monkeypatch.setitem(synthetic_study.LAWS, "full", (2.0, -0.097))
+    folder = finish("short-list-again", CANDIDATES)
+    (folder / "figures").mkdir()
+    (folder / "figures" / "candidates-large-candidates.png").touch()
+    losses = [read_json(folder / f"candidates/large-full-seed{seed}/result.json")["eval"] for seed in range(3)]
+    said = " and ".join(f"{loss['trailing_loss']:.3f}" for loss in losses)
+    tables._studies.cache_clear()
+    page = writer(tmp_path)("experiments")
+    sentence = f"Full attention is at a trailing loss of {said} after 400 steps here, above the "
+    assert page.count(sentence) == page.count(weak) == 1
+    assert " of the smaller medium after 200 (Synthetic study; 8 documents, 24 windows, 2 seeds): it has not" in page
+    assert sentence in writer(tmp_path)("study")
 
 
 def test_charts_that_no_large_study_has_are_the_demos(tmp_path: Path) -> None:

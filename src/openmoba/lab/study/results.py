@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openmoba.lab.arms import FULL
-from openmoba.lab.columns import counted
+from openmoba.lab.columns import counted, short
 from openmoba.lab.measure.needle_page import EDGE, chance, needle_sentences, read_needles
 from openmoba.lab.measure.resample import Difference
 from openmoba.lab.run_files import RECIPE_FILE
@@ -21,6 +21,8 @@ from openmoba.lab.study.outcomes import (
     by,
     difference,
     fair_full,
+    largest,
+    mean_loss,
     of_kind,
     of_stage,
     paired_loss,
@@ -93,7 +95,7 @@ def experiments(studies: Sequence[Study], page: Path) -> str:
     Args:
         page: folder of the page, which links are relative to.
     """
-    return "\n".join(line for study in studies for line in _experiment(study, page))
+    return "\n".join(line for study in studies for line in _experiment(study, studies, page))
 
 
 def headlines(studies: Sequence[Study], page: Path) -> str:
@@ -105,7 +107,8 @@ def headlines(studies: Sequence[Study], page: Path) -> str:
             sentences = answers(stage, study.runs(stage), AXIS) if figures else []
             if sentences:
                 source = f"[{study.recipe.title}]({_link(study.folder / REPORT_FILE, page)})"
-                told = " ".join([*sentences[:most], f"{source}: {provenance(study.outcomes)}."])
+                weak = _weak_baseline(stage, study.runs(stage), studies)
+                told = " ".join([*sentences[:most], *weak, f"{source}: {provenance(study.outcomes)}."])
                 lines += [f"![{caption}]({_link(figures[0], page)})\n", f"{told}\n"]
                 break
     return "\n".join(lines)
@@ -139,11 +142,14 @@ def limits(studies: Sequence[Study]) -> str:
         return ""
     parameters = [int(run.result["params"]["non_embedding"]) for run in runs]
     tokens, lengths = [run.config.tokens for run in runs], sorted({run.config.data.length for run in runs})
+    each = [count / size for count, size in zip(tokens, parameters, strict=True)]
+    epochs = max(run.result["data"]["epochs"] for run in runs)
     sources = dict.fromkeys(Path(run.config.data.source).name for run in runs)
     seeds = {len({run.run.seed for run in own}) for study in studies for own in _by_arm_and_size(study)}
     return (
         f"Models of {min(parameters):,} to {max(parameters):,} parameters without embeddings, at most {max(tokens):,} "
-        f"training tokens a run, windows of {' and '.join(f'{length:,}' for length in lengths)} tokens, documents of "
+        f"training tokens a run, at most {epochs:.1f} epochs, {short(min(each))} to {short(max(each))} tokens for each "
+        f"parameter, windows of {' and '.join(f'{length:,}' for length in lengths)} tokens, documents of "
         f"{', '.join(sources)}, {min(seeds)}{f' to {max(seeds)}' if max(seeds) > min(seeds) else ''} "
         f"seed{'s' * (max(seeds) > 1)} of a run. Nothing here says how the differences change beyond that: with larger "
         "models, more tokens, longer windows, other text, or other seeds.\n"
@@ -158,13 +164,13 @@ def provenance(outcomes: Sequence[Outcome]) -> str:
     return f"{' and '.join(devices)}, {minutes:.0f} minutes, commit {' and '.join(commits)}"
 
 
-def _experiment(study: Study, page: Path) -> Iterator[str]:
+def _experiment(study: Study, studies: Sequence[Study], page: Path) -> Iterator[str]:
     yield f"### {study.recipe.title}\n"
     if study.recipe.question:
         yield f"**{study.recipe.question}**\n"
     for stage in study.recipe.stages:
         if runs := study.runs(stage):
-            yield from _stage(study, stage, runs, page)
+            yield from _stage(study, stage, runs, studies, page)
     yield from _needles(study, page)
     missing = len(study.recipe.runs) - len(study.outcomes)
     unfinished = f"; {missing} of {len(study.recipe.runs)} runs are not finished" if missing else ""
@@ -175,7 +181,7 @@ def _experiment(study: Study, page: Path) -> Iterator[str]:
     )
 
 
-def _stage(study: Study, stage: Stage, runs: list[Outcome], page: Path) -> Iterator[str]:
+def _stage(study: Study, stage: Stage, runs: list[Outcome], studies: Sequence[Study], page: Path) -> Iterator[str]:
     """Write one stage: figures, arms, answers, and the table of its candidates."""
     for figure in study.figures(stage):
         yield f"![{study.recipe.title}, stage {stage.name}]({_link(figure, page)})\n"
@@ -187,6 +193,8 @@ def _stage(study: Study, stage: Stage, runs: list[Outcome], page: Path) -> Itera
         if apart := speeds_apart(runs):
             yield f"- Measured seconds do not compare here, since these runs are of {apart}."
         yield from (f"- {sentence}" for own in by("size", runs).values() for sentence in from_full(stage, own))
+    if stage.beside is None:
+        yield from (f"- {sentence}" for sentence in _weak_baseline(stage, runs, studies))
     yield from (f"- {sentence}" for sentence in sweep(stage, study.outcomes))
     if stage.chart in ("positions", "compare"):
         yield from (f"- {sentence}" for sentence in switches(runs))
@@ -197,6 +205,37 @@ def _stage(study: Study, stage: Stage, runs: list[Outcome], page: Path) -> Itera
         if found := standings(own):
             yield from standing_table(own, found)
             yield ""
+
+
+def _weak_baseline(stage: Stage, runs: list[Outcome], studies: Sequence[Study]) -> Iterator[str]:
+    """Say of the full attention that arms are compared with that a smaller model of it ended lower, where one did.
+
+    Of any study with the same validation documents and positions, however many of their windows were measured.
+    """
+    full = of_kind(largest(runs), FULL)
+    if stage.after or len(by("arm", runs)) == 1 or not full or not full[0].has("trailing"):
+        return
+    smaller = [
+        (study, own)
+        for study in studies
+        for other in study.recipe.stages
+        for own in by("size", of_kind(study.runs(other), FULL)).values()
+        if not other.after and _measured_on(own[0]) == _measured_on(full[0]) and own[0].has("trailing")
+        if own[0].result["params"]["non_embedding"] < full[0].result["params"]["non_embedding"]
+    ]
+    losses = [run.loss("trailing") for run in full]
+    study, own = min(smaller, key=lambda one: mean_loss(one[1], "trailing"), default=(None, full))
+    if study is not None and mean_loss(own, "trailing") < min(losses):
+        yield (
+            f"Full attention is at a trailing loss of {' and '.join(f'{loss:.3f}' for loss in losses)} after "
+            f"{full[0].config.train.steps:,} steps here, above the {mean_loss(own, 'trailing'):.3f} of the smaller "
+            f"{own[0].run.size} after {own[0].config.train.steps:,} ({study.recipe.title}; {behind(own, 'trailing')}): "
+            "it has not finished learning."
+        )
+
+
+def _measured_on(run: Outcome) -> tuple[object, int, int]:
+    return run.result["data"].get("valid"), run.config.data.length, run.config.trailing
 
 
 def _needles(study: Study, page: Path) -> Iterator[str]:
@@ -247,13 +286,13 @@ def _largest_models(studies: Sequence[Study]) -> list[list[tuple[Study, list[Out
             full = of_kind(runs, FULL)
             if full and full[0].config.arm.key_conv is None:
                 found.setdefault(runs[0].config.data.length, []).append((study, runs))
-    largest = []
+    chosen = []
     for _, groups in sorted(found.items()):
         groups.sort(key=lambda group: -len(by("arm", group[1])))
         several = [group for group in groups if len(by("arm", group[1])) > 2] or groups
         least = max(_parameters(runs) for _, runs in several) * (1 - ONE_SIZE)
-        largest.append([group for group in several if _parameters(group[1]) >= least])
-    return largest
+        chosen.append([group for group in several if _parameters(group[1]) >= least])
+    return chosen
 
 
 def _parameters(runs: Sequence[Outcome]) -> int:
