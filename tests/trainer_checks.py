@@ -209,6 +209,17 @@ def go_on() -> None:
     same(made_alone("begin"), steps(Split, 2, context_parallel=2, go_on=str(begun() / "checkpoint-1")))
 
 
+def go_on_sharded() -> None:
+    """Two processes share sequences from the checkpoint on that they left with sequences of their own, under FSDP2."""
+    root = Path(sys.argv[1]) / "sharded"
+    with as_gpus():
+        apart, together = ParallelismConfig(dp_shard_size=2), ParallelismConfig(cp_size=2)
+        saved = {"output_dir": str(root), "save_strategy": "steps", "save_steps": 1}
+        steps(Split, 1, fsdp=True, parallelism_config=apart, **saved)
+        found = steps(Split, 2, fsdp=True, parallelism_config=together, go_on=str(root / "checkpoint-1"))
+    same(made_alone("begin"), found)
+
+
 def own_loop() -> None:
     """The function that docs/parallel.md shows, with labels that one of the processes has most of, and padding."""
     shown = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "parallel.md").read_text(), re.S)
@@ -311,6 +322,7 @@ def all_checks(ranks: int) -> dict[str, Callable[[], Any]]:
     if ranks == 2:
         return checks | {
             "go on": go_on,
+            "go on, FSDP2": go_on_sharded,
             "own loop": own_loop,
             "loss in 16 bits, FSDP2": loss_in_16_bits,
             "refusals": refusals,

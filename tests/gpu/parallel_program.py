@@ -22,8 +22,7 @@ from openmoba.lab.arms import ArmConfig
 from openmoba.lab.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
 from openmoba.lab.train.run import run_training
 from openmoba.ops.key_conv import key_convolution
-from openmoba.parallel import Sharding
-from openmoba.parallel.collectives import leave_group
+from openmoba.parallel import Sharding, leave_group
 from openmoba.records import disk
 
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))

@@ -35,8 +35,7 @@ class Parallel:
 
         from openmoba.bench.machine import Machine
         from openmoba.bench.parallel.measure import PATIENCE, leave_at_once, run_parallel_benchmark
-        from openmoba.parallel import prioritize_transfers
-        from openmoba.parallel.collectives import leave_group
+        from openmoba.parallel import leave_group, prioritize_transfers
 
         on_gpu = self.grid != "cpu"
         if on_gpu and not torch.cuda.is_available():

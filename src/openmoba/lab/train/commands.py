@@ -51,7 +51,7 @@ class Train:
         from openmoba.lab.train.check import check_run
         from openmoba.lab.train.history import evaluations
         from openmoba.lab.train.run import is_first, run_training
-        from openmoba.parallel.collectives import leave_group
+        from openmoba.parallel import leave_group
 
         if self.dry_run:
             from openmoba.lab.train.summary import plan_text
