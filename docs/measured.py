@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import served
+
 from openmoba.bench.cases import GRIDS, PASSES, Case
 from openmoba.bench.cited import Beside, beside
 from openmoba.bench.contenders import contender_label
@@ -56,15 +58,15 @@ def speed(root: Path, machine: str) -> str:
         return ""
     first = attention[0]
     card = (
-        f"One {first.device}, {first.power_limit_w:.0f} W, bf16, {first.heads} query and "
-        f"{first.kv_heads} key/value heads of width {first.head_dim}, medians, choice of blocks included."
+        f"One {first.device}, {first.power_limit_w:.0f} W, bf16, medians, choice of blocks included; attention and "
+        f"layers of {first.heads} query and {first.kv_heads} key/value heads of width {first.head_dim}."
     )
     arm = f"; in training {', top-'.join(ARMS[0].split('/'))}" if models else ""
     return _table(
         ("what", "tokens", "full attention", "MoBA", "gain"),
-        [*_speed(attention, steps, models)],
+        [*_speed(attention, steps, models), *served.gains(root, machine)],
         f"{card} Blocks of {SPEED[0]}, top-{SPEED[1]}{arm}. Commits, versions, commands and every row: "
-        "[docs/speed.md](docs/speed.md).\n",
+        "[docs/speed.md](docs/speed.md), of vLLM [docs/serving.md](docs/serving.md).\n",
     )
 
 
@@ -304,8 +306,8 @@ def _table(head: Sequence[str], cells: Sequence[Sequence[object]], origin: str) 
 def _speed(
     attention: Sequence[Row], steps: Sequence[Row], models: Sequence[tuple[TrainingRow, TrainingRow]]
 ) -> Iterator[tuple[str, ...]]:
-    """Yield the lines of `speed`."""
-    batched = [row for row in steps if row.batch > 1 and (row.block_size, row.top_k) == SPEED]
+    """Yield the lines of `speed` that come from this project's own benchmarks; of decoding the two longest."""
+    batched = [row for row in steps if row.batch > 1 and (row.block_size, row.top_k) == SPEED][-2:]
     named = [("attention, forward and backward", row) for row in attention]
     named += [(f"a decoding step of one layer, batch {row.batch}", row) for row in batched]
     for what, row in named:

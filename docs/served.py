@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
 from openmoba.bench.rows import length_name, markdown_table, short_commit
+from openmoba.bench.training.table import rate_name
 
 KEY_CONVOLUTION = "moba with key convolution"
 """What `benchmarks/serving.py` calls such rows."""
 
 
+Rows = dict[tuple[str, int, int], dict[str, str]]
+"""By attention, context and requests."""
+
+
+def gains(root: Path, machine: str) -> Iterator[tuple[str, ...]]:
+    """Yield the README's lines: the longest context, its prompts and the most requests at once."""
+    rows = _rows(root, machine)
+    if rows:
+        context, batch = max((context, batch) for _, context, batch in rows)
+        for what, column in (("a prompt", "prefill"), (f"decoding, {_requests(batch)}", "decode")):
+            full, moba = (float(rows[name, context, batch][f"{column}_tokens_per_s"]) for name in ("full", "moba"))
+            rates = (f"{rate_name(rate)} tokens/s" for rate in (full, moba))
+            yield (f"vLLM, twelve layers, {what}", length_name(context), *rates, f"{moba / full:.1f}x")
+
+
 def speed(root: Path, machine: str) -> str:
     """Write prefill and decoding over the length of the context, for each batch; nothing before it was measured."""
-    file = root / "results" / machine / "serving.csv"
-    if not file.exists():
+    rows = _rows(root, machine)
+    if not rows:
         return ""
-    with file.open() as lines:
-        rows = {(row["attention"], int(row["context"]), int(row["batch"])): row for row in csv.DictReader(lines)}
     found = sorted({(context, batch) for _, context, batch in rows})
     contexts, batches = (sorted({case[i] for case in found}) for i in (0, 1))
     head = ["context", "prefill", *(f"decoding, {_requests(batch)}" for batch in batches)]
@@ -37,6 +52,14 @@ def speed(root: Path, machine: str) -> str:
     return "\n".join([*markdown_table(head, cells), "", origin, ""])
 
 
+def _rows(root: Path, machine: str) -> Rows:
+    file = root / "results" / machine / "serving.csv"
+    if not file.exists():
+        return {}
+    with file.open() as lines:
+        return {(row["attention"], int(row["context"]), int(row["batch"])): row for row in csv.DictReader(lines)}
+
+
 def _served(row: dict[str, str]) -> str:
     """Say on what it was measured, and what was served; as `benchmarks/serving.py` has it."""
     if row.get("gpu"):
@@ -47,7 +70,7 @@ def _served(row: dict[str, str]) -> str:
     return f"{row['cpu']}, {threads}, seconds of the processor; {heads}"
 
 
-def _with_key_convolution(rows: dict[tuple[str, int, int], dict[str, str]]) -> str:
+def _with_key_convolution(rows: Rows) -> str:
     """Say how much longer a step of decoding takes with key convolution, if that was measured."""
     times = [
         float(rows["moba", context, batch]["decode_tokens_per_s"]) / float(row["decode_tokens_per_s"])
@@ -64,6 +87,6 @@ def _requests(batch: int) -> str:
     return f"{batch} request{'s' if batch > 1 else ''}"
 
 
-def _gain(rows: dict[tuple[str, int, int], dict[str, str]], context: int, batch: int, column: str) -> str:
+def _gain(rows: Rows, context: int, batch: int, column: str) -> str:
     full, moba = (float(rows[name, context, batch][column]) for name in ("full", "moba"))
     return f"{full:,.0f}, {moba:,.0f}: {moba / full:.1f}x"

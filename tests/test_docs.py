@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 import held
 import paper
 import picture
+import served
 import synthetic_study
 import tables
 from synthetic_study import CANDIDATES, RECIPE, train
@@ -255,6 +256,10 @@ def test_the_table_of_serving_follows_its_file(tmp_path: Path) -> None:
     table = writer(tmp_path)("serving_h200")
     assert "| 2K | 2, 5: 2.5x |" in table
     assert "a GPU, in CUDA graphs as vLLM makes them by itself; twelve layers" in table
+    assert list(served.gains(tmp_path, "h200")) == [
+        ("vLLM, twelve layers, a prompt", "2K", "2 tokens/s", "5 tokens/s", "2.5x"),
+        ("vLLM, twelve layers, decoding, 4 requests", "2K", "16 K tokens/s", "41 K tokens/s", "2.5x"),
+    ]
     assert "key convolution" not in table
     slower = [row.replace("moba", "moba with key convolution") for row in rows if row.startswith("moba")]
     slower = [row.replace(str(10240 * 4), str(10240 * 2)) for row in slower]
