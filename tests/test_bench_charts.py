@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,9 +12,13 @@ from bench_rows import SMALL, run
 
 from openmoba.bench import contenders
 from openmoba.bench.charts import speedup_chart, spread, time_chart
+from openmoba.bench.figures import draw
 from openmoba.bench.rows import read_rows
 from openmoba.bench.table import Row, compared, dense_names
 from openmoba.cli import main
+
+RESULTS = Path(__file__).parent.parent / "results"
+DRAWN = [csv for csv in sorted(RESULTS.glob("*/*.csv")) if any(csv.parent.glob(f"{csv.stem}*.svg"))]
 
 pytestmark = pytest.mark.usefixtures("quick_timing")
 
@@ -43,6 +48,18 @@ def test_figures_and_table_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     (curve, _) = speedup_chart(rows).axes[0].lines
     both = [row for row in rows if (row.passes, row.routing) == ("forward+backward", "random")]
     assert list(curve.get_ydata()) == [row.speedup for row in both if row.contender == "moba"]
+
+
+@pytest.mark.parametrize("csv", DRAWN, ids=lambda csv: f"{csv.parent.name}/{csv.stem}")
+def test_committed_figures_show_the_rows_that_lie_beside_them(csv: Path, tmp_path: Path) -> None:
+    """To the byte, where the same matplotlib draws; one of two GPUs once showed rows of another commit."""
+    files, _ = draw(csv, tmp_path)
+    drawn_by = re.compile("Matplotlib v[0-9.]+")
+    for file in files:
+        committed = csv.with_name(file.name)
+        assert committed.exists(), f"openmoba bench plot {csv.relative_to(RESULTS.parent)}"
+        if file.suffix == ".svg" and drawn_by.findall(committed.read_text()) == drawn_by.findall(file.read_text()):
+            assert committed.read_text() == file.read_text(), f"openmoba bench plot {csv.relative_to(RESULTS.parent)}"
 
 
 def test_speedup_figure_is_one_panel_whose_lines_are_named_and_differ() -> None:

@@ -157,9 +157,11 @@ class Axis:
 AXES = {
     axis.name: axis
     for axis in (
-        Axis("6nd", "6ND", "Training compute, 6·N·tokens", count=_six_nd),
-        Axis("chinchilla", "Chinchilla", "Training compute with embeddings and softmax", count=_chinchilla),
-        Axis("causal_exact", "causal-exact", "Training compute, attention at its real reads", count=_causal_exact),
+        Axis("6nd", "6ND", "Compute by 6ND, 6·N·tokens", count=_six_nd),
+        Axis("chinchilla", "Chinchilla", "Compute by Chinchilla, with embeddings and softmax", count=_chinchilla),
+        Axis(
+            "causal_exact", "causal-exact", "Compute by causal-exact, attention at its real reads", count=_causal_exact,
+        ),
         Axis(
             "accelerator_seconds", "accelerator s", "Measured accelerator time", "seconds", ",.0f",
             lambda spent: spent.seconds,
