@@ -246,10 +246,13 @@ def test_leftovers_in_a_study_are_removed(tmp_path: Path) -> None:
     assert not left.exists()
 
 
-def test_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="once per GPU"):
-        run_study(parse_recipe(RECIPE, title="t"), tmp_path, forbidden, silent)
+def test_runs_that_processes_cannot_share_are_refused_before_any_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"run \S+: train.batch_size=\d+ does not .* train.context_parallel=3"):
+        run_study(parse_recipe(RECIPE, title="t"), tmp_path / "study", forbidden, silent)
+    assert not (tmp_path / "study").exists()
 
 
 def test_chosen_runs_are_trained_alone_with_those_that_they_start_from(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ class Study:
 
     Stop it at any moment and give the same command again: finished runs are skipped, a cut one goes on from its
     checkpoint. The same command in several processes shares the runs among them; for several GPUs, give each
-    process its CUDA_VISIBLE_DEVICES.
+    process its CUDA_VISIBLE_DEVICES. Or every run takes all GPUs: torchrun --nproc-per-node 2 -m openmoba study ...
     """
 
     recipe: tyro.conf.Positional[Path]
@@ -53,22 +53,20 @@ class Study:
         """Train what is missing, and say where the charts are."""
         import time
 
-        from openmoba.lab.study.overview import overview
-        from openmoba.lab.study.recipe import read_recipe
-        from openmoba.lab.study.work import check_folders, check_models, check_origins, failures, finished, run_study
-        from openmoba.lab.train.run import run_training
+        from openmoba.lab.study.ranks import follow, leading
+        from openmoba.lab.study.work import failures, finished, run_study
+        from openmoba.lab.train.run import is_first, run_training
 
-        recipe = read_recipe(self.recipe, self.source)
-        out = self.out or Path("runs") / self.recipe.stem
-        part = recipe if self.runs is None else recipe.chosen(self.runs)
         if self.dry_run:
-            check_folders(recipe, out)
-            check_models(recipe)
-            check_origins(part, out)
-            print(overview(part, out, self.tflops))
+            self._plan()
+            return
+        if not is_first():
+            follow(run_training)
             return
         start = time.monotonic()
-        run_study(recipe, out, run_training, TerminalProgress, part)
+        with leading(run_training) as train:
+            recipe, out, part = self._read()
+            run_study(recipe, out, train, TerminalProgress, part)
         failed = failures(part, out)
         if any(finished(run, out) for run in recipe.runs):
             _write_report(recipe, out, self.axis)
@@ -76,6 +74,24 @@ class Study:
             raise ValueError(failed)
         which = f"all {len(recipe.runs)}" if part == recipe else f"the {len(part.runs)} chosen of {len(recipe.runs)}"
         print(f"{which} runs are finished, {duration(time.monotonic() - start)} in this process")
+
+    def _read(self) -> tuple[Recipe, Path, Recipe]:
+        """Return the recipe, the folder, and the recipe with the chosen runs alone."""
+        from openmoba.lab.study.recipe import read_recipe
+
+        recipe = read_recipe(self.recipe, self.source)
+        part = recipe if self.runs is None else recipe.chosen(self.runs)
+        return recipe, self.out or Path("runs") / self.recipe.stem, part
+
+    def _plan(self) -> None:
+        from openmoba.lab.study.overview import overview
+        from openmoba.lab.study.work import check_folders, check_models, check_origins
+
+        recipe, out, part = self._read()
+        check_folders(recipe, out)
+        check_models(recipe)
+        check_origins(part, out)
+        print(overview(part, out, self.tflops))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ started again, and any number of processes may work through it at once.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -45,19 +44,16 @@ def run_study(
 
     Raises:
         ValueError: a run's folder holds a run of another configuration, or runs to be compared have different data
-            (nothing was trained then), a run failed, or torchrun started this process.
+            a run that is to be trained cannot be shared by the processes that torchrun started (nothing was trained
+            then), or a run failed.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            "a study gives each process runs of its own, torchrun gives all processes the same one; start "
-            "`openmoba study` once per GPU, each with its CUDA_VISIBLE_DEVICES"
-        )
+    wanted = part or recipe
     check_folders(recipe, study)
     check_models(recipe)
+    _check_shares(_to_do(wanted, study))
     study.mkdir(parents=True, exist_ok=True)
     remove_leftovers(study)
     write_text(study / RECIPE_FILE, recipe.text)
-    wanted = part or recipe
     check_origins(wanted, study)
     clock = StudyClock(wanted, study)
     trained = 0
@@ -169,6 +165,17 @@ def check_models(recipe: Recipe) -> None:
                 check_model(*checked[-1])
             except ValueError as error:
                 raise ValueError(f"run {run.name}: {error}") from error
+
+
+def _check_shares(runs: list[PlannedRun]) -> None:
+    """Raise ValueError if the processes that torchrun started cannot share a run."""
+    from openmoba.lab.train.arguments import shares  # transformers.Trainer takes seconds to import
+
+    for run in runs:
+        try:
+            shares(run.config(Path()).train)
+        except ValueError as error:
+            raise ValueError(f"run {run.name}: {error}") from error
 
 
 class StudyClock:

@@ -23,9 +23,7 @@ def training_arguments(config: RunConfig, folder: Path) -> Any:
     """
     train = config.train
     cuda = torch.cuda.is_available()
-    if train.fsdp and not cuda:
-        raise ValueError("train.fsdp needs GPUs, and none is available; leave it out")
-    _check_sharing(train, cuda)
+    share, micro = shares(train)
     if train.context_parallel > 1:
         prioritize_transfers()  # before TrainingArguments makes the process group
     arguments = TrainingArguments(
@@ -60,29 +58,42 @@ def training_arguments(config: RunConfig, folder: Path) -> Any:
     arguments._n_gpu = min(arguments.n_gpu, 1)
     if not cuda:
         loadable_device(arguments)
-    devices = arguments.world_size // train.context_parallel
-    share, rest = divmod(train.batch_size, devices)
-    micro = train.micro_batch_size or share
-    if rest or share % micro:
-        raise ValueError(
-            f"train.batch_size={train.batch_size} does not divide into {devices} device(s) with "
-            f"micro-batches of {micro}; change train.batch_size or train.micro_batch_size"
-        )
     arguments.per_device_train_batch_size = micro
     arguments.gradient_accumulation_steps = share // micro
     return arguments
 
 
-def _check_sharing(train: TrainConfig, cuda: bool) -> None:
-    """Raise ValueError unless the processes that torchrun started can share windows as the run says."""
-    ranks, processes = train.context_parallel, int(os.environ.get("WORLD_SIZE", "1"))
+def shares(train: TrainConfig) -> tuple[int, int]:
+    """Count the windows of a step that a device has, or that devices share, and those of its micro-batches.
+
+    Raises:
+        ValueError: the processes that torchrun started cannot share the work as the run says.
+    """
+    cuda = torch.cuda.is_available()
+    if train.fsdp and not cuda:
+        raise ValueError("train.fsdp needs GPUs, and none is available; leave it out")
+    ranks, processes = train.context_parallel, _processes()
     if processes % ranks:
         raise ValueError(
             f"train.context_parallel={ranks} processes share a window, which do not divide the {processes} there are; "
-            f"start a multiple of {ranks}, as torchrun --nproc-per-node {ranks} -m openmoba train ... does"
+            f"start a multiple of {ranks}, as torchrun --nproc-per-node {ranks} -m openmoba ... does"
         )
     if ranks > 1 and cuda and not train.fsdp:
-        raise ValueError(f"train.context_parallel={ranks} needs FSDP2 on GPUs; add --train.fsdp")
+        raise ValueError(f"train.context_parallel={ranks} needs FSDP2 on GPUs; add train.fsdp")
+    devices = processes // ranks
+    share, rest = divmod(train.batch_size, devices)
+    micro = train.micro_batch_size or max(1, share)
+    if rest or share % micro:
+        fewer = f", or have train.context_parallel={processes} processes share each window" if devices > 1 else ""
+        raise ValueError(
+            f"train.batch_size={train.batch_size} does not divide into {devices} device(s) with "
+            f"micro-batches of {micro}; change train.batch_size or train.micro_batch_size{fewer}"
+        )
+    return share, micro
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _parallelism(train: TrainConfig, cuda: bool) -> Any:
@@ -91,5 +102,5 @@ def _parallelism(train: TrainConfig, cuda: bool) -> Any:
         return None
     from accelerate import ParallelismConfig
 
-    beside = int(os.environ.get("WORLD_SIZE", "1")) // train.context_parallel
+    beside = _processes() // train.context_parallel
     return ParallelismConfig(cp_size=train.context_parallel, dp_shard_size=beside)
