@@ -18,8 +18,7 @@ from openmoba.lab.config import RunConfig
 from openmoba.lab.data.identity import Known
 from openmoba.lab.errors import DivergenceError
 from openmoba.lab.progress import Progress
-from openmoba.parallel import prioritize_transfers
-from openmoba.parallel.collectives import leave_group
+from openmoba.parallel import leave_group, prioritize_transfers
 from openmoba.records.disk import Row
 
 Train = Callable[..., Row]
@@ -90,6 +89,8 @@ class _Processes:
 
     def __init__(self) -> None:
         prioritize_transfers()
+        if torch.cuda.is_available():  # on which they leave their group, be it before anything is trained
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if not distributed.is_initialized():
             distributed.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
         self._failed = distributed.new_group(backend="gloo", timeout=_PATIENCE)
