@@ -59,7 +59,7 @@ def test_arms_of_a_stage_and_size_differ_in_attention_alone(path: Path) -> None:
 @pytest.mark.parametrize("path", STUDY, ids=lambda path: path.stem)
 def test_the_study_keeps_to_one_regime(path: Path) -> None:
     """32K windows one by one, QK norm, a rotary base of 1e6, 4 epochs at most, and the stated learning rate."""
-    windows = 952 if "novels" in path.stem else 3755  # results/corpus/kernel.txt
+    windows = 952 if "novels" in path.stem else 3755  # results/corpus
     for run in read_recipe(path).runs:
         config, stage = run.alone(), run.stage.name
         train, rate = config.train, 0.96 / SIZES[config.model.size].hidden
