@@ -80,7 +80,7 @@ beside = "pretrain"
     assert "Loss by position (200 K), and the difference from full attention" in pretrain, "others have one arm"
     assert "200 K: with full attention the loss at positions" in pretrain
     assert "Loss by position (1.2 M), and the difference from full attention" in hybrids
-    assert re.search(r"Arms, layers of large: .*; last-1: blocks of 64, top-3, 1 of 16 layers full \(15\)", hybrids)
+    assert re.search(r"Arms, layers of 1\.2 M: .*; last-1: blocks of 64, top-3, 1 of 16 layers full \(15\)", hybrids)
 
 
 def comparisons(study: Path) -> list[str]:

@@ -305,23 +305,24 @@ def _laws_in_short(outcomes: Sequence[Outcome], axes: Sequence[str]) -> str:
     ratios = [(axis, one) for axis in axes for one in _law_ratios(outcomes, axis)]
     if not ratios:
         return ""
-    told: dict[tuple[str, str], dict[str, list[str]]] = {}
-    alike: dict[tuple[str, str], str] = {}
+    line = inside(of_kind(comparable(outcomes), FULL)[0].label)
+    told: dict[str, dict[str, list[str]]] = {}
+    same: dict[str, str] = {}
     for axis, one in ratios:
-        pair = one.own[0].label, inside(one.other[0].label)
-        where = place(one.share, 0.0 not in one.interval) if one.overlap else "no amount in common"
-        told.setdefault(pair, {}).setdefault(where, []).append(AXES[axis].head)
-        alike[pair] = _at_equal_size(one, outcomes)
-    same = [f"{arm} {where} {other}" for (arm, other), where in alike.items()]
+        other = inside(one.other[0].label)
+        name = one.own[0].label + ("" if other == line else f" (against {other})")
+        where = place(one.share, 0.0 not in one.interval) if one.overlap else "no compute in common"
+        told.setdefault(name, {}).setdefault(where, []).append(AXES[axis].head)
+        same[name] = _at_equal_size(one, outcomes)
     equal = [
-        f"{arm} against {other} {', '.join(f'{where} by {listed(names)}' for where, names in places.items())}"
-        for (arm, other), places in told.items()
+        f"{name} {', '.join(f'{where} by {listed(heads)}' for where, heads in places.items())}"
+        for name, places in told.items()
     ]
     last, worst = ratios[-1][1], max(residual(*one.laws) for _, one in ratios)
     return (
-        f"In short, trailing losses of {counted(last.sizes, 'size')}, trained on the same tokens: {', '.join(same)}. "
-        f"By their laws, at the most compute that both have spent: {'; '.join(equal)} (largest residual {worst:.1%}, "
-        f"{behind(last.own, 'trailing')})."
+        f"In short, trailing losses against {line}. At the same size and tokens, {counted(last.sizes, 'size')}: "
+        f"{', '.join(f'{name} {where}' for name, where in same.items())}. At the same compute, by laws through "
+        f"these runs: {'; '.join(equal)} (largest residual {worst:.1%}, {behind(last.own, 'trailing')})."
     )
 
 
@@ -335,7 +336,7 @@ def _at_equal_size(found: Versus, outcomes: Sequence[Outcome]) -> str:
         apart.append(one)
         shares.append(one.mean / paired_loss(other, own, "trailing"))
     if not all(one.resolved for one in apart) or min(shares) < 0 < max(shares):
-        return f"{min(shares):+.1%} to {max(shares):+.1%}, not resolved at every size, from"
+        return f"{min(shares):+.1%} to {max(shares):+.1%}, not resolved at every size"
     least, most = sorted(map(abs, shares))[:: len(shares) - 1]
     return f"{least:.1%} to {most:.1%} {'above' if min(shares) > 0 else 'below'}"
 

@@ -120,7 +120,11 @@ def describe_arms(outcomes: Sequence[Outcome]) -> str:
     """Say of every arm its name and what it attends with, in the largest of its models; nothing of a single arm."""
     arms = [own[-1] for own in by("arm", outcomes).values()]
     hybrids = by("size", (run for run in arms if run.config.arm.kind is HYBRID))
-    at = f", layers of {' and '.join(hybrids)}" if hybrids and len(by("size", outcomes)) > 1 else ""
+    at = (
+        f", layers of {' and '.join(size_name(own[0]) for own in hybrids.values())}"
+        if hybrids and len(by("size", outcomes)) > 1
+        else ""
+    )
     return f"Arms{at}: {'; '.join(map(describe_arm, arms))}." if len(arms) > 1 else ""
 
 
