@@ -45,7 +45,10 @@ def study(root: Path) -> str:
     found = _studies(root)
     if not found:
         return ""
-    text = "[docs/results.md](docs/results.md) has every study, which setting to take, and what this does not show.\n\n"
+    text = (
+        "[docs/results.md](docs/results.md) has every study, which setting to take, and what this does not show. A "
+        "size, such as 14 M, is that of the model's parameters without embeddings.\n\n"
+    )
     shown = results.headlines(found, root)
     if f"({DEMO}/" in shown:
         text = f"{TINY} {text}"

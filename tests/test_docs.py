@@ -336,8 +336,8 @@ def test_results_follow_the_records_of_studies(tmp_path: Path) -> None:
         "![Synthetic study, stage finetune](../results/h200/study/chart-b/figures/finetune-large-layerwise-hybrid.png)",
     ]
     assert page.count("the trailing loss of MoBA lies +") == 2, "by operations; all sizes took the same seconds"
-    assert "8 documents, 24 windows, 2 seeds): **resolved**." in page
-    assert "large: the lowest trailing loss of 4 sparse candidates is that of last-3: -0.0007 nats [" in page
+    assert ", **resolved** (8 documents, 24 windows, 2 seeds)." in page
+    assert "1.2 M: last-3 has the lowest trailing loss of 4 sparse candidates. " in page
     assert "| MoBA | 3 | +0.1360 [" in page
     assert "With 3 of 16 layers full (19%; last-3): +0.0" in page
     rows = [line.split(" | ") for line in table("settings").splitlines()[2:]]
@@ -383,7 +383,7 @@ def test_a_baseline_is_called_weak_where_a_smaller_model_ends_lower(
     page = writer(tmp_path)("experiments")
     sentence = f"Full attention is at a trailing loss of {said} after 400 steps here, above the "
     assert page.count(sentence) == page.count(weak) == 1
-    assert " of the smaller medium after 200 (Synthetic study; 8 documents, 24 windows, 2 seeds): it has not" in page
+    assert " of the smaller 500 K after 200 (Synthetic study; 8 documents, 24 windows, 2 seeds): it has not" in page
     assert sentence in writer(tmp_path)("study")
 
 

@@ -86,7 +86,7 @@ def test_pieces_that_are_put_together_give_the_report_of_the_whole(whole: Path, 
     keep(second / "needle.jsonl", [asdict(Search("runs/large-full-seed1", True, 320, (grid,), 1.0))])
     out = tmp_path / "results" / "study"
     publish.publish([first], out)
-    assert "**11 of 22 runs are finished**" in (out / "report.md").read_text()
+    assert "**11 of 22 runs so far**" in (out / "report.md").read_text()
     publish.publish([second], out)
     write_report(parse_recipe(RECIPE, title="t"), whole, "6nd")
     assert (out / "report.md").read_text() == (whole / "report.md").read_text()
@@ -130,7 +130,7 @@ def test_finished_runs_without_checkpoints_are_gone_on_from(
     command = ["study", str(first / RECIPE_FILE), "--out", str(first), "--runs"]
     assert cli.main([*command, "pretrain/*"]) == 0
     assert "the 12 chosen of 22 runs are finished" in capsys.readouterr().out
-    assert "**17 of 22 runs are finished**" in (first / "report.md").read_text()
+    assert "**17 of 22 runs so far**" in (first / "report.md").read_text()
     shutil.rmtree(first / "finetune" / "large-last-2-seed0")
     assert cli.main([*command, "finetune/large-last-2-seed0"]) == 2
     assert "pretrain/large-moba-seed0, which is finished but has no checkpoint here" in capsys.readouterr().err
@@ -153,11 +153,12 @@ def test_an_unfinished_study_has_a_report_and_a_place_on_the_page(patterns: list
     recipe = make(tmp_path / "study", RECIPE, *patterns)
     write_report(recipe, tmp_path / "study", "6nd")
     studies = read_studies([tmp_path / "study"])
-    assert f"of {len(recipe.runs)} runs are not finished" in experiments(studies, tmp_path)
+    assert f" of {len(recipe.runs)} runs so far.**" in experiments(studies, tmp_path).partition("![")[0]
+    assert headlines(studies, tmp_path).count(" runs so far.** ") == headlines(studies, tmp_path).count("![")
     assert limits(studies)
     assert isinstance(settings(studies, tmp_path) + headlines(studies, tmp_path), str)
     report = (tmp_path / "study" / "report.md").read_text()
-    assert f"of {len(recipe.runs)} runs are finished**" in report
+    assert f" of {len(recipe.runs)} runs so far**" in report
     assert " nan" not in report
 
 
@@ -173,7 +174,7 @@ def test_an_unfinished_short_list_has_a_report_and_a_place_on_the_page(patterns:
     table = settings(studies, tmp_path)
     report = (tmp_path / "study" / "report.md").read_text()
     if patterns == ["*keys-seed0"]:  # the only full attention has key convolution: called by its name
-        assert "from full-keys: **" in report
+        assert " that of full-keys (1.2 M parameters, " in report
         assert "from full attention" not in report
         assert table == ""
 
@@ -187,16 +188,29 @@ def test_hybrids_of_other_seeds_than_full_attention_are_not_compared(tmp_path: P
     assert "layers full" not in finetune.partition("### Runs")[0].partition("Arms:")[2].partition("\n")[2]
 
 
-def test_two_sizes_make_a_law_that_nothing_checks(tmp_path: Path) -> None:
+def test_two_sizes_make_no_law(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing would check it: no exponent, no ratio, no chart of one; the runs are compared size by size."""
     recipe = make(tmp_path, RECIPE, "pretrain/small-*", "pretrain/large-*")
     write_report(recipe, tmp_path, "6nd")
-    assert (tmp_path / "report.md").read_text().count("Two sizes make a law that nothing checks.") == 1
+    (tmp_path / RECIPE_FILE).write_text(RECIPE)
+    two = (tmp_path / "report.md").read_text() + experiments(read_studies([tmp_path]), tmp_path)
+    for word in (
+        "Fitted laws",
+        "fitted laws",
+        "exponent minus",
+        "the most that both have spent",
+        "attention by position (",
+    ):
+        assert word not in two
+    assert two.count("| 200 K | MoBA | Full attention | 2 |") == 2
+    assert cli.main(["fit", str(tmp_path)]) == 2
+    assert "at least three sizes" in capsys.readouterr().err
     one = make(tmp_path / "one", RECIPE, "pretrain/small-*")
     write_report(one, tmp_path / "one", "6nd")
     report = (tmp_path / "one" / "report.md").read_text()
     assert "Fitted laws" not in report, "seconds differ, but it is one size"
     assert "fitted laws" not in report
-    assert "There is no law yet: it takes two windows and two sizes of an arm, and a third to check it." in report
+    assert "There is no law yet: it takes two windows, and 3 sizes that the arms share." in report
 
 
 def test_an_unfinished_chart_b_draws_what_is_there_and_says_what_is_missing(
@@ -210,10 +224,10 @@ def test_an_unfinished_chart_b_draws_what_is_there_and_says_what_is_missing(
     assert {"pretrain-scaling-law.png", "pretrain-scaling-law-equal-cost.png", "pretrain-positions.png"} <= drawn
     report = (tmp_path / "report.md").read_text()
     assert (
-        "**8 of 54 runs are finished**; what follows is of these alone. Missing: all of stage sweep; of stage pretrain "
+        "**8 of 54 runs so far**; what follows is of these alone. Missing: all of stage sweep; of stage pretrain "
         "the sizes 9m, 17m, 32m, the seeds 1, 2.\n"
     ) in report
-    assert report.count("Two sizes make a law that nothing checks.") == 4
+    assert "exponent minus" not in report
     make(tmp_path, text, *chosen, "pretrain/9m-moba-seed0", "pretrain/5m-full-seed1")
     said = missing(recipe, read_outcomes(recipe, tmp_path))
     assert said == "all of stage sweep; of stage pretrain the sizes 17m, 32m, the seed 2, 14 others"
@@ -239,7 +253,7 @@ def test_an_unfinished_sweep_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     drawn = [path.name for path in write_report(recipe, tmp_path, "6nd")]
     assert drawn == ["report.md"]
     report = (tmp_path / "report.md").read_text()
-    assert "2m, learning rate: 0.0025 has the lowest LM loss" in report
+    assert "2 M, learning rate: 0.0025 has the lowest LM loss" in report
     assert "no other rate is measured yet" in report
     assert "is not seen to count" not in report
     assert "\n1 run.\n" in report
@@ -260,7 +274,7 @@ def test_learning_rates_are_compared_over_the_seeds_that_all_have(
     recipe = make(tmp_path, chart_b(monkeypatch), "sweep/*", "pretrain/2m-full-*")
     write_report(recipe, tmp_path, "6nd")
     (sentence,) = (line for line in (tmp_path / "report.md").read_text().splitlines() if "learning rate: " in line)
-    assert sentence.startswith("2m, learning rate: 0.01 has the lowest LM loss, ")
+    assert sentence.startswith("2 M, learning rate: 0.01 has the lowest LM loss, ")
     assert "0.0025 is +0.0500 nats [" in sentence
     assert "0.005 is +0.0200 nats [" in sentence
     assert "1 seed). It is the highest of these rates: a higher one may be better still." in sentence
@@ -321,7 +335,7 @@ def test_laws_and_curves_side_by_side_are_of_the_same_seeds(tmp_path: Path, monk
     assert other.law == first["laws"]["Full attention"].law
     report = (tmp_path / "report.md").read_text()
     assert "Left out: seeds that not every arm of a size has." in report
-    assert "### Fitted laws, L = a · C^b, C by the convention 6nd (8 documents, 24 windows, 1 seed)" in report
+    assert "### Fitted laws, L = a · C^b, C by 6ND (8 documents, 24 windows, 1 seed)" in report
     assert "### Comparisons (8 documents, 24 windows, 1 to 2 seeds)" in report
     exponents = [line for line in report.splitlines() if "'s exponent minus that of" in line]
     assert exponents
@@ -350,14 +364,13 @@ def test_curves_by_position_are_of_the_same_seeds(tmp_path: Path, monkeypatch: p
     assert len(drawn) == 2
 
 
-def test_an_arm_that_lacks_a_size_has_a_law_and_no_band(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_arm_that_lacks_a_size_of_three_has_no_law(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = make(tmp_path, RECIPE, "pretrain/*-full-*", "pretrain/small-moba-*", "pretrain/medium-moba-*")
     first, *_ = scaling_charts(monkeypatch, recipe, tmp_path, "6nd")
-    assert [len(law.loss) for law in first["laws"].values()] == [6, 4]
+    assert [len(law.loss) for law in first["laws"].values()] == [6]
     assert first["differences"] == {}
     report = (tmp_path / "report.md").read_text()
-    assert "Without a band: MoBA, whose runs are of other sizes or seeds than those of full attention." in report
-    assert "the trailing loss of MoBA lies" in report
+    assert "the trailing loss of MoBA lies" not in report
     assert "(figures/pretrain-scaling-law.png)" in report
 
 
@@ -382,8 +395,10 @@ def test_seconds_of_different_commits_devices_or_launches_are_not_compared(
     recipe = parse_recipe(RECIPE, title="t")
     seconds = study / "figures" / "pretrain-scaling-law-seconds.png"
     assert seconds in write_report(recipe, study, "6nd")
-    assert "C by the convention accelerator_seconds" in (study / "report.md").read_text()
-    assert "(accelerator_seconds) the trailing loss" in experiments(read_studies([study]), tmp_path)
+    assert "C by accelerator seconds" in (study / "report.md").read_text()
+    assert " accelerator seconds, the most that both have spent, the trailing loss" in experiments(
+        read_studies([study]), tmp_path
+    )
     path = study / "pretrain" / "large-moba-seed1" / "result.json"
     result = json.loads(path.read_text())
     if differing == "commit":
@@ -402,10 +417,10 @@ def test_seconds_of_different_commits_devices_or_launches_are_not_compared(
     assert not seconds.exists()
     report = (study / "report.md").read_text()
     assert f"Measured seconds, tokens/s and MFU do not compare here, since these runs are of {said}." in report
-    assert "accelerator_seconds" not in report
+    assert "C by accelerator seconds" not in report
     page = experiments(read_studies([study]), tmp_path)
     assert f"- Measured seconds do not compare here, since these runs are of {said}." in page
-    assert "accelerator_seconds" not in page
+    assert "accelerator seconds" not in page
     for command in ("plot", "fit"):
         assert cli.main([command, str(study), "--axis", "accelerator_seconds"]) == 2
         assert f"the runs of stage pretrain are of {said}, so their seconds do not compare" in capsys.readouterr().err

@@ -15,7 +15,8 @@ from openmoba import cli
 from openmoba.lab.run_files import RECIPE_FILE
 from openmoba.lab.study.candidates import standings
 from openmoba.lab.study.charts import describe_sparsity
-from openmoba.lab.study.outcomes import behind, by, difference, fit, of_stage, read_outcomes, seed_noise
+from openmoba.lab.study.laws import fit
+from openmoba.lab.study.outcomes import behind, by, difference, of_stage, read_outcomes, seed_noise
 from openmoba.lab.study.recipe import parse_recipe
 from openmoba.lab.study.report import write_report
 from openmoba.lab.train.history import history, keep
@@ -27,9 +28,9 @@ def test_report_lists_every_run_with_compute_by_all_conventions(study: Path) -> 
     report = (study / "report.md").read_text()
     assert report.count("| tokens/s | MFU of 1,000 TFLOP/s, the data sheet's |") == 2, "one base for all runs"
     rows = [line for line in report.splitlines() if line.startswith(("| small", "| medium", "| large"))]
-    rows = [line for line in rows if line.count("|") == 14]
+    rows = [line for line in rows if line.count("|") == 15]
     assert len(rows) == 22
-    run = next(row for row in rows if row.startswith("| large | Full attention | 1 | 1,200,000 | 1,638,400"))
+    run = next(row for row in rows if row.startswith("| large | Full attention | 1 | 1,200,000 | 1,638,400 | 1.00"))
     assert all(f"| {value} |" in run for value in ("1.37e-07", "1.91e-07", "1.50e-07", "60", "50,000", "42%"))
 
 
@@ -56,7 +57,8 @@ def test_what_moba_loses_with_distance_is_paired_on_the_same_text(study: Path) -
     assert found.mean < 0
     assert found.resolved
     sentence = (
-        f"from 128-256 to 896-1,024 the difference of MoBA from full attention changes by {found.mean:+.4f} nats ["
+        f"1.2 M: the difference of MoBA from full attention goes from {ends[1].mean:+.4f} nats at positions 128-256 to "
+        f"{ends[0].mean:+.4f} at 896-1,024, a change of {found.mean:+.4f} nats ["
     )
     assert sentence in (study / "report.md").read_text()
 
@@ -75,10 +77,10 @@ beside = "pretrain"
         shutil.rmtree(tmp_path / "pretrain" / run)
     write_report(recipe, tmp_path, "6nd")
     pretrain, _, hybrids = (tmp_path / "report.md").read_text().split("\n## Stage ")[1:]
-    assert "Loss by position (small), and the difference from full attention" in pretrain, "others have one arm"
-    assert "with full attention (small) the loss at positions" in pretrain
-    assert "Loss by position (large), and the difference from full attention" in hybrids
-    assert re.search(r"Arms, layers of large: .*; last-1: blocks of 64, top-3, 1 of 16 layers full \(15\)", hybrids)
+    assert "Loss by position (200 K), and the difference from full attention" in pretrain, "others have one arm"
+    assert "200 K: with full attention the loss at positions" in pretrain
+    assert "Loss by position (1.2 M), and the difference from full attention" in hybrids
+    assert re.search(r"Arms, layers of 1\.2 M: .*; last-1: blocks of 64, top-3, 1 of 16 layers full \(15\)", hybrids)
 
 
 def comparisons(study: Path) -> list[str]:
@@ -114,13 +116,13 @@ def test_one_seed_is_said_to_be_one_seed(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("undrawn")
 def test_the_noise_of_seeds_is_said_by_stage_and_size(study: Path, tmp_path: Path) -> None:
     report = (study / "report.md").read_text()
-    assert "small in stage pretrain: 0.0" in report
+    assert "200 K in stage pretrain: 0.0" in report
     assert "nats between the seeds of full, moba; " in report
     assert "one seed" not in report
     before, _, after = RECIPE.rpartition("seeds = [0, 1]")
     write_report(make_study(tmp_path, f"{before}seeds = [0]{after}"), tmp_path, "6nd")
     report = (tmp_path / "report.md").read_text()
-    assert "Every run of large in stage finetune was trained with one seed." in report
+    assert "Every run of 1.2 M in stage finetune was trained with one seed." in report
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -169,7 +171,7 @@ def test_windows_shorter_than_the_length_leave_a_report_of_the_lm_loss(
     report = (tmp_path / "report.md").read_text()
     assert "none of their validation windows reaches data.length=1,024; the scaling chart, which shows it, is" in report
     assert [file.name for file in files] == ["report.md", "pretrain-positions.png", "finetune-positions.png"]
-    runs = [line for line in report.splitlines() if line.startswith("| ") and line.count("|") == 14]
+    runs = [line for line in report.splitlines() if line.startswith("| ") and line.count("|") == 15]
     assert len([line for line in runs if " | - | " in line]) == 22
     assert set(comparisons(tmp_path)[1::2]) == {"-"}
     assert all("nats" not in cell and "+0." in cell for cell in comparisons(tmp_path)[::2])
@@ -183,7 +185,7 @@ def test_report_of_unfinished_study_says_so(tmp_path: Path) -> None:
     for run in recipe.runs[:3]:
         train(run.config(tmp_path), tmp_path / run.name)
     write_report(recipe, tmp_path, "6nd")
-    assert "**3 of 22 runs are finished**" in (tmp_path / "report.md").read_text()
+    assert "**3 of 22 runs so far**" in (tmp_path / "report.md").read_text()
 
 
 def test_report_says_what_small_models_cannot_show(study: Path) -> None:
@@ -243,8 +245,8 @@ def test_short_lists_say_distance_cost_and_the_smallest_difference_that_can_be_s
     best = found[0].plain.trailing
     assert best is not None
     assert f"| last-3 | 1 | {best.mean:+.4f} [" in report
-    assert "the lowest trailing loss of 4 sparse candidates is that of last-3: " in report
-    assert "All but last-3 are resolved above full attention (for arms with key convolution: " in report
+    assert "last-3 has the lowest trailing loss of 4 sparse candidates. " in report
+    assert "Resolved above it: last-1, " in report
     assert "**Which setting is as good as full attention?**" in report
 
 
@@ -266,7 +268,7 @@ def test_arms_with_key_convolution_are_also_compared_with_full_attention_that_ha
     assert against.trailing is not None
     row = next(line for line in report.splitlines() if line.startswith("| keys | 1 |"))
     assert f"| {against.trailing.mean:+.4f} [" in row
-    assert sum(line.startswith("| large | keys | full-keys | 1 |") for line in report.splitlines()) == 1
+    assert sum(line.startswith("| 1.2 M | keys | full-keys | 1 |") for line in report.splitlines()) == 1
     assert arms["full-keys"][0].key_share() == 1
 
 
@@ -316,7 +318,7 @@ def test_a_sweep_names_the_best_learning_rate_of_every_model(tmp_path: Path, mon
     files = write_report(make_study(tmp_path, text), tmp_path, "6nd")
     assert [file.name for file in files] == ["report.md", "context-positions.png"]
     report = (tmp_path / "report.md").read_text()
-    sentence = next(line for line in report.splitlines() if line.startswith("large, learning rate: "))
+    sentence = next(line for line in report.splitlines() if line.startswith("1.2 M, learning rate: "))
     outcomes = [
         run for run in read_outcomes(parse_recipe(text, title="t"), tmp_path) if run.config.model.size == "large"
     ]
@@ -338,9 +340,9 @@ def test_a_stage_beside_another_is_compared_with_its_runs(tmp_path: Path) -> Non
     report = (tmp_path / "report.md").read_text()
     hybrids = report[report.index("## Stage hybrids") :]
     assert "4 runs; compared with Full attention, MoBA of stage pretrain." in hybrids
-    assert "large: MoBA in every layer costs +0." in hybrids
+    assert "1.2 M: MoBA in every layer costs +0." in hybrids
     assert "With 2 of 16 layers full (12%; last-2): +0." in hybrids
-    assert len([line for line in hybrids.splitlines() if line.startswith("| large |") and line.count("|") == 14]) == 4
+    assert len([line for line in hybrids.splitlines() if line.startswith("| large |") and line.count("|") == 15]) == 4
     fewer = parse_recipe(f'{text}{stage}beside = "pretrain"\nbeside_arms = ["moba"]\n', title="t")
     compared = of_stage(fewer.stages[-1], read_outcomes(fewer, tmp_path))
     assert list(by("arm", compared)) == ["moba", "last-1", "last-2"]
@@ -365,4 +367,4 @@ def test_nothing_finished_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixt
     assert cli.main(["plot", str(tmp_path)]) == 2
     assert "no run of" in capsys.readouterr().err
     assert cli.main(["fit", str(tmp_path)]) == 2
-    assert "at least two sizes" in capsys.readouterr().err
+    assert "at least three sizes" in capsys.readouterr().err

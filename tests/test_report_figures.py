@@ -78,24 +78,24 @@ def test_one_arm_shows_what_each_size_gains_from_context(tmp_path: Path, monkeyp
         assert [level.loss == 0 for level in levels] == [True] + [False] * (RANGES - 1)
         assert all(level.interval.low < level.loss < level.interval.high < 0 for level in levels[1:])
     report = (tmp_path / "report.md").read_text()
-    assert "large: the loss at positions 896-1,024 is -0.6" in report
+    assert "1.2 M: the loss at positions 896-1,024 is -0.6" in report
     assert "from that at 0-128: context counts. From that at 384-512 it is -0.2" in report
     assert "the second half of the window counts (8 documents, 24 windows, 2 seeds;" in report
 
 
 def test_the_context_cut_short_tells_what_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of several arms every one, in the results full attention; where nothing is lost it says so."""
+    """Of every arm, in the report and in the results; where nothing is lost, and where more context does harm."""
     recipe = parse_recipe(CANDIDATES.replace("[sizes]", "[run.eval]\ncontexts = [256, 512]\n[sizes]"), title="t")
-    folders = {cut: tmp_path / str(cut) for cut in (0.05, 0.0)}
+    folders = {cut: tmp_path / str(cut) for cut in (0.05, 0.0, -0.05)}
     for cut, folder in folders.items():
         monkeypatch.setattr(synthetic_study, "CUT", cut)
         run_study(recipe, folder, train, silent)
         write_report(recipe, folder, "6nd")
-    text, unmoved = (folder.joinpath("report.md").read_text() for folder in folders.values())
+    text, unmoved, harmed = (folder.joinpath("report.md").read_text() for folder in folders.values())
     sentence = (
-        "large, Full attention, the same last 128 tokens of every window: with all 1,024 tokens in sight their loss is "
-        "-0.1000 nats [-0.1000, -0.1000] from that with 256, -0.0500 nats [-0.0500, -0.0500] from that with 512. "
-        "What lies farther back than 512 counts (8 documents, 24 windows, 3 seeds)."
+        "1.2 M, Full attention: the last 128 tokens have their lowest loss with all 1,024 tokens in sight. It is "
+        "-0.0500 nats [-0.0500, -0.0500] from that with 512: what lies farther back counts (8 documents, 24 windows, 3 "
+        "seeds)."
     )
     assert text.count(" | **+0.1000 [+0.1000, +0.1000]** | **+0.0500 [+0.0500, +0.0500]** |") == 5
     assert unmoved.count(" | +0.0000 [+0.0000, +0.0000] | +0.0000 [+0.0000, +0.0000] |") == 5
@@ -103,7 +103,14 @@ def test_the_context_cut_short_tells_what_counts(tmp_path: Path, monkeypatch: py
     assert (folders[0.05] / "figures" / "candidates-contexts.png").exists()
     shown = experiments(read_studies([folders[0.05]]), tmp_path)
     assert sentence in shown
-    assert shown.count("What lies farther back") == 1
+    assert shown.count("what lies farther back counts") == text.count("what lies farther back counts") == 5
+    assert "differs from" not in shown + text, "by position, where the text differs too"
+    assert unmoved.count("what lies farther back is not seen to count") == 5
+    assert (
+        "1.2 M, MoBA: the last 128 tokens have their lowest loss with 256 tokens in sight. With all 1,024 it is "
+        "+0.1000 nats [+0.1000, +0.1000] from that: what lies farther back does harm (8 documents, 24 windows, 3 "
+        "seeds)."
+    ) in harmed
     assert "candidates-contexts.png" in shown
 
 
@@ -125,7 +132,7 @@ def test_the_training_loss_around_a_switch_stands_beside_that_of_full_attention(
             file.write("".join(json.dumps(row) + "\n" for row in rows))
     write_report(recipe, tmp_path, "6nd")
     assert (
-        "large, last-1, seed 0: the attention changes after step 360. Training loss of the 20 steps before and after "
+        "1.2 M, last-1, seed 0: the attention changes after step 360. Training loss of the 20 steps before and after "
         "it: 2.0000 and 3.2500 nats (+1.2500), 3.5000 in its highest record; full attention on the same batches "
         "2.0000 and 1.2500 nats (-0.7500), 1.5000 in its highest record."
     ) in (tmp_path / "report.md").read_text()
@@ -133,7 +140,7 @@ def test_the_training_loss_around_a_switch_stands_beside_that_of_full_attention(
 
 def test_fit_and_plot_work_on_the_folder_alone(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["fit", str(study), "--axis", "causal_exact"]) == 0
-    assert "causal_exact" in (printed := capsys.readouterr().out)
+    assert "compute by causal-exact" in (printed := capsys.readouterr().out)
     assert "| MoBA | trailing loss |" in printed
     before = (study / "figures" / "pretrain-scaling-law.svg").read_text()
     assert cli.main(["plot", str(study), "--axis", "chinchilla"]) == 0
@@ -153,9 +160,9 @@ def test_an_axis_of_compute_is_one_entry(study: Path, tmp_path: Path, monkeypatc
         read_outcomes(read_recipe(copy / RECIPE_FILE), copy)[0].final["tokens"],
     )
     report = write_report(recipe, copy, "tokens")[0].read_text()
-    assert "million tokens (tokens) the trailing loss of MoBA lies" in report
-    assert "Fitted laws, L = a · C^b, C by the convention tokens" in report
-    assert "accelerator s | tokens (M) | squared | tokens/s" in report
+    assert "million tokens by tokens (M), the most that both have spent, the trailing loss of MoBA lies" in report
+    assert "Fitted laws, L = a · C^b, C by tokens (M)" in report
+    assert "accelerator seconds | tokens (M) | squared | tokens/s" in report
     assert f"| {tokens / 1e6:.1f} | - |" in report
     assert "Tokens (million tokens)" in (copy / "figures" / "pretrain-scaling-law.svg").read_text()
     with pytest.raises(ValueError, match="does not hold the compute by squared; train its run again, or choose one"):

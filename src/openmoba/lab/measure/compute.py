@@ -118,7 +118,7 @@ class Axis:
 
     Attributes:
         name: in records and on the command line.
-        head: of its column in reports.
+        head: its name in text, tables and charts.
         caption: of a chart's axis, without the unit.
         unit: of its values, in words.
         form: how its values are written.
@@ -163,7 +163,7 @@ AXES = {
             "causal_exact", "causal-exact", "Compute by causal-exact, attention at its real reads", count=_causal_exact,
         ),
         Axis(
-            "accelerator_seconds", "accelerator s", "Measured accelerator time", "seconds", ",.0f",
+            "accelerator_seconds", "accelerator seconds", "Measured accelerator time", "seconds", ",.0f",
             lambda spent: spent.seconds,
         ),
     )

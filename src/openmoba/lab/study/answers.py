@@ -1,9 +1,9 @@
-"""What a study's numbers say, in sentences: comparisons, laws, the use of context, and one answer per stage."""
+"""What a study's numbers say, in sentences: one answer per stage, then comparisons, laws and the use of context."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from openmoba.lab.arms import FULL, HYBRID, MOBA
 from openmoba.lab.columns import counted
@@ -11,15 +11,15 @@ from openmoba.lab.config import RunConfig, changes
 from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.resample import Difference, SeedNoise
 from openmoba.lab.study.candidates import Standing, standings
-from openmoba.lab.study.fit import Fit
+from openmoba.lab.study.laws import Versus, comparable, residual, slope_difference
 from openmoba.lab.study.outcomes import (
     Cut,
+    Named,
     Outcome,
     arms_of,
     behind,
     by,
     difference,
-    fit_pair,
     gain,
     largest,
     mean_loss,
@@ -27,10 +27,21 @@ from openmoba.lab.study.outcomes import (
     paired_loss,
     references,
     seed_noise,
-    slope_difference,
 )
 from openmoba.lab.study.recipe import Stage
-from openmoba.lab.study.words import LOSSES, in_percent, inside, nats, side, span, verdict, word
+from openmoba.lab.study.words import (
+    LOSSES,
+    in_percent,
+    inside,
+    listed,
+    nats,
+    place,
+    size_name,
+    span,
+    spent,
+    verdict,
+    word,
+)
 
 AS_GOOD = 0.5
 """Percent above full attention, at the upper end of the interval, up to which an arm counts as good as it."""
@@ -39,28 +50,39 @@ REPORTED_LAYERS = 32
 """Of the model whose layer-wise hybrids arXiv 2502.13189 shows, with 1, 3, 5 and 10 of them full."""
 
 
-def answers(stage: Stage, outcomes: Sequence[Outcome], axis: str) -> list[str]:
-    """Say what the runs of one stage answer to its question, each sentence with its interval.
+def in_short(stage: Stage, outcomes: Sequence[Outcome], axes: Sequence[str]) -> str:
+    """Say the answer to a stage's question in short, without intervals; "" where there is none yet.
 
     Args:
         outcomes: those that the stage compares, as `of_stage` gives them.
-        axis: compute convention of the laws.
+        axes: conventions of compute by which laws are compared.
     """
     if any(run.run.sweep for run in outcomes):  # `sweep` says what there is to say
-        return []
-    if len(by("arm", outcomes)) == 1:
-        return [_gained(own) for own in by("size", outcomes).values() if len(own[0].ranges) > 2]
-    sentences: list[str] = []
+        return ""
+    if len(stage.arms) == 1:
+        return _context_in_short(outcomes)
     if stage.chart == "scaling":
-        sentences = list(_law_ratios(outcomes, axis))
-    for runs in by("size", outcomes).values():
-        if stage.chart == "layers":
-            sentences += _closing(runs)
-        if stage.chart == "compare":
-            sentences += _nearest(runs)
-        if stage.chart == "positions":
-            sentences += from_full(stage, runs)
-    return sentences
+        return _laws_in_short(outcomes, axes)
+    runs = largest(outcomes)
+    if stage.chart == "layers":
+        return _layers_in_short(runs)
+    sparse = _sparse(runs) if stage.chart == "compare" else []
+    return _best_in_short(sparse[0]) if sparse else ""
+
+
+def details(stage: Stage, outcomes: Sequence[Outcome], axes: Sequence[str]) -> list[str]:
+    """Say what stands behind the answer of a stage, each number with its interval; arguments as of `in_short`."""
+    if any(run.run.sweep for run in outcomes):
+        return []
+    sizes = by("size", outcomes).values()
+    if len(by("arm", outcomes)) == 1:
+        return [_gained(own) for own in sizes if len(own[0].ranges) > 2]
+    if stage.chart == "scaling":
+        return [_law_ratio(one, axis) for axis in axes for one in _law_ratios(outcomes, axis)]
+    if stage.chart == "positions":
+        return [sentence for runs in sizes for sentence in from_full(stage, runs)]
+    told = _closing if stage.chart == "layers" else _nearest
+    return [sentence for runs in sizes for sentence in told(runs)]
 
 
 def sweep(stage: Stage, outcomes: Sequence[Outcome]) -> Iterator[str]:
@@ -82,7 +104,7 @@ def sweep(stage: Stage, outcomes: Sequence[Outcome]) -> Iterator[str]:
                 rates.setdefault(run.config.train.learning_rate, []).append(run)
                 told.add(run.run.name)
         noise = SeedNoise.of([run.loss("lm") for run in runs] for runs in rates.values())
-        yield f"{first.config.model.size}, learning rate: {_best_rate(dict(sorted(rates.items())), noise)}"
+        yield f"{size_name(first)}, learning rate: {_best_rate(dict(sorted(rates.items())), noise)}"
 
 
 def _at_rate_and_seed_of(first: Outcome, run: Outcome) -> RunConfig:
@@ -126,23 +148,28 @@ def from_full(stage: Stage, runs: Sequence[Outcome]) -> Iterator[str]:
                 parts.append(f"{shown} from {inside(other[0].label)}, {verdict(found)}")
         if parts:
             told = f"{'; '.join(parts)} ({behind(own, 'trailing')})"
-            yield f"{own[0].run.size}: the trailing loss of {own[0].label} is {told}."
+            yield f"{size_name(own[0])}: the trailing loss of {own[0].label} is {told}."
 
 
 def slopes(own: Sequence[Outcome], full: Sequence[Outcome], axis: str) -> Iterator[str]:
-    """Say how an arm's exponent differs from that of full attention, by loss."""
+    """Say how an arm's exponent differs from that of full attention, by loss, where their runs overlap in compute.
+
+    Args:
+        own, full: runs of two arms, as `comparable` gives them.
+    """
     for kind, name in LOSSES.items():
-        if pair := fit_pair(own, full, kind, axis):
-            found, runs = slope_difference(*pair), len(pair[0].loss)
+        found = Versus.of(own, full, kind, axis)
+        if found and found.overlap:
+            apart = slope_difference(*found.laws)
             yield (
                 f"{name[:1].upper()}{name[1:]}: {own[0].label}'s exponent minus that of {inside(full[0].label)}, over "
-                f"{runs} runs each, lies in {found.low:+.4f} to {found.high:+.4f}: "
-                f"{word(0.0 not in found, runs >= 2 * _common_sizes(own, full))}."
+                f"{found.runs} runs each, lies in {apart.low:+.4f} to {apart.high:+.4f}: "
+                f"{word(0.0 not in apart, found.seeds_known)} (largest residual {residual(*found.laws):.1%})."
             )
 
 
 def reach(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """Say of every arm and size how far back it is seen to look, where the context was cut short."""
+    """Say of every arm and size with how many tokens in sight it does best, where the context was cut short."""
     for runs in by("size", outcomes).values():
         for own in by("arm", runs).values():
             if own[0].contexts and own[0].has("trailing"):
@@ -161,31 +188,34 @@ def switches(outcomes: Sequence[Outcome]) -> Iterator[str]:
                     beside = _around(full[run.run.seed], step) if run.run.seed in full else None
                     same = "" if beside is None else f"; full attention on the same batches {beside[1]}"
                     yield (
-                        f"{run.run.size}, {run.label}, seed {run.run.seed}: the attention changes after step {step:,}. "
-                        f"Training loss of the {around[0]:,} steps before and after it: {around[1]}{same}."
+                        f"{size_name(run)}, {run.label}, seed {run.run.seed}: the attention changes after step "
+                        f"{step:,}. Training loss of the {around[0]:,} steps before and after it: {around[1]}{same}."
                     )
 
 
 def use_of_context(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """Say what full attention gains from a longer context, and how much of it MoBA does not."""
+    """Say how the loss changes along a window: that of full attention, and how far MoBA is from it.
+
+    The first only where the context was not cut short: `reach` then says what context is good for, on the same text.
+    """
     runs = largest(outcomes)
     full, moba = of_kind(runs, FULL), of_kind(runs, MOBA)
     if len(by("arm", outcomes)) == 1 or not full or len(full[0].ranges) < 3:
         return
-    last = len(full[0].ranges) - 1
+    last, label = len(full[0].ranges) - 1, inside(full[0].label)
     end, before = (span(full[0], number) for number in (last, 1))
-    found = gain(full, last, 1)
-    yield (
-        f"Use of context: with {inside(full[0].label)} ({full[0].run.size}) the loss at positions {end} differs from "
-        f"that at {before} by {nats(found)}, text that differs from range to range included. The "
-        "lower, the more the model gains from far context, and the more it can lose by leaving blocks out."
-    )
-    lost = difference(moba, full, (last, 1), seed_noise(runs, (last, 1)))
-    if lost is not None and lost.interval is not None:
+    if not full[0].contexts:
         yield (
-            f"On the same text: from {before} to {end} the difference of {moba[0].label} from {inside(full[0].label)} "
-            f"changes by {nats(lost)} ({behind(moba, last, len(lost.per_seed))}): {verdict(lost)}. What lies above "
-            f"zero is what {inside(full[0].label)} gains from far context and {moba[0].label} does not."
+            f"{size_name(full[0])}: with {label} the loss at positions {end} differs from that at {before} by "
+            f"{nats(gain(full, last, 1))}, text that differs from range to range included."
+        )
+    more = difference(moba, full, (last, 1), seed_noise(runs, (last, 1)))
+    ends = [found.mean for number in (1, last) if (found := difference(moba, full, number))]
+    if more is not None and more.interval is not None:
+        yield (
+            f"{size_name(full[0])}: the difference of {moba[0].label} from {label} goes from {ends[0]:+.4f} nats at "
+            f"positions {before} to {ends[1]:+.4f} at {end}, a change of {nats(more)}, {verdict(more)} "
+            f"({behind(moba, last, len(more.per_seed))})."
         )
 
 
@@ -200,129 +230,171 @@ def _around(run: Outcome, step: int) -> tuple[int, str] | None:
     return around, f"{first:.4f} and {second:.4f} nats ({second - first:+.4f}), {max(after):.4f} in its highest record"
 
 
+def _context_in_short(outcomes: Sequence[Outcome]) -> str:
+    """Say of one arm at which sizes its loss falls along the window, and at which it still does so far away."""
+    sizes = [own for own in by("size", outcomes).values() if len(own[0].ranges) > 2]
+    if not sizes:
+        return ""
+    names, last = [size_name(own[0]) for own in sizes], len(sizes[0][0].ranges) - 1
+    falls = ([_falls(gain(own, last, start)) for own in sizes] for start in (0, last // 2))
+    whole, half = (_fall(names, does) for does in falls)
+    return (
+        f"In short, {inside(outcomes[0].label)} with {listed(names)} parameters: from the window's start to its end "
+        f"the loss {whole}, from its middle to its end it {half}."
+    )
+
+
+def _fall(names: Sequence[str], falls: Sequence[bool]) -> str:
+    """Say at which sizes a loss falls."""
+    some = [name for name, does in zip(names, falls, strict=True) if does]
+    if not some:
+        return "is not seen to fall"
+    return "falls" if all(falls) else f"falls with {listed(some)} alone"
+
+
 def _gained(own: Sequence[Outcome]) -> str:
     """Say whether one arm of one size uses its context: at all, and far away."""
     last = len(own[0].ranges) - 1
     near, far = gain(own, last, 0), gain(own, last, last // 2)
     first, middle, end = (span(own[0], number) for number in (0, last // 2, last))
     return (
-        f"{own[0].run.size}: the loss at positions {end} is {nats(near)} from that at {first}: context "
+        f"{size_name(own[0])}: the loss at positions {end} is {nats(near)} from that at {first}: context "
         f"{_counts(near)}. From that at {middle} it is {nats(far)}: the second half of the window {_counts(far)} "
         f"({behind(own, last)}; the text differs from range to range, which the intervals hold)."
     )
 
 
 def _reach(own: Sequence[Outcome]) -> str:
-    first, (*cuts, farthest) = own[0], own[0].contexts
-    gains = [f"{nats(gain(own, 'trailing', Cut(cut)))} from that with {cut:,}" for cut in (*cuts, farthest)]
+    first, (*_, farthest) = own[0], own[0].contexts
+    kinds: list[Named | Cut] = ["trailing", *map(Cut, first.contexts)]
+    best = min(kinds, key=lambda kind: mean_loss(own, kind))
+    seen = first.config.data.length if best == "trailing" else best.context  # type: ignore[union-attr]
+    told = f"{size_name(first)}, {first.label}: the last {first.config.trailing:,} tokens have their lowest loss with "
+    if best == "trailing":
+        found = gain(own, "trailing", Cut(farthest))
+        return (
+            f"{told}all {seen:,} tokens in sight. It is {nats(found)} from that with {farthest:,}: what lies farther "
+            f"back {_counts(found)} ({behind(own, 'trailing')})."
+        )
+    found = gain(own, "trailing", best)
+    harm = "does harm" if found.resolved else "is not seen to count"
     return (
-        f"{first.run.size}, {first.label}, the same last {first.config.trailing:,} tokens of every window: with all "
-        f"{first.config.data.length:,} tokens in sight their loss is {', '.join(gains)}. What lies farther back than "
-        f"{farthest:,} {_counts(gain(own, 'trailing', Cut(farthest)))} ({behind(own, 'trailing')})."
+        f"{told}{seen:,} tokens in sight. With all {first.config.data.length:,} it is {nats(found)} from that: what "
+        f"lies farther back {harm} ({behind(own, 'trailing')})."
     )
 
 
 def _counts(found: Difference) -> str:
-    return "counts" if found.resolved and found.mean < 0 else "is not seen to count"
+    return "counts" if _falls(found) else "is not seen to count"
 
 
-@dataclass(frozen=True)
-class _Ratio:
-    """How far an arm's law lies from that of full attention, at the most compute that both have spent.
-
-    Attributes:
-        share: of the law of full attention, with the ends of its interval.
-        begins: compute of the smallest run of the arm that begins later.
-    """
-
-    own: Sequence[Outcome]
-    other: Sequence[Outcome]
-    pair: tuple[Fit, Fit]
-    share: float
-    low: float
-    high: float
-    compute: float
-    begins: float
-
-    @property
-    def resolved(self) -> bool:
-        return not self.low <= 0 <= self.high
+def _falls(found: Difference) -> bool:
+    return found.resolved and found.mean < 0
 
 
-def _law_ratios(outcomes: Sequence[Outcome], axis: str) -> Iterator[str]:
-    """Say how far each arm's law lies from that of full attention, in short and with intervals.
-
-    An arm with key convolution is compared with full attention that has it, too.
-    """
-    full = of_kind(outcomes, FULL)
-    arms = [own for own in by("arm", outcomes).values() if own != full]
-    ratios = [found for own in arms for other in references(own, outcomes) if (found := _ratio(own, other, axis))]
-    if ratios:
-        shown = (f"{one.own[0].label} {side(one.share, one.resolved)} {inside(one.other[0].label)}" for one in ratios)
-        last = ratios[-1]
-        sizes = counted(_common_sizes(last.own, last.other), "size")
-        yield (
-            f"In short, trailing losses at equal compute ({axis}), the most that both have spent: {', '.join(shown)} "
-            f"({sizes}, {behind(last.own, 'trailing')})."
-        )
-    yield from (_law_ratio(one, axis) for one in ratios)
+def _law_ratios(outcomes: Sequence[Outcome], axis: str) -> list[Versus]:
+    """Compare each arm's law of the trailing loss with that of full attention, and of such with its key convolution."""
+    runs = comparable(outcomes)
+    full = of_kind(runs, FULL)
+    pairs = [(own, other) for own in by("arm", runs).values() if own != full for other in references(own, runs)]
+    return [found for own, other in pairs if (found := Versus.of(own, other, "trailing", axis))]
 
 
-def _ratio(own: Sequence[Outcome], other: Sequence[Outcome], axis: str) -> _Ratio | None:
-    pair = fit_pair(own, other, "trailing", axis)
-    if pair is None:
-        return None
-    compute = min(float(law.compute.max()) for law in pair)
-    begins = max(float(law.compute.min()) for law in pair)
-    share = float(pair[0].law(compute) / pair[1].law(compute)) - 1
-    low, high = (float(end[0]) - 1 for end in pair[0].ratio(pair[1], [compute]))
-    return _Ratio(own, other, pair, share, low, high, compute, begins)
-
-
-def _law_ratio(found: _Ratio, axis: str) -> str:
-    sizes, runs = _common_sizes(found.own, found.other), len(found.pair[0].loss)
-    unchecked = " Two sizes make a law that nothing checks." if sizes == 2 else ""
-    beyond = f", beyond the runs of one of them, which begin at {AXES[axis].amount(found.begins)}"
+def _laws_in_short(outcomes: Sequence[Outcome], axes: Sequence[str]) -> str:
+    """Say how far each arm's law lies from that of full attention, by every convention of compute."""
+    ratios = [(axis, one) for axis in axes for one in _law_ratios(outcomes, axis)]
+    if not ratios:
+        return ""
+    line = inside(of_kind(comparable(outcomes), FULL)[0].label)
+    told: dict[str, dict[str, list[str]]] = {}
+    same: dict[str, str] = {}
+    for axis, one in ratios:
+        other = inside(one.other[0].label)
+        name = one.own[0].label + ("" if other == line else f" (against {other})")
+        where = place(one.share, 0.0 not in one.interval) if one.overlap else "no compute in common"
+        told.setdefault(name, {}).setdefault(where, []).append(AXES[axis].head)
+        same[name] = _at_equal_size(one, outcomes)
+    equal = [
+        f"{name} {', '.join(f'{where} by {listed(heads)}' for where, heads in places.items())}"
+        for name, places in told.items()
+    ]
+    last, worst = ratios[-1][1], max(residual(*one.laws) for _, one in ratios)
     return (
-        f"At an equal {AXES[axis].amount(found.compute)} ({axis}{'' if found.begins <= found.compute else beyond}) the "
-        f"trailing loss of {found.own[0].label} lies {found.share:+.2%} [{found.low:+.2%}, {found.high:+.2%}] from "
-        f"that of {inside(found.other[0].label)}, by the laws of {runs} runs each ({behind(found.own, 'trailing')}): "
-        f"{word(found.resolved, runs >= 2 * sizes)}.{unchecked}"
+        f"In short, trailing losses against {line}. At the same size and tokens, {counted(last.sizes, 'size')}: "
+        f"{', '.join(f'{name} {where}' for name, where in same.items())}. At the same compute, by laws through "
+        f"these runs: {'; '.join(equal)} (largest residual {worst:.1%}, {behind(last.own, 'trailing')})."
     )
 
 
-def _common_sizes(own: Sequence[Outcome], other: Sequence[Outcome]) -> int:
-    return len({run.run.size for run in own} & {run.run.size for run in other})
+def _at_equal_size(found: Versus, outcomes: Sequence[Outcome]) -> str:
+    """Say how far the runs of one arm lie from those of another of the same size, from the least to the most."""
+    apart, shares = [], []
+    for size, own in by("size", found.own).items():
+        other, runs = by("size", found.other)[size], by("size", outcomes)[size]
+        one = difference(own, other, "trailing", seed_noise(runs, "trailing"))
+        assert one is not None, "laws are of shared seeds"
+        apart.append(one)
+        shares.append(one.mean / paired_loss(other, own, "trailing"))
+    if not all(one.resolved for one in apart) or min(shares) < 0 < max(shares):
+        return f"{min(shares):+.1%} to {max(shares):+.1%}, not resolved at every size"
+    least, most = sorted(map(abs, shares))[:: len(shares) - 1]
+    return f"{least:.1%} to {most:.1%} {'above' if min(shares) > 0 else 'below'}"
+
+
+def _law_ratio(found: Versus, axis: str) -> str:
+    own, other, runs = found.own[0].label, inside(found.other[0].label), behind(found.own, "trailing")
+    if not found.overlap:
+        (start, end), (other_start, other_end) = found.ranges
+        unit, form = AXES[axis].unit, AXES[axis].form
+        return (
+            f"By {AXES[axis].head} there is no ratio: the runs of {own} spent {start:{form}} to {end:{form}} {unit}, "
+            f"those of {other} {other_start:{form}} to {other_end:{form}}, and no amount is common to both."
+        )
+    low, high = found.interval.low, found.interval.high
+    return (
+        f"At {spent(axis, found.compute)}, the most that both have spent, the trailing loss of {own} lies "
+        f"{found.share:+.2%} [{low:+.2%}, {high:+.2%}] from that of {other}: "
+        f"{word(0.0 not in found.interval, found.seeds_known)} (laws of {found.runs} runs each, largest residual "
+        f"{residual(*found.laws):.1%}; {runs})."
+    )
+
+
+def _layers_in_short(runs: Sequence[Outcome]) -> str:
+    """Say how far MoBA and each hybrid end from full attention."""
+    full, moba, noise = of_kind(runs, FULL), of_kind(runs, MOBA), seed_noise(runs, "trailing")
+    named = [("MoBA in every layer", moba), *((f"with {_full_layers(own[0])}", own) for own in arms_of(runs, HYBRID))]
+    found = [(name, own, one) for name, own in named if (one := difference(own, full, "trailing", noise))]
+    if not found:
+        return ""
+    shown = [f"{name} {place(one.mean / paired_loss(full, own, 'trailing'), one.resolved)}" for name, own, one in found]
+    return (
+        f"In short, trailing losses of a model of {size_name(runs[0])} parameters against {inside(full[0].label)}: "
+        f"{', '.join(shown)} ({behind(runs, 'trailing')})."
+    )
 
 
 def _closing(runs: Sequence[Outcome]) -> Iterator[str]:
-    """Say how much of the gap between MoBA and full attention the hybrids close, and what is left of it."""
+    """Say how far MoBA and the hybrids end from full attention, and how much of MoBA's gap the hybrids close."""
     full, moba = of_kind(runs, FULL), of_kind(runs, MOBA)
     noise = seed_noise(runs, "trailing")
     gap = difference(moba, full, "trailing", noise)
     if full and not full[0].has("trailing"):
         return
-    left = [(own, found) for own in arms_of(runs, HYBRID) if (found := difference(own, full, "trailing", noise))]
-    shown = [f"MoBA in every layer {_from(gap, full, moba)}"] if gap else []
-    shown += [f"with {_full_layers(own[0])} {_from(found, full, own)}" for own, found in left]
-    if shown:
-        yield f"In short, trailing losses of {runs[0].run.size}: {', '.join(shown)} ({behind(runs, 'trailing')})."
     if gap is not None:
         base = paired_loss(full, moba, "trailing")
         yield (
-            f"{runs[0].run.size}: {moba[0].label} in every layer costs {nats(gap)} ({in_percent(gap, base)}) in "
-            f"trailing loss ({behind(moba, 'trailing', len(gap.per_seed))}): {verdict(gap)}."
+            f"{size_name(runs[0])}: {moba[0].label} in every layer costs {nats(gap)} ({in_percent(gap, base)}) in "
+            f"trailing loss, {verdict(gap)} ({behind(moba, 'trailing', len(gap.per_seed))})."
         )
-    for own, found in left:
-        gains = gap is not None and gap.resolved and gap.mean > 0
-        closed = f", {1 - found.mean / gap.mean:.0%} of the gap closed" if gap and gains else ""
-        share = in_percent(found, paired_loss(full, own, "trailing"))
-        layers, count = own[0].layers, len(own[0].full_layers)
-        of = f"{count / layers:.0%}; " if layers else ""
-        yield (
-            f"With {_full_layers(own[0])} ({of}{own[0].label}): {nats(found)} ({share}) "
-            f"from {inside(full[0].label)}{closed}: {verdict(found)}."
-        )
+    for own in arms_of(runs, HYBRID):
+        if found := difference(own, full, "trailing", noise):
+            share = in_percent(found, paired_loss(full, own, "trailing"))
+            layers, count = own[0].layers, len(own[0].full_layers)
+            of = f"{count / layers:.0%}; " if layers else ""
+            yield (
+                f"With {_full_layers(own[0])} ({of}{own[0].label}): {nats(found)} ({share}) from "
+                f"{inside(full[0].label)}, {verdict(found)}.{_closed(found, gap)}"
+            )
     if full and any(run.layers and run.layers != REPORTED_LAYERS for run in runs):
         yield (
             f"The hybrids of the MoBA report have 1, 3, 5 and 10 full layers of {REPORTED_LAYERS}, 3% to 31%: compare "
@@ -330,103 +402,83 @@ def _closing(runs: Sequence[Outcome]) -> Iterator[str]:
         )
 
 
+def _closed(left: Difference, gap: Difference | None) -> str:
+    """Say how much of MoBA's gap a hybrid closes, a share without an interval; "" where there is no gap."""
+    if gap is None or not gap.resolved or gap.mean < 0:
+        return ""
+    share = 1 - left.mean / gap.mean
+    part = "all" if share >= 1 else "none" if share <= 0 else f"about {share:.0%}"
+    return f" This closes {part} of MoBA's gap."
+
+
 def _full_layers(run: Outcome) -> str:
     return f"{len(run.full_layers)}{f' of {run.layers}' if run.layers else ''} layers full"
 
 
-def _from(found: Difference, full: Sequence[Outcome], own: Sequence[Outcome]) -> str:
-    """Say how far an arm ends from full attention, without an interval."""
-    share = found.mean / paired_loss(full, own, "trailing")
-    return f"{side(share, found.resolved)} {inside(full[0].label)}"
+def _sparse(runs: Sequence[Outcome]) -> list[Standing]:
+    """Return the candidates that read fewer keys than full attention, that of the lowest trailing loss first."""
+    sparse = [found for found in standings(runs) if found.key_share is not None and found.key_share < 1]
+    return [found for found in sparse if found.plain.trailing is not None]
+
+
+def _best_in_short(found: Standing) -> str:
+    """Say of a sparse candidate what it is, what it saves and what it loses."""
+    run, against = found.runs[0], found.fair or found.plain
+    settings = run.config.arm.settings(run.layers, run.config.train.steps)
+    full = "full attention with the same key convolution" if against is found.own else inside(against.name)
+    full += " without its key convolution" if found.fair is None else ""
+    trailing = against.trailing
+    assert trailing is not None, "chosen by it"
+    where = place(trailing.mean / against.trailing_loss, trailing.resolved)
+    end = f"{where} that of" if trailing.resolved else f"{where} of that of"
+    fast = "" if found.speedup is None else f", trains {found.speedup:.1f} times as fast"
+    return (
+        f"In short: {run.label} ({settings}) reads {found.key_share:.0%} of the keys that full attention reads{fast}, "
+        f"and its trailing loss ends {end} {full} ({size_name(run)} parameters, {behind(found.runs, 'trailing')})."
+    )
 
 
 def _nearest(runs: Sequence[Outcome]) -> Iterator[str]:
-    """Say what the sparse candidate with the lowest trailing loss is, and name those that are not told apart from it.
+    """Name the sparse candidate with the lowest trailing loss, and those that are not told apart from it.
 
-    Then those that are as good as full attention, and the one with the fewest keys that is not resolved above it.
+    Then those that are as good as full attention, and the one with the fewest keys that is not resolved above it. The
+    numbers stand in the table of candidates.
     """
-    sparse = [found for found in standings(runs) if found.key_share is not None and found.key_share < 1]
-    sparse = [found for found in sparse if found.plain.trailing is not None]
+    sparse = _sparse(runs)
     if not sparse:
         return
     best, *others = sparse
-    yield _in_short(best)
-    which = (
-        f"the lowest trailing loss of {len(sparse)} sparse candidates is that of" if others else "one sparse candidate,"
-    )
-    yield f"{runs[0].run.size}: {which} {_stands(best)}."
     noise = seed_noise(runs, "trailing")
     against = [(one, difference(one.runs, best.runs, "trailing", noise)) for one in others]
     alike = [f"{one.runs[0].label} ({nats(found)})" for one, found in against if found and not found.resolved]
     if others:
-        yield f"Not told apart from {best.runs[0].label}: {', '.join(alike) or 'none of the others'}."
+        yield (
+            f"{size_name(runs[0])}: {best.runs[0].label} has the lowest trailing loss of {len(sparse)} sparse "
+            f"candidates. Not told apart from it: {', '.join(alike) or 'none of the others'}."
+        )
     if unfair := [one.runs[0].label for one in sparse if one.fair is None]:
         yield (
             f"{', '.join(unfair)}: full attention with the same key convolution has no run yet, so what comes of the "
             "choice of blocks is not known."
         )
-    every = "All others" if unfair else "All"
-    yield from _level([one for one in sparse if one.fair is not None and one.fair.trailing is not None], every)
+    yield from _level([one for one in sparse if one.fair is not None and one.fair.trailing is not None])
 
 
-def _level(judged: Sequence[Standing], every: str) -> Iterator[str]:
-    """Say which of the candidates are as good as full attention, and which are resolved above it.
-
-    Args:
-        judged: those that have a fair comparison; `every`: what they are called together.
-    """
+def _level(judged: Sequence[Standing]) -> Iterator[str]:
+    """Say which of the candidates that have a fair comparison are as good as full attention, and which are above it."""
     if not judged:
         return
-    good = [_as_good(one) for one in judged if _at_most(one, AS_GOOD)]
+    good = [one.runs[0].label for one in judged if _at_most(one, AS_GOOD)]
     yield f"At most {AS_GOOD:g}% above {FAIR} at the upper end of the interval: {', '.join(good) or 'none'}."
     level = [one for one in judged if one.fair and one.fair.trailing and not _resolved_above(one.fair.trailing)]
-    fewest = min(level, key=lambda found: found.key_share or 0, default=None)
-    if fewest is None:
-        yield f"{every} are resolved above {FAIR}."
-    elif len(level) == 1 < len(judged):
-        yield f"{every} but {fewest.runs[0].label} are resolved above {FAIR}."
-    elif len(level) > 1:
+    above = [one.runs[0].label for one in judged if one not in level]
+    yield f"Resolved above it: {', '.join(above) or 'none'}."
+    if len(level) > 1:
+        fewest = min(level, key=lambda found: found.key_share or 0)
         yield (
-            f"{len(level)} are not resolved above {FAIR}, which does not make them equal; the one of these that reads "
-            f"the fewest keys is {_stands(fewest)}."
+            f"The other {len(level)} are not resolved above it, which does not make them equal to it. Of these "
+            f"{fewest.runs[0].label} reads the fewest keys, {fewest.key_share:.1%}."
         )
-
-
-def _in_short(found: Standing) -> str:
-    """Say of a sparse candidate what it is, what it saves and what it loses, in a sentence without intervals."""
-    run, against = found.runs[0], found.fair or found.plain
-    settings = run.config.arm.settings(run.layers, run.config.train.steps)
-    full = "full attention" + (" with the same key convolution" if against is found.own else "")
-    full += " without its key convolution" if found.fair is None else ""
-    trailing = against.trailing
-    assert trailing is not None, "chosen by it"
-    end = side(trailing.mean / against.trailing_loss, trailing.resolved)
-    fast = "" if found.speedup is None else f", trains {found.speedup:.1f} times as fast"
-    return (
-        f"In short: {run.label} ({settings}) reads {found.key_share:.0%} of the keys that full attention reads{fast}, "
-        f"and its trailing loss ends {end} that of {full}."
-    )
-
-
-def _stands(found: Standing) -> str:
-    """Say how far an arm is from full attention, from that of the same key convolution, and what it costs."""
-    parts = []
-    for against, name in ((found.plain, ""), (found.own, ", full attention with the same key convolution")):
-        if against is not None and against.trailing is not None:
-            trailing = against.trailing
-            shown = f"{nats(trailing)} ({in_percent(trailing, against.trailing_loss)})"
-            parts.append(f"{shown} from {inside(against.name)}{name}: {verdict(trailing)}")
-    costs = [] if found.key_share is None else [f"{found.key_share:.1%} of the keys read"]
-    costs += [] if found.speedup is None else [f"{found.speedup:.2f} times the tokens per second"]
-    cost = f", with {' and '.join(costs)}" if costs else ""
-    return f"{found.runs[0].label}: {'; '.join(parts)}{cost} ({behind(found.runs, 'trailing')})"
-
-
-def _as_good(found: Standing) -> str:
-    assert found.fair is not None, "chosen by it"
-    assert found.fair.trailing is not None
-    trailing, loss = found.fair.trailing, found.fair.trailing_loss
-    return f"{found.runs[0].label} ({in_percent(trailing, loss)}, {found.key_share:.1%} of the keys)"
 
 
 def _at_most(found: Standing, percent: float) -> bool:

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from openmoba.lab.arms import FULL, HYBRID, MOBA
-from openmoba.lab.columns import counted, short
+from openmoba.lab.columns import counted
 from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.resample import LEVEL, Difference
 from openmoba.lab.study import figures, panels
 from openmoba.lab.study.candidates import Standing, standings
 from openmoba.lab.study.figures import Curve, Level
+from openmoba.lab.study.laws import LEAST_SIZES, comparable, fit, fit_pair
 from openmoba.lab.study.looks import arm_looks, by_parameters, size_looks
 from openmoba.lab.study.outcomes import (
     Cut,
@@ -24,8 +25,6 @@ from openmoba.lab.study.outcomes import (
     behind,
     by,
     difference,
-    fit,
-    fit_pair,
     gain,
     largest,
     mean_loss,
@@ -38,7 +37,7 @@ from openmoba.lab.study.outcomes import (
     speeds_apart,
 )
 from openmoba.lab.study.recipe import Recipe, Stage
-from openmoba.lab.study.words import inside
+from openmoba.lab.study.words import inside, size_name
 from openmoba.records.figures import save
 
 FOLDER = "figures"
@@ -121,7 +120,11 @@ def describe_arms(outcomes: Sequence[Outcome]) -> str:
     """Say of every arm its name and what it attends with, in the largest of its models; nothing of a single arm."""
     arms = [own[-1] for own in by("arm", outcomes).values()]
     hybrids = by("size", (run for run in arms if run.config.arm.kind is HYBRID))
-    at = f", layers of {' and '.join(hybrids)}" if hybrids and len(by("size", outcomes)) > 1 else ""
+    at = (
+        f", layers of {' and '.join(size_name(own[0]) for own in hybrids.values())}"
+        if hybrids and len(by("size", outcomes)) > 1
+        else ""
+    )
     return f"Arms{at}: {'; '.join(map(describe_arm, arms))}." if len(arms) > 1 else ""
 
 
@@ -167,7 +170,7 @@ def _layers(stage: Stage, size: str, runs: list[Outcome], study: Path) -> Chart:
         layers_name=layers_name,
         loss_name=f"Trailing LM loss (nats)\n{describe_trailing(runs[0])}",
     )
-    caption = f"Trailing loss over the layers with full attention ({size}; {behind(runs, 'trailing')})."
+    caption = f"Trailing loss over the layers with full attention ({size_name(runs[0])}; {behind(runs, 'trailing')})."
     if any(found and found.interval for found in (*shown.values(), *from_moba.values(), between)):
         caption += (
             f" Bars: {LEVEL:.0%} interval of the difference from the line of the bar's colour, on the same windows: a "
@@ -202,20 +205,21 @@ def _scalings(stage: Stage, runs: list[Outcome], study: Path, axis: str) -> list
 
 
 def _scaling(stage: Stage, all_runs: list[Outcome], study: Path, axis: str, name: str) -> Chart:
-    """Draw the scaling chart of the runs whose seeds all arms have; bands where both laws are of the same sizes."""
-    runs = of_same_seeds(all_runs)
+    """Draw the scaling chart of the runs whose seeds all arms have, with laws of the sizes that all arms have."""
+    runs, shared = of_same_seeds(all_runs), comparable(all_runs)
+    fitted = by("arm", shared)
     arms, full = by("arm", runs).values(), of_kind(runs, FULL)
-    laws = {own[0].label: fit(own, "trailing", axis) for own in arms}
-    others = [own for own in arms if full and own != full]
-    level = [own for own in others if _places(own) == _places(full)]
-    pairs = {own[0].label: fit_pair(own, full, "trailing", axis) for own in level}
-    names = {size: _short((of_kind(own, FULL) or own)[0]) for size, own in by("size", runs).items()}
+    laws = {own[0].label: fit(own, "trailing", axis) for own in fitted.values()}
+    line = fitted.get(full[0].run.arm, []) if full else []
+    others = [own for own in fitted.values() if line and own != line]
+    pairs = {own[0].label: fit_pair(own, line, "trailing", axis) for own in others}
+    names = {size: size_name((of_kind(own, FULL) or own)[0]) for size, own in by("size", runs).items()}
     figure = figures.scaling_chart(
         [_curve(seeds, axis, names[size]) for own in arms for size, seeds in by("size", own).items()],
         {arm: law for arm, law in laws.items() if law},
         {arm: pair for arm, pair in pairs.items() if pair},
         arm_looks(runs),
-        fitted=set(names.values()),
+        fitted={names[run.run.size] for run in shared},
         reference=full[0].label if full else "",
         title=f"Scaling laws, {describe_trailing(runs[0])}",
         loss_name="Trailing LM loss (nats)",
@@ -230,7 +234,7 @@ def _scaling(stage: Stage, all_runs: list[Outcome], study: Path, axis: str, name
         caption += f", and the fitted laws through their ends (dashed; {counts})."
     else:
         caption += (
-            f" ({counts}). There is no law yet: it takes two windows and two sizes of an arm, and a third to check it."
+            f" ({counts}). There is no law yet: it takes two windows, and {LEAST_SIZES} sizes that the arms share."
         )
     if any(pairs.values()):
         caption += (
@@ -238,10 +242,9 @@ def _scaling(stage: Stage, all_runs: list[Outcome], study: Path, axis: str, name
             "documents and windows, where both laws are drawn: a band that does not touch the red line is resolved "
             "from it. Bands of few sizes are wide: runs are drawn anew, too."
         )
-    bare = [own[0].label for own in others if own not in level and laws[own[0].label]]
-    if bare and laws[full[0].label]:
-        whose = inside(full[0].label)
-        caption += f" Without a band: {', '.join(bare)}, whose runs are of other sizes or seeds than those of {whose}."
+    if any(laws.values()) and (beyond := names.keys() - {run.run.size for run in shared}):
+        shown = ", ".join(name for size, name in names.items() if size in beyond)
+        caption += f" Laws are of the sizes that all arms with a law have, and so without {shown}."
     if len(runs) < len(all_runs):
         caption += " Left out: seeds that not every arm of a size has."
     if axis == SECONDS:
@@ -261,14 +264,10 @@ def _dense(run: Outcome) -> str:
     return "Full attention is SDPA/cuDNN." if run.result["hardware"]["gpus"] else "Full attention is SDPA."
 
 
-def _places(runs: Sequence[Outcome]) -> set[tuple[str, int]]:
-    return {(run.run.size, run.run.seed) for run in runs}
-
-
 def _positions(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
     """Draw the loss by position of the largest size's arms, and their differences from full attention."""
     runs = largest(outcomes)
-    size, arms = runs[0].run.size, by("arm", runs)
+    arms = by("arm", runs)
     reference = of_kind(runs, FULL) or next(iter(arms.values()))
     shown = _most_telling(arms, reference)
     ranges, same = range(len(reference[0].ranges)), by("arm", of_same_seeds(runs))
@@ -287,7 +286,7 @@ def _positions(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
         loss_name="LM loss (nats)",
         difference_name=f"Difference from\n{name} (nats)",
     )
-    caption = f"Loss by position ({size}), and the difference from {name} ({behind(runs, 0)})."
+    caption = f"Loss by position ({size_name(runs[0])}), and the difference from {name} ({behind(runs, 0)})."
     if any(level.interval for levels in differences.values() for level in levels):
         caption = f"{caption} Bars: {LEVEL:.0%} interval, on the same windows."
     if len(shown) < len(arms):
@@ -323,7 +322,7 @@ def _gains(stage: Stage, outcomes: list[Outcome], study: Path) -> Chart:
         loss_name="LM loss (nats)",
         difference_name=f"Difference from\npositions {span} (nats)",
     )
-    counts = "; ".join(f"{size}: {behind(own, 0)}" for size, own in sizes.items())
+    counts = "; ".join(f"{names[size]}: {behind(own, 0)}" for size, own in sizes.items())
     caption = (
         f"Loss by position of {inside(outcomes[0].label)}, and its difference from that at the positions {span} of "
         f"the same windows, with {LEVEL:.0%} intervals ({counts}). Below zero: what a longer context is good for."
@@ -376,9 +375,9 @@ def _candidates(stage: Stage, size: str, runs: list[Outcome], found: Sequence[St
     )
     speed = ", and training speed" if any(standing.speedup for standing in found) else ""
     caption = (
-        f"Every candidate's loss against {inside(full[0].label)} ({size}; {behind(runs, 'trailing')}). Bars: "
-        f"{LEVEL:.0%} interval of the paired difference. To the right: keys read over all layers, of those that full "
-        f"attention reads{speed}.{speed and f' {_dense(runs[0])}'}"
+        f"Every candidate's loss against {inside(full[0].label)} ({size_name(runs[0])}; {behind(runs, 'trailing')}). "
+        f"Bars: {LEVEL:.0%} interval of the paired difference. To the right: keys read over all layers, of those that "
+        f"full attention reads{speed}.{speed and f' {_dense(runs[0])}'}"
     )
     if any(standing.own for standing in found):
         caption += " Diamonds: against full attention with the same key convolution."
@@ -405,10 +404,4 @@ def _curve(seeds: Sequence[Outcome], axis: str, name: str) -> Curve:
 
 
 def _model(run: Outcome) -> str:
-    return f"{_short(run)} parameters"
-
-
-def _short(run: Outcome) -> str:
-    """Write the parameters without embeddings as the text does, in whole millions from two on: 792 K, 2 M, 14 M."""
-    count = float(run.result["params"]["non_embedding"])
-    return short(round(count, -6)) if 1.5e6 < count < 1e9 else short(count)
+    return f"{size_name(run)} parameters"

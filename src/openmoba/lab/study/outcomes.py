@@ -1,4 +1,4 @@
-"""What the finished runs of a study measured, and the comparisons and fits made of it."""
+"""What the finished runs of a study measured, and the comparisons made of it."""
 
 # W validation windows
 
@@ -16,11 +16,9 @@ from openmoba.lab.arms import FULL, Kind
 from openmoba.lab.columns import counted
 from openmoba.lab.config import RunConfig
 from openmoba.lab.data.identity import identity_in
-from openmoba.lab.measure.compute import AXES
-from openmoba.lab.measure.resample import Difference, Floats, Interval, Numbers, SeedNoise, paired_difference
+from openmoba.lab.measure.resample import Difference, Floats, Numbers, SeedNoise, paired_difference
 from openmoba.lab.model.build import SIZES
 from openmoba.lab.run_files import RECIPE_FILE, RESULT_FILE
-from openmoba.lab.study.fit import Fit, fit_arms, fit_runs
 from openmoba.lab.study.recipe import PlannedRun, Recipe, Stage
 from openmoba.lab.study.same_data import RunData, check_same_data, origin
 from openmoba.lab.train.history import evaluations, history, read_result
@@ -241,8 +239,7 @@ def of_kind(outcomes: Iterable[Outcome], kind: Kind) -> list[Outcome]:
 def of_same_seeds(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """Return of each size the runs whose seeds all its arms have, or all of them where its arms share no seed.
 
-    Only so do means and laws of arms stand side by side: the luck of a seed that one arm alone has would look like the
-    arm's.
+    Only so do means of arms stand side by side: the luck of a seed that one arm alone has would look like the arm's.
     """
     kept = []
     for runs in by("size", outcomes).values():
@@ -367,67 +364,19 @@ def difference(
     pairs = [(own[seed], other[seed]) for seed in sorted(own.keys() & other.keys())]
     if not pairs or not all(run.has(kind) for pair in pairs for run in pair):
         return None
-    documents = _common_documents([run for pair in pairs for run in pair], kind)
+    documents = common_documents([run for pair in pairs for run in pair], kind)
     firsts, seconds = zip(*((one.windows(kind), two.windows(kind)) for one, two in pairs), strict=True)
     return paired_difference(firsts, seconds, documents, noise)
 
 
 def gain(outcomes: Sequence[Outcome], first_kind: Loss, second_kind: Loss) -> Difference:
     """Return one loss of an arm minus another of the same windows, such as a later position range minus an earlier."""
-    documents = _common_documents(outcomes, first_kind)
+    documents = common_documents(outcomes, first_kind)
     first, second = ([outcome.windows(kind) for outcome in outcomes] for kind in (first_kind, second_kind))
     return paired_difference(first, second, documents)
 
 
-def fit(outcomes: Sequence[Outcome], kind: Loss, axis: str) -> Fit | None:
-    """Fit the law through the ends of one arm's runs.
-
-    None if they are of one size or compute, lack this loss, or have it of a single window, which gives no interval.
-    """
-    if not _fittable(outcomes, kind, axis):
-        return None
-    windows, documents = _whole(outcomes, kind)
-    return fit_runs(_compute(outcomes, axis), windows, documents) if len(documents) > 1 else None
-
-
-def fit_pair(first: Sequence[Outcome], second: Sequence[Outcome], kind: Loss, axis: str) -> tuple[Fit, Fit] | None:
-    """Fit the laws of two arms with the same draws, over the sizes and seeds that both have; None where `fit` is."""
-    own, other = ({(run.run.size, run.run.seed): run for run in runs} for runs in (first, second))
-    pairs = [(run, other[key]) for key, run in own.items() if key in other]
-    arms = [[pair[arm] for pair in pairs] for arm in (0, 1)]
-    if not all(_fittable(runs, kind, axis) for runs in arms):
-        return None
-    windows, documents = _whole([*arms[0], *arms[1]], kind)
-    if len(documents) < 2:
-        return None
-    by_arm = list(windows.reshape(2, len(pairs), -1))
-    one, two = fit_arms([_compute(runs, axis) for runs in arms], by_arm, documents)
-    return one, two
-
-
-def slope_difference(first: Fit, second: Fit) -> Interval:
-    """Return the interval of the first exponent minus the second's, over replicates that share their draws."""
-    return Interval.of(first.replicates[:, 1] - second.replicates[:, 1])
-
-
-def _fittable(outcomes: Sequence[Outcome], kind: Loss, axis: str) -> bool:
-    sizes, amounts = {outcome.run.size for outcome in outcomes}, set(_compute(outcomes, axis))
-    return min(len(sizes), len(amounts)) > 1 and all(outcome.has(kind) for outcome in outcomes)
-
-
-def _compute(outcomes: Sequence[Outcome], axis: str) -> list[float]:
-    return [AXES[axis].value(outcome.final) for outcome in outcomes]
-
-
-def _whole(outcomes: Sequence[Outcome], kind: Loss) -> tuple[Floats, Numbers]:
-    """Return losses `[N, W]` and documents `[W]` of the windows that have this loss in all runs."""
-    document_W = _common_documents(outcomes, kind)
-    windows_NW = np.stack([outcome.windows(kind) for outcome in outcomes])
-    whole_W = ~np.isnan(windows_NW).any(axis=0)
-    return windows_NW[:, whole_W], document_W[whole_W]
-
-
-def _common_documents(outcomes: Sequence[Outcome], kind: Loss) -> Numbers:
+def common_documents(outcomes: Sequence[Outcome], kind: Loss) -> Numbers:
     """List the documents of the windows that all these runs were measured on, as far as records say."""
     known = [outcome for outcome in outcomes if "document" in outcome.final["windows"]] or outcomes
     documents = known[0].documents(kind)

@@ -11,29 +11,26 @@ from openmoba.lab.columns import counted
 from openmoba.lab.measure.compute import AXES, Axis
 from openmoba.lab.measure.resample import LEVEL
 from openmoba.lab.run_files import FAILED_FILE, RESULT_FILE
-from openmoba.lab.study.answers import answers, slopes, sweep, switches, use_of_context
+from openmoba.lab.study.answers import details, in_short, reach, slopes, sweep, switches, use_of_context
 from openmoba.lab.study.candidates import standing_table, standings
 from openmoba.lab.study.charts import Chart, describe_arms, draw_charts, law_axes
+from openmoba.lab.study.laws import LEAST_SIZES, Versus, comparable, fit, residual, slope_difference
 from openmoba.lab.study.outcomes import (
     Named,
     Outcome,
     behind,
     by,
-    fit,
-    fit_pair,
     moba_settings,
     of_kind,
-    of_same_seeds,
     of_stage,
     read_outcomes,
     references,
     seed_noise,
-    slope_difference,
     speeds_apart,
 )
 from openmoba.lab.study.recipe import Recipe, Stage
-from openmoba.lab.study.tables import comparisons, reach
-from openmoba.lab.study.words import LOSSES, bounds, inside
+from openmoba.lab.study.tables import BOLD, comparisons, contexts
+from openmoba.lab.study.words import LOSSES, bounds, inside, size_name, so_far
 from openmoba.records.disk import write_text
 from openmoba.records.locks import CLAIM_FILE, claim
 from openmoba.records.markdown import table
@@ -42,8 +39,6 @@ REPORT_FILE = "report.md"
 
 FEW = 4
 """Missing runs that a report names one by one."""
-
-BOLD = "Bold where the interval excludes zero; what is not bold lies within noise."
 
 # Smallest model, its tokens, and the window of arXiv 2502.13189's scaling law.
 REPORTED_PARAMETERS, REPORTED_TOKENS, REPORTED_LENGTH = 545e6, 10.8e9, 32768
@@ -89,17 +84,17 @@ def fit_tables(recipe: Recipe, outcomes: Sequence[Outcome], axis: str) -> str:
     """Write the fitted laws of every scaling stage, as Markdown.
 
     Raises:
-        ValueError: no stage has an arm with two finished runs of different compute, measured on two windows.
+        ValueError: no stage has an arm with finished runs of three sizes, measured on two windows.
     """
     tables = [
-        "\n".join([f"{stage.name}, compute by the convention {axis}", "", *rows])
+        "\n".join([f"{stage.name}, compute by {AXES[axis].head}", "", *rows])
         for stage in recipe.stages
         if stage.chart == "scaling" and (own := of_stage(stage, outcomes)) and (rows := _fits(stage, own, axis))
     ]
     if not tables:
         raise ValueError(
-            'a law needs finished runs of at least two sizes of one arm, in a stage with chart = "scaling", measured '
-            "on at least two windows"
+            'a law needs finished runs of at least three sizes that the arms share, in a stage with chart = "scaling", '
+            "measured on at least two windows"
         )
     return "\n\n".join(tables)
 
@@ -112,11 +107,8 @@ def _report(
     if recipe.question:
         yield f"**{recipe.question}**\n"
     yield from _setting(outcomes)
-    if len(outcomes) < len(recipe.runs):
-        yield (
-            f"\n**{len(outcomes)} of {len(recipe.runs)} runs are finished**; what follows is of these alone. Missing: "
-            f"{missing(recipe, outcomes)}."
-        )
+    if unfinished := so_far(recipe, outcomes):
+        yield f"\n**{unfinished}**; what follows is of these alone. Missing: {missing(recipe, outcomes)}."
     diverged = [run.name for run in recipe.runs if (study / run.name / FAILED_FILE).exists()]
     if diverged:
         yield f"\n**Diverged**, and so without a loss here: {', '.join(diverged)}."
@@ -132,12 +124,15 @@ def _report(
         for chart in (chart for chart in charts if chart.stage == stage):
             yield f"\n![{chart.caption}]({chart.files[0].relative_to(study)})\n\n*{chart.caption}*"
         yield from _without_trailing(stage, own)
-        said = (answers(stage, own, axis), sweep(stage, outcomes), switches(own), use_of_context(own))
+        axes = law_axes(stage, own, axis) if stage.chart == "scaling" else [axis]
+        if short := in_short(stage, own, axes):
+            yield f"\n**{short}**"
+        said = (details(stage, own, axes), sweep(stage, outcomes), switches(own), use_of_context(own), reach(own))
         for sentence in chain(*said):
             yield f"\n{sentence}"
         if stage.chart == "compare":
             yield from _candidates(own)
-        if rows := reach(own):
+        if rows := contexts(own):
             yield f"\n### Lost for want of context ({behind(own, 'trailing')})\n"
             yield (
                 f"Loss of the last {own[0].config.trailing:,} tokens with so many in sight, minus that with all "
@@ -146,10 +141,10 @@ def _report(
             yield from rows
         if rows := comparisons(own):
             yield f"\n### Comparisons ({behind(own, 'lm')})\n"
-            yield f"{BOLD} {_luck(own)}\n"
+            yield f"{BOLD} {luck(own)}\n"
             yield from rows
         if stage.chart == "scaling":
-            for convention in law_axes(stage, own, axis):
+            for convention in axes:
                 yield from _laws(stage, own, convention, by_position=convention == axis)
         yield "\n### Runs\n"
         yield from _runs([outcome for outcome in own if outcome.run.stage == stage])
@@ -168,6 +163,7 @@ def _setting(outcomes: Sequence[Outcome]) -> Iterator[str]:
         f"documents ({behind([first], 'lm')} for a run); the trailing loss is that of the last "
         f"{first.config.trailing:,} positions. "
         f"Comparisons and laws count every window equally. "
+        f"Sizes are named by their parameters without embeddings. "
         f"Compute in PFLOP/s-days (8.64e19 operations). All intervals: {LEVEL:.0%}, by a bootstrap over "
         "documents and their windows."
     )
@@ -224,8 +220,8 @@ def _seeds(recipe: Recipe, outcomes: Sequence[Outcome]) -> Iterator[str]:
     """Say what noise of seeds the intervals hold, by stage and size."""
     known, unknown = [], []
     for stage in recipe.stages:
-        for size, own in by("size", of_stage(stage, outcomes)).items():
-            noise, place = seed_noise(own, "lm"), f"{size} in stage {stage.name}"
+        for own in by("size", of_stage(stage, outcomes)).values():
+            noise, place = seed_noise(own, "lm"), f"{size_name(own[0])} in stage {stage.name}"
             if noise is None:
                 unknown.append(place)
             else:
@@ -261,9 +257,9 @@ def _stage_sentence(stage: Stage, compared: Sequence[Outcome]) -> str:
     return "; ".join(parts) + "."
 
 
-def _luck(outcomes: Sequence[Outcome]) -> str:
+def luck(outcomes: Sequence[Outcome]) -> str:
     """Say which differences do not hold the luck of a seed."""
-    alone = [size for size, runs in by("size", outcomes).items() if seed_noise(runs, "lm") is None]
+    alone = [size_name(runs[0]) for runs in by("size", outcomes).values() if seed_noise(runs, "lm") is None]
     if not alone:
         return "All intervals hold the noise of seeds."
     which = "" if len(alone) == len(by("size", outcomes)) else f" of {', '.join(alone)}"
@@ -282,25 +278,28 @@ def _without_trailing(stage: Stage, outcomes: Sequence[Outcome]) -> Iterator[str
 
 
 def _candidates(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    for size, runs in by("size", outcomes).items():
+    for runs in by("size", outcomes).values():
         found = standings(runs)
         if found:
-            yield f"\n### Candidates ({size}; {behind(runs, 'trailing')})\n"
+            yield f"\n### Candidates ({size_name(runs[0])}; {behind(runs, 'trailing')})\n"
             yield from standing_table(runs, found)
 
 
 def _laws(stage: Stage, outcomes: Sequence[Outcome], axis: str, by_position: bool) -> Iterator[str]:
     """Write the laws by one convention of compute: of both losses, and of each position range beside full attention."""
-    rows, same = _fits(stage, outcomes, axis), of_same_seeds(outcomes)
+    rows, same = _fits(stage, outcomes, axis), comparable(outcomes)
     if not rows:
         return
-    yield f"\n### Fitted laws, L = a · C^b, C by the convention {axis} ({behind(same, 'trailing')})\n"
+    yield f"\n### Fitted laws, L = a · C^b, C by {AXES[axis].head} ({behind(same, 'trailing')})\n"
     if len(same) < len(outcomes):
-        yield "Seeds that not every arm of a size has are left out of the table.\n"
+        yield (
+            f"Laws are of the sizes and seeds that every arm with {LEAST_SIZES} sizes has, "
+            f"{len(same)} of these {len(outcomes)} runs.\n"
+        )
     yield from rows
-    full = of_kind(outcomes, FULL)
-    for own in by("arm", outcomes).values():
-        for other in references(own, outcomes) if own != full else ():
+    full = of_kind(same, FULL)
+    for own in by("arm", same).values():
+        for other in references(own, same) if own != full else ():
             if sentences := list(slopes(own, other, axis)):
                 yield ""
                 yield from (f"- {sentence}" for sentence in sentences)
@@ -311,14 +310,13 @@ def _laws(stage: Stage, outcomes: Sequence[Outcome], axis: str, by_position: boo
 def _fits(stage: Stage, outcomes: Sequence[Outcome], axis: str) -> list[str]:
     law_axes(stage, outcomes, axis)  # seconds that do not compare are an error
     rows = []
-    for own in by("arm", of_same_seeds(outcomes)).values():
+    for own in by("arm", comparable(outcomes)).values():
         for kind, name in LOSSES.items():
             law = fit(own, kind, axis)
             if law is not None:
-                worst = float(abs(law.residual).max())
                 rows.append(
                     [own[0].label, name, f"{law.law.a:#.4g} [{law.a.low:#.4g}, {law.a.high:#.4g}]",
-                     f"{law.law.b:+.4f}{bounds(law.b)}", str(len(law.loss)), f"{worst:.2%}"]
+                     f"{law.law.b:+.4f}{bounds(law.b)}", str(len(law.loss)), f"{residual(law):.1%}"]
                 )  # fmt: skip
     return table(["arm", "loss", "a", "b", "runs", "largest residual"], rows) if rows else []
 
@@ -329,13 +327,13 @@ def _position_laws(own: Sequence[Outcome], full: Sequence[Outcome], axis: str) -
     yield f"\n{own[0].label} and {other} by position ({behind(own, 0)}):\n"
     rows = []
     for number, (start, end) in enumerate(own[0].ranges):
-        pair = fit_pair(own, full, number, axis)
-        if pair is not None:
-            found = slope_difference(*pair)
-            cells = [text for law in pair for text in (f"{law.law.a:#.4g}", f"{law.law.b:+.4f}{bounds(law.b)}")]
-            rows.append([f"{start:,}-{end:,}", *cells, bounds(found).strip()])
+        if found := Versus.of(own, full, number, axis):
+            laws = [text for law in found.laws for text in (f"{law.law.a:#.4g}", f"{law.law.b:+.4f}{bounds(law.b)}")]
+            apart, worst = bounds(slope_difference(*found.laws)).strip(), f"{residual(*found.laws):.1%}"
+            rows.append([f"{start:,}-{end:,}", *laws, apart, worst])
     name = own[0].label
-    yield from table(["positions", f"{name} a", f"{name} b", f"{other} a", f"{other} b", "difference of b"], rows)
+    heads = ["positions", f"{name} a", f"{name} b", f"{other} a", f"{other} b", "difference of b", "largest residual"]
+    yield from table(heads, rows)
 
 
 def _runs(outcomes: Sequence[Outcome]) -> Iterator[str]:
@@ -347,11 +345,17 @@ def _runs(outcomes: Sequence[Outcome]) -> Iterator[str]:
         losses = [_loss_cell(run, kind) for kind in LOSSES]
         rows.append(
             [run.run.size, run.label, str(run.run.seed), f"{run.result['params']['non_embedding']:,}",
-             f"{run.result['tokens']:,}", *losses, *compute,
+             f"{run.result['tokens']:,}", _epochs(run), *losses, *compute,
              f"{run.tokens_per_second:,.0f}", "-" if run.mfu is None else f"{run.mfu:.0%}"]
         )  # fmt: skip
-    heads = ["size", "arm", "seed", "parameters without embeddings", "tokens", *LOSSES.values()]
+    heads = ["size in the recipe", "arm", "seed", "parameters without embeddings", "tokens", "epochs", *LOSSES.values()]
     yield from table([*heads, *(axis.head for axis in AXES.values()), "tokens/s", _mfu_head(outcomes)], rows)
+
+
+def _epochs(run: Outcome) -> str:
+    """Write how often the run read its documents; of the first records, which do not say, a dash."""
+    epochs = run.result["data"].get("epochs")
+    return "-" if epochs is None else f"{epochs:.2f}"
 
 
 def _mfu_head(outcomes: Sequence[Outcome]) -> str:

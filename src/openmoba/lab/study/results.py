@@ -12,7 +12,7 @@ from openmoba.lab.columns import counted, short
 from openmoba.lab.measure.needle_page import EDGE, chance, needle_sentences, read_needles
 from openmoba.lab.measure.resample import Difference
 from openmoba.lab.run_files import RECIPE_FILE
-from openmoba.lab.study.answers import answers, from_full, reach, sweep, switches, use_of_context
+from openmoba.lab.study.answers import details, in_short, reach, sweep, switches, use_of_context
 from openmoba.lab.study.candidates import speeds_not_compared, standing_table, standings, times_as_fast
 from openmoba.lab.study.charts import FOLDER, describe_arm, describe_arms, law_axes
 from openmoba.lab.study.outcomes import (
@@ -31,8 +31,9 @@ from openmoba.lab.study.outcomes import (
     speeds_apart,
 )
 from openmoba.lab.study.recipe import Recipe, Stage, read_recipe
-from openmoba.lab.study.report import REPORT_FILE
-from openmoba.lab.study.words import in_percent
+from openmoba.lab.study.report import REPORT_FILE, luck
+from openmoba.lab.study.tables import BOLD, comparisons
+from openmoba.lab.study.words import in_percent, size_name, so_far
 from openmoba.records.markdown import table
 
 ORDER = ("positions", "compare", "scaling", "layers")
@@ -42,11 +43,11 @@ AXIS = "6nd"
 NEEDLES = "needle.jsonl"
 """Record of `openmoba evaluate needle`, in a study's folder."""
 HEADLINES = {
-    "compare": ("Loss of every candidate against full attention", 2),
-    "scaling": ("Trailing loss over compute, with the fitted laws of MoBA and full attention", 1),
-    "layers": ("Trailing loss over the number of full layers, between MoBA and full attention", 1),
+    "compare": "Loss of every candidate against full attention",
+    "scaling": "Trailing loss over compute, with the fitted laws of MoBA and full attention",
+    "layers": "Trailing loss over the number of full layers, between MoBA and full attention",
 }
-"""What the charts show that the project is about, and how many of their sentences stand below them."""
+"""What the charts show that the project is about."""
 BUDGETS = (0.1, 0.2, 0.35, 1.0)
 """Shares of the keys that a setting may read."""
 ONE_SIZE = 0.1
@@ -66,6 +67,27 @@ class Study:
     def runs(self, stage: Stage) -> list[Outcome]:
         """Return the finished runs that one stage compares."""
         return of_stage(stage, self.outcomes)
+
+    @property
+    def so_far(self) -> str:
+        """What stands before a sentence of an unfinished study; "" before one of a finished."""
+        unfinished = so_far(self.recipe, self.outcomes)
+        return f"**{unfinished}.** " if unfinished else ""
+
+    def axes(self, stage: Stage) -> list[str]:
+        """Return the conventions of compute by which the stage's runs are compared."""
+        return law_axes(stage, self.runs(stage), AXIS) if stage.chart == "scaling" else [AXIS]
+
+    def in_short(self, stage: Stage) -> str:
+        """Return the answer of a stage; "" where it has none yet."""
+        runs = self.runs(stage)
+        return in_short(stage, runs, self.axes(stage)) if runs else ""
+
+    @property
+    def answering(self) -> Stage | None:
+        """The stage whose answer is the study's: that of the last question; None where none has one yet."""
+        stages = sorted(self.recipe.stages, key=lambda stage: -ORDER.index(stage.chart))
+        return next((stage for stage in stages if self.in_short(stage)), None)
 
     def figures(self, stage: Stage) -> list[Path]:
         """Return the charts that the stage asks for, as far as they are drawn."""
@@ -101,14 +123,13 @@ def experiments(studies: Sequence[Study], page: Path) -> str:
 def headlines(studies: Sequence[Study], page: Path) -> str:
     """Show the first chart of each of these kinds that says something, with what it says."""
     lines = []
-    for chart, (caption, most) in HEADLINES.items():
+    for chart, caption in HEADLINES.items():
         for study, stage in ((found, stage) for found in studies for stage in found.recipe.stages):
             figures = study.figures(stage) if stage.chart == chart else []
-            sentences = answers(stage, study.runs(stage), AXIS) if figures else []
-            if sentences:
+            if answer := study.in_short(stage) if figures else "":
                 source = f"[{study.recipe.title}]({_link(study.folder / REPORT_FILE, page)})"
                 weak = _weak_baseline(stage, study.runs(stage), studies)
-                told = " ".join([*sentences[:most], *weak, f"{source}: {provenance(study.outcomes)}."])
+                told = " ".join([f"{study.so_far}{answer}", *weak, f"{source}: {provenance(study.outcomes)}."])
                 lines += [f"![{caption}]({_link(figures[0], page)})\n", f"{told}\n"]
                 break
     return "\n".join(lines)
@@ -168,15 +189,15 @@ def _experiment(study: Study, studies: Sequence[Study], page: Path) -> Iterator[
     yield f"### {study.recipe.title}\n"
     if study.recipe.question:
         yield f"**{study.recipe.question}**\n"
+    if study.so_far or study.answering:
+        yield f"{study.so_far}{study.in_short(study.answering) if study.answering else ''}".strip() + "\n"
     for stage in study.recipe.stages:
         if runs := study.runs(stage):
             yield from _stage(study, stage, runs, studies, page)
     yield from _needles(study, page)
-    missing = len(study.recipe.runs) - len(study.outcomes)
-    unfinished = f"; {missing} of {len(study.recipe.runs)} runs are not finished" if missing else ""
     report, recipe = (_link(study.folder / name, page) for name in (REPORT_FILE, RECIPE_FILE))
     yield (
-        f"{counted(len(study.outcomes), 'run')}{unfinished}: [report]({report}), [recipe]({recipe}), "
+        f"{counted(len(study.outcomes), 'run')}: [report]({report}), [recipe]({recipe}), "
         f"`openmoba study RECIPE --out FOLDER`; {provenance(study.outcomes)}.\n"
     )
 
@@ -187,20 +208,24 @@ def _stage(study: Study, stage: Stage, runs: list[Outcome], studies: Sequence[St
         yield f"![{study.recipe.title}, stage {stage.name}]({_link(figure, page)})\n"
     if arms := describe_arms(runs):
         yield f"{arms}\n"
-    axes = law_axes(stage, runs, AXIS) if stage.chart == "scaling" else (AXIS,)
-    yield from (f"- {sentence}" for axis in axes for sentence in answers(stage, runs, axis))
+    if stage != study.answering and (answer := study.in_short(stage)):
+        yield f"- {answer}"
+    yield from (f"- {sentence}" for sentence in details(stage, runs, study.axes(stage)))
     if stage.chart == "scaling":
         if apart := speeds_apart(runs):
             yield f"- Measured seconds do not compare here, since these runs are of {apart}."
-        yield from (f"- {sentence}" for own in by("size", runs).values() for sentence in from_full(stage, own))
     if stage.beside is None:
         yield from (f"- {sentence}" for sentence in _weak_baseline(stage, runs, studies))
     yield from (f"- {sentence}" for sentence in sweep(stage, study.outcomes))
     if stage.chart in ("positions", "compare"):
         yield from (f"- {sentence}" for sentence in switches(runs))
         if stage.beside is None:  # the stage beside it has said this
-            yield from (f"- {sentence}" for sentence in (*use_of_context(runs), *reach(of_kind(runs, FULL))))
+            yield from (f"- {sentence}" for sentence in use_of_context(runs))
+    yield from (f"- {sentence}" for sentence in reach([run for run in runs if run.run.stage == stage]))
     yield ""
+    if rows := comparisons(runs) if stage.chart == "scaling" else []:
+        yield f"Differences at the same size, on the same tokens ({behind(runs, 'trailing')}). {BOLD} {luck(runs)}\n"
+        yield from (*rows, "")
     for own in by("size", runs).values() if stage.chart == "compare" else ():
         if found := standings(own):
             yield from standing_table(own, found)
@@ -228,9 +253,9 @@ def _weak_baseline(stage: Stage, runs: list[Outcome], studies: Sequence[Study]) 
     if study is not None and mean_loss(own, "trailing") < min(losses):
         yield (
             f"Full attention is at a trailing loss of {' and '.join(f'{loss:.3f}' for loss in losses)} after "
-            f"{full[0].config.train.steps:,} steps here, above the {mean_loss(own, 'trailing'):.3f} of the smaller "
-            f"{own[0].run.size} after {own[0].config.train.steps:,} ({study.recipe.title}; {behind(own, 'trailing')}): "
-            "it has not finished learning."
+            f"{full[0].config.train.steps:,} steps here, above the {mean_loss(own, 'trailing'):.3f} of the "
+            f"smaller {size_name(own[0])} after {own[0].config.train.steps:,} ({study.recipe.title}; "
+            f"{behind(own, 'trailing')}): it has not finished learning."
         )
 
 

@@ -6,9 +6,22 @@ from collections.abc import Sequence
 
 from openmoba.lab.arms import FULL, MOBA
 from openmoba.lab.measure.resample import Difference
-from openmoba.lab.study.outcomes import Cut, Outcome, by, difference, gain, of_kind, references, seed_noise
-from openmoba.lab.study.words import LOSSES, bounds
+from openmoba.lab.study.outcomes import (
+    Cut,
+    Outcome,
+    by,
+    difference,
+    gain,
+    of_kind,
+    paired_loss,
+    references,
+    seed_noise,
+)
+from openmoba.lab.study.words import LOSSES, bounds, in_percent, size_name
 from openmoba.records.markdown import table
+
+BOLD = "Bold where the interval excludes zero; what is not bold lies within noise."
+"""What stands above these tables."""
 
 
 def comparisons(outcomes: Sequence[Outcome]) -> list[str]:
@@ -24,24 +37,25 @@ def comparisons(outcomes: Sequence[Outcome]) -> list[str]:
         pairs = [(own, reference) for own in arms for reference in references(own, runs)]
         pairs += [(own, moba) for own in arms if moba and own != moba]
         rows += [row for own, reference in pairs if (row := _compared(own, reference, runs))]
-    heads = ["size", "arm", "from", "seeds", *(f"{name}, nats" for name in LOSSES.values()), "trailing loss by seed"]
+    heads = ["size", "arm", "from", "seeds", *(f"{name}, nats" for name in LOSSES.values()), "trailing loss, %",
+             "trailing loss by seed, nats"]  # fmt: skip
     return table(heads, rows) if rows else []
 
 
-def reach(outcomes: Sequence[Outcome]) -> list[str]:
+def contexts(outcomes: Sequence[Outcome]) -> list[str]:
     """Say of every arm and size what the same last tokens lose where the context is cut short.
 
     Returns:
         A Markdown table; empty where it was not cut.
     """
-    rows, contexts = [], sorted({context for run in outcomes for context in run.contexts})
+    rows, cuts = [], sorted({context for run in outcomes for context in run.contexts})
     for runs in by("size", outcomes).values():
         for own in by("arm", runs).values():
             if own[0].contexts and own[0].has("trailing"):
                 lost = {context: gain(own, Cut(context), "trailing") for context in own[0].contexts}
-                cells = [_cell(lost[context]) if context in lost else "" for context in contexts]
-                rows.append([own[0].run.size, own[0].label, str(len(own)), *cells])
-    return table(["size", "arm", "seeds", *(f"{context:,}" for context in contexts)], rows) if rows else []
+                cells = [_cell(lost[context]) if context in lost else "" for context in cuts]
+                rows.append([size_name(own[0]), own[0].label, str(len(own)), *cells])
+    return table(["size", "arm", "seeds", *(f"{context:,}" for context in cuts)], rows) if rows else []
 
 
 def _compared(own: Sequence[Outcome], reference: Sequence[Outcome], runs: Sequence[Outcome]) -> list[str]:
@@ -53,7 +67,15 @@ def _compared(own: Sequence[Outcome], reference: Sequence[Outcome], runs: Sequen
     trailing = found["trailing"]
     by_seed = [f"{value:+.4f}" for value in trailing.per_seed] if trailing and len(trailing.per_seed) > 1 else []
     cells = ["-" if one is None else _cell(one) for one in found.values()]
-    return [own[0].run.size, own[0].label, reference[0].label, str(len(known[0].per_seed)), *cells, ", ".join(by_seed)]
+    cells.append("-" if trailing is None else in_percent(trailing, paired_loss(reference, own, "trailing"), sign=""))
+    return [
+        size_name(own[0]),
+        own[0].label,
+        reference[0].label,
+        str(len(known[0].per_seed)),
+        *cells,
+        ", ".join(by_seed),
+    ]
 
 
 def _cell(found: Difference) -> str:

@@ -1,9 +1,14 @@
-"""How a study writes differences, and which of them it calls resolved."""
+"""How a study writes sizes, compute and differences, and which differences it calls resolved."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
+from openmoba.lab.columns import short
+from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.resample import Difference, Interval
 from openmoba.lab.study.outcomes import Named, Outcome
+from openmoba.lab.study.recipe import Recipe
 
 LOSSES: dict[Named, str] = {"lm": "LM loss", "trailing": "trailing loss"}
 
@@ -11,6 +16,33 @@ LOSSES: dict[Named, str] = {"lm": "LM loss", "trailing": "trailing loss"}
 def inside(label: str) -> str:
     """Write an arm's name inside a sentence: "Full attention" loses its capital, "MoBA" keeps it."""
     return label[:1].lower() + label[1:] if label[1:].islower() else label
+
+
+def size_name(run: Outcome) -> str:
+    """Name a size by its parameters without embeddings, in whole millions from two on: 792 K, 2 M, 14 M."""
+    count = float(run.result["params"]["non_embedding"])
+    return short(round(count, -6)) if 1.5e6 < count < 1e9 else short(count)
+
+
+def spent(axis: str, value: float) -> str:
+    """Write an amount of compute with its convention: "1.0e-04 PFLOP/s-days by 6ND", "136 accelerator seconds"."""
+    shown = AXES[axis]
+    return (
+        f"{value:{shown.form}} {shown.head}"
+        if shown.head.endswith(shown.unit)
+        else f"{shown.amount(value)} by {shown.head}"
+    )
+
+
+def listed(names: Iterable[str]) -> str:
+    """Write names as a sentence does: "a", "a and b", "a, b and c"."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def so_far(recipe: Recipe, outcomes: Sequence[Outcome]) -> str:
+    """Say how many runs of an unfinished study there are: "7 of 29 runs so far"; "" of a finished one."""
+    return f"{len(outcomes)} of {len(recipe.runs)} runs so far" if len(outcomes) < len(recipe.runs) else ""
 
 
 def nats(found: Difference) -> str:
@@ -33,9 +65,9 @@ def bounds(interval: Interval | None) -> str:
     return "" if interval is None else f" [{interval.low:+.4f}, {interval.high:+.4f}]"
 
 
-def side(share: float, resolved: bool) -> str:
-    """Say how far a difference lies from what follows, without an interval: "1.2% above", or "within noise of"."""
-    return f"{abs(share):.1%} {'below' if share < 0 else 'above'}" if resolved else "within noise of"
+def place(share: float, resolved: bool) -> str:
+    """Say where a difference lies, without an interval: "1.2% above", or "within noise"."""
+    return f"{abs(share):.1%} {'below' if share < 0 else 'above'}" if resolved else "within noise"
 
 
 def verdict(found: Difference) -> str:
