@@ -335,7 +335,7 @@ def test_the_charts_on_the_first_screen_are_of_the_first_study_that_says_somethi
             (tmp_path / name / "figures" / f"{figure}.png").touch()
     shown = headlines(read_studies([tmp_path / "begun", tmp_path / "done"]), tmp_path)
     assert "begun" not in shown
-    assert shown.count("](done/figures/") == 2
+    assert shown.count('<img src="done/figures/') == 2
     assert shown.count("](done/report.md)") == 2
 
 

@@ -43,11 +43,11 @@ AXIS = "6nd"
 NEEDLES = "needle.jsonl"
 """Record of `openmoba evaluate needle`, in a study's folder."""
 HEADLINES = {
-    "compare": "Loss of every candidate against full attention",
     "scaling": "Trailing loss over compute, with the fitted laws of MoBA and full attention",
     "layers": "Trailing loss over the number of full layers, between MoBA and full attention",
+    "compare": "",
 }
-"""What the charts show that the project is about."""
+"""Stages that the first screens speak of, and what the charts show that the project is about."""
 BUDGETS = (0.1, 0.2, 0.35, 1.0)
 """Shares of the keys that a setting may read."""
 ONE_SIZE = 0.1
@@ -108,7 +108,7 @@ def read_studies(folders: Sequence[Path]) -> list[Study]:
             recipe = read_recipe(folder / RECIPE_FILE)
             if outcomes := read_outcomes(recipe, folder):
                 studies.append(Study(folder, recipe, outcomes))
-    return sorted(studies, key=lambda study: ORDER.index(study.recipe.stages[-1].chart))
+    return sorted(studies, key=lambda study: ORDER.index((study.answering or study.recipe.stages[-1]).chart))
 
 
 def experiments(studies: Sequence[Study], page: Path) -> str:
@@ -121,8 +121,8 @@ def experiments(studies: Sequence[Study], page: Path) -> str:
 
 
 def headlines(studies: Sequence[Study], page: Path) -> str:
-    """Show the first chart of each of these kinds that says something, with what it says."""
-    lines = []
+    """Show the two charts side by side, and below them what the first stage of each kind says that says something."""
+    images, lines = [], []
     for chart, caption in HEADLINES.items():
         for study, stage in ((found, stage) for found in studies for stage in found.recipe.stages):
             figures = study.figures(stage) if stage.chart == chart else []
@@ -130,9 +130,10 @@ def headlines(studies: Sequence[Study], page: Path) -> str:
                 source = f"[{study.recipe.title}]({_link(study.folder / REPORT_FILE, page)})"
                 weak = _weak_baseline(stage, study.runs(stage), studies)
                 told = " ".join([f"{study.so_far}{answer}", *weak, f"{source}: {provenance(study.outcomes)}."])
-                lines += [f"![{caption}]({_link(figures[0], page)})\n", f"{told}\n"]
+                lines.append(f"- {told}")
+                images += [f'<img src="{_link(figures[0], page)}" width="49%" alt="{caption}">'] if caption else []
                 break
-    return "\n".join(lines)
+    return "\n".join([" ".join(images), "", *lines, ""])
 
 
 def settings(studies: Sequence[Study], page: Path) -> str:
