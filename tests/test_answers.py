@@ -22,7 +22,7 @@ from openmoba.lab.study.outcomes import by, of_stage, read_outcomes
 from openmoba.lab.study.recipe import parse_recipe
 from openmoba.lab.study.report import write_report
 from openmoba.lab.study.results import headlines, read_studies, settings
-from openmoba.lab.study.words import inside
+from openmoba.lab.study.words import inside, listed, spent
 from openmoba.lab.study.work import run_study
 
 KEYS = (
@@ -341,3 +341,9 @@ def test_the_charts_on_the_first_screen_are_of_the_first_study_that_says_somethi
 
 def test_names_of_arms_inside_a_sentence() -> None:
     assert [inside(name) for name in ("Full attention", "MoBA", "last-2")] == ["full attention", "MoBA", "last-2"]
+
+
+def test_names_of_compute_and_of_several() -> None:
+    assert spent("6nd", 1.01e-4) == "1.01e-04 PFLOP/s-days by 6ND"
+    assert spent("accelerator_seconds", 1360.2) == "1,360 accelerator seconds"
+    assert [listed(names) for names in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]

@@ -212,9 +212,8 @@ def _stage(study: Study, stage: Stage, runs: list[Outcome], studies: Sequence[St
     if stage != study.answering and (answer := study.in_short(stage)):
         yield f"- {answer}"
     yield from (f"- {sentence}" for sentence in details(stage, runs, study.axes(stage)))
-    if stage.chart == "scaling":
-        if apart := speeds_apart(runs):
-            yield f"- Measured seconds do not compare here, since these runs are of {apart}."
+    if stage.chart == "scaling" and (apart := speeds_apart(runs)):
+        yield f"- Measured seconds do not compare here, since these runs are of {apart}."
     if stage.beside is None:
         yield from (f"- {sentence}" for sentence in _weak_baseline(stage, runs, studies))
     yield from (f"- {sentence}" for sentence in sweep(stage, study.outcomes))
