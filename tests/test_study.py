@@ -314,7 +314,7 @@ def test_who_ends_last_writes_the_report_of_all(tmp_path: Path, monkeypatch: pyt
         other.join(0.1)
         assert other.is_alive()
     other.join(10)
-    assert "3 of 22 runs are finished" in (tmp_path / "report.md").read_text()
+    assert "3 of 22 runs so far" in (tmp_path / "report.md").read_text()
 
 
 def test_claim_of_a_dead_process_is_free(tmp_path: Path) -> None:

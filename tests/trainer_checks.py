@@ -79,8 +79,11 @@ def rows(count: int = 8, length: int = LENGTH) -> list[dict[str, Any]]:
 class Streamed(IterableDataset[dict[str, Any]]):
     """Rows that come one after another."""
 
+    def __init__(self, count: int = 8) -> None:
+        self.count = count
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        yield from rows()
+        yield from rows()[: self.count]
 
 
 class Turned(Dataset[dict[str, Any]]):
@@ -108,7 +111,7 @@ def steps(kind: Any, batch_size: int, collate: Any = stacked, data: Any = None, 
         **{"output_dir": mkdtemp()} | QUIETLY | settings,
     )
     data = rows() if data is None else data
-    evaluated = (data if isinstance(data, list) else rows())[:3]
+    evaluated = Streamed(3) if isinstance(data, Streamed) else (data if isinstance(data, list) else rows())[:3]
     made, go_on = options.pop("made", None) or model(), options.pop("go_on", None)
     trainer = kind(made, arguments, data_collator=collate, train_dataset=data, eval_dataset=evaluated, **options)
     trainer.train(resume_from_checkpoint=go_on)

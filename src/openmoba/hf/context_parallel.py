@@ -12,13 +12,14 @@ its mean over the processes, which DDP and FSDP2 take, is that of one process.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import replace
 from functools import partial
 from inspect import signature
 from typing import Any
 
 from torch import Tensor, distributed
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from openmoba.hf.meshes import loadable_device, same_batches, same_seeds, sequence_mesh
@@ -86,10 +87,19 @@ class ContextParallel:
         with same_batches(self.accelerator, self._sequence_mesh):  # type: ignore[attr-defined]
             return same_seeds(super().get_train_dataloader(), self._sequence_mesh)  # type: ignore[misc]
 
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """Return Trainer's, of which the processes of a sequence get the same batches."""
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return Trainer's, of which the processes of a sequence get the same batches.
+
+        Data that come one after another are read whole first: of how many there are the last batch has to know, which
+        is filled up with others.
+        """
+        if self._context_group is not None:
+            data = self.eval_dataset if eval_dataset is None else eval_dataset  # type: ignore[attr-defined]
+            data = self.eval_dataset[data] if isinstance(data, str) else data  # type: ignore[attr-defined]
+            comes_one_by_one = isinstance(data, IterableDataset) or not isinstance(data, Sized)
+            eval_dataset = list(data) if comes_one_by_one and data is not None else data
         with same_batches(self.accelerator, self._sequence_mesh):  # type: ignore[attr-defined]
-            return super().get_eval_dataloader(*args, **kwargs)  # type: ignore[misc]
+            return super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
 
     def _prepare_context_parallel_inputs(
         self, model: Any, inputs: dict[str, Any]
