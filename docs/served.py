@@ -13,7 +13,6 @@ from openmoba.bench.training.table import rate_name
 KEY_CONVOLUTION = "moba with key convolution"
 """What `benchmarks/serving.py` calls such rows."""
 
-
 Rows = dict[tuple[str, int, int], dict[str, str]]
 """By attention, context and requests."""
 
@@ -24,7 +23,7 @@ def gains(root: Path, machine: str) -> Iterator[tuple[str, ...]]:
     if rows:
         context, batch = max((context, batch) for _, context, batch in rows)
         for what, column in (("a prompt", "prefill"), (f"decoding, {_requests(batch)}", "decode")):
-            full, moba = (float(rows[name, context, batch][f"{column}_tokens_per_s"]) for name in ("full", "moba"))
+            full, moba = _rates(rows, context, batch, f"{column}_tokens_per_s")
             rates = (f"{rate_name(rate)} tokens/s" for rate in (full, moba))
             yield (f"vLLM, twelve layers, {what}", length_name(context), *rates, f"{moba / full:.1f}x")
 
@@ -88,5 +87,11 @@ def _requests(batch: int) -> str:
 
 
 def _gain(rows: Rows, context: int, batch: int, column: str) -> str:
-    full, moba = (float(rows[name, context, batch][column]) for name in ("full", "moba"))
+    full, moba = _rates(rows, context, batch, column)
     return f"{full:,.0f}, {moba:,.0f}: {moba / full:.1f}x"
+
+
+def _rates(rows: Rows, context: int, batch: int, column: str) -> tuple[float, float]:
+    """Return what full attention and MoBA have in a column."""
+    full, moba = (float(rows[name, context, batch][column]) for name in ("full", "moba"))
+    return full, moba

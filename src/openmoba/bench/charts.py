@@ -12,14 +12,13 @@ from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from openmoba.bench.cases import PASSES
 from openmoba.bench.contenders import contender_label
 from openmoba.bench.rows import length_name, newest
 from openmoba.bench.table import Row, compared, dense_names
-from openmoba.records.figures import DENSE, GREY, LINES, Look, chart_style, setting_looks
+from openmoba.records.figures import DENSE, GREY, HALO, LINES, Look, chart_style, setting_looks
 
 # Of Paul Tol's schemes; in grey, they and the markers still differ.
 _OTHERS = {
@@ -159,7 +158,7 @@ def name_lines(axes: Axes) -> None:
     for ((x, _), line), y in zip(ends, heights, strict=True):
         axes.annotate(
             str(line.get_label()), (x, y), xytext=(9, 0), textcoords="offset points", va="center",
-            color=line.get_color(), annotation_clip=False, path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            color=line.get_color(), annotation_clip=False, path_effects=HALO,
         )  # fmt: skip
 
 

@@ -16,12 +16,15 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from openmoba.records.disk import write_bytes
 
 TITLE_WIDTH = 68  # characters that fit on one line
 LEGEND_WIDTH = 86  # characters of a legend's row, eight for each handle
 BLUE, RED, GREY = "#0077BB", "#CC3311", "#666666"
+HALO = [withStroke(linewidth=2.5, foreground="white")]
+"""Path effects of a name or a number that stands over curves."""
 
 
 class Look(NamedTuple):

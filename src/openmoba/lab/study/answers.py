@@ -313,7 +313,8 @@ def _laws_in_short(outcomes: Sequence[Outcome], axes: Sequence[str]) -> str:
         name = one.own[0].label + ("" if other == line else f" (against {other})")
         where = place(one.share, 0.0 not in one.interval) if one.overlap else "no compute in common"
         told.setdefault(name, {}).setdefault(where, []).append(AXES[axis].head)
-        same[name] = _at_equal_size(one, outcomes)
+        if name not in same:  # it is the same by every convention
+            same[name] = _at_equal_size(one, outcomes)
     equal = [
         f"{name} {', '.join(f'{where} by {listed(heads)}' for where, heads in places.items())}"
         for name, places in told.items()

@@ -185,10 +185,7 @@ def _hybrid_names(hybrids: Sequence[Outcome]) -> tuple[list[str], str]:
     """Name the hybrids on the chart, all differently, and the axis: counts of last layers, or the arms."""
     layers = hybrids[0].layers
     counts = [len(run.full_layers) for run in hybrids]
-    last = all(
-        run.full_layers == frozenset(range((layers or 1000) - len(run.full_layers), layers or 1000)) for run in hybrids
-    )
-    if last and len(set(counts)) == len(counts):
+    if all(run.ends_full for run in hybrids) and len(set(counts)) == len(counts):
         of = f" of {layers}" if layers else ""
         names = [f"{count} layer{'s' * (count != 1)}" for count in counts]
         return names, f"Number of full-attention layers (the last{of})"

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import (
     FixedLocator,
     FuncFormatter,
@@ -28,7 +27,7 @@ from matplotlib.ticker import (
 from openmoba.lab.measure.compute import Axis
 from openmoba.lab.measure.resample import LEVEL, Interval
 from openmoba.lab.study.fit import Fit
-from openmoba.records.figures import BLUE, GREY, RED, TITLE_WIDTH, Look, chart_style, legend_below, new_figure
+from openmoba.records.figures import BLUE, GREY, HALO, RED, TITLE_WIDTH, Look, chart_style, legend_below, new_figure
 
 EVEN_STEPS = 1.8  # highest loss of an axis over its lowest, up to which losses are written in even steps
 LOG_STEPS = (
@@ -257,7 +256,7 @@ def _name_sizes(axes: Axes, curves: Sequence[Curve], looks: Mapping[str, Look]) 
             curve.size, (curve.compute[-1], curve.loss[-1]), xytext=(aside, above), textcoords="offset points",
             ha=across, va="top" if above < 0 else "bottom", fontsize=NAME_SIZE, zorder=5, annotation_clip=False,
             color=looks[curve.arm].colour if len(group) == 1 else "black",
-            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            path_effects=HALO,
         )  # fmt: skip
 
 

@@ -60,9 +60,7 @@ def arm_looks(outcomes: Sequence[Outcome]) -> dict[str, Look]:
 def _rare(runs: Sequence[Outcome]) -> tuple[bool, bool, str]:
     """Return what sorts arms of the same kind, the usual ones first."""
     run = runs[-1]
-    layers = run.layers or 1000
-    last = frozenset(range(layers - len(run.full_layers), layers))
-    return bool(run.config.arm.warm_start), run.full_layers != last, run.label
+    return bool(run.config.arm.warm_start), not run.ends_full, run.label
 
 
 def size_looks(outcomes: Sequence[Outcome]) -> dict[str, Look]:
@@ -73,7 +71,7 @@ def size_looks(outcomes: Sequence[Outcome]) -> dict[str, Look]:
 def by_parameters(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
     """Group runs by the size's name, the one with the fewest parameters first."""
     sizes = by("size", outcomes)
-    return dict(sorted(sizes.items(), key=lambda item: item[1][0].result["params"]["non_embedding"]))
+    return dict(sorted(sizes.items(), key=lambda item: item[1][0].parameters))
 
 
 def _place(run: Outcome) -> int:

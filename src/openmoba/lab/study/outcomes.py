@@ -28,6 +28,10 @@ Named = Literal["trailing", "lm"]
 """The losses that a record names."""
 
 
+UNKNOWN_LAYERS = 1000
+"""Of a model from outside the study, for want of the number."""
+
+
 @dataclass(frozen=True)
 class Cut:
     """The trailing loss with a context of so many tokens, one of the run's `eval.contexts`."""
@@ -75,9 +79,20 @@ class Outcome:
     @property
     def full_layers(self) -> frozenset[int]:
         """Layers whose attention is full; of a model from outside the study, as if it had 1,000 layers."""
-        layers = self.layers or 1000
+        layers = self.layers or UNKNOWN_LAYERS
         attention = self.config.arm.sparsest(self.config.train.steps)
         return frozenset(range(layers)) if attention is None else attention.full_layer_indices(layers)
+
+    @property
+    def ends_full(self) -> bool:
+        """Whether its full layers are the last ones."""
+        layers = self.layers or UNKNOWN_LAYERS
+        return self.full_layers == frozenset(range(layers - len(self.full_layers), layers))
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of its model without embeddings."""
+        return int(self.result["params"]["non_embedding"])
 
     def key_share(self, length: int | None = None) -> float | None:
         """Return the keys that queries read in training, over all layers, as a share of those of full attention.

@@ -18,6 +18,7 @@ from openmoba.lab.config import RunConfig
 from openmoba.lab.data.identity import Known
 from openmoba.lab.errors import DivergenceError
 from openmoba.lab.progress import Progress
+from openmoba.lab.train.arguments import process_count
 from openmoba.parallel import leave_group, prioritize_transfers
 from openmoba.records.disk import Row
 
@@ -35,7 +36,7 @@ def leading(train: Train) -> Iterator[Train]:
 
     The others call `follow`. They end with the body, however it ends; `train` itself where there are no others.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if process_count() == 1:
         yield train
         return
     processes = _Processes()

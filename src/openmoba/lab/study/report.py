@@ -194,8 +194,8 @@ def missing(recipe: Recipe, outcomes: Sequence[Outcome]) -> str:
 
 
 def _scale(recipe: Recipe, outcomes: Sequence[Outcome]) -> Iterator[str]:
-    largest = max(outcomes, key=lambda outcome: float(outcome.result["params"]["non_embedding"]))
-    parameters, length = largest.result["params"]["non_embedding"], largest.config.data.length
+    largest = max(outcomes, key=lambda outcome: outcome.parameters)
+    parameters, length = largest.parameters, largest.config.data.length
     tokens = max(outcome.config.tokens for outcome in outcomes)
     yield "## What this study can and cannot show\n"
     yield (
@@ -344,7 +344,7 @@ def _runs(outcomes: Sequence[Outcome]) -> Iterator[str]:
         compute = [_compute_cell(run, axis) for axis in AXES.values()]
         losses = [_loss_cell(run, kind) for kind in LOSSES]
         rows.append(
-            [run.run.size, run.label, str(run.run.seed), f"{run.result['params']['non_embedding']:,}",
+            [run.run.size, run.label, str(run.run.seed), f"{run.parameters:,}",
              f"{run.result['tokens']:,}", _epochs(run), *losses, *compute,
              f"{run.tokens_per_second:,.0f}", "-" if run.mfu is None else f"{run.mfu:.0%}"]
         )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from openmoba.lab.arms import FULL
@@ -78,16 +79,17 @@ class Study:
         """Return the conventions of compute by which the stage's runs are compared."""
         return law_axes(stage, self.runs(stage), AXIS) if stage.chart == "scaling" else [AXIS]
 
-    def in_short(self, stage: Stage) -> str:
-        """Return the answer of a stage; "" where it has none yet."""
-        runs = self.runs(stage)
-        return in_short(stage, runs, self.axes(stage)) if runs else ""
+    @cached_property
+    def answers(self) -> dict[str, str]:
+        """Stage's name -> its answer in short; "" where it has none yet. Laws are fitted for it, so once."""
+        runs = [(stage, self.runs(stage)) for stage in self.recipe.stages]
+        return {stage.name: in_short(stage, own, self.axes(stage)) if own else "" for stage, own in runs}
 
-    @property
+    @cached_property
     def answering(self) -> Stage | None:
         """The stage whose answer is the study's: that of the last question; None where none has one yet."""
         stages = sorted(self.recipe.stages, key=lambda stage: -ORDER.index(stage.chart))
-        return next((stage for stage in stages if self.in_short(stage)), None)
+        return next((stage for stage in stages if self.answers[stage.name]), None)
 
     def figures(self, stage: Stage) -> list[Path]:
         """Return the charts that the stage asks for, as far as they are drawn."""
@@ -126,7 +128,7 @@ def headlines(studies: Sequence[Study], page: Path) -> str:
     for chart, caption in HEADLINES.items():
         for study, stage in ((found, stage) for found in studies for stage in found.recipe.stages):
             figures = study.figures(stage) if stage.chart == chart else []
-            if answer := study.in_short(stage) if figures else "":
+            if answer := study.answers[stage.name] if figures else "":
                 source = f"[{study.recipe.title}]({_link(study.folder / REPORT_FILE, page)})"
                 weak = _weak_baseline(stage, study.runs(stage), studies)
                 told = " ".join([f"{study.so_far}{answer}", *weak, f"{source}: {provenance(study.outcomes)}."])
@@ -162,7 +164,7 @@ def limits(studies: Sequence[Study]) -> str:
     runs = [run for study in studies for run in study.outcomes]
     if not runs:
         return ""
-    parameters = [int(run.result["params"]["non_embedding"]) for run in runs]
+    parameters = [run.parameters for run in runs]
     tokens, lengths = [run.config.tokens for run in runs], sorted({run.config.data.length for run in runs})
     each = [count / size for count, size in zip(tokens, parameters, strict=True)]
     epochs = max(run.result["data"]["epochs"] for run in runs)
@@ -191,7 +193,7 @@ def _experiment(study: Study, studies: Sequence[Study], page: Path) -> Iterator[
     if study.recipe.question:
         yield f"**{study.recipe.question}**\n"
     if study.so_far or study.answering:
-        yield f"{study.so_far}{study.in_short(study.answering) if study.answering else ''}".strip() + "\n"
+        yield f"{study.so_far}{study.answers[study.answering.name] if study.answering else ''}".strip() + "\n"
     for stage in study.recipe.stages:
         if runs := study.runs(stage):
             yield from _stage(study, stage, runs, studies, page)
@@ -209,7 +211,7 @@ def _stage(study: Study, stage: Stage, runs: list[Outcome], studies: Sequence[St
         yield f"![{study.recipe.title}, stage {stage.name}]({_link(figure, page)})\n"
     if arms := describe_arms(runs):
         yield f"{arms}\n"
-    if stage != study.answering and (answer := study.in_short(stage)):
+    if stage != study.answering and (answer := study.answers[stage.name]):
         yield f"- {answer}"
     yield from (f"- {sentence}" for sentence in details(stage, runs, study.axes(stage)))
     if stage.chart == "scaling" and (apart := speeds_apart(runs)):
@@ -246,7 +248,7 @@ def _weak_baseline(stage: Stage, runs: list[Outcome], studies: Sequence[Study]) 
         for other in study.recipe.stages
         for own in by("size", of_kind(study.runs(other), FULL)).values()
         if not other.after and _measured_on(own[0]) == _measured_on(full[0]) and own[0].has("trailing")
-        if own[0].result["params"]["non_embedding"] < full[0].result["params"]["non_embedding"]
+        if own[0].parameters < full[0].parameters
     ]
     losses = [run.loss("trailing") for run in full]
     study, own = min(smaller, key=lambda one: mean_loss(one[1], "trailing"), default=(None, full))
@@ -322,7 +324,7 @@ def _largest_models(studies: Sequence[Study]) -> list[list[tuple[Study, list[Out
 
 def _parameters(runs: Sequence[Outcome]) -> int:
     """Return the parameters of full attention's model, without embeddings."""
-    return int(of_kind(runs, FULL)[0].result["params"]["non_embedding"])
+    return of_kind(runs, FULL)[0].parameters
 
 
 def _arms_at(end: int, study: Study, runs: list[Outcome]) -> Iterator[_Setting]:
@@ -353,7 +355,7 @@ def _best(arms: Sequence[_Setting]) -> Iterator[tuple[float, _Setting, list[str]
 
 def _cells(budget: float, best: _Setting, alike: Sequence[str], page: Path) -> list[str]:
     speedup, behind_it = times_as_fast(best.own, best.full), behind(best.own, best.number)
-    parameters, report = best.own[0].result["params"]["non_embedding"], _link(best.study.folder / REPORT_FILE, page)
+    parameters, report = best.own[0].parameters, _link(best.study.folder / REPORT_FILE, page)
     return [
         f"{budget:.0%}", describe_arm(best.own[0]), in_percent(best.against, best.loss, sign=""),
         _in_percent_of_fair(best), ", ".join(alike), f"{best.key_share:.1%}",

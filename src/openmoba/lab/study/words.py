@@ -20,7 +20,7 @@ def inside(label: str) -> str:
 
 def size_name(run: Outcome) -> str:
     """Name a size by its parameters without embeddings, in whole millions from two on: 792 K, 2 M, 14 M."""
-    count = float(run.result["params"]["non_embedding"])
+    count = float(run.parameters)
     return short(round(count, -6)) if 1.5e6 < count < 1e9 else short(count)
 
 

@@ -72,7 +72,7 @@ def shares(train: TrainConfig) -> tuple[int, int]:
     cuda = torch.cuda.is_available()
     if train.fsdp and not cuda:
         raise ValueError("train.fsdp needs GPUs, and none is available; leave it out")
-    ranks, processes = train.context_parallel, _processes()
+    ranks, processes = train.context_parallel, process_count()
     if processes % ranks:
         raise ValueError(
             f"train.context_parallel={ranks} processes share a window, which do not divide the {processes} there are; "
@@ -92,7 +92,8 @@ def shares(train: TrainConfig) -> tuple[int, int]:
     return share, micro
 
 
-def _processes() -> int:
+def process_count() -> int:
+    """Return how many processes torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -102,5 +103,5 @@ def _parallelism(train: TrainConfig, cuda: bool) -> Any:
         return None
     from accelerate import ParallelismConfig
 
-    beside = _processes() // train.context_parallel
+    beside = process_count() // train.context_parallel
     return ParallelismConfig(cp_size=train.context_parallel, dp_shard_size=beside)
