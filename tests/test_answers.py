@@ -18,7 +18,7 @@ from openmoba.lab.study.answers import details, in_short
 from openmoba.lab.study.candidates import standing_table, standings
 from openmoba.lab.study.fit import Fit
 from openmoba.lab.study.laws import comparable, fit
-from openmoba.lab.study.outcomes import by, of_stage, read_outcomes
+from openmoba.lab.study.outcomes import Outcome, by, mean_loss, of_stage, read_outcomes
 from openmoba.lab.study.recipe import parse_recipe
 from openmoba.lab.study.report import write_report
 from openmoba.lab.study.results import headlines, read_studies, settings
@@ -99,7 +99,7 @@ def test_an_arm_with_key_convolution_is_compared_with_full_attention_that_has_it
     laws = laws.replace('arms = ["full", "moba"]', 'arms = ["full", "moba", "keys", "full-keys"]')
     short, *sentences = said(tmp_path / "laws", laws, "pretrain")
     assert re.search(
-        r": MoBA [^(]*, keys [^(]*, keys \(against full-keys\) [^(]*, full-keys [^(]*\. At the same compute", short
+        r": MoBA [^(]*; keys [^(]*; keys \(against full-keys\) [^(]*; full-keys [^(]*\. At the same compute", short
     )
     pairs = [re.search(r"loss of (\S+) lies .* from that of (.+?): ", sentence) for sentence in sentences]
     assert [pair and pair.groups() for pair in pairs] == [
@@ -177,6 +177,13 @@ def more_compute(study: Path, pattern: str, factor: float) -> None:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def by_arm_and_size(text: str, study: Path) -> dict[tuple[str, str], list[Outcome]]:
+    found: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in read_outcomes(parse_recipe(text, title="t"), study):
+        found.setdefault((outcome.run.arm, outcome.run.size), []).append(outcome)
+    return found
+
+
 def test_laws_are_not_compared_where_no_compute_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the runs of one arm there is no ratio and no verdict; where they overlap there are both."""
     plant(monkeypatch)
@@ -187,9 +194,11 @@ def test_laws_are_not_compared_where_no_compute_is_shared(tmp_path: Path, monkey
     )
     assert re.search(r"\(laws of 6 runs each, largest residual \d\.\d%; 8 documents, 24 windows, 2 seeds\)\.$", within)
     share = float(re.search(r" MoBA lies \+([\d.]+)% ", within)[1])  # type: ignore[index]
-    assert re.match(
-        r"In short, trailing losses against full attention\. At the same size and tokens, 3 sizes: MoBA \d\.\d% to \d+",
-        short,
+    ends = {name: mean_loss(runs, "trailing") for name, runs in by_arm_and_size(text, tmp_path).items()}
+    apart = [f"{ends['moba', size] / ends['full', size] - 1:+.1%}" for size in ("small", "medium", "large")]
+    assert short.startswith(
+        "In short, trailing losses against full attention. On the same tokens, with 200 K, 500 K and 1.2 M parameters: "
+        f"MoBA {apart[0]}, {apart[1]} and {apart[2]}, the largest for 100% by 6ND of the cost. At the same compute, "
     )
     assert f" by laws through these runs: MoBA {share:.1f}% above by 6ND (largest residual " in short
     more_compute(tmp_path, "pretrain/*moba*/metrics.jsonl", 1000)
@@ -199,6 +208,7 @@ def test_laws_are_not_compared_where_no_compute_is_shared(tmp_path: Path, monkey
         "5.69e-09 to 1.37e-07, and no amount is common to both."
     )
     assert "MoBA no compute in common by 6ND (" in short
+    assert "the largest for 100000% by 6ND of the cost." in short
     _, beyond, within = said(tmp_path, text, "pretrain", "6nd", "causal_exact")
     assert "no ratio" in beyond
     assert "by causal-exact, the most that both have spent, the trailing loss of MoBA lies +" in within

@@ -11,6 +11,7 @@ from typing import Any
 from openmoba.bench.rows import read_rows
 from openmoba.bench.training.cases import TrainingRow
 from openmoba.lab.config import RunConfig, from_dict
+from openmoba.lab.measure.compute import AXES
 from openmoba.lab.model.build import SIZES
 from openmoba.lab.run_files import RESULT_FILE
 from openmoba.lab.train.history import evaluations, history, read_result
@@ -45,7 +46,10 @@ def test_full_attention_of_the_largest_models_is_above_that_of_a_smaller_one() -
     assert f"loss of {two[0]} and {two[1]} with 14 M in eight layers, and at {twelve} with 15 M in twelve" in page
     assert f"all above the {nine} of 9 M in seven layers after 5,000." in page
     assert min(*two, twelve) > nine
-    assert [SIZES[size].layers for size in ("14m", "15m", "9m")] == [8, 12, 7]
+    largest = f"{loss(f'{CHART_B}/17m-full-seed0'):.3f}"
+    assert f"At 17 M, in ten layers, it ends at {largest} after 5,000." in page
+    assert largest < nine
+    assert [SIZES[size].layers for size in ("14m", "15m", "9m", "17m")] == [8, 12, 7, 10]
 
 
 def test_hybrids_are_above_full_attention_up_to_9_m_and_below_it_from_14_m_on() -> None:
@@ -55,10 +59,20 @@ def test_hybrids_are_above_full_attention_up_to_9_m_and_below_it_from_14_m_on() 
     }
     first, second, third = (f"{100 * share:.0f}" for share in shares.values())
     assert f"at 2, 5 and 9 M [{first}, {second} and {third} % above it]" in prose("README.md")
-    assert "At 14 and 15 M hybrids end below full attention" in prose("README.md")
-    hybrids = {"candidates/candidates/14m-last-2-keys-seed0": f"{CANDIDATES}/14m-full-seed0"}
+    assert "From 14 M on hybrids end below full attention" in prose("README.md")
+    hybrids = {
+        "candidates/candidates/14m-last-2-keys-seed0": f"{CANDIDATES}/14m-full-seed0",
+        f"{CHART_B}/17m-last-2-keys-seed0": f"{CHART_B}/17m-full-seed0",
+    }
     hybrids |= {f"chart-a/hybrids/15m-last-{count}-seed0": f"{CHART_A}/15m-full-seed0" for count in (1, 3, 5)}
     assert all(loss(run) < loss(full) for run, full in hybrids.items())
+
+
+def test_the_hybrid_of_17_m_takes_this_share_of_full_attentions_cost() -> None:
+    hybrid, full = (read_json(STUDIES / CHART_B / f"17m-{arm}-seed0" / RESULT_FILE) for arm in ("last-2-keys", "full"))
+    compute = hybrid["compute"]["causal_exact"] / full["compute"]["causal_exact"]
+    seconds = AXES["accelerator_seconds"].value(hybrid) / AXES["accelerator_seconds"].value(full)
+    assert f"there for {100 * compute:.0f} % of the compute and {100 * seconds:.0f} % of the time" in prose("README.md")
 
 
 def test_rates_matter_as_much_as_arms() -> None:
@@ -80,7 +94,7 @@ def test_tokens_of_chart_b_are_the_same_for_all_sizes() -> None:
     assert said in prose("docs/results.md")
     assert steps == {5000}
     below = []
-    for size in ("2m", "5m", "9m"):
+    for size in ("2m", "5m", "9m", "17m"):
         rows = history(STUDIES / CHART_B / f"{size}-full-seed0")
         below.append(next(row["step"] for row in rows if row["kind"] == "train" and row["loss"] < 3))
     assert f"falls below 3 between steps {min(below):,} and {max(below):,}" in prose("docs/results.md")

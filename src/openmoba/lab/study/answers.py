@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from openmoba.lab.arms import FULL, HYBRID, MOBA
-from openmoba.lab.columns import counted
 from openmoba.lab.config import RunConfig, changes
 from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.resample import Difference, SeedNoise
@@ -301,7 +302,7 @@ def _law_ratios(outcomes: Sequence[Outcome], axis: str) -> list[Versus]:
 
 
 def _laws_in_short(outcomes: Sequence[Outcome], axes: Sequence[str]) -> str:
-    """Say how far each arm's law lies from that of full attention, by every convention of compute."""
+    """Say how far each arm ends from full attention at every size and at what cost, and how far its law does."""
     ratios = [(axis, one) for axis in axes for one in _law_ratios(outcomes, axis)]
     if not ratios:
         return ""
@@ -314,32 +315,36 @@ def _laws_in_short(outcomes: Sequence[Outcome], axes: Sequence[str]) -> str:
         where = place(one.share, 0.0 not in one.interval) if one.overlap else "no compute in common"
         told.setdefault(name, {}).setdefault(where, []).append(AXES[axis].head)
         if name not in same:  # it is the same by every convention
-            same[name] = _at_equal_size(one, outcomes)
+            same[name] = _at_equal_size(one, outcomes, axes)
     equal = [
         f"{name} {', '.join(f'{where} by {listed(heads)}' for where, heads in places.items())}"
         for name, places in told.items()
     ]
     last, worst = ratios[-1][1], max(residual(*one.laws) for _, one in ratios)
+    sizes = listed(size_name(own[0]) for own in by("size", last.own).values())
     return (
-        f"In short, trailing losses against {line}. At the same size and tokens, {counted(last.sizes, 'size')}: "
-        f"{', '.join(f'{name} {where}' for name, where in same.items())}. At the same compute, by laws through "
+        f"In short, trailing losses against {line}. On the same tokens, with {sizes} parameters: "
+        f"{'; '.join(f'{name} {where}' for name, where in same.items())}. At the same compute, by laws through "
         f"these runs: {'; '.join(equal)} (largest residual {worst:.1%}, {behind(last.own, 'trailing')})."
     )
 
 
-def _at_equal_size(found: Versus, outcomes: Sequence[Outcome]) -> str:
-    """Say how far the runs of one arm lie from those of another of the same size, from the least to the most."""
-    apart, shares = [], []
+def _at_equal_size(found: Versus, outcomes: Sequence[Outcome], axes: Sequence[str]) -> str:
+    """Say how far the runs of one arm lie from those of another, size by size, and what share of its cost they take."""
+    apart = []
     for size, own in by("size", found.own).items():
         other, runs = by("size", found.other)[size], by("size", outcomes)[size]
         one = difference(own, other, "trailing", seed_noise(runs, "trailing"))
         assert one is not None, "laws are of shared seeds"
-        apart.append(one)
-        shares.append(one.mean / paired_loss(other, own, "trailing"))
-    if not all(one.resolved for one in apart) or min(shares) < 0 < max(shares):
-        return f"{min(shares):+.1%} to {max(shares):+.1%}, not resolved at every size"
-    least, most = sorted(map(abs, shares))[:: len(shares) - 1]
-    return f"{least:.1%} to {most:.1%} {'above' if min(shares) > 0 else 'below'}"
+        share = one.mean / paired_loss(other, own, "trailing")
+        apart.append(f"{share:+.1%}" if one.resolved else "within noise")
+    costs = [f"{_cost(own, axis) / _cost(other, axis):.0%} by {AXES[axis].head}" for axis in axes]
+    return f"{listed(apart)}, the largest for {listed(costs)} of the cost"
+
+
+def _cost(runs: Sequence[Outcome], axis: str) -> float:
+    """Return what the runs of an arm spent, on average over seeds."""
+    return float(np.mean([AXES[axis].value(run.final) for run in runs]))
 
 
 def _law_ratio(found: Versus, axis: str) -> str:
