@@ -99,7 +99,8 @@ def test_an_arm_with_key_convolution_is_compared_with_full_attention_that_has_it
     laws = laws.replace('arms = ["full", "moba"]', 'arms = ["full", "moba", "keys", "full-keys"]')
     short, *sentences = said(tmp_path / "laws", laws, "pretrain")
     assert re.search(
-        r": MoBA [^(]*; keys [^(]*; keys \(against full-keys\) [^(]*; full-keys [^(]*\. At the same compute", short
+        r": MoBA [^(]*; keys [^(]*; keys \(against full-keys\) [^(]*; full-keys [^(]*\. Laws through these runs, at",
+        short,
     )
     pairs = [re.search(r"loss of (\S+) lies .* from that of (.+?): ", sentence) for sentence in sentences]
     assert [pair and pair.groups() for pair in pairs] == [
@@ -198,18 +199,21 @@ def test_laws_are_not_compared_where_no_compute_is_shared(tmp_path: Path, monkey
     apart = [f"{ends['moba', size] / ends['full', size] - 1:+.1%}" for size in ("small", "medium", "large")]
     assert short.startswith(
         "In short, trailing losses against full attention. On the same tokens, with 200 K, 500 K and 1.2 M parameters: "
-        f"MoBA {apart[0]}, {apart[1]} and {apart[2]}, the largest for 100% by 6ND of the cost. At the same compute, "
+        f"MoBA {apart[0]}, {apart[1]} and {apart[2]}. Laws through these runs, at the same compute by 6ND: MoBA "
     )
-    assert f" by laws through these runs: MoBA {share:.1f}% above by 6ND (largest residual " in short
+    assert f" by 6ND: MoBA {share:.1f}% above (largest residual " in short
     more_compute(tmp_path, "pretrain/*moba*/metrics.jsonl", 1000)
     short, beyond = said(tmp_path, text, "pretrain", "6nd")
     assert beyond == (
         "By 6ND there is no ratio: the runs of MoBA spent 5.69e-06 to 1.37e-04 PFLOP/s-days, those of full attention "
         "5.69e-09 to 1.37e-07, and no amount is common to both."
     )
-    assert "MoBA no compute in common by 6ND (" in short
-    assert "the largest for 100000% by 6ND of the cost." in short
-    _, beyond, within = said(tmp_path, text, "pretrain", "6nd", "causal_exact")
+    assert " by 6ND: MoBA nothing in common (" in short
+    short, beyond, within = said(tmp_path, text, "pretrain", "6nd", "causal_exact")
+    large = by_arm_and_size(text, tmp_path)
+    full, moba = (large[arm, "large"][0].final["compute"]["causal_exact"] for arm in ("full", "moba"))
+    assert f" Of full attention's cost by causal-exact the largest take: MoBA {moba / full:.0%}. Laws " in short
+    assert " by 6ND and causal-exact: MoBA nothing in common and " in short
     assert "no ratio" in beyond
     assert "by causal-exact, the most that both have spent, the trailing loss of MoBA lies +" in within
     write_report(parse_recipe(text, title="t"), tmp_path, "6nd")

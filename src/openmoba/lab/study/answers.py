@@ -302,35 +302,31 @@ def _law_ratios(outcomes: Sequence[Outcome], axis: str) -> list[Versus]:
 
 
 def _laws_in_short(outcomes: Sequence[Outcome], axes: Sequence[str]) -> str:
-    """Say how far each arm ends from full attention at every size and at what cost, and how far its law does."""
-    ratios = [(axis, one) for axis in axes for one in _law_ratios(outcomes, axis)]
-    if not ratios:
+    """Say how far each arm ends from full attention at every size, at what cost, and how far its law lies from it."""
+    ratios = {axis: _law_ratios(outcomes, axis) for axis in axes}
+    found = [one for own in ratios.values() for one in own]
+    if not found:
         return ""
     line = inside(of_kind(comparable(outcomes), FULL)[0].label)
-    told: dict[str, dict[str, list[str]]] = {}
-    same: dict[str, str] = {}
-    for axis, one in ratios:
-        other = inside(one.other[0].label)
-        name = one.own[0].label + ("" if other == line else f" (against {other})")
-        where = place(one.share, 0.0 not in one.interval) if one.overlap else "no compute in common"
-        told.setdefault(name, {}).setdefault(where, []).append(AXES[axis].head)
-        if name not in same:  # it is the same by every convention
-            same[name] = _at_equal_size(one, outcomes, axes)
-    equal = [
-        f"{name} {', '.join(f'{where} by {listed(heads)}' for where, heads in places.items())}"
-        for name, places in told.items()
-    ]
-    last, worst = ratios[-1][1], max(residual(*one.laws) for _, one in ratios)
-    sizes = listed(size_name(own[0]) for own in by("size", last.own).values())
+    arms: dict[str, dict[str, Versus]] = {}
+    for axis, own in ratios.items():
+        for one in own:
+            other = inside(one.other[0].label)
+            name = one.own[0].label + ("" if other == line else f" (against {other})")
+            arms.setdefault(name, {})[axis] = one
+    first = {name: next(iter(own.values())) for name, own in arms.items()}
+    sizes = listed(size_name(own[0]) for own in by("size", found[0].own).values())
+    same = "; ".join(f"{name} {_at_equal_size(one, outcomes)}" for name, one in first.items())
+    laws = "; ".join(f"{name} {listed(_law_in_short(own.get(axis)) for axis in axes)}" for name, own in arms.items())
     return (
-        f"In short, trailing losses against {line}. On the same tokens, with {sizes} parameters: "
-        f"{'; '.join(f'{name} {where}' for name, where in same.items())}. At the same compute, by laws through "
-        f"these runs: {'; '.join(equal)} (largest residual {worst:.1%}, {behind(last.own, 'trailing')})."
+        f"In short, trailing losses against {line}. On the same tokens, with {sizes} parameters: {same}."
+        f"{_costs(line, first, axes)} Laws through these runs, at the same compute by {_heads(axes)}: {laws} (largest "
+        f"residual {max(residual(*one.laws) for one in found):.1%}, {behind(found[0].own, 'trailing')})."
     )
 
 
-def _at_equal_size(found: Versus, outcomes: Sequence[Outcome], axes: Sequence[str]) -> str:
-    """Say how far the runs of one arm lie from those of another, size by size, and what share of its cost they take."""
+def _at_equal_size(found: Versus, outcomes: Sequence[Outcome]) -> str:
+    """Say how far the runs of one arm lie from those of another, size by size."""
     apart = []
     for size, own in by("size", found.own).items():
         other, runs = by("size", found.other)[size], by("size", outcomes)[size]
@@ -338,13 +334,29 @@ def _at_equal_size(found: Versus, outcomes: Sequence[Outcome], axes: Sequence[st
         assert one is not None, "laws are of shared seeds"
         share = one.mean / paired_loss(other, own, "trailing")
         apart.append(f"{share:+.1%}" if one.resolved else "within noise")
-    costs = [f"{_cost(own, axis) / _cost(other, axis):.0%} by {AXES[axis].head}" for axis in axes]
-    return f"{listed(apart)}, the largest for {listed(costs)} of the cost"
+    return listed(apart)
 
 
-def _cost(runs: Sequence[Outcome], axis: str) -> float:
-    """Return what the runs of an arm spent, on average over seeds."""
-    return float(np.mean([AXES[axis].value(run.final) for run in runs]))
+def _costs(line: str, arms: dict[str, Versus], axes: Sequence[str]) -> str:
+    """Say what share of the other arm's cost the largest runs of each arm take; 6ND counts no attention."""
+    counted = [axis for axis in axes if axis != "6nd"]
+    told = [f"{name} {listed(_cost_share(one, axis) for axis in counted)}" for name, one in arms.items() if counted]
+    return f" Of {line}'s cost by {_heads(counted)} the largest take: {'; '.join(told)}." if told else ""
+
+
+def _cost_share(found: Versus, axis: str) -> str:
+    own, other = (np.mean([AXES[axis].value(run.final) for run in largest(runs)]) for runs in (found.own, found.other))
+    return f"{own / other:.0%}"
+
+
+def _law_in_short(found: Versus | None) -> str:
+    if found is None:
+        return "no law"
+    return place(found.share, 0.0 not in found.interval) if found.overlap else "nothing in common"
+
+
+def _heads(axes: Sequence[str]) -> str:
+    return listed(AXES[axis].head for axis in axes)
 
 
 def _law_ratio(found: Versus, axis: str) -> str:
