@@ -75,14 +75,15 @@ def limits(root: Path) -> str:
 
 
 def verdicts(root: Path) -> str:
-    """Write the log's entries by verdict, each with a link, from their own headings."""
+    """List the log's entries that readers look for, what is open and what did not help, from their own headings."""
     log = root / "docs" / "log.md"
     entries = re.findall(r"^### (\w+): (.+)$", log.read_text(), re.MULTILINE) if log.exists() else []
     lines = []
-    for verdict in ("Open", "Dropped", "Kept", "Found", "Mended", "Closed"):
-        links = [f"[{title}](#{anchor(f'{verdict}: {title}')})" for found, title in entries if found == verdict]
-        lines += [f"- **{verdict}**: {'; '.join(links)}.\n"] if links else []
-    return "".join(lines)
+    for verdict in ("Open", "Dropped"):
+        titles = [title for found, title in entries if found == verdict]
+        links = "".join(f"- [{title}](#{anchor(f'{verdict}: {title}')})\n" for title in titles)
+        lines += [f"**{verdict}**, {len(titles)} of {len(entries)} entries:\n\n{links}"] if titles else []
+    return "\n".join(lines)
 
 
 def drawing(root: Path, inside: str = "") -> str:
