@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.nn.functional import pad
 
 from openmoba.hf.find_layout import boundaries_of_whole
@@ -98,8 +98,6 @@ def _check_same(inputs: Inputs, group: Any) -> None:
         return
     told = [_told(inputs.get(name)) for name in _COMPARED]
     device = next((x.device for x in inputs.values() if isinstance(x, Tensor)), torch.device("cpu"))
-    if "nccl" in distributed.get_backend(group):
-        device = torch.device("cuda", torch.cuda.current_device())
     wrong = [_COMPARED[i] for i in different(torch.stack([x.to(device) for x in told]), group)]
     if wrong:
         raise ValueError(

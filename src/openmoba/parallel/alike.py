@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from openmoba.ops.eager import eager
 from openmoba.parallel.collectives import gather
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 def different(told: Tensor, group: ProcessGroup) -> list[int]:
     """Return which of the numbers `told`, int64 `[M]`, are not the same on all ranks; the host waits for them."""
+    if "nccl" in distributed.get_backend(group):
+        told = told.to(torch.device("cuda", torch.cuda.current_device()))
     every = zip(*gather(told[None], group)().tolist(), strict=True)
     return [i for i, numbers in enumerate(every) if len(set(numbers)) > 1]
 
