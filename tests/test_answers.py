@@ -14,7 +14,7 @@ from synthetic_study import CANDIDATES, RECIPE, silent, train
 
 from openmoba.lab.config import RunConfig
 from openmoba.lab.study import charts, results, settings
-from openmoba.lab.study.answers import details, in_short
+from openmoba.lab.study.answers.stage import details, in_short
 from openmoba.lab.study.candidates import standing_table, standings
 from openmoba.lab.study.fit import Fit
 from openmoba.lab.study.laws import comparable, fit

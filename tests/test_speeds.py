@@ -11,7 +11,7 @@ import synthetic_study
 from synthetic_study import CANDIDATES, silent, train
 
 from openmoba.lab.study import settings
-from openmoba.lab.study.answers import details, in_short
+from openmoba.lab.study.answers.stage import details, in_short
 from openmoba.lab.study.candidates import standing_table, standings
 from openmoba.lab.study.outcomes import Outcome, read_outcomes, speeds_apart
 from openmoba.lab.study.recipe import parse_recipe

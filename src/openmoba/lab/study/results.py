@@ -9,7 +9,9 @@ from openmoba.lab.arms import FULL
 from openmoba.lab.columns import counted, short
 from openmoba.lab.measure.needle_page import EDGE, chance, needle_sentences, read_needles
 from openmoba.lab.run_files import RECIPE_FILE
-from openmoba.lab.study.answers import details, reach, sweep, switches, use_of_context
+from openmoba.lab.study.answers.contexts import reach, use_of_context
+from openmoba.lab.study.answers.stage import details
+from openmoba.lab.study.answers.training import sweep, switches
 from openmoba.lab.study.candidates import standing_table, standings
 from openmoba.lab.study.charts import describe_arms
 from openmoba.lab.study.outcomes import Outcome, behind, by, largest, mean_loss, of_kind, speeds_apart

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from openmoba.lab.run_files import RECIPE_FILE
-from openmoba.lab.study.answers import in_short
+from openmoba.lab.study.answers.stage import in_short
 from openmoba.lab.study.charts import FOLDER, law_axes
 from openmoba.lab.study.outcomes import Outcome, of_stage, read_outcomes
 from openmoba.lab.study.recipe import Recipe, Stage, read_recipe
