@@ -22,7 +22,8 @@ from openmoba.lab.run_files import CONFIG_FILE, FAILED_FILE, IDENTITY_FILE, METR
 from openmoba.lab.study.outcomes import read_outcomes
 from openmoba.lab.study.recipe import recipe_of
 from openmoba.lab.study.report import write_report
-from openmoba.lab.study.results import AXIS, NEEDLES
+from openmoba.lab.study.results import NEEDLES
+from openmoba.lab.study.studies import AXIS
 
 RECORDS = (CONFIG_FILE, IDENTITY_FILE, METRICS_FILE, RESULT_FILE)
 """What a finished run is, without weights."""

@@ -20,6 +20,8 @@ import planned
 import served
 
 from openmoba.lab.study import results
+from openmoba.lab.study.settings import settings_table
+from openmoba.lab.study.studies import Study, read_studies
 
 ROOT = Path(__file__).parent.parent
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -63,7 +65,7 @@ def experiments(root: Path) -> str:
 def settings(root: Path) -> str:
     """Say which setting to take, by length and budget."""
     found, page = _studies(root), root / "docs"
-    return results.settings([study for study in found if study.folder != root / DEMO], page) or results.settings(
+    return settings_table([study for study in found if study.folder != root / DEMO], page) or settings_table(
         found, page
     )
 
@@ -102,10 +104,10 @@ def anchor(heading: str) -> str:
 
 
 @cache
-def _studies(root: Path) -> list[results.Study]:
+def _studies(root: Path) -> list[Study]:
     """Read the studies on a GPU, then the demo."""
     patterns = (str(STUDIES), DEMO)
-    return [study for pattern in patterns for study in results.read_studies(sorted(root.glob(pattern)))]
+    return [study for pattern in patterns for study in read_studies(sorted(root.glob(pattern)))]
 
 
 STUDIES = Path("results/h200/study/*")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -144,6 +146,23 @@ def sharded_too() -> None:
         same(root() / "sharded, stopped", "in 16 bits")
 
 
+def stopped_at_the_end() -> None:
+    """A signal that one process gets in the last step ends all of them, with the result."""
+    plain = RunTrainer.training_step
+
+    def signalled(trainer: RunTrainer, *args: Any, **kwargs: Any) -> Any:
+        if distributed.get_rank() == first and trainer.state.global_step + 1 == trainer.config.train.steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(trainer, *args, **kwargs)
+
+    for first in (0, 1):
+        folder = root() / f"stopped at the end by {first}"
+        with patch.object(RunTrainer, "training_step", signalled), pytest.raises(Terminated, match="is finished"):
+            run_training(config(root(), context_parallel=2), folder)
+        same(folder, "by heads")
+        assert (folder / "result.json").exists()
+
+
 def refusals() -> None:
     for train, said in (
         ({"context_parallel": 3}, "do not divide the 2 there are; start a multiple of 3"),
@@ -181,6 +200,7 @@ if __name__ == "__main__":
         {
             **{name: partial(shared, name) for name in CASES},
             "go on": go_on,
+            "stopped at the end": stopped_at_the_end,
             "sharded too": sharded_too,
             "refusals": refusals,
             "one dies": one_dies,

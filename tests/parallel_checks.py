@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from itertools import product
@@ -322,6 +323,32 @@ def refusals(ranks: int, way: str, layout: str) -> None:
     refuses(lambda: Sharding.over(group, 30, layout="zigzag"), "layout must be one of")
 
 
+def unlike(ranks: int, way: str, layout: str) -> None:
+    """Where the last rank calls unlike the others all are told, nothing is on its way, and the next call is right."""
+    rank = distributed.get_rank()
+    last = rank == ranks - 1
+    over = partial(Sharding.over, GROUPS[ranks], way=way, layout=layout)
+    sharding, longer = over(30), over(30 + 2 * ranks * last)
+    q, k, v = (sharding.shard(x) for x in inputs(2, 30))
+    packed = over(30, cu_seqlens=torch.tensor([0, 12 + last, 30], dtype=torch.int32))
+    lists = torch.full((*q.shape[:3], 2 - last), -1, dtype=torch.int32)
+    many, convolve = moba()[1], parallel.key_convolution
+    calls = {
+        "q (torch.float64, (": lambda: many(q[last:], k[last:], v[last:], sharding),
+        "k (torch.float64, (": lambda: many(q, k[:, :, 3 * last :], v[:, :, 3 * last :], sharding),
+        "v (torch.float64, (": lambda: many(q, k, v[:, last:], sharding),
+        "q (torch.float": lambda: many(*(x.float() if last else x for x in (q, k, v)), sharding),
+        "tokens 3": lambda: many(q, k, v, longer),
+        "cu_seqlens [0, 1": lambda: many(q[0], k[0], v[0], packed),
+        "way ": lambda: many(q, k, v, replace(sharding, way="auto") if last else sharding),
+        "lists (": lambda: parallel.block_attention(q, k, v, lists, sharding, block_size=4),
+        "weight_CW (": lambda: convolve(k.flatten(2), torch.zeros(48, 4 - last), sharding),
+    }
+    for text, call in calls.items():
+        refuses(call, f"the {ranks} ranks that share a sequence do not call alike: rank {rank} has {text}")
+    compare(*moba(), inputs(2, 30), sharding)
+
+
 def refuses(call: Callable[[], Any], text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(text)):
         call()
@@ -421,6 +448,7 @@ CASES = (
     autocast,
     volumes,
     refusals,
+    unlike,
 )
 
 

@@ -13,15 +13,17 @@ import synthetic_study
 from synthetic_study import CANDIDATES, RECIPE, silent, train
 
 from openmoba.lab.config import RunConfig
-from openmoba.lab.study import charts, results
-from openmoba.lab.study.answers import details, in_short
+from openmoba.lab.study import charts, results, settings
+from openmoba.lab.study.answers.stage import details, in_short
 from openmoba.lab.study.candidates import standing_table, standings
 from openmoba.lab.study.fit import Fit
 from openmoba.lab.study.laws import comparable, fit
 from openmoba.lab.study.outcomes import Outcome, by, mean_loss, of_stage, read_outcomes
 from openmoba.lab.study.recipe import parse_recipe
 from openmoba.lab.study.report import write_report
-from openmoba.lab.study.results import headlines, read_studies, settings
+from openmoba.lab.study.results import headlines
+from openmoba.lab.study.settings import settings_table
+from openmoba.lab.study.studies import read_studies
 from openmoba.lab.study.words import inside, listed, spent
 from openmoba.lab.study.work import run_study
 
@@ -115,8 +117,8 @@ def test_an_arm_with_key_convolution_is_compared_with_full_attention_that_has_it
              ["full-keys", "Full attention"], ["full-keys", "MoBA"]]
         )  # fmt: skip
     write_recipe(tmp_path / "list", text)
-    monkeypatch.setattr(results, "BUDGETS", (0.5,))
-    table = settings(read_studies([tmp_path / "list"]), tmp_path)
+    monkeypatch.setattr(settings, "BUDGETS", (0.5,))
+    table = settings_table(read_studies([tmp_path / "list"]), tmp_path)
     row = next(line for line in table.splitlines() if line.startswith("| 1,024 | 50% | last-keys: "))
     assert re.match(r"[+-]\d\.\d\d \[", row.split(" | ")[4]), "against full attention with its key convolution"
 
@@ -132,8 +134,8 @@ def test_an_arm_whose_fair_reference_has_no_run_is_not_judged(tmp_path: Path, mo
     assert good.endswith(" interval: last-3.")
     assert not any("last-keys" in sentence for sentence in (good, *rest))
     write_recipe(tmp_path, text)
-    monkeypatch.setattr(results, "BUDGETS", (0.5,))
-    table = settings(read_studies([tmp_path]), tmp_path)
+    monkeypatch.setattr(settings, "BUDGETS", (0.5,))
+    table = settings_table(read_studies([tmp_path]), tmp_path)
     row = next(line for line in table.splitlines() if line.startswith("| 1,024 | 50% | last-keys: "))
     assert row.split(" | ")[4] == "not known yet: it has no run"
 
@@ -143,9 +145,10 @@ def test_percentages_are_of_the_seeds_that_are_compared(tmp_path: Path, monkeypa
     plant(monkeypatch, luck=0.05)
     said(tmp_path, CANDIDATES, "candidates")
     write_recipe(tmp_path, CANDIDATES)
-    monkeypatch.setattr(results, "BUDGETS", (0.5,))
+    monkeypatch.setattr(settings, "BUDGETS", (0.5,))
     (study,) = read_studies([tmp_path])
-    row = next(line for line in settings([study], tmp_path).splitlines() if line.startswith("| 1,024 | 50% | last-"))
+    rows = settings_table([study], tmp_path).splitlines()
+    row = next(line for line in rows if line.startswith("| 1,024 | 50% | last-"))
     arm = row.split(" | ")[2].partition(":")[0]
     found = next(one for one in standings(study.outcomes) if one.runs[0].label == arm).plain
     (full,) = (run for run in study.outcomes if run.run.name == "candidates/large-full-seed0")
@@ -329,7 +332,7 @@ def test_settings_name_what_is_not_told_apart_from_the_best(tmp_path: Path, monk
     text = text.replace("[arms]", '[arms]\nagain = { name = "hybrid", full_layers = 3, block_size = 32 }')
     said(tmp_path, text, "candidates")
     write_recipe(tmp_path, text)
-    rows = settings(read_studies([tmp_path]), tmp_path).splitlines()
+    rows = settings_table(read_studies([tmp_path]), tmp_path).splitlines()
     assert "| not told apart |" in rows[0]
     last = [row.split(" | ") for row in rows if row.startswith("| 1,024 |")][-1]
     assert {last[2].partition(":")[0], last[5]} == {"last-3", "again"}

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from inspect import Parameter, signature
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 import openmoba
+from openmoba.ops import api
 from openmoba.ops.arguments import Blocking, KeyCache, KeyPages
 
 OPS = Path(__file__).parent.parent / "src" / "openmoba" / "ops"
@@ -56,6 +61,13 @@ def test_a_struct_taken_apart_is_found() -> None:
     (function,) = ast.parse("def moba_select(q, *, cu_seqlens_q, cu_seqlens_k, block_size, top_k): ...").body
     assert taken_apart("api.py:moba_select", function) == []
     assert taken_apart("triton/route.py:moba_select", function) == ["triton/route.py:moba_select: Blocking"]
+
+
+@pytest.mark.parametrize("verb", [api.moba_attention, api.block_attention])
+def test_type_checkers_are_told_of_every_option(verb: Callable[..., Any]) -> None:
+    """What overloads take as `**options`; mypy sees what is told and not there."""
+    taken = {one.name for one in signature(verb).parameters.values() if one.kind is Parameter.KEYWORD_ONLY}
+    assert taken - {"block_size", "top_k", "return_lse"} == set(api._Options.__annotations__)
 
 
 def test_structs_are_small() -> None:

@@ -64,6 +64,25 @@ def test_help_and_what_is_wrong_with_arguments_are_said_without_torch(arguments:
     assert done.stdout.splitlines()[-1] == str(code), done.stderr
 
 
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_help_on_a_terminal_has_colours_unless_nobody_wants_them(no_color: str) -> None:
+    terminal, end = os.openpty()
+    environment = os.environ | {"NO_COLOR": no_color, "TERM": "xterm"}
+    command = [sys.executable, "-m", "openmoba", "plot", "--help"]
+    with subprocess.Popen(command, stdout=end, stderr=end, env=environment) as process:
+        os.close(end)
+        said = b""
+        try:
+            while found := os.read(terminal, 4096):
+                said += found
+        except OSError:  # as Linux says the end of a terminal
+            pass
+        os.close(terminal)
+    assert process.returncode == 0
+    assert b"usage:" in said
+    assert (b"\x1b[" in said) == (not no_color)
+
+
 def test_whoever_interrupts_while_modules_load_sees_no_traceback() -> None:
     done = python(INTERRUPTED)
     assert done.returncode in (130, -2)  # as a shell says both

@@ -54,7 +54,13 @@ def test_convert_refuses(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "unread").mkdir()
     (tmp_path / "unread" / "model.safetensors").touch()
     blocks = ["--block-size", "4", "--top-k", "2"]
+    for value in ("nan", "inf"):
+        model = save_model(tmp_path / value)
+        model.model.layers[1].self_attn.k_proj.weight.data[3, 5] = float(value)
+        model.bfloat16().save_pretrained(tmp_path / value)
     cases = [
+        (["nan", "out"], "1 of 1,152 numbers of model.layers.1.self_attn.k_proj.weight are NaN or infinite; restore"),
+        (["inf", "out"], "1 of 1,152 numbers of model.layers.1.self_attn.k_proj.weight are"),
         (["windowed", "out"], "sliding_window=None"),
         (["full", "taken"], "exists"),
         (["bare", "out"], "no safetensors"),

@@ -40,7 +40,8 @@ from openmoba.lab.model.build import model_folder  # noqa: E402
 from openmoba.lab.model.checkpoint import seal  # noqa: E402
 from openmoba.lab.progress import Progress  # noqa: E402
 from openmoba.lab.study.recipe import parse_recipe  # noqa: E402
-from openmoba.lab.study.results import experiments, read_studies  # noqa: E402
+from openmoba.lab.study.results import experiments  # noqa: E402
+from openmoba.lab.study.studies import read_studies  # noqa: E402
 from openmoba.lab.study.work import run_study  # noqa: E402
 
 DEPTHS = (0.0, 0.5, 1.0, None)

@@ -24,7 +24,9 @@ from openmoba.lab.study import fit as fitting
 from openmoba.lab.study.outcomes import read_outcomes
 from openmoba.lab.study.recipe import Recipe, parse_recipe
 from openmoba.lab.study.report import missing, write_report
-from openmoba.lab.study.results import experiments, headlines, limits, read_studies, settings
+from openmoba.lab.study.results import experiments, headlines, limits
+from openmoba.lab.study.settings import settings_table
+from openmoba.lab.study.studies import read_studies
 from openmoba.lab.study.work import run_study
 from openmoba.lab.train import run as training
 from openmoba.records.disk import keep
@@ -156,7 +158,7 @@ def test_an_unfinished_study_has_a_report_and_a_place_on_the_page(patterns: list
     assert f" of {len(recipe.runs)} runs so far.**" in experiments(studies, tmp_path).partition("![")[0]
     assert headlines(studies, tmp_path).count(" runs so far.** ") == headlines(studies, tmp_path).count("![")
     assert limits(studies)
-    assert isinstance(settings(studies, tmp_path) + headlines(studies, tmp_path), str)
+    assert isinstance(settings_table(studies, tmp_path) + headlines(studies, tmp_path), str)
     report = (tmp_path / "study" / "report.md").read_text()
     assert f" of {len(recipe.runs)} runs so far**" in report
     assert " nan" not in report
@@ -171,7 +173,7 @@ def test_an_unfinished_short_list_has_a_report_and_a_place_on_the_page(patterns:
     write_report(recipe, tmp_path / "study", "6nd")
     studies = read_studies([tmp_path / "study"])
     assert experiments(studies, tmp_path)
-    table = settings(studies, tmp_path)
+    table = settings_table(studies, tmp_path)
     report = (tmp_path / "study" / "report.md").read_text()
     if patterns == ["*keys-seed0"]:  # the only full attention has key convolution: called by its name
         assert " that of full-keys (1.2 M parameters, " in report

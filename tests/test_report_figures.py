@@ -21,7 +21,8 @@ from openmoba.lab.study.figures import Level
 from openmoba.lab.study.outcomes import read_outcomes
 from openmoba.lab.study.recipe import parse_recipe, read_recipe
 from openmoba.lab.study.report import write_report
-from openmoba.lab.study.results import experiments, read_studies
+from openmoba.lab.study.results import experiments
+from openmoba.lab.study.studies import read_studies
 from openmoba.lab.study.work import run_study
 
 pytestmark = pytest.mark.usefixtures("few_replicates")

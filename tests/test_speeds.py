@@ -10,12 +10,13 @@ import pytest
 import synthetic_study
 from synthetic_study import CANDIDATES, silent, train
 
-from openmoba.lab.study import results
-from openmoba.lab.study.answers import details, in_short
+from openmoba.lab.study import settings
+from openmoba.lab.study.answers.stage import details, in_short
 from openmoba.lab.study.candidates import standing_table, standings
 from openmoba.lab.study.outcomes import Outcome, read_outcomes, speeds_apart
 from openmoba.lab.study.recipe import parse_recipe
-from openmoba.lab.study.results import read_studies, settings
+from openmoba.lab.study.settings import settings_table
+from openmoba.lab.study.studies import read_studies
 from openmoba.lab.study.work import run_study
 
 HOST = "one window a step without CUDA graphs, where the host may be what is timed"
@@ -75,7 +76,7 @@ def test_one_run_that_was_launched_otherwise_has_no_speed(tmp_path: Path) -> Non
     short, *rest = (in_short(runs[0].run.stage, runs, ["6nd"]), *details(runs[0].run.stage, runs, ["6nd"]))
     assert "last-3" in short
     assert not any("times" in sentence for sentence in (short, *rest))
-    page = settings(read_studies([tmp_path]), tmp_path)
+    page = settings_table(read_studies([tmp_path]), tmp_path)
     taken = {row.split(" | ")[2].partition(":")[0]: row.split(" | ")[7] for row in page.splitlines()[2:-2]}
     assert taken["last-3"] == "-"
     assert taken["last-1"] == "1.00x"
@@ -86,7 +87,7 @@ def test_settings_take_the_lowest_difference_of_models_of_about_one_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 1.2 M and 1.1 M parameters; 1 M counts no more, and 2 M has no settings to choose from."""
-    monkeypatch.setattr(results, "BUDGETS", (1.0,))
+    monkeypatch.setattr(settings, "BUDGETS", (1.0,))
     full = synthetic_study.LAWS["full"]
     for name, parameters, gain in (("big", 1_200_000, 0.99), ("near", 1_100_000, 0.98), ("far", 1_000_000, 0.97)):
         monkeypatch.setitem(synthetic_study.PARAMETERS, "large", parameters)
@@ -97,7 +98,7 @@ def test_settings_take_the_lowest_difference_of_models_of_about_one_size(
     finish(tmp_path / "alone", alone)
 
     def measured_with(*names: str) -> str:
-        rows = settings(read_studies([tmp_path / name for name in names]), tmp_path).splitlines()
+        rows = settings_table(read_studies([tmp_path / name for name in names]), tmp_path).splitlines()
         return next(row.split(" | ")[-1] for row in rows if row.startswith("| 1,024 |"))
 
     for order in (("big", "near", "far", "alone"), ("alone", "far", "near", "big")):

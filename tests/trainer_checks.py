@@ -306,6 +306,11 @@ def other_batches() -> None:
     ):
         with pytest.raises(ValueError, match=rf"were given different batches \({said}\); give them the same"):
             shard_inputs(same | changed, None, model().config)
+    for given in (rows(8 - 2 * rank), Streamed() if rank else rows()):
+        refuses(rf"data of different lengths, this one of {'(3|none)' if rank else '4'}", data=given)
+    arguments = TrainingArguments(output_dir=mkdtemp(), per_device_eval_batch_size=2, **QUIETLY)
+    with pytest.raises(ValueError, match=f"data of different lengths, this one of {2 - rank} batches"):
+        Split(model(), arguments, context_parallel=2).get_eval_dataloader(rows(4 - 2 * rank))
     torch.manual_seed(rank)
     refuses(r"different batches \(input_ids, labels\)", data=Turned(), seed=rank)
 

@@ -78,6 +78,8 @@ def _run(arguments: list[str]) -> int:
 
         print(", ".join(f"{package} {version}" for package, version in versions().items()))
         return 0
+    if os.environ.get("NO_COLOR"):  # no-color.org; tyro has a variable of its own, and reads it when it is imported
+        os.environ["PYTHON_TYRO_ANSI_CODES"] = "False"
     known = commands()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage(known))

@@ -131,6 +131,7 @@ def test_runs_are_listed_side_by_side(
     assert cli.main(["runs", str(finished), str(tmp_path / "study")]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split()[:8] == ["run", "state", "arm", "size", "tokens", "LM", "trailing", "to"]
+    assert head.endswith("MFU of data sheet  time")
     cells = {Path(line.split()[0]).name: line.split()[1:] for line in lines[:-1]}
     losses = {}
     for folder in (finished, tmp_path / "study" / "cut"):

@@ -14,7 +14,7 @@ from tiny import Heard
 from openmoba.lab.arms import ArmConfig
 from openmoba.lab.config import RunConfig, to_dict
 from openmoba.lab.measure.evaluate import evaluate_source
-from openmoba.lab.train import callback
+from openmoba.lab.train import callback, trainer
 from openmoba.lab.train.history import evaluations, history, history_until, read_result
 from openmoba.lab.train.run import run_training
 from openmoba.records import disk
@@ -139,3 +139,13 @@ def test_progress_is_told_between_two_records_too(
     heard = Heard()
     run_training(replace(config, train=replace(config.train, steps=4)), tmp_path / "run", progress=heard)
     assert [step.split("/")[0] for step in heard.steps] == ["1", "2", "3", "4"]
+
+
+def test_progress_says_what_the_mfu_is_a_share_of(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "peak_operations", lambda *_: 1e9)
+    heard = Heard()
+    run_training(replace(config, train=replace(config.train, steps=4)), tmp_path / "run", progress=heard)
+    share = next(row["mfu"] for row in history(tmp_path / "run") if row["kind"] == "train")
+    assert f" tokens/s  MFU {share:.0%} of data sheet " in heard.steps[0]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from openmoba.config import MobaConfig
@@ -17,6 +18,7 @@ from openmoba.hf.key_conv import set_key_conv
 from openmoba.hf.settings import NAME, saved
 from openmoba.hf.support import check_settings, check_supported
 from openmoba.hub import A_MODEL, check_model_source
+from openmoba.ops.checks import DTYPES
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _TRAINING_STATE = ("trainer_state.json", "complete.json", "unrecorded.json")
@@ -26,7 +28,7 @@ _TRAINING_STATE = ("trainer_state.json", "complete.json", "unrecorded.json")
 def convert(source: str | Path, out: Path, settings: MobaConfig) -> Path:
     """Write a MoBA checkpoint of the model `source` to the folder `out`.
 
-    The weights are copied as they are, so this is exact and needs no memory for them. `out` loads with
+    The weights are copied as they are, so this is exact; they are looked at one tensor at a time. `out` loads with
     `AutoModelForCausalLM.from_pretrained` once `openmoba.hf` is imported, and with
     `attn_implementation="sdpa"` as the original model. It appears whole or not at all.
 
@@ -39,7 +41,8 @@ def convert(source: str | Path, out: Path, settings: MobaConfig) -> Path:
         `out`.
 
     Raises:
-        ValueError: no such model, no safetensors weights, attention that MoBA does not replace, or `out` exists.
+        ValueError: no such model, no safetensors weights, weights that are NaN or infinite, attention that MoBA does
+            not replace, or `out` exists.
     """
     check_settings(settings)
     if not isinstance(source, str | Path):
@@ -87,10 +90,20 @@ def _check_key_conv(config: Any, settings: MobaConfig) -> None:
 
 def _check_weights(path: Path) -> None:
     try:
-        with safe_open(path, "pt"):
-            pass
+        with safe_open(path, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  # it is no mapping
+                _check_finite(path, name, weights.get_tensor(name))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is not readable as safetensors ({error}); restore or download it again") from error
+
+
+def _check_finite(path: Path, name: str, x: Tensor) -> None:
+    """Raise ValueError if weights, in a dtype of attention, are no numbers: the model would say nothing else."""
+    if x.dtype in DTYPES and x.numel() and not torch.stack(torch.aminmax(x)).isfinite().all():
+        wrong = x.numel() - int(x.isfinite().sum())
+        raise ValueError(
+            f"{path}: {wrong:,} of {x.numel():,} numbers of {name} are NaN or infinite; restore or download it again"
+        )
 
 
 def _config(folder: Path) -> Any:

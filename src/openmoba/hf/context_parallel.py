@@ -22,7 +22,7 @@ from torch import Tensor, distributed
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
-from openmoba.hf.meshes import loadable_device, same_batches, same_seeds, sequence_mesh
+from openmoba.hf.meshes import as_many, loadable_device, same_batches, same_seeds, sequence_mesh
 from openmoba.hf.settings import NAME
 from openmoba.hf.shards import check_loss, shard_inputs
 from openmoba.parallel import sharded
@@ -83,9 +83,14 @@ class ContextParallel:
         return distributed.get_world_size(self._context_group)
 
     def get_train_dataloader(self) -> Any:
-        """Return Trainer's, of which the processes of a sequence get the same batches."""
+        """Return Trainer's, of which the processes of a sequence get the same batches.
+
+        Raises:
+            ValueError: some of them have more batches than others.
+        """
         with same_batches(self.accelerator, self._sequence_mesh):  # type: ignore[attr-defined]
-            return same_seeds(super().get_train_dataloader(), self._sequence_mesh)  # type: ignore[misc]
+            loader = same_seeds(super().get_train_dataloader(), self._sequence_mesh)  # type: ignore[misc]
+        return as_many(loader, self._context_group)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return Trainer's, of which the processes of a sequence get the same batches.
@@ -99,7 +104,8 @@ class ContextParallel:
             comes_one_by_one = isinstance(data, IterableDataset) or not isinstance(data, Sized)
             eval_dataset = list(data) if comes_one_by_one and data is not None else data
         with same_batches(self.accelerator, self._sequence_mesh):  # type: ignore[attr-defined]
-            return super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
+            loader = super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
+        return as_many(loader, self._context_group)
 
     def _prepare_context_parallel_inputs(
         self, model: Any, inputs: dict[str, Any]

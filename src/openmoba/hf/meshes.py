@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
-from transformers.trainer_utils import seed_worker
+from transformers.trainer_utils import has_length, seed_worker
+
+from openmoba.parallel.alike import different
 
 
 def sequence_mesh(ranks: int, device: str) -> Any:
@@ -56,6 +58,25 @@ def same_seeds(loader: Any, mesh: Any) -> Any:
     init = loader.worker_init_fn
     if mesh is not None and isinstance(init, partial) and init.func is seed_worker:
         loader.base_dataloader.worker_init_fn = partial(init, rank=distributed.get_rank() // mesh["cp"].size())
+    return loader
+
+
+def as_many(loader: Any, group: Any) -> Any:
+    """Return the loader of this process, of which the others of its sequence have as many batches.
+
+    Args:
+        group: the processes that share a sequence, None for none.
+
+    Raises:
+        ValueError: they have not, in all of them; otherwise one would wait for what the others no longer have.
+    """
+    batches = len(loader) if has_length(loader) else None
+    if group is not None and different(torch.tensor([-1 if batches is None else batches]), group):
+        raise ValueError(
+            f"the {distributed.get_world_size(group)} processes that share a sequence were given data of different "
+            f"lengths, this one {'of none that is known' if batches is None else f'of {batches:,} batches'}; give them "
+            "the same"
+        )
     return loader
 
 

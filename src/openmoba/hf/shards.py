@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.nn.functional import pad
 
 from openmoba.hf.find_layout import boundaries_of_whole
@@ -13,7 +13,8 @@ from openmoba.hf.kinds import Kind
 from openmoba.hf.layout import Layout, Sequences
 from openmoba.hf.support import key_value_heads
 from openmoba.parallel import Sharding, key_convolution, over_ranks
-from openmoba.parallel.collectives import gather, group_of
+from openmoba.parallel.alike import different
+from openmoba.parallel.collectives import group_of
 
 IGNORED = -100
 """Label of a position without loss, as transformers has it."""
@@ -97,10 +98,7 @@ def _check_same(inputs: Inputs, group: Any) -> None:
         return
     told = [_told(inputs.get(name)) for name in _COMPARED]
     device = next((x.device for x in inputs.values() if isinstance(x, Tensor)), torch.device("cpu"))
-    if "nccl" in distributed.get_backend(group):
-        device = torch.device("cuda", torch.cuda.current_device())
-    every = gather(torch.stack([x.to(device) for x in told])[None], group)().tolist()
-    wrong = [name for i, name in enumerate(_COMPARED) if any(each[i] != every[0][i] for each in every)]
+    wrong = [_COMPARED[i] for i in different(torch.stack([x.to(device) for x in told]), group)]
     if wrong:
         raise ValueError(
             f"the {ranks} processes that share a sequence were given different batches ({', '.join(wrong)}); give them "

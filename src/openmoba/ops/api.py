@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -30,16 +30,24 @@ from openmoba.ops.explain import path_of
 from openmoba.ops.reference import reference_attention, reference_merge, reference_select
 
 
+class _Options(TypedDict, total=False):
+    """What both kinds of attention take alike, for type checkers; the functions themselves have the defaults."""
+
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    scale: float | None
+    impl: str
+
+
 @overload
 def moba_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, block_size: int, top_k: int, cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None, scale: float | None = None, return_lse: Literal[False] = False,
-    impl: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, *, block_size: int, top_k: int, return_lse: Literal[False] = False,
+    **options: Unpack[_Options],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def moba_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, block_size: int, top_k: int, cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None, scale: float | None = None, return_lse: Literal[True], impl: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, *, block_size: int, top_k: int, return_lse: Literal[True],
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -98,14 +106,13 @@ def moba_attention(
 
 @overload
 def block_attention(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, block_size: int, cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None, scale: float | None = None, return_lse: Literal[False] = False,
-    impl: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, block_size: int, return_lse: Literal[False] = False,
+    **options: Unpack[_Options],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def block_attention(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, block_size: int, cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None, scale: float | None = None, return_lse: Literal[True], impl: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, block_size: int, return_lse: Literal[True],
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 

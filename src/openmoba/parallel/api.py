@@ -9,6 +9,7 @@ from openmoba.ops import api as ops
 from openmoba.ops.autocast import lowered
 from openmoba.ops.checks import check_scale, check_tensors
 from openmoba.ops.varlen import dense_sequences
+from openmoba.parallel.alike import check_alike
 from openmoba.parallel.heads import Attend, attend_by_heads
 from openmoba.parallel.keys import attend_by_keys
 from openmoba.parallel.sharding import Sharding
@@ -42,7 +43,8 @@ def moba_attention(
         This rank's output, shape and dtype of q; what stands at padding has no meaning.
 
     Raises:
-        ValueError: naming the argument, its value and the way out.
+        ValueError: naming the argument, its value and the way out. On a CPU it comes on all ranks where their shapes,
+            dtypes or shardings differ; on a GPU these are not compared, as the host would wait for the device.
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> Tensor:
@@ -76,7 +78,8 @@ def block_attention(
 
     Args:
         blocks: for this rank's queries, int32 `[B, S, H or Hkv, m]`, of packed sequences `[S, H or Hkv, m]`: past
-            blocks of the whole, numbered within the sequence, -1 for none. What stands at padding is not looked at.
+            blocks of the whole, numbered within the sequence, -1 for none; m is that of every rank. What stands at
+            padding is not looked at.
     """
 
     check_tensors(blocks=blocks)
@@ -113,6 +116,8 @@ def over_ranks(
         lists: what else there is for every query, `[B, S, H or Hkv, m]`; `attend` is given its part last.
     """
     packed = sharding.cu_seqlens is not None
+    check_tensors(q=q, k=k, v=v)
+    check_alike(sharding, q=q, k=k, v=v, lists=lists)
     _check(q, k, v, sharding)
     if lists is not None and (lists.shape[:-2] != q.shape[:-2] or lists.shape[-2] not in (q.shape[-2], k.shape[-2])):
         raise ValueError(
@@ -131,10 +136,9 @@ def over_ranks(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, sharding: Sharding) -> None:
-    """Raise ValueError unless these are this rank's shard: a wrong one would leave the others waiting."""
+    """Raise ValueError unless these are this rank's shard."""
     packed = sharding.cu_seqlens is not None
     dims, layout = (3, "[tokens, heads, dim]") if packed else (4, "[batch, tokens, heads, dim]")
-    check_tensors(q=q, k=k, v=v)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise ValueError(f"{name} has dtype {x.dtype} but q has {q.dtype}; cast them to one dtype")

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from openmoba.ops import key_conv as ops
 from openmoba.ops.checks import DTYPES, check_tensors
 from openmoba.ops.eager import eager
+from openmoba.parallel.alike import check_alike
 from openmoba.parallel.collectives import Exchange, arrived, started
 from openmoba.parallel.sharding import Sharding
 
@@ -34,9 +35,10 @@ def key_convolution(k: Tensor, weight_CW: Tensor, sharding: Sharding) -> Tensor:
         This rank's convolved keys, shape and dtype of k; what stands at padding has no meaning.
 
     Raises:
-        ValueError: naming the argument, its value and the way out.
+        ValueError: naming the argument, its value and the way out; as of `openmoba.parallel.moba_attention`.
     """
     check_tensors(k=k, weight_CW=weight_CW)
+    check_alike(sharding, k=k, weight_CW=weight_CW)
     packed = sharding.cu_seqlens is not None
     dims, layout = (2, "[tokens, channels]") if packed else (3, "[batch, tokens, channels]")
     if k.dim() != dims:

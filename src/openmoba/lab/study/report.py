@@ -11,7 +11,10 @@ from openmoba.lab.columns import counted
 from openmoba.lab.measure.compute import AXES, Axis
 from openmoba.lab.measure.resample import LEVEL
 from openmoba.lab.run_files import FAILED_FILE, RESULT_FILE
-from openmoba.lab.study.answers import details, in_short, reach, slopes, sweep, switches, use_of_context
+from openmoba.lab.study.answers.contexts import reach, use_of_context
+from openmoba.lab.study.answers.laws import slopes
+from openmoba.lab.study.answers.stage import details, in_short
+from openmoba.lab.study.answers.training import sweep, switches
 from openmoba.lab.study.candidates import standing_table, standings
 from openmoba.lab.study.charts import Chart, describe_arms, draw_charts, law_axes
 from openmoba.lab.study.laws import LEAST_SIZES, Versus, comparable, fit, residual, slope_difference
@@ -115,41 +118,47 @@ def _report(
     yield ""
     yield from _scale(recipe, outcomes)
     for stage in recipe.stages:
-        own = of_stage(stage, outcomes)
-        if not own:
-            continue
-        yield f"\n## Stage {stage.name}\n"
-        yield _stage_sentence(stage, own)
-        yield f"\n{describe_arms(own)}"
-        for chart in (chart for chart in charts if chart.stage == stage):
-            yield f"\n![{chart.caption}]({chart.files[0].relative_to(study)})\n\n*{chart.caption}*"
-        yield from _without_trailing(stage, own)
-        axes = law_axes(stage, own, axis) if stage.chart == "scaling" else [axis]
-        if short := in_short(stage, own, axes):
-            yield f"\n**{short}**"
-        said = (details(stage, own, axes), sweep(stage, outcomes), switches(own), use_of_context(own), reach(own))
-        for sentence in chain(*said):
-            yield f"\n{sentence}"
-        if stage.chart == "compare":
-            yield from _candidates(own)
-        if rows := contexts(own):
-            yield f"\n### Lost for want of context ({behind(own, 'trailing')})\n"
-            yield (
-                f"Loss of the last {own[0].config.trailing:,} tokens with so many in sight, minus that with all "
-                f"{own[0].config.data.length:,}, in nats. {BOLD}\n"
-            )
-            yield from rows
-        if rows := comparisons(own):
-            yield f"\n### Comparisons ({behind(own, 'lm')})\n"
-            yield f"{BOLD} {luck(own)}\n"
-            yield from rows
-        if stage.chart == "scaling":
-            for convention in axes:
-                yield from _laws(stage, own, convention, by_position=convention == axis)
-        yield "\n### Runs\n"
-        yield from _runs([outcome for outcome in own if outcome.run.stage == stage])
+        if own := of_stage(stage, outcomes):
+            drawn = [chart for chart in charts if chart.stage == stage]
+            yield from _stage(stage, own, outcomes, drawn, axis, study)
     yield "\n## Provenance\n"
     yield from _provenance(outcomes)
+
+
+def _stage(
+    stage: Stage, own: Sequence[Outcome], outcomes: Sequence[Outcome], charts: Sequence[Chart], axis: str, study: Path
+) -> Iterator[str]:
+    """Write one stage: its charts, what its runs say, its tables."""
+    yield f"\n## Stage {stage.name}\n"
+    yield _stage_sentence(stage, own)
+    yield f"\n{describe_arms(own)}"
+    for chart in charts:
+        yield f"\n![{chart.caption}]({chart.files[0].relative_to(study)})\n\n*{chart.caption}*"
+    yield from _without_trailing(stage, own)
+    axes = law_axes(stage, own, axis) if stage.chart == "scaling" else [axis]
+    if short := in_short(stage, own, axes):
+        yield f"\n**{short}**"
+    said = (details(stage, own, axes), sweep(stage, outcomes), switches(own), use_of_context(own), reach(own))
+    for sentence in chain(*said):
+        yield f"\n{sentence}"
+    if stage.chart == "compare":
+        yield from _candidates(own)
+    if rows := contexts(own):
+        yield f"\n### Lost for want of context ({behind(own, 'trailing')})\n"
+        yield (
+            f"Loss of the last {own[0].config.trailing:,} tokens with so many in sight, minus that with all "
+            f"{own[0].config.data.length:,}, in nats. {BOLD}\n"
+        )
+        yield from rows
+    if rows := comparisons(own):
+        yield f"\n### Comparisons ({behind(own, 'lm')})\n"
+        yield f"{BOLD} {luck(own)}\n"
+        yield from rows
+    if stage.chart == "scaling":
+        for convention in axes:
+            yield from _laws(stage, own, convention, by_position=convention == axis)
+    yield "\n### Runs\n"
+    yield from _runs([outcome for outcome in own if outcome.run.stage == stage])
 
 
 def _setting(outcomes: Sequence[Outcome]) -> Iterator[str]:

@@ -86,5 +86,5 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
 
 def _told(logs: dict[str, float], speed: dict[str, float | None]) -> str:
     """Say what progress tells of a step."""
-    mfu = "" if speed["mfu"] is None else f"  MFU {speed['mfu']:.0%}"
+    mfu = "" if speed["mfu"] is None else f"  MFU {speed['mfu']:.0%} of data sheet"
     return f"loss {logs['loss']:.3f}  lr {logs['learning_rate']:.2g}  {speed['tokens_per_second']:,.0f} tokens/s{mfu}"

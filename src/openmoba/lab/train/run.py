@@ -65,12 +65,14 @@ def run_training(
     if trainer.stopping and trainer.state.global_step < config.train.steps:
         step = trainer.state.global_step
         raise Terminated(f"{folder} stopped at step {step} with a checkpoint; the same command goes on from there")
-    if not trainer.is_world_process_zero():
-        return {}
-    prune(folder, keep=1)
-    result = _result(trainer)
-    disk.write_json(folder / RESULT_FILE, result)
-    if trainer.stopping:  # in the last step; a study must not begin the next run
+    stopping = trainer.must_stop(agreeing=True)  # in the last step, where a signal may have come to some processes
+    result: Row = {}
+    if trainer.is_world_process_zero():
+        prune(folder, keep=1)
+        result = _result(trainer)
+        disk.write_json(folder / RESULT_FILE, result)
+    if stopping:  # a study must not begin the next run
+        trainer.accelerator.wait_for_everyone()  # torchrun ends them all where one ends
         raise Terminated(f"{folder} is finished")
     return result
 

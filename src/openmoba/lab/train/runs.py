@@ -16,7 +16,7 @@ from openmoba.lab.run_files import CONFIG_FILE, FAILED_FILE, METRICS_FILE, RESUL
 from openmoba.lab.train.history import evaluations, history, read_result
 from openmoba.records.disk import Row, read_json
 
-HEADS = ("run", "state", "arm", "size", "tokens", "LM", "trailing", "to first", "tokens/s", "MFU", "time")
+HEADS = ("run", "state", "arm", "size", "tokens", "LM", "trailing", "to first", "tokens/s", "MFU of data sheet", "time")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What a study's numbers say, in sentences, by what they are about; `stage` puts them together."""
