@@ -130,6 +130,7 @@ ROWS: list[tuple[list[str], int, str]] = [
     (["runs"], 2, "there are no runs below runs; give a folder"),
     (["runs", "empty"], 2, "there are no runs below empty; give a folder"),
     (["runs", "file"], 2, "there are no runs below file"),
+    (["runs", "run", "empty", "nowhere"], 2, "there are no runs below nowhere; give a folder"),
     (["generate", "run", "--file", "nowhere.txt"], 2, "nowhere.txt: No such file or directory; check the path"),
     (["generate", "run", "--file", "run/checkpoint-4/model.safetensors"], 2, "is not text in UTF-8"),
     (["generate", "run", "--file", "empty"], 2, "empty: Is a directory; that is a folder, give a file"),
