@@ -197,6 +197,8 @@ ROWS: list[tuple[list[str], int, str]] = [
     (setting("arm.key-conv", HUGE), 2, "key_conv must be at most 2147483647"),
     (setting("arm.top-k", HUGE), 2, "top_k must be at most"),
     (setting("arm.switch-at", "nan"), 2, "arm.switch_at is a share of the steps in [0, 1], got nan"),
+    (setting("arm.full-layers", "3"), 2, "arm.full_layers=3 is of arm.name=hybrid, and arm.name is moba; set arm.name"),
+    (setting("arm.switch-at", "0.5"), 2, "arm.switch_at=0.5 is of arm.name=time_hybrid, and arm.name is moba"),
     (setting("eval.batch-size", "0"), 2, "eval.batch_size must be >= 1, got 0"),
     (setting("eval.windows", HUGE), 2, "eval.windows must be at most"),
     (setting("model.overrides", "num_hidden_layers", "-1"), 2, "num_hidden_layers must be 1 to 10,000, got -1"),
