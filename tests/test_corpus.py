@@ -240,6 +240,31 @@ def test_corpus_says_what_a_source_holds_without_writing(tmp_path: Path, capsys:
     assert float(lines[2].split()[4]) == pytest.approx(-(share * np.log2(share)).sum() * 243 / 240, abs=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["files", "directories"])
+def test_names_that_are_no_utf8_are_written_so_that_they_are(kind: str, tmp_path: Path) -> None:
+    """As old archives have them; a name is an id in Parquet, and a line of a directory's document."""
+    root = tree(tmp_path / "texts", {"a.txt": "text\n"})
+    (root / os.fsdecode(b"caf\xe9.txt")).write_text("more\n")
+    (root / os.fsdecode(b"\xe9.pdf")).write_bytes(b"%PDF-")
+    command = ["corpus", str(root), "--documents", kind, "--tokenizer", "bytes", "--cache", str(tmp_path / "cache")]
+    assert main([*command, "--out", str(tmp_path / "made")]) == 0
+    made = parquet.read_table(tmp_path / "made.parquet").to_pylist()
+    if kind == "files":
+        assert [row["id"] for row in made] == ["a.txt", r"caf\xe9.txt"]
+        assert open_corpus(str(root)).left_out.paths == {"PDF": [r"\xe9.pdf"]}
+        assert [item.name for item in open_corpus(f"{root}/*.txt").items()] == ["a.txt", r"caf\xe9.txt"]
+    else:
+        assert made == [{"id": ".", "text": "==> a.txt <==\ntext\n\n==> caf\\xe9.txt <==\nmore\n"}]
+
+
+def test_a_source_without_text_is_refused_and_says_what_it_holds(tmp_path: Path, capsys: Any) -> None:
+    root = tree(tmp_path, {"pdf/a.pdf": b"%PDF-", "rows.jsonl": '{"text": ""}\n{"text": null}\n'})
+    for source, said in (("pdf", " (left out: 1 PDF (a.pdf))"), ("rows.jsonl", "")):
+        for _ in range(2):  # the second time from the cache
+            assert main(["corpus", str(root / source), "--cache", str(tmp_path / "cache")]) == 2
+            assert f"{source} has no documents with text in them{said}; give another" in capsys.readouterr().err
+
+
 def test_bad_options_name_the_way_out(tmp_path: Path, capsys: Any) -> None:
     chat = tree(tmp_path, {"chat.jsonl": '{"messages": [{"role": "user", "content": "hi"}]}\n'}) / "chat.jsonl"
     for arguments, message in (

@@ -242,7 +242,7 @@ def test_bad_corpora_name_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no documents with text in them"):
         load(tmp_path, tmp_path / "blank.jsonl")
     (tmp_path / "none.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"none\.jsonl has no documents with text in them; set data\.source"):
+    with pytest.raises(ValueError, match=r"none\.jsonl has no documents with text in them; give another source"):
         load(tmp_path, tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match=r"is one document, none is left for validation; set data\.valid"):
         load(tmp_path, folder_of(tmp_path / "one", documents(1)))

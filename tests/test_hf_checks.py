@@ -22,7 +22,10 @@ from transformers import (  # noqa: E402
     DeepseekV3Config,
     DogeConfig,
     Gemma2Config,
+    GitConfig,
+    GlmMoeDsaConfig,
     GptOssConfig,
+    HrmTextConfig,
     LlamaConfig,
     LongcatFlashConfig,
     MistralConfig,
@@ -56,6 +59,15 @@ CANNOT_RUN = {
     "soft-capped": (Gemma2Config, FULL, "soft-capped logits"),
     "sinks": (GptOssConfig, FULL | {"num_local_experts": 2}, "attention sinks"),
     "own mask": (DogeConfig, {}, "a mask of its own making"),
+    "indexer": (
+        GlmMoeDsaConfig,
+        LATENT
+        | FULL
+        | {"v_head_dim": 16, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4, "n_shared_experts": 1},
+        "an indexer that chooses keys",
+    ),
+    "looped": (HrmTextConfig, {"H_cycles": 2, "L_cycles": 1}, r"attention layers that share a number \(layer_idx\)"),
+    "own attention": (GitConfig, {}, "a GitSelfAttention that does not take its attention from transformers'"),
     "no attention": (LongcatFlashConfig, LATENT | {"num_layers": 1}, "no attention layers of a kind that MoBA knows"),
     "window": (MistralConfig, {"sliding_window": 0}, "sliding window of 0; load it with sliding_window=None"),
 }

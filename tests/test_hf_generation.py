@@ -12,7 +12,15 @@ transformers = pytest.importorskip("transformers")
 
 import caches  # noqa: E402
 from decoders import LAYERS, SIZES, build, logits, tokens  # noqa: E402
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig, Qwen3Config  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DynamicCache,
+    JetMoeConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
 from transformers.masking_utils import create_masks_for_generate  # noqa: E402
 
 from openmoba import MobaConfig, complete_pages  # noqa: E402
@@ -183,6 +191,21 @@ def test_settings_may_change_while_a_cache_is_filled(kind: str) -> None:
 def test_greedy_generation(settings: MobaConfig) -> None:
     assistant = configure(build(LlamaConfig(**(SIZES | {"num_hidden_layers": 1}))), SPARSE)
     caches.check_generation(configure(build(), settings), assistant)
+
+
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16}
+REPEATED = {"kv_channels": 8, "num_local_experts": 2, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "entries"),
+    [(DeepseekV2Config, LATENT | {"n_routed_experts": 2, "first_k_dense_replace": LAYERS}), (JetMoeConfig, REPEATED)],
+    ids=["latent", "repeated"],
+)
+def test_keys_that_are_not_those_in_the_cache(config: Any, entries: dict[str, Any]) -> None:
+    """Some families make them of what they cache: of latents, or by repeating heads for their experts."""
+    model = configure(build(config(**(SIZES | entries))), SPARSE)
+    caches.check_generation(model, model)
 
 
 @pytest.mark.parametrize("config", [Qwen3Config, MistralConfig], ids=lambda c: c.model_type)

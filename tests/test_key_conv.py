@@ -241,6 +241,21 @@ def test_convert(tmp_path: Any) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("settings", [None, PLAIN.to_dict(), MobaConfig(4, 2, key_conv=3).to_dict()], ids=str)
+@pytest.mark.parametrize("options", [{}, {"attn_implementation": "sdpa"}], ids=["moba", "sdpa"])
+def test_loading_it_with_settings_that_leave_it_out(settings: Any, options: Any, tmp_path: Any) -> None:
+    """transformers reports weights that a model has no place for, as often harmless."""
+    model, ids = configure(build(), HYBRID), tokens(1, 23)
+    train_filters(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"key convolution of width 4, and moba=.* would leave it out; give key_conv=4"
+    ):
+        AutoModelForCausalLM.from_pretrained(tmp_path, moba=settings, **options)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, moba=FULL.to_dict())
+    assert logits(again, ids).equal(logits(configure(model, FULL), ids))
+
+
 def test_switching_keeps_it_and_dropping_it_asks() -> None:
     """MoBA to full and back shares the weights; a trained convolution is not dropped, an untrained one is."""
     model, ids = configure(build(), HYBRID), tokens(1, 23)

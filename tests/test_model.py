@@ -53,6 +53,14 @@ def test_sizes_are_of_the_models_that_they_build() -> None:
         assert model.config.num_key_value_heads == (size.kv_heads or size.heads)
 
 
+@pytest.mark.parametrize("family", ["phi3", "gemma", "olmo"])
+def test_no_word_is_the_padding_of_a_family(family: str) -> None:
+    """Phi-3's is 32000, behind a small table; those of others are among the first words, whose rows would stay zero."""
+    table = build_model(ModelConfig(family, "nano"), 257, 64, 0).get_input_embeddings()
+    assert table.padding_idx is None
+    assert (table.weight != 0).any(-1).all()
+
+
 def test_the_help_lists_every_size(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
@@ -105,6 +113,7 @@ def test_a_loaded_model_takes_the_entry_into_its_own_table(tmp_path: Path) -> No
         ({"num_hidden_layers": 10**20}, "num_hidden_layers must be 1 to 10,000, got 10+"),
         ({"num_attention_heads": 0}, "num_attention_heads must be >= 1, got 0"),
         ({"intermediate_size": -1}, r"do not fit a qwen3 model.*intermediate_size must be >= 1, got -1"),
+        ({"head_dim": 9}, "heads of width 9 cannot be rotated by pairs; give an even head_dim"),
         ({"head_dim": 10**20}, r"head_dim.* do not fit a qwen3 model"),
         ({"hidden_act": "silo"}, r"do not fit a qwen3 model.*silo"),
         ({"pad_token_id": 10**20}, r"do not fit a qwen3 model.*num_embeddings"),

@@ -64,6 +64,12 @@ def as_parquet(texts: list[str]) -> bytes:
     return stream.getvalue()
 
 
+def as_parquet_twice(texts: list[str]) -> bytes:
+    stream = io.BytesIO()
+    parquet.write_table(pyarrow.table([texts, texts], names=["text", "text"]), stream)
+    return stream.getvalue()
+
+
 def as_feather(texts: list[str]) -> bytes:
     stream = io.BytesIO()
     feather.write_feather(columns(texts), stream)
@@ -85,6 +91,8 @@ def as_stream(texts: list[str]) -> bytes:
         ("a.ndjson", json_lines),
         ("a.json", json_lines),
         ("a.json", json_list),
+        ("a.json", lambda texts: b"\r\n " + json_list(texts) + b"\n\n"),
+        ("a.jsonl", lambda texts: b"\n \n" + json_lines(texts)),
         ("a.Csv", table(",")),
         ("a.tsv", table("\t")),
         ("a.parquet", as_parquet),
@@ -239,8 +247,15 @@ def test_half_a_character_is_refused_by_row(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": 3}', r"a\.jsonl, row 1: a document is a text or a list of messages with roles, got 3"),
         ("a.jsonl", '{"text": "x"}'.encode("utf-16"), r"a\.jsonl holds no text in UTF-8.*; convert it"),
         ("a.json", b'[{"text": "x"}, {"text"', r"a\.json, row 2 is not readable as JSON"),
+        ("a.json", json_list(TEXTS) + json_list(TEXTS), r"a\.json goes on behind its list of 4 objects; a file"),
+        ("a.json", b'[{"text": "x"}]\n\n{"text": "y"}', r"a\.json goes on behind its list of 1 objects"),
+        ("a.jsonl", b'\n\n{"text": "x"}\n{"text": \n', r"a\.jsonl, row 4 is not readable as JSON"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, r"a\.jsonl, row 1 is not readable as JSON: maximum recursion depth"),
+        ("a.json", b'[{"text": ' + b"[" * 100_000, r"a\.json, row 1 is not readable as JSON: maximum recursion depth"),
         ("a.csv", b"text,id\nx,1,2\n", r"a\.csv, row 1 has more fields than the first line names"),
         ("a.csv", b'text\n"x', r"a\.csv is not readable as CSV behind line 1"),
+        ("a.csv", b"text,id,text\nx,1,y\n", r"a\.csv has 2 columns 'text'; rename all but one"),
+        ("a.parquet", as_parquet_twice(TEXTS), r"a\.parquet has 2 columns 'text'; rename all but one"),
         ("a.jsonl.gz", gzip.compress(json_lines(TEXTS))[:-20], r"a\.jsonl\.gz cannot be read: .*; restore it"),
         ("a.jsonl.xz", lzma.compress(json_lines(TEXTS))[:-20], r"a\.jsonl\.xz cannot be read: .*; restore it"),
         ("a.jsonl.zst", zstd(json_lines(TEXTS))[:40], r"a\.jsonl\.zst"),

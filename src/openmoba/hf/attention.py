@@ -25,6 +25,7 @@ _UNSUPPORTED = {
     "s_aux": "attention sinks",
     "position_bias": "a position bias",
     "head_mask": "a head mask",
+    "indices": "a choice of keys by an indexer",
     "output_attentions": "attention weights as an output; use attn_implementation='eager' for them",
 }
 

@@ -64,16 +64,19 @@ class FixedLayer(StaticLayer):  # type: ignore[misc]
         return keys, values
 
     def pages(self, keys_BSHD: Tensor, layout: Layout) -> Pages | None:
-        """Bring the pages up to date and return them; None where rows are not single sequences behind padding.
+        """Bring the pages up to date and return them.
+
+        None where rows are not single sequences behind padding, and where a model attends to other keys than those it
+        caches, such as repeated ones, or ones that it makes of latents: pages are allocated before they are known.
 
         Args:
-            keys_BSHD: what `update` returned, heads and slots exchanged.
+            keys_BSHD: of all slots.
             layout: where the rows lie; its mask has made sure that padding is on the left.
         """
         rows = layout.alignment(keys_BSHD, look=False)
-        if rows is None:
-            return None
         assert self._centroids is not None
+        if rows is None or self._centroids.shape[2:] != keys_BSHD.shape[2:]:
+            return None
         assert self._lengths is not None
         assert self.block_size is not None
         goes_on_B = (rows.lengths - self._unpooled).clamp_(min=0) == self._lengths

@@ -7,7 +7,7 @@ from typing import Any
 from openmoba.config import MobaConfig
 from openmoba.hf.key_conv import set_key_conv
 from openmoba.hf.layers import prepare
-from openmoba.hf.settings import NAME
+from openmoba.hf.settings import NAME, put
 from openmoba.hf.support import check_model, check_settings, check_supported
 
 
@@ -38,7 +38,7 @@ def configure(model: Any, settings: MobaConfig | None) -> Any:
         check_supported(model)
         settings.full_layer_indices(model.config.num_hidden_layers)
     set_key_conv(model, None if settings is None else settings.key_conv)
-    model.config.moba = settings
+    put(model.config, settings)
     model.set_attn_implementation("sdpa" if settings is None else NAME)
     prepare(model, settings)
     return model
@@ -55,7 +55,7 @@ def attend_fully(model: Any) -> Any:
     """
     check_supported(model)
     set_key_conv(model, None)
-    model.config.moba = None
+    put(model.config, None)
     model.set_attn_implementation(NAME)
     prepare(model, None)
     return model

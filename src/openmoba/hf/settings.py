@@ -27,12 +27,24 @@ def _get(config: Any) -> dict[str, Any] | None:
 
 
 def _set(config: Any, values: Mapping[str, Any] | MobaConfig | None) -> None:
-    if values is None:
+    """Read settings, as loading and users set them, who may not know of weights that would be left out."""
+    if values is not None and not isinstance(values, Mapping | MobaConfig):
+        raise ValueError(f"moba must be a table such as {{'block_size': 128, 'top_k': 8}}, got {values!r}")
+    settings = MobaConfig.from_dict(dict(values)) if isinstance(values, Mapping) else values
+    before = (_get(config) or {}).get("key_conv")
+    if before is not None and before != (None if settings is None else settings.key_conv):
+        raise ValueError(
+            f"this model has a key convolution of width {before}, and moba={values} would leave it out; give "
+            f'key_conv={before}, with full_layers="all" for full attention, or load the model as it is and configure it'
+        )
+    put(config, settings)
+
+
+def put(config: Any, settings: MobaConfig | None) -> None:
+    """Make settings those of a configuration, whose model has been made to agree with them."""
+    if settings is None:
         config.__dict__.pop(NAME, None)
         return
-    if not isinstance(values, Mapping | MobaConfig):
-        raise ValueError(f"moba must be a table such as {{'block_size': 128, 'top_k': 8}}, got {values!r}")
-    settings = values if isinstance(values, MobaConfig) else MobaConfig.from_dict(dict(values))
     config.__dict__[NAME] = settings.to_dict()
     config._attn_implementation = config._attn_implementation  # which may be "moba" from now on
 

@@ -13,6 +13,7 @@ _VARIANTS = {
     "attn_logit_softcapping": "soft-capped logits",
     "sinks": "attention sinks",
     "keep_window_size": "a mask of its own making",
+    "indexer": "an indexer that chooses keys",
 }
 
 DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
@@ -55,6 +56,12 @@ def check_supported(model: Any) -> None:
         raise ValueError(f"{name} has no attention layers of a kind that MoBA knows; use another model")
     for layer in layers:
         _check_layer(layer, name)
+    # By its number a layer finds its setting, and its part of a cache.
+    if len({layer.layer_idx for layer in layers}) < len(layers):
+        raise ValueError(
+            f"{name} has attention layers that share a number (layer_idx), as where layers are run through several "
+            "times; MoBA replaces the attention of plain stacks of layers"
+        )
 
 
 def key_value_heads(config: Any) -> int:
@@ -74,6 +81,8 @@ def windows_are_idle(config: Any) -> bool:
 
 def _check_layer(module: Any, name: str) -> None:
     layer = f"{name} has a {type(module).__name__}"
+    if not hasattr(module, "config"):
+        raise ValueError(f"{layer} that does not take its attention from transformers' AttentionInterface")
     if not getattr(module, "is_causal", True):
         raise ValueError(f"{layer} that is not causal; MoBA replaces causal attention, such as of decoders")
     for attribute, variant in _VARIANTS.items():

@@ -26,18 +26,20 @@ class Kind:
         full_layers: the layers that keep full attention while the others attend with MoBA.
         switch: the first step, of so many, that trains with full attention in every layer; None: no step does.
         label: in figures and tables, of an arm that a recipe calls by this kind; None: its name.
+        setting: what of `ArmConfig` arms of this kind read, and no others.
     """
 
     name: str
     full_layers: Callable[[ArmConfig], Layers]
     switch: Callable[[ArmConfig, int], int] | None = None
     label: str | None = None
+    setting: str | None = None
 
 
 FULL = Kind("full", lambda arm: "all", lambda arm, steps: 0, "Full attention")
 MOBA = Kind("moba", lambda arm: 0, label="MoBA")
-HYBRID = Kind("hybrid", lambda arm: arm.full_layers)
-TIME_HYBRID = Kind("time_hybrid", lambda arm: 0, lambda arm, steps: round(arm.switch_at * steps))
+HYBRID = Kind("hybrid", lambda arm: arm.full_layers, setting="full_layers")
+TIME_HYBRID = Kind("time_hybrid", lambda arm: 0, lambda arm, steps: round(arm.switch_at * steps), setting="switch_at")
 
 KINDS = {kind.name: kind for kind in (FULL, MOBA, HYBRID, TIME_HYBRID)}
 """Name -> kind."""
@@ -84,6 +86,18 @@ class ArmConfig:
     def kind(self) -> Kind:
         """What the arm does with its settings."""
         return KINDS[self.name]
+
+    def check_read(self) -> None:
+        """Raise ValueError for a setting that another kind of arm reads, unless it is left at its default."""
+        for kind in KINDS.values():
+            if kind.setting is None or kind is self.kind:
+                continue
+            value = getattr(self, kind.setting)
+            if value != getattr(ArmConfig, kind.setting):
+                raise ValueError(
+                    f"arm.{kind.setting}={value} is of arm.name={kind.name}, and arm.name is {self.name}; set arm.name "
+                    f"to {kind.name}, or leave arm.{kind.setting} out"
+                )
 
     def switch_step(self, steps: int) -> int:
         """Return the first step (from 0) of `steps` that trains with full attention; `steps` if none does."""

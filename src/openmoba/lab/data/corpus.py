@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from openmoba.hub import check_source
 from openmoba.lab.data.chat import Messages, messages_of
-from openmoba.lab.data.files import LeftOut, NotTextError, read_text, some, suffix_of, walk
+from openmoba.lab.data.files import LeftOut, NotTextError, path_below, read_text, some, suffix_of, walk
 from openmoba.lab.data.rows import KINDS, read_rows
 from openmoba.lab.data.rules import FileRules
 from openmoba.records.disk import read_json
@@ -256,7 +256,7 @@ def _standard_library() -> dict[str, Path]:
 
 def _below(path: Path, paths: Iterable[Path]) -> str:
     """Return the path below the folder that all the paths share."""
-    return path.relative_to(os.path.commonpath([other.parent for other in paths])).as_posix()
+    return path_below(path, Path(os.path.commonpath([other.parent for other in paths])))
 
 
 def _hub_files(source: str) -> list[Path]:

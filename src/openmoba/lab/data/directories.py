@@ -34,6 +34,7 @@ def open_directories(folder: str, rules: FileRules, merge_below: int) -> Corpus:
         raise ValueError(f"{folder} is no folder, so it has no directories; give a folder of source files")
     left_out = LeftOut()
     sizes: dict[str, int] = {}
+    files: dict[str, Path] = {}
     seen = set()
     digest = hashlib.blake2b(f"directories {merge_below}".encode(), digest_size=16)
     for path, file in walk(root, rules, left_out):
@@ -47,15 +48,16 @@ def open_directories(folder: str, rules: FileRules, merge_below: int) -> Corpus:
             left_out.add("with the contents of another", path)
             continue
         seen.add(contents)
-        sizes[path] = len(_entry(path, text).encode()) + 1
+        sizes[path], files[path] = len(_entry(path, text).encode()) + 1, file
         digest.update(path.encode() + b"\0" + contents)
     if not sizes:
         raise ValueError(f"{folder} holds no text files that the options take; {str(left_out) or 'it is empty'}")
-    files = _merged(sizes, merge_below)
+    merged = _merged(sizes, merge_below)
 
     def items() -> Iterator[Item]:
-        for done, (directory, paths) in enumerate(files.items(), 1):
-            yield Item(directory, "\n".join(_entry(path, read_text(root / path)) for path in paths), done / len(files))
+        for done, (directory, paths) in enumerate(merged.items(), 1):
+            text = "\n".join(_entry(path, read_text(files[path])) for path in paths)
+            yield Item(directory, text, done / len(merged))
 
     return Corpus(folder, digest.hexdigest(), items, left_out)
 

@@ -46,7 +46,7 @@ class NotTextError(ValueError):
 def walk(folder: Path, rules: FileRules, left_out: LeftOut) -> Iterator[tuple[str, Path]]:
     """Yield the files that the rules take: path below the folder, with slashes, and path, in their order."""
     for path in sorted(_visible(folder, left_out)):
-        below = path.relative_to(folder).as_posix()
+        below = path_below(path, folder)
         if not path.is_file():
             left_out.add("no file", below)
         elif reason := rules.why_not(below, path.stat().st_size):
@@ -59,7 +59,7 @@ def _visible(folder: Path, left_out: LeftOut) -> Iterator[Path]:
     """Yield all files below the folder but those that are hidden, or in a folder hidden or elsewhere."""
 
     def leave(reason: str, path: str | Path) -> None:
-        left_out.add(reason, Path(path).relative_to(folder).as_posix())
+        left_out.add(reason, path_below(Path(path), folder))
 
     for here, folders, names in os.walk(folder, onerror=lambda error: leave("not readable", error.filename)):
         for name in [*folders, *names]:
@@ -70,6 +70,11 @@ def _visible(folder: Path, left_out: LeftOut) -> Iterator[Path]:
             elif Path(here, name).is_symlink():
                 leave("a link to a folder", Path(here, name))
         folders[:] = [name for name in folders if not _is_hidden(name)]
+
+
+def path_below(path: Path, folder: Path) -> str:
+    """Write a path below a folder with slashes; bytes of it that are no UTF-8, as old archives have, like \\xe9."""
+    return os.fsencode(path.relative_to(folder).as_posix()).decode(errors="backslashreplace")
 
 
 def _is_hidden(name: str) -> bool:

@@ -99,7 +99,7 @@ def load_validation(
         _check({"valid": split.identity["valid"]}, known, config)
     else:
         corpus = _open(config.valid, config.column, progress)
-        surveyed = _nonempty(corpus, cache, progress)
+        surveyed = survey(corpus, cache, progress)
         documents = np.arange(len(surveyed.sizes))
         _check({"valid": documents_digest(surveyed.digests)}, known, config)
     store = tokenise(corpus, tokenizer, cache, progress)
@@ -146,7 +146,7 @@ def hold_out(surveyed: Survey, every: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _split(config: DataConfig, cache: Path, progress: Progress) -> _Split:
     train = _open(config.source, config.column, progress)
-    surveyed = _nonempty(train, cache, progress)
+    surveyed = survey(train, cache, progress)
     if config.valid is None:
         documents, held = hold_out(surveyed, config.hold_out)
         _note_left_out(
@@ -156,7 +156,7 @@ def _split(config: DataConfig, cache: Path, progress: Progress) -> _Split:
             raise ValueError(f"{config.source} is one document, none is left for validation; set data.valid")
         return _Split(train, documents, train, held, _identity(surveyed, documents, surveyed, held))
     valid = _open(config.valid, config.column, progress)
-    held_survey = _nonempty(valid, cache, progress)
+    held_survey = survey(valid, cache, progress)
     _, unique = np.unique(surveyed.digests, return_index=True)
     fresh = unique[~np.isin(surveyed.digests[unique], held_survey.digests)]
     _note_left_out(len(surveyed.sizes) - len(unique), "copies of others among them", train.name, progress)
@@ -190,13 +190,6 @@ def _identity(train: Survey, documents: np.ndarray, valid: Survey, held: np.ndar
 def _check(found: Identity, known: Sequence[Known], config: DataConfig) -> None:
     for data in known:
         data.check(found, config.source if config.valid is None else f"{config.source} or {config.valid}")
-
-
-def _nonempty(corpus: Corpus, cache: Path, progress: Progress) -> Survey:
-    surveyed = survey(corpus, cache, progress)
-    if len(surveyed.sizes) == 0:
-        raise ValueError(f"{corpus.name} has no documents with text in them; set data.source or data.valid to others")
-    return surveyed
 
 
 def _tokenizer(

@@ -42,8 +42,10 @@ def read_rows(path: Path, kind: str, column: str) -> Iterator[Row]:
 def _json(path: Path, column: str) -> Iterator[Row]:
     """Yield the objects of lines, or of a list."""
     with open_lines(path) as (stream, share):
-        start = stream.read(1)
-        rows = _listed(path, stream) if start == "[" else _lines(path, start, stream)
+        start, blank = stream.read(1), 0
+        while start.isspace():
+            start, blank = stream.read(1), blank + (start == "\n")
+        rows = _listed(path, stream) if start == "[" else _lines(path, start, stream, blank + 1)
         first = True
         for number, row in rows:
             if not isinstance(row, dict):
@@ -54,14 +56,15 @@ def _json(path: Path, column: str) -> Iterator[Row]:
             yield Row(number, row.get(column), share())
 
 
-def _lines(path: Path, start: str, stream: TextIO) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(stream, 1):
-        whole = start + line if number == 1 else line
+def _lines(path: Path, start: str, stream: TextIO, first: int) -> Iterator[tuple[int, Any]]:
+    """Yield the objects of lines, of which the first has this number, and its first character was read."""
+    for number, line in enumerate(stream, first):
+        whole = start + line if number == first else line
         if not whole.strip():
             continue
         try:
             yield number, json.loads(whole)
-        except ValueError as error:
+        except _UNREADABLE as error:
             raise ValueError(
                 f"{path}, row {number} is not readable as JSON: {error}; a file holds an object on each line, or a "
                 "list of objects"
@@ -75,10 +78,15 @@ def _listed(path: Path, stream: TextIO) -> Iterator[tuple[int, Any]]:
     while True:
         at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]
         if text.startswith("]", at):
+            if text[at + 1 :].strip() or any(line.strip() for line in stream):
+                raise ValueError(
+                    f"{path} goes on behind its list of {number - 1} objects; a file holds one list of objects, or an "
+                    "object on each line"
+                )
             return
         try:
             row, at = decoder.raw_decode(text, at)
-        except ValueError as error:
+        except _UNREADABLE as error:
             more = stream.read(max(_CHARACTERS_AT_ONCE, len(text) - at))
             if not more:
                 raise ValueError(f"{path}, row {number} is not readable as JSON: {error}") from error
@@ -89,6 +97,8 @@ def _listed(path: Path, stream: TextIO) -> Iterator[tuple[int, Any]]:
 
 
 _BETWEEN = re.compile(r"[\s,]*")
+_UNREADABLE = (ValueError, RecursionError)
+"""What a JSON reader raises: the second where lists or objects lie too deep in each other."""
 
 
 def _csv(path: Path, column: str) -> Iterator[Row]:
@@ -96,8 +106,7 @@ def _csv(path: Path, column: str) -> Iterator[Row]:
     delimiter = "\t" if ".tsv" in path.name.lower() else ","
     with open_lines(path) as (stream, share):
         rows = csv.DictReader(stream, delimiter=delimiter, strict=True)
-        if column not in (rows.fieldnames or []):
-            raise no_column(path, column, list(rows.fieldnames or []))
+        _check_column(path, column, list(rows.fieldnames or []))
         try:
             for number, row in enumerate(rows, 1):
                 if None in row:
@@ -152,6 +161,8 @@ def _of_batches(batches: Iterable[Any], column: str, share: Callable[[int, int],
 def _check_column(path: Path, column: str, names: list[str]) -> None:
     if column not in names:
         raise no_column(path, column, names)
+    if names.count(column) > 1:
+        raise ValueError(f"{path} has {names.count(column)} columns {column!r}; rename all but one")
 
 
 def no_column(path: Path, column: str, names: list[str]) -> ValueError:

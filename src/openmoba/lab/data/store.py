@@ -63,7 +63,7 @@ class Survey:
 
 
 def survey(corpus: Corpus, cache: Path, progress: Progress) -> Survey:
-    """Measure sizes and digests of the documents, kept in `cache`."""
+    """Measure sizes and digests of the documents, kept in `cache`; ValueError if there are none."""
 
     def write(folder: Path) -> None:
         progress.note(f"reading {corpus.name}")
@@ -72,7 +72,11 @@ def survey(corpus: Corpus, cache: Path, progress: Progress) -> Survey:
             np.save(folder / f"{name}.npy", rows[name])
 
     folder = cached(cache, f"{_SURVEY}-{corpus.digest}", write)
-    return Survey(**{name: _load(folder / f"{name}.npy") for name in _MEASURES.names or ()})
+    surveyed = Survey(**{name: _load(folder / f"{name}.npy") for name in _MEASURES.names or ()})
+    if len(surveyed.sizes) == 0:
+        left_out = f" ({corpus.left_out})" if corpus.left_out.paths else ""
+        raise ValueError(f"{corpus.name} has no documents with text in them{left_out}; give another source")
+    return surveyed
 
 
 _MEASURES = np.dtype([("sizes", np.int64), ("digests", np.uint64), ("bytes", np.int64)])

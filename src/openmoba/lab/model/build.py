@@ -227,6 +227,7 @@ def _transformers_config(config: ModelConfig, vocab_size: int, length: int) -> A
         "intermediate_size": size.feed_forward,
         "max_position_embeddings": length,
         "tie_word_embeddings": True,
+        "pad_token_id": None,  # some families' is a word here, whose embedding would stay zero, or none of the table's
         "use_cache": False,
     }
     return transformers_config(config.family, entries, config.overrides)

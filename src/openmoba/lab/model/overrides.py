@@ -56,10 +56,12 @@ def replace_entries(config: Any, overrides: Entries, what: str) -> None:
 
 
 def check_rotation(model: Any, overrides: Entries) -> None:
-    """Raise ValueError if a part of the head is to be rotated and the family rotates all of it regardless."""
+    """Raise ValueError if heads have no pairs to rotate, or a part of them is to be, and the family rotates all."""
     share = overrides.get("rope_parameters.partial_rotary_factor", 1)
     frequencies = [module.inv_freq for module in model.modules() if hasattr(module, "inv_freq")]
     width = getattr(model.config, "head_dim", None)
+    if frequencies and width and width % 2:
+        raise ValueError(f"model.overrides: heads of width {width} cannot be rotated by pairs; give an even head_dim")
     if share != 1 and width and any(2 * len(frequency) == width for frequency in frequencies):
         raise ValueError(
             f"model.overrides: a {model.config.model_type} model rotates whole heads and ignores "

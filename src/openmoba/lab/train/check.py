@@ -53,8 +53,8 @@ def check_vocabulary(config: RunConfig, model: Any, data: Data) -> None:
     entries = model.get_input_embeddings().weight.shape[0]
     if len(data.tokenizer) > entries:
         raise ValueError(
-            f"the tokenizer has {len(data.tokenizer)} entries, the model of {config.train.start_from} has {entries}; "
-            "use its own with data.tokenizer=auto"
+            f"the tokenizer has {len(data.tokenizer)} entries, and the model {entries}; leave vocab_size out of "
+            "model.overrides, and use the tokenizer of a model that the run starts from, with data.tokenizer=auto"
         )
 
 

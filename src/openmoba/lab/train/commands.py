@@ -42,6 +42,8 @@ class Train:
     def _settings(self) -> RunConfig:
         """Return the options, with the overrides of the run in the folder if none are given."""
         stored = self._stored()
+        if stored is None:
+            self.options.arm.check_read()  # recipes may give all arms what some of them read
         if stored is None or self.options.model.overrides:
             return self.options
         return replace(self.options, model=replace(self.options.model, overrides=stored.model.overrides))

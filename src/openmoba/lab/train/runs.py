@@ -38,13 +38,16 @@ def runs_table(folders: tuple[Path, ...]) -> str:
     measured on the same windows; what is different by so much may still lie within the noise.
 
     Raises:
-        ValueError: no runs there.
+        ValueError: no runs there, or a folder that is not.
     """
     signs = (METRICS_FILE, FAILED_FILE)  # a run may fail before its first record
     below = ({path.parent for sign in signs for path in folder.rglob(sign)} for folder in folders)
     found = list(dict.fromkeys(run for runs in below for run in sorted(runs)))
-    if not found:
-        raise ValueError(f"there are no runs below {', '.join(map(str, folders))}; give a folder that holds some")
+    missing = [folder for folder in folders if not folder.exists()]
+    if missing or not found:
+        raise ValueError(
+            f"there are no runs below {', '.join(map(str, missing or folders))}; give a folder that holds some"
+        )
     lines, problems = [], []
     first: dict[str, float] = {}
     for folder in found:
