@@ -16,9 +16,11 @@ from openmoba.lab.config import RunConfig
 from openmoba.lab.study import charts, results, settings
 from openmoba.lab.study.answers.stage import details, in_short
 from openmoba.lab.study.candidates import standing_table, standings
+from openmoba.lab.study.compare import mean_loss
 from openmoba.lab.study.fit import Fit
+from openmoba.lab.study.groups import by, of_stage
 from openmoba.lab.study.laws import comparable, fit
-from openmoba.lab.study.outcomes import Outcome, by, mean_loss, of_stage, read_outcomes
+from openmoba.lab.study.outcomes import Outcome, read_outcomes
 from openmoba.lab.study.recipe import parse_recipe
 from openmoba.lab.study.report import write_report
 from openmoba.lab.study.results import headlines

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from openmoba.lab.study.groups import by
 from openmoba.lab.study.looks import arm_looks, by_parameters, size_looks
-from openmoba.lab.study.outcomes import Outcome, by
+from openmoba.lab.study.outcomes import Outcome
 from openmoba.lab.study.recipe import Recipe, read_recipe
 from openmoba.records.figures import BLUE, DENSE, RED, setting_looks
 

@@ -15,8 +15,10 @@ from openmoba import cli
 from openmoba.lab.run_files import RECIPE_FILE
 from openmoba.lab.study.candidates import standings
 from openmoba.lab.study.charts import describe_sparsity
+from openmoba.lab.study.compare import behind, difference, seed_noise
+from openmoba.lab.study.groups import by, of_stage
 from openmoba.lab.study.laws import fit
-from openmoba.lab.study.outcomes import behind, by, difference, of_stage, read_outcomes, seed_noise
+from openmoba.lab.study.outcomes import read_outcomes
 from openmoba.lab.study.recipe import parse_recipe
 from openmoba.lab.study.report import write_report
 from openmoba.lab.train.history import history, keep

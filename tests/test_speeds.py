@@ -13,7 +13,8 @@ from synthetic_study import CANDIDATES, silent, train
 from openmoba.lab.study import settings
 from openmoba.lab.study.answers.stage import details, in_short
 from openmoba.lab.study.candidates import standing_table, standings
-from openmoba.lab.study.outcomes import Outcome, read_outcomes, speeds_apart
+from openmoba.lab.study.compare import speeds_apart
+from openmoba.lab.study.outcomes import Outcome, read_outcomes
 from openmoba.lab.study.recipe import parse_recipe
 from openmoba.lab.study.settings import settings_table
 from openmoba.lab.study.studies import read_studies

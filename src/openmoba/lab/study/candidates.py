@@ -8,19 +8,10 @@ from dataclasses import dataclass
 from openmoba.lab.arms import FULL
 from openmoba.lab.columns import counted
 from openmoba.lab.measure.resample import LEVEL, Difference, Interval
+from openmoba.lab.study.compare import difference, paired_loss, seed_noise, speeds_apart
 from openmoba.lab.study.figures import Level
-from openmoba.lab.study.outcomes import (
-    Named,
-    Outcome,
-    by,
-    difference,
-    fair_full,
-    of_kind,
-    paired_loss,
-    seed_noise,
-    share_a_seed,
-    speeds_apart,
-)
+from openmoba.lab.study.groups import by, fair_full, of_kind, share_a_seed
+from openmoba.lab.study.outcomes import Named, Outcome
 from openmoba.lab.study.panels import Candidate
 from openmoba.lab.study.words import bounds, in_percent
 from openmoba.records.markdown import table

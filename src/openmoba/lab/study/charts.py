@@ -14,28 +14,21 @@ from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.resample import LEVEL, Difference
 from openmoba.lab.study import figures, panels
 from openmoba.lab.study.candidates import Standing, standings
+from openmoba.lab.study.compare import behind, difference, gain, mean_loss, seed_noise, speeds_apart
 from openmoba.lab.study.figures import Curve, Level
-from openmoba.lab.study.laws import LEAST_SIZES, comparable, fit, fit_pair
-from openmoba.lab.study.looks import arm_looks, by_parameters, size_looks
-from openmoba.lab.study.outcomes import (
-    Cut,
-    Named,
-    Outcome,
+from openmoba.lab.study.groups import (
     arms_of,
-    behind,
     by,
-    difference,
-    gain,
     largest,
-    mean_loss,
     moba_settings,
     of_kind,
     of_same_seeds,
     of_stage,
-    seed_noise,
     share_a_seed,
-    speeds_apart,
 )
+from openmoba.lab.study.laws import LEAST_SIZES, comparable, fit, fit_pair
+from openmoba.lab.study.looks import arm_looks, by_parameters, size_looks
+from openmoba.lab.study.outcomes import Cut, Named, Outcome
 from openmoba.lab.study.recipe import Recipe, Stage
 from openmoba.lab.study.words import inside, size_name
 from openmoba.records.figures import save

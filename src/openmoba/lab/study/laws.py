@@ -11,8 +11,10 @@ import numpy as np
 
 from openmoba.lab.measure.compute import AXES
 from openmoba.lab.measure.resample import Floats, Interval, Numbers
+from openmoba.lab.study.compare import common_documents
 from openmoba.lab.study.fit import Fit, fit_arms, fit_runs
-from openmoba.lab.study.outcomes import Loss, Outcome, by, common_documents, of_same_seeds
+from openmoba.lab.study.groups import by, of_same_seeds
+from openmoba.lab.study.outcomes import Loss, Outcome
 
 LEAST_SIZES = 3
 """Of an arm, to have a law: through two any line goes, and nothing checks it."""

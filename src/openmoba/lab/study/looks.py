@@ -10,7 +10,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 from openmoba.lab.arms import FULL, HYBRID, MOBA
-from openmoba.lab.study.outcomes import Outcome, by
+from openmoba.lab.study.groups import by
+from openmoba.lab.study.outcomes import Outcome
 from openmoba.records.figures import BLUE, DENSE, Look
 
 _DASH = (0, (5, 1))

@@ -1,25 +1,21 @@
-"""What the finished runs of a study measured, and the comparisons made of it."""
+"""What the finished runs of a study measured."""
 
 # W validation windows
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from openmoba.lab.arms import FULL, Kind
-from openmoba.lab.columns import counted
 from openmoba.lab.config import RunConfig
 from openmoba.lab.data.identity import identity_in
-from openmoba.lab.measure.resample import Difference, Floats, Numbers, SeedNoise, paired_difference
+from openmoba.lab.measure.resample import Floats, Numbers
 from openmoba.lab.model.build import SIZES
 from openmoba.lab.run_files import RECIPE_FILE, RESULT_FILE
-from openmoba.lab.study.recipe import PlannedRun, Recipe, Stage
+from openmoba.lab.study.recipe import PlannedRun, Recipe
 from openmoba.lab.study.same_data import RunData, check_same_data, origin
 from openmoba.lab.train.history import evaluations, history, read_result
 from openmoba.records.disk import Row
@@ -207,199 +203,3 @@ def _check_planned(run: PlannedRun, config: RunConfig, study: Path) -> None:
             f"{study / run.name} holds another run than {study / RECIPE_FILE} says ({'; '.join(changed)}); bring the "
             "run or the recipe that belongs there"
         )
-
-
-def of_stage(stage: Stage, outcomes: Iterable[Outcome]) -> list[Outcome]:
-    """Return the runs that a stage compares: those of the other arms of the stage beside it, and its own."""
-    beside, own = [], []
-    for outcome in outcomes:
-        run = outcome.run
-        if run.stage == stage:
-            own.append(outcome)
-        elif run.stage.name == stage.beside and run.size in stage.sizes and _compares(stage, run.arm):
-            beside.append(outcome)
-    return beside + own if own else []
-
-
-def _compares(stage: Stage, arm: str) -> bool:
-    """Tell whether a stage is compared with this arm of the stage beside it."""
-    return arm not in stage.arms and (arm in stage.beside_arms or not stage.beside_arms)
-
-
-def by(key: str, outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
-    """Group outcomes by `key`: "arm" or "size", by its name in the recipe, in order of appearance."""
-    groups: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        groups.setdefault(getattr(outcome.run, key), []).append(outcome)
-    return groups
-
-
-def largest(outcomes: Iterable[Outcome]) -> list[Outcome]:
-    """Return the runs of the last size that has arms to compare; of the last size, where none has."""
-    sizes = list(by("size", outcomes).values())
-    return next((runs for runs in reversed(sizes) if len(by("arm", runs)) > 1), sizes[-1])
-
-
-def arms_of(outcomes: Iterable[Outcome], kind: Kind) -> list[list[Outcome]]:
-    """Return the runs of each arm of one kind: the fewest full layers first, those without key convolution first."""
-    arms = by("arm", (outcome for outcome in outcomes if outcome.config.arm.kind is kind)).values()
-    return sorted(arms, key=lambda own: (len(own[0].full_layers), own[0].config.arm.key_conv is not None))
-
-
-def of_kind(outcomes: Iterable[Outcome], kind: Kind) -> list[Outcome]:
-    """Return the runs of the first arm of one kind; empty without one."""
-    return next(iter(arms_of(outcomes, kind)), [])
-
-
-def of_same_seeds(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Return of each size the runs whose seeds all its arms have, or all of them where its arms share no seed.
-
-    Only so do means of arms stand side by side: the luck of a seed that one arm alone has would look like the arm's.
-    """
-    kept = []
-    for runs in by("size", outcomes).values():
-        shared = set.intersection(*({run.run.seed for run in own} for own in by("arm", runs).values()))
-        kept += [run for run in runs if run.run.seed in shared or not shared]
-    return kept
-
-
-def share_a_seed(first: Iterable[Outcome], second: Iterable[Outcome]) -> bool:
-    """Tell whether two arms can be compared."""
-    return bool({run.run.seed for run in first} & {run.run.seed for run in second})
-
-
-def references(own: Sequence[Outcome], outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
-    """Return the arms of full attention that an arm is compared with: the first, and that of its own key convolution.
-
-    The latter differs from it in nothing but the choice of blocks.
-    """
-    full, fair = of_kind(outcomes, FULL), fair_full(own, outcomes)
-    return [arm for arm in ([full, fair] if fair != full else [full]) if arm and arm != own]
-
-
-def fair_full(own: Sequence[Outcome], outcomes: Iterable[Outcome]) -> list[Outcome]:
-    """Return the runs of full attention with the same key convolution; empty where the arm or the study has none."""
-    arm = own[0].config.arm
-    if arm.key_conv is None or arm.kind is FULL:
-        return []
-    fulls = arms_of(outcomes, FULL)
-    return next((full for full in fulls if full[0].config.arm.without_blocks() == arm.without_blocks()), [])
-
-
-def behind(outcomes: Sequence[Outcome], kind: Loss, seeds: int | None = None) -> str:
-    """Say how many documents, windows and seeds stand behind a number of these runs.
-
-    Args:
-        seeds: None counts those of each arm and size.
-    """
-    first = outcomes[0]
-    counts = Counter((run.run.arm, run.run.size) for run in outcomes).values()
-    fewest, most = (seeds, seeds) if seeds else (min(counts), max(counts))
-    kind = "lm" if not isinstance(kind, str) and not first.has_positions else kind
-    documents = first.documents(kind)[~np.isnan(first.windows(kind))]
-    parts = [counted(len(set(documents.tolist())), "document"), counted(len(documents), "window")]
-    parts.append(f"{fewest} to {most} seeds" if fewest < most else counted(most, "seed"))
-    return ", ".join(parts if "document" in first.final["windows"] else parts[1:])
-
-
-def speeds_apart(outcomes: Iterable[Outcome]) -> str | None:
-    """Say what makes seconds and tokens per second of these runs unlike; None where they compare.
-
-    Other commits, devices or launches do, and steps so short that the host's launches may be what is timed: of one
-    window, on a GPU without CUDA graphs.
-    """
-    runs = list(outcomes)
-    devices = (", ".join(run.result["hardware"]["gpus"]) or run.result["hardware"]["cpu"] for run in runs)
-    found = {
-        "commits": [str(run.result["commit"])[:10] for run in runs],
-        "devices": devices,
-        "ways to run layers": [_launched(run.result) for run in runs],
-    }
-    differing = [(name, list(dict.fromkeys(values))) for name, values in found.items()]
-    unlike = [f"{len(each)} {name} ({', '.join(each)})" for name, each in differing if len(each) > 1]
-    if not unlike and any(map(_may_time_the_host, runs)):
-        return "one window a step without CUDA graphs, where the host may be what is timed"
-    return " and ".join(unlike) or None
-
-
-def _may_time_the_host(run: Outcome) -> bool:
-    train = run.config.train
-    windows = train.micro_batch_size or train.batch_size
-    return bool(run.result["hardware"]["gpus"]) and windows == 1 and not run.result.get("graphed")
-
-
-def _launched(result: Row) -> str:
-    """Say how the layers of a run were launched. The first records do not say; those runs were eager."""
-    return ("compiled" if result.get("compiled") else "eager") + (" in CUDA graphs" if result.get("graphed") else "")
-
-
-def moba_settings(outcomes: Iterable[Outcome]) -> list[tuple[int, int, int]]:
-    """Return block size, top-k, and blocks of a window of every MoBA setting among the runs, each once."""
-    runs = [(run.config.arm, run.config.data.length) for run in outcomes if run.config.arm.kind is not FULL]
-    return list(dict.fromkeys((arm.block_size, arm.top_k, -(-length // arm.block_size)) for arm, length in runs))
-
-
-def mean_loss(outcomes: Sequence[Outcome], kind: Named | int | Cut) -> float:
-    """Return the mean final loss of the runs."""
-    return sum(outcome.loss(kind) for outcome in outcomes) / len(outcomes)
-
-
-def paired_loss(reference: Sequence[Outcome], own: Sequence[Outcome], kind: Named | int | Cut) -> float:
-    """Return the mean final loss of the reference's runs whose seeds `own` has too: what a difference is a part of."""
-    seeds = {run.run.seed for run in own}
-    return mean_loss([run for run in reference if run.run.seed in seeds], kind)
-
-
-def seed_noise(outcomes: Iterable[Outcome], kind: Loss) -> SeedNoise | None:
-    """Return the noise of seeds, pooled over the arms that have several; None if none has.
-
-    Args:
-        outcomes: the runs of one stage and one size.
-    """
-    measured = [outcome for outcome in outcomes if outcome.has(kind)]
-    arms = by("arm", measured).values()
-    return SeedNoise.of([float(np.nanmean(outcome.windows(kind))) for outcome in own] for own in arms)
-
-
-def difference(
-    first: Sequence[Outcome], second: Sequence[Outcome], kind: Loss, noise: SeedNoise | None = None
-) -> Difference | None:
-    """Return the loss of the first arm minus that of the second, over the seeds that both have.
-
-    None without such a seed, or without windows that have this loss.
-
-    Args:
-        first, second: the runs of two arms of one stage and one size.
-        noise: `seed_noise` of that stage and size, which the interval then holds.
-
-    Raises:
-        ValueError: the runs of a pair were not measured on the same windows.
-    """
-    own, other = ({run.run.seed: run for run in runs} for runs in (first, second))
-    pairs = [(own[seed], other[seed]) for seed in sorted(own.keys() & other.keys())]
-    if not pairs or not all(run.has(kind) for pair in pairs for run in pair):
-        return None
-    documents = common_documents([run for pair in pairs for run in pair], kind)
-    firsts, seconds = zip(*((one.windows(kind), two.windows(kind)) for one, two in pairs), strict=True)
-    return paired_difference(firsts, seconds, documents, noise)
-
-
-def gain(outcomes: Sequence[Outcome], first_kind: Loss, second_kind: Loss) -> Difference:
-    """Return one loss of an arm minus another of the same windows, such as a later position range minus an earlier."""
-    documents = common_documents(outcomes, first_kind)
-    first, second = ([outcome.windows(kind) for outcome in outcomes] for kind in (first_kind, second_kind))
-    return paired_difference(first, second, documents)
-
-
-def common_documents(outcomes: Sequence[Outcome], kind: Loss) -> Numbers:
-    """List the documents of the windows that all these runs were measured on, as far as records say."""
-    known = [outcome for outcome in outcomes if "document" in outcome.final["windows"]] or outcomes
-    documents = known[0].documents(kind)
-    for other in outcomes:
-        same = np.array_equal(other.documents(kind), documents) if other in known else True
-        if not same or len(other.windows(kind)) != len(documents):
-            raise ValueError(
-                f"{known[0].run.name} and {other.run.name} were not measured on the same validation windows, so "
-                "they cannot be compared; train one of them again with the other's data"
-            )
-    return documents

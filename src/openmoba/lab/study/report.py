@@ -17,20 +17,10 @@ from openmoba.lab.study.answers.stage import details, in_short
 from openmoba.lab.study.answers.training import sweep, switches
 from openmoba.lab.study.candidates import standing_table, standings
 from openmoba.lab.study.charts import Chart, describe_arms, draw_charts, law_axes
+from openmoba.lab.study.compare import behind, seed_noise, speeds_apart
+from openmoba.lab.study.groups import by, moba_settings, of_kind, of_stage, references
 from openmoba.lab.study.laws import LEAST_SIZES, Versus, comparable, fit, residual, slope_difference
-from openmoba.lab.study.outcomes import (
-    Named,
-    Outcome,
-    behind,
-    by,
-    moba_settings,
-    of_kind,
-    of_stage,
-    read_outcomes,
-    references,
-    seed_noise,
-    speeds_apart,
-)
+from openmoba.lab.study.outcomes import Named, Outcome, read_outcomes
 from openmoba.lab.study.recipe import Recipe, Stage
 from openmoba.lab.study.tables import BOLD, comparisons, contexts
 from openmoba.lab.study.words import LOSSES, bounds, inside, size_name, so_far

@@ -14,7 +14,9 @@ from openmoba.lab.study.answers.stage import details
 from openmoba.lab.study.answers.training import sweep, switches
 from openmoba.lab.study.candidates import standing_table, standings
 from openmoba.lab.study.charts import describe_arms
-from openmoba.lab.study.outcomes import Outcome, behind, by, largest, mean_loss, of_kind, speeds_apart
+from openmoba.lab.study.compare import behind, mean_loss, speeds_apart
+from openmoba.lab.study.groups import by, largest, of_kind
+from openmoba.lab.study.outcomes import Outcome
 from openmoba.lab.study.recipe import Stage
 from openmoba.lab.study.report import REPORT_FILE, luck
 from openmoba.lab.study.studies import Study, link

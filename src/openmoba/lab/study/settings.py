@@ -10,7 +10,9 @@ from openmoba.lab.arms import FULL
 from openmoba.lab.measure.resample import Difference
 from openmoba.lab.study.candidates import speeds_not_compared, times_as_fast
 from openmoba.lab.study.charts import describe_arm
-from openmoba.lab.study.outcomes import Outcome, behind, by, difference, fair_full, of_kind, paired_loss, seed_noise
+from openmoba.lab.study.compare import behind, difference, paired_loss, seed_noise
+from openmoba.lab.study.groups import by, fair_full, of_kind
+from openmoba.lab.study.outcomes import Outcome
 from openmoba.lab.study.report import REPORT_FILE
 from openmoba.lab.study.studies import Study, link
 from openmoba.lab.study.words import in_percent

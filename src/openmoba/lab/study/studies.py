@@ -11,7 +11,8 @@ from pathlib import Path
 from openmoba.lab.run_files import RECIPE_FILE
 from openmoba.lab.study.answers.stage import in_short
 from openmoba.lab.study.charts import FOLDER, law_axes
-from openmoba.lab.study.outcomes import Outcome, of_stage, read_outcomes
+from openmoba.lab.study.groups import of_stage
+from openmoba.lab.study.outcomes import Outcome, read_outcomes
 from openmoba.lab.study.recipe import Recipe, Stage, read_recipe
 from openmoba.lab.study.words import so_far
 

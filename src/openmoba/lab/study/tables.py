@@ -6,17 +6,9 @@ from collections.abc import Sequence
 
 from openmoba.lab.arms import FULL, MOBA
 from openmoba.lab.measure.resample import Difference
-from openmoba.lab.study.outcomes import (
-    Cut,
-    Outcome,
-    by,
-    difference,
-    gain,
-    of_kind,
-    paired_loss,
-    references,
-    seed_noise,
-)
+from openmoba.lab.study.compare import difference, gain, paired_loss, seed_noise
+from openmoba.lab.study.groups import by, of_kind, references
+from openmoba.lab.study.outcomes import Cut, Outcome
 from openmoba.lab.study.words import LOSSES, bounds, in_percent, size_name
 from openmoba.records.markdown import table
 

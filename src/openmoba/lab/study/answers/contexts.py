@@ -6,19 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from openmoba.lab.arms import FULL, MOBA
 from openmoba.lab.measure.resample import Difference
-from openmoba.lab.study.outcomes import (
-    Cut,
-    Named,
-    Outcome,
-    behind,
-    by,
-    difference,
-    gain,
-    largest,
-    mean_loss,
-    of_kind,
-    seed_noise,
-)
+from openmoba.lab.study.compare import behind, difference, gain, mean_loss, seed_noise
+from openmoba.lab.study.groups import by, largest, of_kind
+from openmoba.lab.study.outcomes import Cut, Named, Outcome
 from openmoba.lab.study.words import inside, listed, nats, size_name, span, verdict
 
 

@@ -8,18 +8,10 @@ import numpy as np
 
 from openmoba.lab.arms import FULL
 from openmoba.lab.measure.compute import AXES
+from openmoba.lab.study.compare import behind, difference, paired_loss, seed_noise
+from openmoba.lab.study.groups import by, largest, of_kind, references
 from openmoba.lab.study.laws import Versus, comparable, residual, slope_difference
-from openmoba.lab.study.outcomes import (
-    Outcome,
-    behind,
-    by,
-    difference,
-    largest,
-    of_kind,
-    paired_loss,
-    references,
-    seed_noise,
-)
+from openmoba.lab.study.outcomes import Outcome
 from openmoba.lab.study.words import LOSSES, inside, listed, place, size_name, spent, word
 
 

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from openmoba.lab.arms import FULL, HYBRID, MOBA
 from openmoba.lab.measure.resample import Difference
-from openmoba.lab.study.outcomes import Outcome, arms_of, behind, difference, of_kind, paired_loss, seed_noise
+from openmoba.lab.study.compare import behind, difference, paired_loss, seed_noise
+from openmoba.lab.study.groups import arms_of, of_kind
+from openmoba.lab.study.outcomes import Outcome
 from openmoba.lab.study.words import in_percent, inside, nats, place, size_name, verdict
 
 REPORTED_LAYERS = 32

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from openmoba.lab.measure.resample import Difference
 from openmoba.lab.study.candidates import Standing, standings
-from openmoba.lab.study.outcomes import Outcome, behind, difference, seed_noise
+from openmoba.lab.study.compare import behind, difference, seed_noise
+from openmoba.lab.study.outcomes import Outcome
 from openmoba.lab.study.words import inside, nats, place, size_name
 
 AS_GOOD = 0.5

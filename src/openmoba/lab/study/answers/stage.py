@@ -9,17 +9,9 @@ from openmoba.lab.study.answers.contexts import context_in_short, gained
 from openmoba.lab.study.answers.laws import law_ratio, law_ratios, laws_in_short
 from openmoba.lab.study.answers.layers import closing, layers_in_short
 from openmoba.lab.study.answers.short_list import best_in_short, nearest
-from openmoba.lab.study.outcomes import (
-    Outcome,
-    behind,
-    by,
-    difference,
-    largest,
-    of_kind,
-    paired_loss,
-    references,
-    seed_noise,
-)
+from openmoba.lab.study.compare import behind, difference, paired_loss, seed_noise
+from openmoba.lab.study.groups import by, largest, of_kind, references
+from openmoba.lab.study.outcomes import Outcome
 from openmoba.lab.study.recipe import Stage
 from openmoba.lab.study.words import in_percent, inside, nats, size_name, verdict
 

@@ -8,7 +8,9 @@ from dataclasses import replace
 from openmoba.lab.arms import FULL
 from openmoba.lab.config import RunConfig, changes
 from openmoba.lab.measure.resample import SeedNoise
-from openmoba.lab.study.outcomes import Outcome, behind, by, difference, mean_loss, of_kind
+from openmoba.lab.study.compare import behind, difference, mean_loss
+from openmoba.lab.study.groups import by, of_kind
+from openmoba.lab.study.outcomes import Outcome
 from openmoba.lab.study.recipe import Stage
 from openmoba.lab.study.words import nats, size_name, verdict
 
