@@ -105,32 +105,43 @@ def _experiment(study: Study, studies: Sequence[Study], page: Path) -> Iterator[
 
 
 def _stage(study: Study, stage: Stage, runs: list[Outcome], studies: Sequence[Study], page: Path) -> Iterator[str]:
-    """Write one stage: figures, arms, answers, and the table of its candidates."""
+    """Write one stage: figures, arms and answer; folded up behind them, each number with its interval."""
     for figure in study.figures(stage):
         yield f"![{study.recipe.title}, stage {stage.name}]({link(figure, page)})\n"
     if arms := describe_arms(runs):
         yield f"{arms}\n"
     if stage != study.answering and (answer := study.answers[stage.name]):
-        yield f"- {answer}"
-    yield from (f"- {sentence}" for sentence in details(stage, runs, study.axes(stage)))
-    if stage.chart == "scaling" and (apart := speeds_apart(runs)):
-        yield f"- Measured seconds do not compare here, since these runs are of {apart}."
+        yield f"{answer}\n"
     if stage.beside is None:
-        yield from (f"- {sentence}" for sentence in _weak_baseline(stage, runs, studies))
-    yield from (f"- {sentence}" for sentence in sweep(stage, study.outcomes))
+        yield from (f"{sentence}\n" for sentence in _weak_baseline(stage, runs, studies))
+    sentences, tables = [f"- {sentence}" for sentence in _numbers(study, stage, runs)], list(_tables(stage, runs))
+    if sentences or tables:
+        yield f"<details><summary>Stage {stage.name}, each number with its interval</summary>\n"
+        yield from (*sentences, *([""] if sentences else []), *tables)
+        yield "</details>\n"
+
+
+def _numbers(study: Study, stage: Stage, runs: list[Outcome]) -> Iterator[str]:
+    """Say what stands behind the answer of a stage."""
+    yield from details(stage, runs, study.axes(stage))
+    if stage.chart == "scaling" and (apart := speeds_apart(runs)):
+        yield f"Measured seconds do not compare here, since these runs are of {apart}."
+    yield from sweep(stage, study.outcomes)
     if stage.chart in ("positions", "compare"):
-        yield from (f"- {sentence}" for sentence in switches(runs))
+        yield from switches(runs)
         if stage.beside is None:  # the stage beside it has said this
-            yield from (f"- {sentence}" for sentence in use_of_context(runs))
-    yield from (f"- {sentence}" for sentence in reach([run for run in runs if run.run.stage == stage]))
-    yield ""
+            yield from use_of_context(runs)
+    yield from reach([run for run in runs if run.run.stage == stage])
+
+
+def _tables(stage: Stage, runs: list[Outcome]) -> Iterator[str]:
+    """Write the differences of a scaling study, and the candidates of a short list."""
     if rows := comparisons(runs) if stage.chart == "scaling" else []:
         yield f"Differences at the same size, on the same tokens ({behind(runs, 'trailing')}). {BOLD} {luck(runs)}\n"
         yield from (*rows, "")
     for own in by("size", runs).values() if stage.chart == "compare" else ():
         if found := standings(own):
-            yield from standing_table(own, found)
-            yield ""
+            yield from (*standing_table(own, found), "")
 
 
 def _weak_baseline(stage: Stage, runs: list[Outcome], studies: Sequence[Study]) -> Iterator[str]:
