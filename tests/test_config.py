@@ -25,7 +25,7 @@ from openmoba.lab.config import from_dict, to_dict
         ("first:2", 8, [0, 1]),
         ((5, 0, 5), 8, [0, 5]),
         ("0,5", 8, [0, 5]),
-        ("3", 8, [3]),
+        ("3", 8, [5, 6, 7]),
         ("spread:1", 8, [7]),
         ("spread:2", 8, [3, 7]),
         ("spread:3", 12, [3, 7, 11]),
@@ -71,7 +71,7 @@ def test_a_table_of_settings_that_is_none_says_what_is_wrong(table: dict[str, in
 
 
 def test_one_meaning_has_one_form() -> None:
-    assert parse_full_layers("last:3") == parse_full_layers(3) == 3
+    assert parse_full_layers("last:3") == parse_full_layers("3") == parse_full_layers(3) == 3
     assert parse_full_layers("none") == parse_full_layers("first:0") == 0
     assert parse_full_layers("2,0") == parse_full_layers([2, 0, 0]) == (0, 2)
     assert to_dict(ArmConfig("hybrid", full_layers="last:3")) == to_dict(ArmConfig("hybrid", full_layers=3))

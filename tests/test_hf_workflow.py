@@ -65,7 +65,7 @@ def test_convert_refuses(tmp_path: Path, capsys: Any) -> None:
         (["full", "taken"], "exists"),
         (["bare", "out"], "no safetensors"),
         (["unread", "out"], "no config.json"),
-        (["full", "out", "--full-layers", "last:9"], f"{LAYERS} layers"),
+        (["full", "out", "--full-layers", "9"], f"{LAYERS} layers"),
         (["full", "out", "--full-layers", "middle:9"], "last:COUNT"),
     ]
     for (source, out, *options), message in cases:

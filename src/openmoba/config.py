@@ -86,7 +86,7 @@ def parse_full_layers(layers: Any) -> int | str | tuple[int, ...]:
     """Bring each way to say which layers of a model keep full attention into one form.
 
     Args:
-        layers: a count of last layers; indices; or a text: "none", "all", "last:3", "first:3", "spread:3" (see
+        layers: a count of last layers; indices; or a text: "none", "all", "3" or "last:3", "first:3", "spread:3" (see
             `MobaConfig.full_layer_indices`), or indices such as "0,15,31".
 
     Returns:
@@ -119,7 +119,7 @@ def count_full_layers(layers: int | str | tuple[int, ...]) -> int:
 
 
 def _parse_text(text: str) -> int | str | tuple[int | None, ...]:
-    kind, _, number = text.partition(":")
+    kind, _, number = text.partition(":") if ":" in text else ("last", "", text)
     if text in ("none", "all"):
         return 0 if text == "none" else text
     if kind in ("last", "first", "spread") and number.isascii() and number.isdecimal():

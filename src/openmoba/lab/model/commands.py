@@ -23,7 +23,8 @@ class Convert:
     top_k: int
     """Blocks each query reads, its own included."""
     full_layers: str = "none"
-    """Layers that keep full attention: "none", "last:3", "first:3", "spread:3" (evenly), or indices: "0,15,31"."""
+    """Layers that keep full attention: "none", a count of last ones, "first:3", "spread:3" (evenly), or indices:
+    "0,15,31"."""
     key_conv: int | None = None
     """Width in tokens, such as 4, of a convolution over the keys of every layer, to be trained; left out: none."""
 
