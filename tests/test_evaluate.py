@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny import Notes
 
 from openmoba import cli
 from openmoba.lab.config import DataConfig, EvalConfig, ModelConfig, RunConfig
@@ -19,7 +21,9 @@ from openmoba.lab.data.tokenizer import byte_tokenizer
 from openmoba.lab.data.windows import IGNORED, Windows, cut_windows
 from openmoba.lab.measure.contexts import context_losses
 from openmoba.lab.measure.evaluate import evaluate_source, measure, summary
+from openmoba.lab.measure.generate import generate_text
 from openmoba.lab.measure.losses import window_losses
+from openmoba.lab.measure.needle import measure_needles
 from openmoba.lab.model import loss as loss_module
 from openmoba.lab.model.build import build_model, load_model
 from openmoba.lab.model.loss import attach_loss, has_linear_head, linear_loss
@@ -286,6 +290,26 @@ def test_window_losses_put_each_loss_at_its_position(documents: DataConfig, mode
     expected = [windows[i]["input_ids"] + windows[i]["labels"] / 1000 for i in range(3)]
     np.testing.assert_allclose(loss, torch.stack(expected).numpy(), rtol=1e-6)
     assert labelled.all()
+
+
+def test_more_tokens_than_a_model_has_positions_for(documents: DataConfig, model_folder: Path, tmp_path: Path) -> None:
+    """Looked up in a table there is no number for them; rotary embeddings have any, which is said."""
+    learned = tmp_path / "learned"
+    build_model(ModelConfig("gpt2", "nano", {"attn_pdrop": 0.0}), 257, 64, 0).save_pretrained(learned)
+    byte_tokenizer().save_pretrained(learned)
+    needles = partial(measure_needles, lengths=[130])
+    longer, said = replace(documents, length=130), "130 tokens are more than the 64 positions of the model of"
+    for measured in (
+        lambda model, notes: evaluate_source(str(model), longer, EvalConfig(2), notes),
+        lambda model, notes: needles([model], depths=1, samples=1, data=longer, progress=notes),
+        lambda model, notes: generate_text(model, "x" * 125, max_new_tokens=6, progress=notes),
+    ):
+        notes = Notes()
+        with pytest.raises(ValueError, match=rf"{said} \S*learned, which has no others; give fewer"):
+            measured(learned, notes)
+        measured(model_folder, notes)
+        assert [note for note in notes.notes if said in note]
+    assert generate_text(learned, "x" * 60, max_new_tokens=5).new_tokens == 5
 
 
 def test_broken_models_are_named(documents: DataConfig, model_folder: Path) -> None:

@@ -24,7 +24,7 @@ from openmoba.lab.data.load import data_of_run, load_validation, validation_wind
 from openmoba.lab.data.windows import Windows
 from openmoba.lab.measure.contexts import context_losses
 from openmoba.lab.measure.losses import Sums, TokenLosses, window_losses
-from openmoba.lab.model.build import load_model, model_folder
+from openmoba.lab.model.build import check_positions, load_model, model_folder
 from openmoba.lab.model.loss import attach_loss
 from openmoba.lab.progress import Progress
 from openmoba.lab.run_files import is_run
@@ -53,6 +53,7 @@ def evaluate_source(
     checked.check()
     known = known_of_run(source, data, OTHER_DOCUMENTS, progress or Progress())
     with model_folder(source, progress) as folder:
+        check_positions(folder, data.length, progress)
         model = load_model(folder)
         windows = validation_windows(load_validation(data, folder, progress, known=known), settings.windows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, TextStreamer
 
 import openmoba.hf  # noqa: F401  registers the attention that a saved model may ask for
 from openmoba.lab.data.tokenizer import load_tokenizer
-from openmoba.lab.model.build import check_finite, model_folder
+from openmoba.lab.model.build import check_finite, check_positions, model_folder
 from openmoba.lab.progress import Progress
 
 
@@ -60,19 +60,21 @@ def generate_text(
         prefill_chunk: tokens of the prompt per forward pass; None takes it whole.
 
     Raises:
-        ValueError: no readable model, or a prompt without tokens.
+        ValueError: no readable model, a prompt without tokens, or more tokens than the model has positions for.
     """
     with model_folder(source, progress) as folder:
-        tokenizer, model = load_tokenizer(folder), _load(folder)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    length = inputs["input_ids"].shape[1]
-    if length == 0:
-        raise ValueError("the prompt has no tokens; give some text to continue")
+        tokenizer = load_tokenizer(folder)
+        inputs = tokenizer(prompt, return_tensors="pt")
+        length = inputs["input_ids"].shape[1]
+        if length == 0:
+            raise ValueError("the prompt has no tokens; give some text to continue")
+        check_positions(folder, length + max_new_tokens - 1, progress)  # the last token is not read any more
+        model = _load(folder)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     streamer = _Stopwatch(tokenizer, skip_prompt=True, skip_special_tokens=True)
     torch.manual_seed(seed)
     tokens = model.generate(
-        **inputs,
+        **inputs.to(model.device),
         **sampling,
         max_new_tokens=max_new_tokens,
         use_cache=True,

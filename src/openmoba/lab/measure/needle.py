@@ -30,7 +30,7 @@ from openmoba.lab.data.load import data_of_run, load_validation
 from openmoba.lab.data.tokenizer import fingerprint, load_tokenizer
 from openmoba.lab.data.windows import Windows
 from openmoba.lab.measure.evaluate import autocast
-from openmoba.lab.model.build import load_model, model_folder, stopped_at
+from openmoba.lab.model.build import check_positions, load_model, model_folder, stopped_at
 from openmoba.lab.model.checkpoint import checkpoints
 from openmoba.lab.progress import Progress
 from openmoba.lab.run_files import METRICS_FILE, is_run
@@ -205,6 +205,7 @@ def _haystacks(
     tokens: dict[str, str | Path] = {}
     for source in sources:
         with model_folder(source, progress) as folder:
+            check_positions(folder, max(lengths), progress)
             tokens.setdefault(fingerprint(load_tokenizer(folder)), source)
             known = known_of_run(source, data, OTHER_DOCUMENTS, progress)
             if len(tokens) > 1:

@@ -147,6 +147,21 @@ def _read_config(source: str | Path, overrides: dict[str, Any]) -> Any:
     return config
 
 
+def check_positions(folder: str | Path, tokens: int, progress: Progress | None = None) -> None:
+    """Raise ValueError if sequences of so many tokens do not fit a model's table of positions.
+
+    Models with rotary embeddings have none and compute any position: a note says where they were not made for it.
+    """
+    config = _read_config(folder, {})
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is None or tokens <= longest:
+        return
+    said = f"{tokens:,} tokens are more than the {longest:,} positions of the model of {folder}"
+    if getattr(config, "rope_parameters", None) is None:
+        raise ValueError(f"{said}, which has no others; give fewer")
+    (progress or Progress()).note(f"{said}: it was not made for those behind them")
+
+
 @contextmanager
 def _reading(source: str | Path) -> Iterator[None]:
     try:
@@ -227,7 +242,8 @@ def _transformers_config(config: ModelConfig, vocab_size: int, length: int) -> A
         "intermediate_size": size.feed_forward,
         "max_position_embeddings": length,
         "tie_word_embeddings": True,
-        "pad_token_id": None,  # some families' is a word here, whose embedding would stay zero, or none of the table's
+        # Those of a family's own vocabulary are words of this one, or behind it; padding would keep an embedding zero.
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
         "use_cache": False,
     }
     return transformers_config(config.family, entries, config.overrides)
