@@ -57,6 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         shutil.copytree(root / "run", root / name)
         (root / name / file).write_bytes(content)
+    shutil.copytree(root / "run", root / "run-without-weights", ignore=shutil.ignore_patterns("checkpoint-*"))
     (root / "not.toml").write_text("x=")
     (root / "nan.toml").write_text(
         '[run.train]\nlearning_rate = nan\n[sizes.nano.model]\nsize = "nano"\n[arms.full]\nname = "full"\n'
@@ -152,6 +153,7 @@ ROWS: list[tuple[list[str], int, str]] = [
     (["evaluate", "run-of-a-word"], 2, "data.length must be int, got 'x'"),
     (["evaluate", "run-of-nan"], 2, "train.learning_rate must be a finite number > 0, got nan"),
     (["evaluate", "run-of-nothing"], 2, "run-of-nothing/config.json is not JSON"),
+    (["evaluate", "run-without-weights"], 2, "is a finished run without its checkpoint; train it again in another"),
     (["evaluate", "run-without-data"], 2, "run-without-data/data.json holds a list"),
     (["train", "run-without-result"], 2, "run-without-result/result.json has no 'config'"),
     (["train", "run-of-half-a-result"], 2, "run-of-half-a-result/result.json has no 'params'"),

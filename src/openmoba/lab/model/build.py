@@ -16,7 +16,7 @@ from openmoba.lab.config import ModelConfig, stored_config
 from openmoba.lab.model.checkpoint import checkpoint_step, newest_held
 from openmoba.lab.model.overrides import check_rotation, fitting, replace_entries, transformers_config
 from openmoba.lab.progress import Progress
-from openmoba.lab.run_files import is_run
+from openmoba.lab.run_files import RESULT_FILE, is_run
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,8 @@ def model_folder(source: str | Path, progress: Progress | None = None) -> Iterat
         return
     with newest_held(Path(source), progress) as checkpoint:
         if checkpoint is None:
+            if (Path(source) / RESULT_FILE).exists():
+                raise ValueError(f"{source} is a finished run without its checkpoint; train it again in another folder")
             raise ValueError(f"{source} is a run without a whole checkpoint; run `openmoba train {source}` first")
         if progress is not None and (stopped := stopped_at(source, checkpoint)):
             progress.note(f"{source} is not finished: these are the weights of {stopped}")
