@@ -7,14 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import tiny_config
 
 from openmoba.lab.config import DataConfig
 from openmoba.lab.data.chat import encode_chat
 from openmoba.lab.data.corpus import open_corpus
+from openmoba.lab.data.holdings import holding
 from openmoba.lab.data.load import Data, hold_out, load_data, validation_windows
 from openmoba.lab.data.store import Survey, TokenStore, cached
-from openmoba.lab.data.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
+from openmoba.lab.data.tokenizer import byte_tokenizer, load_tokenizer, table_size, train_bpe
 from openmoba.lab.data.windows import IGNORED, TrainingWindows, cut_windows
+from openmoba.lab.progress import Progress
+from openmoba.lab.train.run import run_training
 
 CHAT = [
     {"role": "user", "content": "2+2?"},
@@ -185,6 +189,24 @@ def test_tokenizers_reproduce_any_text(tmp_path: Path, kind: str) -> None:
     tokenizer.save_pretrained(tmp_path)
     for tool in (tokenizer, load_tokenizer(tmp_path)):
         assert tool.decode(tool(texts[0])["input_ids"]) == texts[0]
+
+
+def test_numbers_of_tokens_may_leave_some_out(tmp_path: Path) -> None:
+    """Here all but the end of a text are moved by 70,000."""
+    byte_tokenizer().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    saved["model"]["vocab"] = {piece: number + 70_000 for piece, number in saved["model"]["vocab"].items()}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (len(tokenizer), table_size(tokenizer)) == (257, 70_256)
+    source = folder_of(tmp_path / "texts", documents(4))
+    plain, moved = (load(tmp_path, source, tokenizer=name) for name in ("bytes", str(tmp_path)))
+    for i in range(len(plain.train)):
+        assert (moved.train[i]["input_ids"] - plain.train[i]["input_ids"] == 70_000).all()
+    corpus, tools = open_corpus(str(source)), (byte_tokenizer(), tokenizer)
+    assert len({holding(corpus, tool, 64, tmp_path / "cache", Progress()) for tool in tools}) == 1
+    (tmp_path / "tiny").mkdir()
+    assert run_training(tiny_config(tmp_path / "tiny", tokenizer=str(tmp_path)), tmp_path / "run")
 
 
 def test_chat_teaches_the_assistants_tokens_alone() -> None:

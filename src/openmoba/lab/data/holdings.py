@@ -14,6 +14,7 @@ from openmoba.lab.data.corpus import Corpus
 from openmoba.lab.data.identity import documents_digest
 from openmoba.lab.data.load import named_tokenizer, trained_bpe
 from openmoba.lab.data.store import Survey, TokenStore, survey, tokenise
+from openmoba.lab.data.tokenizer import table_size
 from openmoba.lab.data.windows import cut_windows
 from openmoba.lab.progress import Progress
 
@@ -70,17 +71,17 @@ def holding(corpus: Corpus, tokenizer: Any, length: int, cache: Path, progress: 
         len(tokenizer),
         len(store.tokens),
         size / len(store.tokens),
-        _entropy(store, len(tokenizer)) * len(store.tokens) / size,
+        _entropy(store, table_size(tokenizer)) * len(store.tokens) / size,
         len(windows),
         len(np.unique(windows.documents)),
     )
 
 
-def _entropy(store: TokenStore, vocabulary: int) -> float:
+def _entropy(store: TokenStore, size: int) -> float:
     """Return the bits per token of the tokens' frequencies."""
-    counts = np.zeros(vocabulary, dtype=np.int64)
+    counts = np.zeros(size, dtype=np.int64)
     for start in range(0, len(store.tokens), _TOKENS_AT_ONCE):
-        counts += np.bincount(store.tokens[start : start + _TOKENS_AT_ONCE], minlength=vocabulary)
+        counts += np.bincount(store.tokens[start : start + _TOKENS_AT_ONCE], minlength=size)
     share = counts[counts > 0] / len(store.tokens)
     return float(-(share * np.log2(share)).sum())
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from openmoba.lab.data.chat import content_of, encode_chat
 from openmoba.lab.data.corpus import Corpus, Document
-from openmoba.lab.data.tokenizer import encode_texts, fingerprint
+from openmoba.lab.data.tokenizer import encode_texts, fingerprint, table_size
 from openmoba.lab.progress import Percent, Progress
 from openmoba.records.locks import lock
 
@@ -172,7 +172,7 @@ def is_cache(folder: Path) -> bool:
 
 
 def _write_store(corpus: Corpus, tokenizer: Any, folder: Path, surveyed: Survey, progress: Progress) -> None:
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+    dtype = np.dtype(np.uint16 if table_size(tokenizer) <= 1 << 16 else np.uint32)
     lengths: list[int] = []
     place_D = np.cumsum(surveyed.sizes)
     progress.note(f"tokens of {corpus.name}")

@@ -65,6 +65,11 @@ def load_tokenizer(name: str | Path) -> Any:
     return tokenizer
 
 
+def table_size(tokenizer: Any) -> int:
+    """Return the rows of a table with one for every token; some tokenizers leave numbers out, and have fewer tokens."""
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
 def fingerprint(tokenizer: Any) -> str:
     """Hash all that decides what a document's tokens are."""
     parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token, tokenizer.chat_template]

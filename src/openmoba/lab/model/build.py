@@ -77,7 +77,7 @@ def build_model(config: ModelConfig, vocab_size: int, length: int, seed: int) ->
     """Build a decoder with fresh fp32 weights that depend on the configuration and the seed alone.
 
     Args:
-        vocab_size: entries of the tokenizer; the model's table is rounded up to a multiple of 64.
+        vocab_size: `table_size` of the tokenizer; the model's table is rounded up to a multiple of 64.
         length: longest sequence, in tokens.
 
     Raises:

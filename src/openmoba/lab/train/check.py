@@ -7,6 +7,7 @@ from typing import Any
 
 from openmoba.lab.config import RunConfig, changes, stored_config
 from openmoba.lab.data.load import Data
+from openmoba.lab.data.tokenizer import table_size
 from openmoba.lab.model.build import check_model
 from openmoba.lab.model.checkpoint import checkpoint_step, checkpoints
 from openmoba.lab.run_files import CONFIG_FILE, RECIPE_FILE, has_begun, is_run
@@ -51,9 +52,9 @@ def check_labels(config: RunConfig, data: Data) -> None:
 def check_vocabulary(config: RunConfig, model: Any, data: Data) -> None:
     """Raise ValueError unless the model has an entry for every token."""
     entries = model.get_input_embeddings().weight.shape[0]
-    if len(data.tokenizer) > entries:
+    if table_size(data.tokenizer) > entries:
         raise ValueError(
-            f"the tokenizer has {len(data.tokenizer)} entries, and the model {entries}; leave vocab_size out of "
+            f"the tokenizer has {table_size(data.tokenizer)} entries, and the model {entries}; leave vocab_size out of "
             "model.overrides, and use the tokenizer of a model that the run starts from, with data.tokenizer=auto"
         )
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from openmoba.lab.config import RunConfig, to_dict
 from openmoba.lab.data.identity import OTHER_DOCUMENTS, Known, known_of_run, stored_identity
 from openmoba.lab.data.load import load_data, validation_windows
+from openmoba.lab.data.tokenizer import table_size
 from openmoba.lab.errors import DivergenceError, Terminated, on_sigterm
 from openmoba.lab.model.build import build_model, load_model, model_folder, set_attention
 from openmoba.lab.model.checkpoint import checkpoint_step, checkpoints, newest_checkpoint, prune
@@ -116,7 +117,7 @@ def _prepare(
         data = replace(data, valid=validation_windows(data.valid, config.eval.windows))
         check_labels(config, data)
     if model is None:
-        model = build_model(config.model, len(data.tokenizer), config.data.length, config.train.seed)
+        model = build_model(config.model, table_size(data.tokenizer), config.data.length, config.train.seed)
         set_attention(model, config.arm.sparsest(config.train.steps))
     check_vocabulary(config, model, data)
     return make_trainer(config, folder, model, data, progress)
