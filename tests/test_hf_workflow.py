@@ -10,7 +10,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from decoders import LAYERS, QUIETLY, logits, losses, save_model  # noqa: E402
+from decoders import LAYERS, QUIETLY, build, logits, losses, save_model  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -58,7 +58,13 @@ def test_convert_refuses(tmp_path: Path, capsys: Any) -> None:
         model = save_model(tmp_path / value)
         model.model.layers[1].self_attn.k_proj.weight.data[3, 5] = float(value)
         model.bfloat16().save_pretrained(tmp_path / value)
+    for name in ("shard", "index"):
+        build().save_pretrained(tmp_path / name, max_shard_size="60KB")
+    (tmp_path / "shard" / "model-00001-of-00004.safetensors").unlink()
+    (tmp_path / "index" / "model.safetensors.index.json").write_text("{}")
     cases = [
+        (["shard", "out"], "shard lacks model-00001-of-00004.safetensors, of 4 files of weights; download it again"),
+        (["index", "out"], "index.json is no index of weights; restore or download it again"),
         (["nan", "out"], "1 of 1,152 numbers of model.layers.1.self_attn.k_proj.weight are NaN or infinite; restore"),
         (["inf", "out"], "1 of 1,152 numbers of model.layers.1.self_attn.k_proj.weight are"),
         (["windowed", "out"], "sliding_window=None"),

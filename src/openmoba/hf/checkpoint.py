@@ -54,8 +54,7 @@ def convert(source: str | Path, out: Path, settings: MobaConfig) -> Path:
     if out.exists():
         raise ValueError(f"{out} exists; name a new folder for the converted model")
     folder = _folder(source)
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"{source} has no safetensors weights; save it with save_pretrained first")
+    _check_files(folder)
     config = _config(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -85,6 +84,23 @@ def _check_key_conv(config: Any, settings: MobaConfig) -> None:
     if width not in (None, settings.key_conv):
         raise ValueError(
             f"the model has a key convolution of width {width}, got key_conv={settings.key_conv}; give {width}"
+        )
+
+
+def _check_files(folder: Path) -> None:
+    """Raise ValueError unless the folder has what transformers loads: one file, or all that an index names."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        return
+    if not index.exists():
+        raise ValueError(f"{folder} has no safetensors weights; save it with save_pretrained first")
+    try:
+        named = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of weights; restore or download it again") from error
+    if missing := sorted(name for name in named if not (folder / name).is_file()):
+        raise ValueError(
+            f"{folder} lacks {', '.join(missing[:3])}, of {len(named)} files of weights; download it again"
         )
 
 
