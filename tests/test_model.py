@@ -113,7 +113,8 @@ def test_a_loaded_model_takes_the_entry_into_its_own_table(tmp_path: Path) -> No
         ({"num_hidden_layers": 10**20}, "num_hidden_layers must be 1 to 10,000, got 10+"),
         ({"num_attention_heads": 0}, "num_attention_heads must be >= 1, got 0"),
         ({"intermediate_size": -1}, r"do not fit a qwen3 model.*intermediate_size must be >= 1, got -1"),
-        ({"head_dim": 9}, "heads of width 9 cannot be rotated by pairs; give an even head_dim"),
+        # Later releases of transformers than 5.17 say so themselves.
+        ({"head_dim": 9}, "heads of width 9 cannot be rotated by pairs|requires an even rotary dimension"),
         ({"head_dim": 10**20}, r"head_dim.* do not fit a qwen3 model"),
         ({"hidden_act": "silo"}, r"do not fit a qwen3 model.*silo"),
         ({"pad_token_id": 10**20}, r"do not fit a qwen3 model.*num_embeddings"),

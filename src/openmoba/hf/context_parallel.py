@@ -124,9 +124,19 @@ class ContextParallel:
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute the loss as Trainer does, by the number of labels that it counted once for every process."""
-        if self._context_group is not None and not self._meshed_by_accelerate and num_items_in_batch is not None:
+        if self._counted_often and num_items_in_batch is not None:
             num_items_in_batch = num_items_in_batch // self.get_cp_size()
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+
+    @property
+    def _counted_often(self) -> bool:
+        """Whether Trainer counts the labels of a sequence once for every process that has a part of it.
+
+        transformers 5.17 divides by what accelerate's mesh says, which has no sequences on CPUs; later releases by
+        `get_cp_size`, which says it there too.
+        """
+        split_here = self._context_group is not None and not self._meshed_by_accelerate
+        return split_here and "get_cp_size" not in Trainer._get_num_items_in_batch.__code__.co_names
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as Trainer does, every sequence counted once."""
