@@ -11,11 +11,12 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 
 import caches  # noqa: E402
-from decoders import LAYERS, SIZES, build, logits, tokens  # noqa: E402
+from decoders import LAYERS, SIZES, VOCAB, build, logits, tokens  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     DeepseekV2Config,
     DynamicCache,
+    Gemma3nTextConfig,
     JetMoeConfig,
     LlamaConfig,
     MistralConfig,
@@ -194,16 +195,27 @@ def test_greedy_generation(settings: MobaConfig) -> None:
 
 
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16}
+SHARED = {
+    "layer_types": ["full_attention"] * LAYERS,
+    "num_kv_shared_layers": 1,
+    "activation_sparsity_pattern": [0.0] * LAYERS,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB,
+}
 REPEATED = {"kv_channels": 8, "num_local_experts": 2, "num_experts_per_tok": 2}
 
 
 @pytest.mark.parametrize(
     ("config", "entries"),
-    [(DeepseekV2Config, LATENT | {"n_routed_experts": 2, "first_k_dense_replace": LAYERS}), (JetMoeConfig, REPEATED)],
-    ids=["latent", "repeated"],
+    [
+        (DeepseekV2Config, LATENT | {"n_routed_experts": 2, "first_k_dense_replace": LAYERS}),
+        (JetMoeConfig, REPEATED),
+        (Gemma3nTextConfig, SHARED),
+    ],
+    ids=["latent", "repeated", "shared"],
 )
 def test_keys_that_are_not_those_in_the_cache(config: Any, entries: dict[str, Any]) -> None:
-    """Some families make them of what they cache: of latents, or by repeating heads for their experts."""
+    """Some families make them of what they cache, of latents or by repeating heads; or layers read another one's."""
     model = configure(build(config(**(SIZES | entries))), SPARSE)
     caches.check_generation(model, model)
 

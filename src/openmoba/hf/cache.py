@@ -26,13 +26,16 @@ KeptLayer = GrowingLayer | FixedLayer
 def kept_layer(cache: Cache, layer_idx: int, block_size: int | None = None) -> KeptLayer | None:
     """Return the layer at `layer_idx`, one of ours, put there if an ordinary one was.
 
-    None for other kinds, such as quantized layers: MoBA computes their attention from the keys alone.
+    None for other kinds, such as quantized layers, and for layers that read another one's keys and have no part in the
+    cache: MoBA computes their attention from the keys alone.
 
     Args:
         block_size: tokens of a page; None leaves pages, or that there are none, as it is.
     """
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= layer_idx:
         cache.layers.append(cache.layer_class_to_replicate())
+    if layer_idx >= len(cache.layers):
+        return None
     layer: Any = cache.layers[layer_idx]
     if not isinstance(layer, KeptLayer):
         if type(layer) is DynamicLayer:
