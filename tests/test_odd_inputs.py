@@ -187,6 +187,11 @@ ROWS: list[tuple[list[str], int, str]] = [
     (setting("train.weight-decay", "nan"), 2, "train.weight_decay must be a finite number >= 0, got nan"),
     (setting("train.weight-decay", "-1"), 2, "train.weight_decay must be a finite number >= 0"),
     (setting("train.warmup", "nan"), 2, "train.warmup is a share in [0, 1], got nan"),
+    (
+        setting("train.warmup", "0.9", "--train.schedule", "wsd"),
+        2,
+        "train.warmup=0.9 and train.decay=0.2 are shares of",
+    ),
     (setting("train.final-learning-rate", "-1"), 2, "train.final_learning_rate is a share"),
     (setting("train.seed", "-1"), 2, "train.seed must be >= 0, got -1"),
     (setting("train.seed", HUGE), 2, "train.seed must be at most 4294967295"),

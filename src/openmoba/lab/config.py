@@ -131,6 +131,11 @@ class TrainConfig:
             check_share(f"train.{name}", getattr(self, name), one_too=False)
         for name in ("learning_rate", "clip"):
             check_number(f"train.{name}", getattr(self, name), 0, low_too=False)
+        if self.schedule == "wsd" and self.warmup + self.decay > 1 + 1e-9:  # shares are seldom exact
+            raise ValueError(
+                f"train.warmup={self.warmup} and train.decay={self.decay} are shares of the same steps, and more than "
+                "all of them together; lower one"
+            )
         check_number("train.weight_decay", self.weight_decay, 0)
         check_count("train.seed", self.seed, 0, 2**32 - 1)
 
