@@ -33,8 +33,8 @@ VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 GATE_SPILLS = 8 if VERSION < (3, 9) else 14
 SPILLS = 0 if VERSION < (3, 8) else 8 if VERSION < (3, 9) else 16
 WIDEST_SPILLS = SPILLS if VERSION < (3, 9) else 150
-# Values that wait while the accumulators have the registers.
-HOPPER_SPILLS = 24
+# Values that wait while the accumulators have the registers; one more where blocks are given, since 3.9.
+HOPPER_SPILLS = 24 if VERSION < (3, 9) else 25
 # Of these, what the loop over tiles reads. One read between two matrix products holds up all that come behind it.
 # `attend_past_streaming` needs most addresses; what it reads is for a tile of rows, not for every piece of a block.
 LOOP_SPILLS = 0 if VERSION < (3, 9) else 1
