@@ -114,10 +114,10 @@ def _stage(study: Study, stage: Stage, runs: list[Outcome], studies: Sequence[St
         yield f"{answer}\n"
     if stage.beside is None:
         yield from (f"{sentence}\n" for sentence in _weak_baseline(stage, runs, studies))
-    sentences, tables = [f"- {sentence}" for sentence in _numbers(study, stage, runs)], list(_tables(stage, runs))
-    if sentences or tables:
+    folded = [*(f"- {sentence}" for sentence in _numbers(study, stage, runs)), "", *_tables(stage, runs)]
+    if any(folded):
         yield f"<details><summary>Stage {stage.name}, each number with its interval</summary>\n"
-        yield from (*sentences, *([""] if sentences else []), *tables)
+        yield from folded
         yield "</details>\n"
 
 

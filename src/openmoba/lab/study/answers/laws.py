@@ -54,8 +54,10 @@ def _at_equal_size(found: Versus, outcomes: Sequence[Outcome]) -> str:
 def _costs(line: str, arms: dict[str, Versus], axes: Sequence[str]) -> str:
     """Say what share of the other arm's cost the largest runs of each arm take; 6ND counts no attention."""
     counted = [axis for axis in axes if axis != "6nd"]
-    told = [f"{name} {listed(_cost_share(one, axis) for axis in counted)}" for name, one in arms.items() if counted]
-    return f" Of {line}'s cost by {_heads(counted)} the largest take: {'; '.join(told)}." if told else ""
+    if not counted:
+        return ""
+    told = "; ".join(f"{name} {listed(_cost_share(one, axis) for axis in counted)}" for name, one in arms.items())
+    return f" Of {line}'s cost by {_heads(counted)} the largest take: {told}."
 
 
 def _cost_share(found: Versus, axis: str) -> str:
