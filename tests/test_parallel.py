@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from parallel_checks import all_checks, exchanged, exchanged_gradients
 from ranks import checked
 from torch import Tensor, distributed
 
-from openmoba.parallel import Sharding, block_attention, cost, moba_attention, prioritize_transfers
+from openmoba.parallel import Sharding, block_attention, cost, leave_group, moba_attention, prioritize_transfers
 from openmoba.parallel.cost import Call, choose_way, crossover, key_copies, predicted_seconds, values_sent
 
 PRIORITY = "TORCH_NCCL_HIGH_PRIORITY"
@@ -102,6 +104,24 @@ def alone() -> Iterator[None]:
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
+
+
+def threads_of_gloo() -> int:
+    return sum(file.read_text().startswith("pt_gloo") for file in Path("/proc/self/task").glob("*/comm"))
+
+
+def test_no_thread_outlives_the_group_though_cycles_hold_it() -> None:
+    """One that gives a tensor back while the interpreter ends aborts the process."""
+    gc.collect()
+    before = threads_of_gloo()
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    parallel = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+    parallel(torch.randn(2, 4)).sum().backward()
+    parallel.itself = parallel
+    assert threads_of_gloo() > before
+    del parallel
+    leave_group()
+    assert threads_of_gloo() == before
 
 
 @pytest.mark.usefixtures("alone")

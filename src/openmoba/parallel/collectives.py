@@ -6,6 +6,7 @@ process, so torch refuses to differentiate twice. Compilers do not trace them: w
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -66,13 +67,17 @@ def group_of(group: Any) -> tuple[ProcessGroup, int, int]:
 def leave_group() -> None:
     """Take down the process groups, together with the other processes; nothing where there are none.
 
-    One of gloo's threads gives the tensors of a collective back some time after it, and asks for Python's lock to do
-    so; it aborts a process whose interpreter ends meanwhile. A barrier waits for all that and leaves nothing behind.
+    Threads of gloo give the tensors of a collective back some time after it, and ask for Python's lock to do so; they
+    abort a process whose interpreter ends meanwhile. They end with the last reference to their group, and a trainer
+    that is done with is in cycles that hold one: so these are collected, and the one here is the last.
     """
     if distributed.is_available() and distributed.is_initialized():
         on_gpus = "nccl" in distributed.get_backend()
+        group = distributed.group.WORLD
         distributed.barrier(device_ids=[torch.cuda.current_device()] if on_gpus else None)
         distributed.destroy_process_group()
+        gc.collect()
+        del group  # without Python's lock, and waits for its threads
 
 
 def gather(x: Tensor, group: ProcessGroup) -> Waiting:
