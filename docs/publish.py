@@ -17,13 +17,13 @@ from pathlib import Path
 
 import tables
 
+from openmoba.lab.measure.compute import SIX_ND
 from openmoba.lab.measure.needle_page import draw_needles, read_needles
 from openmoba.lab.run_files import CONFIG_FILE, FAILED_FILE, IDENTITY_FILE, METRICS_FILE, RECIPE_FILE, RESULT_FILE
 from openmoba.lab.study.outcomes import read_outcomes
 from openmoba.lab.study.recipe import recipe_of
 from openmoba.lab.study.report import write_report
 from openmoba.lab.study.results import NEEDLES
-from openmoba.lab.study.studies import AXIS
 
 RECORDS = (CONFIG_FILE, IDENTITY_FILE, METRICS_FILE, RESULT_FILE)
 """What a finished run is, without weights."""
@@ -44,7 +44,7 @@ def publish(pieces: Sequence[Path], out: Path) -> list[Path]:
     gather(pieces, out)
     if (out / NEEDLES).exists():
         draw_needles(read_needles(out / NEEDLES), (out / NEEDLES).with_suffix(""))
-    return write_report(recipe_of(out), out, AXIS)
+    return write_report(recipe_of(out), out, SIX_ND)
 
 
 def gather(pieces: Sequence[Path], out: Path) -> None:

@@ -181,6 +181,14 @@ def test_packed_sequences_are_separate(cache: bool, told_by: str, settings: Moba
 
 
 @ARMS
+@pytest.mark.parametrize("boundaries", [[0, 7, 21], [0, 7, 19], [-1, 7, 20]])
+def test_boundaries_that_are_not_those_of_the_tokens_are_refused(settings: MobaConfig, boundaries: list[int]) -> None:
+    starts = torch.tensor(boundaries, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"cu_seqlens_q must (start at 0|end at q's token count 20), got"):
+        logits(convolving(settings), tokens(1, 20), cu_seq_lens_q=starts, cu_seq_lens_k=starts)
+
+
+@ARMS
 def test_several_packed_rows(settings: MobaConfig) -> None:
     model, ids, cuts = convolving(settings), tokens(2, 20), ([7, 13], [12, 8])
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in cuts])

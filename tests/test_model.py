@@ -53,6 +53,24 @@ def test_sizes_are_of_the_models_that_they_build() -> None:
         assert model.config.num_key_value_heads == (size.kv_heads or size.heads)
 
 
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "gptj", "xglm"])
+def test_a_size_gives_the_width_of_the_feed_forward_whatever_a_family_calls_it(family: str) -> None:
+    with torch.device("meta"):
+        model = build_model(ModelConfig(family, "2m"), 64, 64, 0)
+    widths = {width for weight in model.parameters() if weight.ndim == 2 for width in weight.shape}
+    assert SIZES["2m"].feed_forward in widths
+    assert widths <= {64, 66, 192, 3 * 192, SIZES["2m"].feed_forward}  # words, positions, the model, queries to values
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [("bloom", "no width that model.size could set"), ("gpt_neo", "model.size does not fit a gpt_neo model, take ano")],
+)
+def test_a_family_that_a_size_does_not_fit_is_refused(family: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_model(ModelConfig(family, "2m"), 64, 64, 0)
+
+
 @pytest.mark.parametrize("family", ["phi3", "gemma", "olmo"])
 def test_no_word_is_the_padding_of_a_family(family: str) -> None:
     """Phi-3's is 32000, behind a small table; those of others are among the first words, whose rows would stay zero."""

@@ -191,8 +191,10 @@ class Layout(NamedTuple):
         None if each row is one sequence, be it after those in a cache.
         """
         if self.cu_q is not None:
-            starts_N = torch.zeros(self.batch * self.queries + 1, dtype=torch.bool, device=self.cu_q.device)
-            return ~starts_N.index_fill(0, self.cu_q.flatten().long(), True)[None, :-1]
+            tokens = self.batch * self.queries
+            starts_N = torch.zeros(tokens + 1, dtype=torch.bool, device=self.cu_q.device)
+            within = self.cu_q.flatten().long().clamp(0, tokens)  # attention refuses those that are not
+            return ~starts_N.index_fill(0, within, True)[None, :-1]
         if self.map is None or self.map.shape[3] != self.queries:
             return None
         return ~run_starts(self.map[:, 0, 0]).flatten()[None]

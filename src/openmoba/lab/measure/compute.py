@@ -154,10 +154,13 @@ class Axis:
         return f"{value:{self.form}} {self.unit}"
 
 
+SIX_ND = "6nd"
+"""The convention of compute that studies compare by first; it counts no attention."""
+
 AXES = {
     axis.name: axis
     for axis in (
-        Axis("6nd", "6ND", "Compute by 6ND, 6·N·tokens", count=_six_nd),
+        Axis(SIX_ND, "6ND", "Compute by 6ND, 6·N·tokens", count=_six_nd),
         Axis("chinchilla", "Chinchilla", "Compute by Chinchilla, with embeddings and softmax", count=_chinchilla),
         Axis(
             "causal_exact", "causal-exact", "Compute by causal-exact, attention at its real reads", count=_causal_exact,

@@ -17,6 +17,9 @@ from openmoba.limits import check_count
 
 Entries = dict[str, Any]
 
+_FEED_FORWARDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+"""What families call the width of their feed-forward."""
+
 MOST_LAYERS = 10_000
 """More would be built for hours before anything could be said about them."""
 
@@ -36,10 +39,22 @@ def transformers_config(family: str, entries: Entries, overrides: Entries) -> An
         known = AutoConfig.for_model(family)
     except ValueError:
         raise ValueError(f"unknown model.family {family!r}; give a transformers model_type") from None
+    entries = _of_family(known, entries)
     with fitting(overrides, f"a {family} model"):
         config = AutoConfig.for_model(family, **entries | _replaced(known, overrides))
         _check(config, overrides)
     return config
+
+
+def _of_family(known: Any, entries: Entries) -> Entries:
+    """Return `entries` with the width of the feed-forward under the name that the family gives it."""
+    name = next((name for name in _FEED_FORWARDS if hasattr(known, name)), None)
+    if name is None:
+        raise ValueError(
+            f"model.family={known.model_type}: its feed-forward has no width that model.size could set; take another"
+        )
+    entries = dict(entries)
+    return entries | {name: entries.pop("intermediate_size")}
 
 
 def replace_entries(config: Any, overrides: Entries, what: str) -> None:
@@ -118,7 +133,10 @@ class _Refuse(logging.Handler):
 
 @contextmanager
 def fitting(overrides: Entries, what: str) -> Iterator[None]:
-    """Make one ValueError of whatever comes of overrides that do not fit `what`, warnings about rotation included."""
+    """Make one ValueError of whatever comes of a size or overrides that do not fit `what`; it includes warnings.
+
+    Warnings are those about rotation. Without overrides, missing memory is no fault of the model.
+    """
     from huggingface_hub.errors import StrictDataclassError  # what transformers' configurations raise
 
     logger, refuse = logging.getLogger("transformers.modeling_rope_utils"), _Refuse()
@@ -129,13 +147,14 @@ def fitting(overrides: Entries, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # models are built of values that nobody has checked
-        if not overrides:
+        if not overrides and isinstance(error, MemoryError | RuntimeError):
             raise
         reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
         said = reason.args[0] if reason and reason.args else repr(error)
-        raise ValueError(
-            f"model.overrides={overrides} do not fit {what}, correct or leave out the entry: {said}"
-        ) from error
+        fault = f"model.overrides={overrides} do not fit {what}, correct or leave out the entry"
+        if not overrides:
+            fault = f"model.size does not fit {what}, take another family"
+        raise ValueError(f"{fault}: {said}") from error
     finally:
         logger.removeHandler(refuse)
         logger.setLevel(level)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from openmoba.lab.measure.compute import AxisName
+from openmoba.lab.measure.compute import SIX_ND, AxisName
 from openmoba.lab.progress import TerminalProgress, duration
 from openmoba.limits import check_number
 
@@ -34,7 +34,7 @@ class Study:
     runs: tuple[str, ...] | None = None
     """Only the runs whose names match one of these patterns, such as 'pretrain/*-seed0', and those that they start
     from; left out: all."""
-    axis: AxisName = "6nd"
+    axis: AxisName = SIX_ND
     """Convention of compute on the scaling chart's x axis."""
     dry_run: bool = False
     """Check the recipe and the folder, list the runs, their state, parameters, tokens, compute, and about how much
@@ -100,7 +100,7 @@ class Fit:
 
     study: tyro.conf.Positional[Path]
     """Folder of the study."""
-    axis: AxisName = "6nd"
+    axis: AxisName = SIX_ND
     """Convention of compute."""
 
     def run(self) -> None:
@@ -119,7 +119,7 @@ class Plot:
 
     study: tyro.conf.Positional[Path]
     """Folder of the study."""
-    axis: AxisName = "6nd"
+    axis: AxisName = SIX_ND
     """Convention of compute on the scaling chart's x axis."""
 
     def run(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from openmoba.lab.measure import compute
 from openmoba.lab.run_files import RECIPE_FILE
 from openmoba.lab.study.answers.stage import in_short
 from openmoba.lab.study.charts import FOLDER, law_axes
@@ -18,8 +19,6 @@ from openmoba.lab.study.words import so_far
 
 ORDER = ("positions", "compare", "scaling", "layers")
 """Charts in the order in which their questions build on each other."""
-AXIS = "6nd"
-"""The convention of compute that comes first; `law_axes` has the others."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Study:
 
     def axes(self, stage: Stage) -> list[str]:
         """Return the conventions of compute by which the stage's runs are compared."""
-        return law_axes(stage, self.runs(stage), AXIS) if stage.chart == "scaling" else [AXIS]
+        return law_axes(stage, self.runs(stage), compute.SIX_ND) if stage.chart == "scaling" else [compute.SIX_ND]
 
     @cached_property
     def answers(self) -> dict[str, str]:

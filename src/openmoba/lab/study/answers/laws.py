@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from openmoba.lab.arms import FULL
-from openmoba.lab.measure.compute import AXES
+from openmoba.lab.measure.compute import AXES, SIX_ND
 from openmoba.lab.study.compare import behind, difference, paired_loss, seed_noise
 from openmoba.lab.study.groups import by, largest, of_kind, references
 from openmoba.lab.study.laws import Versus, comparable, residual, slope_difference
@@ -53,7 +53,7 @@ def _at_equal_size(found: Versus, outcomes: Sequence[Outcome]) -> str:
 
 def _costs(line: str, arms: dict[str, Versus], axes: Sequence[str]) -> str:
     """Say what share of the other arm's cost the largest runs of each arm take; 6ND counts no attention."""
-    counted = [axis for axis in axes if axis != "6nd"]
+    counted = [axis for axis in axes if axis != SIX_ND]
     if not counted:
         return ""
     told = "; ".join(f"{name} {listed(_cost_share(one, axis) for axis in counted)}" for name, one in arms.items())
