@@ -335,7 +335,7 @@ def test_settings_name_what_is_not_told_apart_from_the_best(tmp_path: Path, monk
     said(tmp_path, text, "candidates")
     write_recipe(tmp_path, text)
     rows = settings_table(read_studies([tmp_path]), tmp_path).splitlines()
-    assert "| not told apart |" in rows[0]
+    assert any("| not told apart |" in row for row in rows)
     last = [row.split(" | ") for row in rows if row.startswith("| 1,024 |")][-1]
     assert {last[2].partition(":")[0], last[5]} == {"last-3", "again"}
 

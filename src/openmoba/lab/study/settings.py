@@ -15,7 +15,7 @@ from openmoba.lab.study.groups import by, fair_full, of_kind
 from openmoba.lab.study.outcomes import Outcome
 from openmoba.lab.study.report import REPORT_FILE
 from openmoba.lab.study.studies import Study, link
-from openmoba.lab.study.words import in_percent
+from openmoba.lab.study.words import in_percent, place
 from openmoba.records.markdown import table
 
 BUDGETS = (0.1, 0.2, 0.35, 1.0)
@@ -29,22 +29,24 @@ PARTS = (8, 4, 2, 1)
 def settings_table(studies: Sequence[Study], page: Path) -> str:
     """Say which setting to take, by length and by how many keys it may read, and on what it rests, as Markdown.
 
-    A row is the arm with the lowest difference from full attention, in percent, at the last position range of that
-    length, among the arms of the largest models that read no more keys than the budget; beside it the others of its
-    model whose difference from it lies within noise. Empty without an arm that could be compared.
+    First those of the greatest length, in words, the lowest loss first; then a table. A row is the arm with the
+    lowest difference from full attention, in percent, at the last position range of that length, among the arms of
+    the largest models that read no more keys than the budget; beside it the others of its model whose difference from
+    it lies within noise. Empty without an arm that could be compared.
     """
     heads = ("length", "keys read at most", "setting", "against full attention, %", "with its key convolution, %",
              "not told apart", "keys read", "training speed", "measured with")  # fmt: skip
     rows, taken = [], []
+    last: list[_Setting] = []
     for groups in _largest_models(studies):
         length = groups[0][1][0].config.data.length
         for end in [length // part for part in PARTS]:
-            arms = [arm for study, runs in groups for arm in _arms_at(end, study, runs)]
-            for budget, best, alike in _best(arms):
-                rows.append([f"{end:,}", *_cells(budget, best, alike, page)])
-                taken.append((best.own, best.full))
+            found = list(_best([arm for study, runs in groups for arm in _arms_at(end, study, runs)]))
+            rows += [[f"{end:,}", *_cells(budget, best, alike, page)] for budget, best, alike in found]
+            taken += [(best.own, best.full) for _, best, _ in found]
+            last = [best for _, best, _ in found] or last
     unlike = speeds_not_compared(taken)
-    return "\n".join([*table(heads, rows), *(["", unlike] if unlike else []), ""]) if rows else ""
+    return "\n".join([*_in_words(last), *table(heads, rows), *(["", unlike] if unlike else []), ""]) if rows else ""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,21 @@ def _best(arms: Sequence[_Setting]) -> Iterator[tuple[float, _Setting, list[str]
         others = [arm.own for arm in within if arm.runs is best.runs and arm is not best]
         apart = [(own, difference(own, best.own, best.number, noise)) for own in others]
         yield budget, best, [own[0].label for own, found in apart if found is not None and not found.resolved]
+
+
+def _in_words(settings: Sequence[_Setting]) -> list[str]:
+    """Say in a list what each setting of one length costs and gains, the lowest loss first."""
+    length = settings[0].own[0].ranges[settings[0].number][1]
+    lines = [f"At {length:,} tokens, the lowest loss first:", ""]
+    for best in sorted(settings, key=lambda best: best.percent):
+        speedup = times_as_fast(best.own, best.full)
+        where = place(best.percent / 100, True) if best.against.resolved else "within noise of"
+        trains = "" if speedup is None else f", and it trains {speedup:.1f} times as fast"
+        lines.append(
+            f"- **{best.own[0].label}** reads {best.key_share:.0%} of the keys; its loss at the last positions is "
+            f"{where} full attention's{trains}."
+        )
+    return [*lines, ""]
 
 
 def _cells(budget: float, best: _Setting, alike: Sequence[str], page: Path) -> list[str]:
