@@ -15,6 +15,7 @@ from openmoba.bench.rows import read_rows
 from openmoba.bench.training.cases import TrainingRow
 from openmoba.hf.releases import recompute_activations
 from openmoba.lab.arms import ArmConfig
+from openmoba.lab.columns import gigabytes
 from openmoba.lab.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig, from_dict
 from openmoba.lab.measure.compute import PFLOPS_DAY, Shape, attention_flops, training_compute
 from openmoba.lab.model.build import build_model, set_attention
@@ -137,6 +138,18 @@ def test_planned_activations_are_those_that_a_forward_pass_keeps(family: str, sh
     assert _kept(checkpointed) < activation_bytes(checkpointed) < _kept(checkpointed) + 1.5 * layer
 
 
+def test_planned_activations_follow_the_feed_forward_whatever_a_family_calls_it() -> None:
+    narrow, wide = (
+        activation_bytes(RunConfig(model=ModelConfig("opt", "nano", {"ffn_dim": width}))) for width in (176, 1760)
+    )
+    assert wide > 1.5 * narrow
+
+
+@pytest.mark.parametrize(("count", "text"), [(6.5e8, "0.65 GB"), (3.76e10, "38 GB"), (1.13e12, "1,100 GB")])
+def test_memory_is_written_without_exponents(count: float, text: str) -> None:
+    assert gigabytes(count) == text
+
+
 def test_plans_foretell_the_measured_steps_of_a_gpu() -> None:
     """What the GPU is busy for in rows of `bench training`, and runs of the study that the host kept up with: 25 %."""
     rows = [row for row in read_rows(RESULTS / "training.csv", TrainingRow) if row.kind == "loop" and row.mfu]
@@ -160,6 +173,18 @@ def test_plans_foretell_the_measured_steps_of_a_gpu() -> None:
     assert len(found) > 15
     for name, (ratio, parameters) in found.items():
         assert 0.8 < ratio < (1.25 if parameters < 1e8 else 1.6), (name, ratio)
+
+
+def test_compiled_layers_took_two_thirds_of_the_planned_memory_of_eager_ones() -> None:
+    """As docs/speed.md says of the rows that it shows, MoBA and full attention alike."""
+    rows = [row for row in read_rows(RESULTS / "training.csv", TrainingRow) if row.kind == "loop" and row.peak_mb]
+    for row in rows:
+        arm = ArmConfig("full") if row.block_size is None else ArmConfig("moba", row.block_size, row.top_k)
+        train = TrainConfig(batch_size=row.batch)
+        data, model = DataConfig(length=row.tokens, vocab_size=row.vocabulary), ModelConfig(row.family, row.size)
+        planned = plan_of(RunConfig(data, model, arm, train), "cuda").memory
+        assert row.peak_mb * 1e6 / planned == pytest.approx(2 / 3, abs=0.08), row
+    assert len(rows) >= 15
 
 
 def test_plans_name_parameters_compute_and_memory() -> None:

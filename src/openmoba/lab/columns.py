@@ -28,5 +28,5 @@ def counted(count: int, name: str) -> str:
 
 
 def gigabytes(count: float) -> str:
-    """Write bytes in GB."""
-    return f"{count / 1e9:.2g} GB"
+    """Write bytes in GB, to two digits: 0.65 GB, 38 GB, 1,100 GB."""
+    return f"{float(f'{count / 1e9:.2g}'):,.12g} GB"

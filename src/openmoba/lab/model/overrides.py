@@ -46,9 +46,14 @@ def transformers_config(family: str, entries: Entries, overrides: Entries) -> An
     return config
 
 
+def feed_forward_entry(config: Any) -> str | None:
+    """Return what a configuration calls the width of its feed-forward; None where it has no such entry."""
+    return next((name for name in _FEED_FORWARDS if hasattr(config, name)), None)
+
+
 def _of_family(known: Any, entries: Entries) -> Entries:
     """Return `entries` with the width of the feed-forward under the name that the family gives it."""
-    name = next((name for name in _FEED_FORWARDS if hasattr(known, name)), None)
+    name = feed_forward_entry(known)
     if name is None:
         raise ValueError(
             f"model.family={known.model_type}: its feed-forward has no width that model.size could set; take another"

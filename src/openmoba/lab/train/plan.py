@@ -15,6 +15,7 @@ from openmoba.lab.config import ModelConfig, RunConfig, stored_config
 from openmoba.lab.measure.compute import AXES, PFLOPS_DAY, PFLOPS_DAYS, Shape, training_compute
 from openmoba.lab.model.build import build_model, model_like, set_attention
 from openmoba.lab.model.loss import LOGITS_PER_CHUNK
+from openmoba.lab.model.overrides import feed_forward_entry
 from openmoba.lab.run_files import is_run
 
 Device = Literal["cpu", "cuda"]
@@ -111,7 +112,7 @@ def activation_bytes(config: RunConfig, device: Device | None = None) -> float:
     product, width = 2 if bf16 else 4, shape.hidden
     heads = shape.heads * shape.head_dim
     shared = _key_channels(model, shape)
-    feed_forward = getattr(entries, "intermediate_size", None) or 4 * width
+    feed_forward = getattr(entries, feed_forward_entry(entries) or "", None) or 4 * width
     layer: int = 20 * width + product * (3 * heads + 2 * shared + 4 * feed_forward)
     layer += 2 * product * width if bf16 else 0
     layer += (4 + product) * _normed_channels(model, shape)
