@@ -363,20 +363,17 @@ def _beside(root: Path, machine: str) -> list[Beside]:
 
 
 def _peers(root: Path, machine: str, row: Row) -> str:
-    """Say what other code took on the case of `row`, and when that was timed apart; "" without figures."""
+    """Say what other code, timed apart, took on the case of `row`; "" without figures."""
     line = next((line for line in _beside(root, machine) if line.row == row), None)
     if line is None:
         return ""
     told = [
-        f"{what} by {peer.label} took {_number(peer.ms)} ms, {ratio.removesuffix('x')} times as long"
-        for what, peer, ratio in zip(("full attention", "MoBA"), line.peers, line.ratios, strict=True)
+        f" {what} by {peer.label} took {_number(peer.ms)} ms, {ratio.removesuffix('x')} times as long."
+        for what, peer, ratio in zip(("Full attention", "MoBA"), line.peers, line.ratios, strict=True)
         if peer
     ]
     first = next(peer for peer in line.peers if peer)
-    return (
-        f" Timed apart, on another {first.device} on {first.date}, {', and '.join(told)} as openmoba "
-        "([more of them](docs/speed.md#others))."
-    )
+    return f" [Others](docs/speed.md#others) were timed apart, on another {first.device}.{''.join(told)}"
 
 
 def _measured(root: Path, name: str, contender: str, grid: str) -> dict[Case, Row]:

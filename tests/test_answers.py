@@ -61,9 +61,10 @@ def test_a_short_list_names_the_best_what_is_not_told_apart_and_what_is_as_good(
     full = synthetic_study.LAWS["full"]
     plant(monkeypatch, luck=0.001, hybrid=(full[0] + 0.045, full[1]), moba=(1.8, full[1]))
     short, best, good, above = said(tmp_path, CANDIDATES, "candidates")
-    assert short.startswith("In short: last-3 (blocks of ")
-    assert ", trains 1.0 times as fast, and its trailing loss ends within noise of that of full attention (" in short
-    assert short.endswith(" (1.2 M parameters, 8 documents, 24 windows, 1 seed).")
+    assert short.startswith("In short, last-3 reads ")
+    assert ", trains 1.0 times as fast, and its trailing loss ends within noise of that of full attention. Its" in short
+    assert " setting: blocks of " in short
+    assert short.endswith(". Measured with 1.2 M parameters, 8 documents, 24 windows, 1 seed.")
     assert best == (
         "1.2 M: last-3 has the lowest trailing loss of 4 sparse candidates. Not told apart from it: none of the others."
     )
@@ -98,14 +99,12 @@ def test_an_arm_with_key_convolution_is_compared_with_full_attention_that_has_it
     text = CANDIDATES.replace('["full", "moba", "fine", ', '["full", "last-keys", "full-keys", "moba", ')
     text = text.replace("[arms]\n", KEYS)
     short, *_ = said(tmp_path / "list", text, "candidates")
-    assert " that of full attention with the same key convolution (1.2 M parameters, " in short
+    assert " that of full attention with the same key convolution. Its setting: " in short
     laws = RECIPE.replace("[arms]\n", KEYS)
     laws = laws.replace('arms = ["full", "moba"]', 'arms = ["full", "moba", "keys", "full-keys"]')
     short, *sentences = said(tmp_path / "laws", laws, "pretrain")
-    assert re.search(
-        r": MoBA [^(]*; keys [^(]*; keys \(against full-keys\) [^(]*; full-keys [^(]*\. Laws through these runs, at",
-        short,
-    )
+    told = re.findall(r"[.)] ([^.]*): [^:]*\. Its law at the same compute: ", short)
+    assert told == ["MoBA", "keys", "keys (against full-keys)", "full-keys"]
     pairs = [re.search(r"loss of (\S+) lies .* from that of (.+?): ", sentence) for sentence in sentences]
     assert [pair and pair.groups() for pair in pairs] == [
         ("MoBA", "full attention"), ("keys", "full attention"), ("keys", "full-keys"), ("full-keys", "full attention"),
@@ -131,7 +130,7 @@ def test_an_arm_whose_fair_reference_has_no_run_is_not_judged(tmp_path: Path, mo
     plant(monkeypatch, luck=0.0, hybrid=(full[0] * 0.9, full[1]))
     text = CANDIDATES.replace('"fine", "last-1", "last-3"]', '"last-keys", "last-3"]').replace("[arms]\n", KEYS)
     short, _, unfair, good, *rest = said(tmp_path, text, "candidates")
-    assert re.search(r"ends \d+\.\d% below that of full attention without its key convolution \(1\.2 M", short)
+    assert re.search(r"ends \d+\.\d% below that of full attention without its key convolution\. Its", short)
     assert unfair.startswith("last-keys: full attention with the same key convolution has no run yet")
     assert good.endswith(" interval: last-3.")
     assert not any("last-keys" in sentence for sentence in (good, *rest))
@@ -203,22 +202,22 @@ def test_laws_are_not_compared_where_no_compute_is_shared(tmp_path: Path, monkey
     ends = {name: mean_loss(runs, "trailing") for name, runs in by_arm_and_size(text, tmp_path).items()}
     apart = [f"{ends['moba', size] / ends['full', size] - 1:+.1%}" for size in ("small", "medium", "large")]
     assert short.startswith(
-        "In short, trailing losses against full attention. On the same tokens, with 200 K, 500 K and 1.2 M parameters: "
-        f"MoBA {apart[0]}, {apart[1]} and {apart[2]}. Laws through these runs, at the same compute by 6ND: MoBA "
+        "In short, trailing losses against full attention on the same tokens, with 200 K, 500 K and 1.2 M parameters "
+        f"(8 documents, 24 windows, 2 seeds). MoBA: {apart[0]}, {apart[1]} and {apart[2]}. "
     )
-    assert f" by 6ND: MoBA {share:.1f}% above (largest residual " in short
+    assert f" Its law at the same compute: {share:.1f}% above by 6ND. The largest residual of these laws is " in short
     more_compute(tmp_path, "pretrain/*moba*/metrics.jsonl", 1000)
     short, beyond = said(tmp_path, text, "pretrain", "6nd")
     assert beyond == (
         "By 6ND there is no ratio: the runs of MoBA spent 5.69e-06 to 1.37e-04 PFLOP/s-days, those of full attention "
         "5.69e-09 to 1.37e-07, and no amount is common to both."
     )
-    assert " by 6ND: MoBA nothing in common (" in short
+    assert " Its law at the same compute: no compute in common by 6ND. " in short
     short, beyond, within = said(tmp_path, text, "pretrain", "6nd", "causal_exact")
     large = by_arm_and_size(text, tmp_path)
     full, moba = (large[arm, "large"][0].final["compute"]["causal_exact"] for arm in ("full", "moba"))
-    assert f" Of full attention's cost by causal-exact the largest take: MoBA {moba / full:.0%}. Laws " in short
-    assert " by 6ND and causal-exact: MoBA nothing in common and " in short
+    assert f" Of full attention's cost the largest takes {moba / full:.0%} by causal-exact. Its law " in short
+    assert ": no compute in common by 6ND and " in short
     assert "no ratio" in beyond
     assert "by causal-exact, the most that both have spent, the trailing loss of MoBA lies +" in within
     write_report(parse_recipe(text, title="t"), tmp_path, "6nd")
@@ -297,9 +296,9 @@ def test_hybrids_are_said_to_be_within_noise_of_full_attention_and_what_share_of
     full = synthetic_study.LAWS["full"]
     plant(monkeypatch, luck=0.002, hybrid=(full[0] + 0.045, full[1]))
     short, gap, one, *_, three, reported = said(tmp_path / "gap", RECIPE, "finetune")
-    assert re.search(r": MoBA in every layer \d+\.\d% above, with 1 of 16 layers full \d+\.\d% above, ", short)
-    assert short.endswith("with 3 of 16 layers full within noise (8 documents, 24 windows, 2 seeds).")
-    assert "of a model of 1.2 M parameters against full attention" in short
+    assert re.search(r" MoBA in every layer: \d+\.\d% above\. 1 of 16 layers full: \d+\.\d% above\. ", short)
+    assert short.endswith(" 3 of 16 layers full: within noise.")
+    assert "with 1.2 M parameters against full attention (8 documents, 24 windows, 2 seeds)" in short
     assert gap.startswith("1.2 M: MoBA in every layer costs +")
     assert gap.endswith(", **resolved** (8 documents, 24 windows, 2 seeds).")
     assert one.startswith("With 1 of 16 layers full (6%; last-1): +")
@@ -311,7 +310,7 @@ def test_hybrids_are_said_to_be_within_noise_of_full_attention_and_what_share_of
     assert three.endswith("from full attention, **resolved**. This closes all of MoBA's gap.")
     plant(monkeypatch, luck=0.002, moba=full)
     short, none, *hybrids, _ = said(tmp_path / "none", RECIPE, "finetune")
-    assert "MoBA in every layer within noise, with" in short
+    assert " MoBA in every layer: within noise. " in short
     assert ", **within noise** (" in none
     assert not any("gap" in sentence for sentence in hybrids), "there is none to close"
 

@@ -176,7 +176,7 @@ def test_an_unfinished_short_list_has_a_report_and_a_place_on_the_page(patterns:
     table = settings_table(studies, tmp_path)
     report = (tmp_path / "study" / "report.md").read_text()
     if patterns == ["*keys-seed0"]:  # the only full attention has key convolution: called by its name
-        assert " that of full-keys (1.2 M parameters, " in report
+        assert " that of full-keys. Its setting: " in report
         assert "from full attention" not in report
         assert table == ""
 

@@ -1,4 +1,4 @@
-"""One word, one meaning: the words at the head of docs/kernels.md, as the code of the operation uses them.
+"""One word, one meaning: the words at the end of docs/kernels.md, as the code of the operation uses them.
 
 What a name stands for only a reader can tell. Checked here is what names show by themselves: that every word of the
 list is in use, and that the words that once meant several things are told apart.
@@ -27,7 +27,7 @@ ATTENTIONS = {"key_begin", "key_partial_bytes"}
 def words() -> list[str]:
     """The words of the list, each as it is written there."""
     page = (ROOT / "docs/kernels.md").read_text()
-    table = page.partition("## Words")[2].partition("## What runs")[0]
+    table = page.partition("## Words")[2]
     first = [line.split("|")[1] for line in table.splitlines() if line.startswith("| *")]
     return [word for cell in first for word in re.findall(r"\*([\w ]+)\*", cell)]
 

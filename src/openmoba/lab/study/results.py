@@ -164,10 +164,10 @@ def _weak_baseline(stage: Stage, runs: list[Outcome], studies: Sequence[Study]) 
     study, own = min(smaller, key=lambda one: mean_loss(one[1], "trailing"), default=(None, full))
     if study is not None and mean_loss(own, "trailing") < min(losses):
         yield (
-            f"Full attention is at a trailing loss of {' and '.join(f'{loss:.3f}' for loss in losses)} after "
-            f"{full[0].config.train.steps:,} steps here, above the {mean_loss(own, 'trailing'):.3f} of the "
-            f"smaller {size_name(own[0])} after {own[0].config.train.steps:,} ({study.recipe.title}; "
-            f"{behind(own, 'trailing')}): it has not finished learning."
+            f"Full attention has not finished learning: its trailing loss is "
+            f"{' and '.join(f'{loss:.3f}' for loss in losses)} after {full[0].config.train.steps:,} steps. The smaller "
+            f"{size_name(own[0])} is at {mean_loss(own, 'trailing'):.3f} after {own[0].config.train.steps:,} "
+            f"({study.recipe.title})."
         )
 
 

@@ -17,26 +17,34 @@ from openmoba.lab.study.words import LOSSES, inside, listed, place, size_name, s
 
 def laws_in_short(outcomes: Sequence[Outcome], axes: Sequence[str]) -> str:
     """Say how far each arm ends from full attention at every size, at what cost, and how far its law lies from it."""
-    ratios = {axis: law_ratios(outcomes, axis) for axis in axes}
-    found = [one for own in ratios.values() for one in own]
+    found = [(axis, one) for axis in axes for one in law_ratios(outcomes, axis)]
     if not found:
         return ""
-    line = inside(of_kind(comparable(outcomes), FULL)[0].label)
+    line, own = inside(of_kind(comparable(outcomes), FULL)[0].label), found[0][1].own
     arms: dict[str, dict[str, Versus]] = {}
-    for axis, own in ratios.items():
-        for one in own:
-            other = inside(one.other[0].label)
-            name = one.own[0].label + ("" if other == line else f" (against {other})")
-            arms.setdefault(name, {})[axis] = one
-    first = {name: next(iter(own.values())) for name, own in arms.items()}
-    sizes = listed(size_name(own[0]) for own in by("size", found[0].own).values())
-    same = "; ".join(f"{name} {_at_equal_size(one, outcomes)}" for name, one in first.items())
-    laws = "; ".join(f"{name} {listed(_law_in_short(own.get(axis)) for axis in axes)}" for name, own in arms.items())
+    for axis, one in found:
+        other = inside(one.other[0].label)
+        name = one.own[0].label + ("" if other == line else f" (against {other})")
+        arms.setdefault(name, {})[axis] = one
+    sizes = listed(size_name(runs[0]) for runs in by("size", own).values())
+    told = " ".join(_arm_in_short(name, laws, outcomes, axes) for name, laws in arms.items())
     return (
-        f"In short, trailing losses against {line}. On the same tokens, with {sizes} parameters: {same}."
-        f"{_costs(line, first, axes)} Laws through these runs, at the same compute by {_heads(axes)}: {laws} (largest "
-        f"residual {max(residual(*one.laws) for one in found):.1%}, {behind(found[0].own, 'trailing')})."
+        f"In short, trailing losses against {line} on the same tokens, with {sizes} parameters "
+        f"({behind(own, 'trailing')}). {told} The largest residual of these laws is "
+        f"{max(residual(*one.laws) for _, one in found):.1%}."
     )
+
+
+def _arm_in_short(name: str, laws: dict[str, Versus], outcomes: Sequence[Outcome], axes: Sequence[str]) -> str:
+    """Say of one arm how far it ends at every size, what its largest runs cost, and where its law lies by each axis.
+
+    6ND counts no attention, so it is no cost.
+    """
+    first = next(iter(laws.values()))
+    shares = [f"{_cost_share(first, axis)} by {AXES[axis].head}" for axis in axes if axis != SIX_ND]
+    cost = f" Of {inside(first.other[0].label)}'s cost the largest takes {listed(shares)}." if shares else ""
+    places = listed(f"{_law_in_short(laws.get(axis))} by {AXES[axis].head}" for axis in axes)
+    return f"{name}: {_at_equal_size(first, outcomes)}.{cost} Its law at the same compute: {places}."
 
 
 def _at_equal_size(found: Versus, outcomes: Sequence[Outcome]) -> str:
@@ -51,15 +59,6 @@ def _at_equal_size(found: Versus, outcomes: Sequence[Outcome]) -> str:
     return listed(apart)
 
 
-def _costs(line: str, arms: dict[str, Versus], axes: Sequence[str]) -> str:
-    """Say what share of the other arm's cost the largest runs of each arm take; 6ND counts no attention."""
-    counted = [axis for axis in axes if axis != SIX_ND]
-    if not counted:
-        return ""
-    told = "; ".join(f"{name} {listed(_cost_share(one, axis) for axis in counted)}" for name, one in arms.items())
-    return f" Of {line}'s cost by {_heads(counted)} the largest take: {told}."
-
-
 def _cost_share(found: Versus, axis: str) -> str:
     own, other = (np.mean([AXES[axis].value(run.final) for run in largest(runs)]) for runs in (found.own, found.other))
     return f"{own / other:.0%}"
@@ -68,11 +67,7 @@ def _cost_share(found: Versus, axis: str) -> str:
 def _law_in_short(found: Versus | None) -> str:
     if found is None:
         return "no law"
-    return place(found.share, 0.0 not in found.interval) if found.overlap else "nothing in common"
-
-
-def _heads(axes: Sequence[str]) -> str:
-    return listed(AXES[axis].head for axis in axes)
+    return place(found.share, 0.0 not in found.interval) if found.overlap else "no compute in common"
 
 
 def law_ratios(outcomes: Sequence[Outcome], axis: str) -> list[Versus]:

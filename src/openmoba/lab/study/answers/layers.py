@@ -18,14 +18,16 @@ REPORTED_LAYERS = 32
 def layers_in_short(runs: Sequence[Outcome]) -> str:
     """Say how far MoBA and each hybrid end from full attention."""
     full, moba, noise = of_kind(runs, FULL), of_kind(runs, MOBA), seed_noise(runs, "trailing")
-    named = [("MoBA in every layer", moba), *((f"with {_full_layers(own[0])}", own) for own in arms_of(runs, HYBRID))]
+    named = [("MoBA in every layer", moba), *((_full_layers(own[0]), own) for own in arms_of(runs, HYBRID))]
     found = [(name, own, one) for name, own in named if (one := difference(own, full, "trailing", noise))]
     if not found:
         return ""
-    shown = [f"{name} {place(one.mean / paired_loss(full, own, 'trailing'), one.resolved)}" for name, own, one in found]
+    shown = [
+        f"{name}: {place(one.mean / paired_loss(full, own, 'trailing'), one.resolved)}." for name, own, one in found
+    ]
     return (
-        f"In short, trailing losses of a model of {size_name(runs[0])} parameters against {inside(full[0].label)}: "
-        f"{', '.join(shown)} ({behind(runs, 'trailing')})."
+        f"In short, trailing losses with {size_name(runs[0])} parameters against {inside(full[0].label)} "
+        f"({behind(runs, 'trailing')}). {' '.join(shown)}"
     )
 
 

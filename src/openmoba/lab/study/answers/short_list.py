@@ -32,8 +32,9 @@ def _short(found: Standing) -> str:
     end = f"{where} that of" if trailing.resolved else f"{where} of that of"
     fast = "" if found.speedup is None else f", trains {found.speedup:.1f} times as fast"
     return (
-        f"In short: {run.label} ({settings}) reads {found.key_share:.0%} of the keys that full attention reads{fast}, "
-        f"and its trailing loss ends {end} {full} ({size_name(run)} parameters, {behind(found.runs, 'trailing')})."
+        f"In short, {run.label} reads {found.key_share:.0%} of the keys that full attention reads{fast}, and its "
+        f"trailing loss ends {end} {full}. Its setting: {settings}. Measured with {size_name(run)} parameters, "
+        f"{behind(found.runs, 'trailing')}."
     )
 
 
