@@ -64,6 +64,31 @@ def test_a_size_gives_the_width_of_the_feed_forward_whatever_a_family_calls_it(f
 
 
 @pytest.mark.parametrize(
+    ("own", "name", "value"), [("n_embd", "hidden_size", 96), ("n_head", "num_attention_heads", 4)]
+)
+def test_overrides_may_call_an_entry_as_the_family_does(own: str, name: str, value: int) -> None:
+    """A size gives the same entries, which must not win over what was asked for."""
+    for said in (own, name):
+        with torch.device("meta"):
+            model = build_model(ModelConfig("gpt2", "nano", {said: value}), 64, 64, 0)
+        assert getattr(model.config, name) == value
+    with pytest.raises(ValueError, match=f"{own} has two names and is set by both"):
+        build_model(ModelConfig("gpt2", "nano", {own: value, name: value}), 64, 64, 0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"n_layer": 10**20}, "num_hidden_layers must be 1 to 10,000, got 10+"),
+        ({"n_embd": -64}, "n_embd must be >= 1, got -64"),
+    ],
+)
+def test_counts_are_checked_under_every_name(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_model(ModelConfig("gpt2", "nano", overrides), 64, 64, 0)
+
+
+@pytest.mark.parametrize(
     ("family", "message"),
     [("bloom", "no width that model.size could set"), ("gpt_neo", "model.size does not fit a gpt_neo model, take ano")],
 )
