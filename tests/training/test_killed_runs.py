@@ -220,6 +220,24 @@ def test_a_run_that_gets_sigterm_keeps_its_last_step_and_goes_on_as_if_it_had_no
     assert curve(folder) == curve(trained)
 
 
+def test_a_run_that_gets_sigterm_while_it_writes_its_result_writes_it(
+    short: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk.write_json(tmp_path / "config.json", to_dict(short))
+    plain = disk.write_json
+
+    def terminated(path: Path, content: Any) -> None:
+        if path.name == "result.json":
+            os.kill(os.getpid(), signal.SIGTERM)
+        plain(path, content)
+
+    monkeypatch.setattr(disk, "write_json", terminated)
+    for _ in ("after its last step", "after its last checkpoint, by the same command"):
+        assert cli.main(["train", str(tmp_path)]) == 143
+        assert f"{tmp_path} is finished" in capsys.readouterr().err
+        (tmp_path / "result.json").unlink()
+
+
 def test_a_run_that_never_began_gives_way(config: RunConfig, finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
