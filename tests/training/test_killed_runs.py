@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import curve, interrupt, one_thread, tiny_config
+from ranks import TIMEOUT
+from tiny import curve, interrupt, one_thread, openmoba_until, tiny_config
 
 from openmoba import cli
 from openmoba.lab.arms import ArmConfig
@@ -32,15 +33,13 @@ def test_a_killed_run_goes_on_with_the_same_records(config: RunConfig, finished:
     folder = tmp_path / "run"
     folder.mkdir()
     disk.write_json(folder / "config.json", to_dict(config))
-    command = [sys.executable, "-m", "openmoba", "train", str(folder)]
+    command = [*openmoba_until(9), "train", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread()) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + TIMEOUT
         while newest_checkpoint(folder) is None and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-    assert not (folder / "result.json").exists()
-    resumed_from = newest_checkpoint(folder)
-    assert resumed_from is not None
+    assert newest_checkpoint(folder) is not None
 
     unfinished = folder / "checkpoint-10"
     unfinished.mkdir()
