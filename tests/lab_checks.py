@@ -163,6 +163,22 @@ def stopped_at_the_end() -> None:
         assert (folder / "result.json").exists()
 
 
+def stopped_at_the_result() -> None:
+    """A signal that the first process gets while it writes the result ends all of them, and after that."""
+    plain = disk.write_json
+
+    def signalled(path: Path, content: Any) -> None:
+        if path.name == "result.json":
+            os.kill(os.getpid(), signal.SIGTERM)
+        plain(path, content)
+
+    folder = root() / "stopped at the result"
+    with patch.object(disk, "write_json", signalled), pytest.raises(Terminated, match="is finished"):
+        run_training(config(root(), context_parallel=2), folder)
+    same(folder, "by heads")
+    assert (folder / "result.json").exists()
+
+
 def refusals() -> None:
     for train, said in (
         ({"context_parallel": 3}, "do not divide the 2 there are; start a multiple of 3"),
@@ -201,6 +217,7 @@ if __name__ == "__main__":
             **{name: partial(shared, name) for name in CASES},
             "go on": go_on,
             "stopped at the end": stopped_at_the_end,
+            "stopped at the result": stopped_at_the_result,
             "sharded too": sharded_too,
             "refusals": refusals,
             "one dies": one_dies,

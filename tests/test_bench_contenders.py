@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from bench_rows import CPU, SMALL
+from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
 import openmoba
@@ -145,15 +146,26 @@ def test_memory_on_a_cpu_is_that_of_each_pass() -> None:
 
 def test_collecting_garbage_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, too: it happens before the first timed call, which decides how many there are."""
-    monkeypatch.setattr(timing.gc, "collect", lambda: time.sleep(0.3))
-    monkeypatch.setattr(timing, "SECONDS", 0.05)
+    now = 0.0
+
+    def passing(seconds: float) -> Callable[[], Tensor]:
+        def pass_by() -> Tensor:
+            nonlocal now
+            now += seconds
+            return torch.zeros(3)
+
+        return pass_by
+
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    monkeypatch.setattr(timing.gc, "collect", passing(1000.0))
+    monkeypatch.setattr(timing, "SECONDS", 0.5)
     monkeypatch.setattr(timing, "_event_times", timing._wall_times)
     for name in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda _: 0)
     for device in (CPU, torch.device("cuda")):
-        found = timing.measure(timing.Work(lambda: torch.zeros(3)), device)
-        assert found.samples > timing.FEWEST
-        assert found.p80_ms < 100
+        found = timing.measure(timing.Work(passing(2**-6)), device)
+        assert found.samples == 2**5 > timing.FEWEST
+        assert (found.p20_ms, found.p80_ms) == (1000 * 2**-6, 1000 * 2**-6)
 
 
 def test_gradients_are_part_of_the_timed_call() -> None:

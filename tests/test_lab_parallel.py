@@ -29,7 +29,10 @@ def outcomes(root: Path) -> dict[str, list[str]]:
     return checked("lab_checks.py", 2, root)
 
 
-@pytest.mark.parametrize("check", [*CASES, "go on", "stopped at the end", "sharded too", "refusals", "one dies"])
+@pytest.mark.parametrize(
+    "check",
+    [*CASES, "go on", "stopped at the end", "stopped at the result", "sharded too", "refusals", "one dies"],
+)
 def test_two_processes_share_windows(outcomes: dict[str, list[str]], check: str) -> None:
     assert not outcomes[check], "\n".join(outcomes[check])
 

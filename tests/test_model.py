@@ -13,6 +13,7 @@ import torch
 
 from openmoba import MobaConfig, cli
 from openmoba.lab.config import ModelConfig, RunConfig, from_dict, to_dict
+from openmoba.lab.model import build
 from openmoba.lab.model.build import SIZES, build_model, check_model, load_model
 from openmoba.lab.study.recipe import parse_recipe
 from openmoba.lab.study.work import run_study
@@ -60,6 +61,31 @@ def test_a_size_gives_the_width_of_the_feed_forward_whatever_a_family_calls_it(f
     widths = {width for weight in model.parameters() if weight.ndim == 2 for width in weight.shape}
     assert SIZES["2m"].feed_forward in widths
     assert widths <= {64, 66, 192, 3 * 192, SIZES["2m"].feed_forward}  # words, positions, the model, queries to values
+
+
+@pytest.mark.parametrize(
+    ("own", "name", "value"), [("n_embd", "hidden_size", 96), ("n_head", "num_attention_heads", 4)]
+)
+def test_overrides_may_call_an_entry_as_the_family_does(own: str, name: str, value: int) -> None:
+    """A size gives the same entries, which must not win over what was asked for."""
+    for said in (own, name):
+        with torch.device("meta"):
+            model = build_model(ModelConfig("gpt2", "nano", {said: value}), 64, 64, 0)
+        assert getattr(model.config, name) == value
+    with pytest.raises(ValueError, match=f"{own} has two names and is set by both"):
+        build_model(ModelConfig("gpt2", "nano", {own: value, name: value}), 64, 64, 0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"n_layer": 10**20}, "num_hidden_layers must be 1 to 10,000, got 10+"),
+        ({"n_embd": -64}, "n_embd must be >= 1, got -64"),
+    ],
+)
+def test_counts_are_checked_under_every_name(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_model(ModelConfig("gpt2", "nano", overrides), 64, 64, 0)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +168,41 @@ def test_a_loaded_model_takes_the_entry_into_its_own_table(tmp_path: Path) -> No
 def test_overrides_without_effect_are_refused(overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_model(ModelConfig("qwen3", "nano", overrides), 64, MOBA)
+
+
+TWICE_ROTATED = {"rope_parameters.partial_rotary_factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "message"),
+    [
+        ("glm", TWICE_ROTATED, r"do not fit a glm model, correct or leave out the entry: The size of tensor a \(32\)"),
+        ("mixtral", {"num_experts_per_tok": 20}, "do not fit a mixtral model.*: selected index k out of range"),
+        ("qwen3", {"return_dict": False}, "do not fit a qwen3 model.*last_hidden_state"),
+    ],
+)
+@pytest.mark.parametrize("attention", [None, MOBA])
+def test_overrides_that_the_forward_pass_alone_refuses_are_refused_before_it(
+    family: str, overrides: dict[str, Any], message: str, attention: MobaConfig | None
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_model(ModelConfig(family, "nano", overrides), 64, attention)
+
+
+@pytest.mark.parametrize(("family", "overrides"), [("opt", {"ffn_dim": 48}), ("mixtral", {"num_experts_per_tok": 1})])
+def test_overrides_that_cannot_be_judged_without_data_are_not_refused(family: str, overrides: dict[str, Any]) -> None:
+    check_model(ModelConfig(family, "nano", overrides), 64, MOBA)
+
+
+def test_overrides_are_judged_without_memory_for_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_check_forward", None)
+    check_model(ModelConfig("qwen3", "2.1b", {"hidden_size": 2048}), 64, MOBA)
+
+
+def test_a_loaded_model_that_cannot_compute_with_its_overrides_is_refused(tmp_path: Path) -> None:
+    build_model(ModelConfig("glm", "nano"), 64, 64, 0).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"do not fit the model of .*: The size of tensor a \(32\)"):
+        load_model(tmp_path, TWICE_ROTATED)
 
 
 def test_an_entry_set_twice_is_refused() -> None:

@@ -6,6 +6,7 @@ And what tests do to runs: stop them, damage their files.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,25 @@ def interrupt(config: RunConfig, folder: Path, step: int, said: str | None = Non
         patch.setattr(RunTrainer, "attend_as_configured", stop)
         with pytest.raises(KeyboardInterrupt, match=said):
             run_training(config, folder)
+
+
+_WAITING = """
+import signal, sys
+from openmoba import cli
+from openmoba.lab.train.trainer import RunTrainer
+plain = RunTrainer.training_step
+def waiting(trainer, *args, **kwargs):
+    while trainer.state.global_step == {step}:
+        signal.pause()
+    return plain(trainer, *args, **kwargs)
+RunTrainer.training_step = waiting
+cli.main(sys.argv[1:])
+"""
+
+
+def openmoba_until(step: int) -> list[str]:
+    """The command `openmoba`, whose runs come no further than `step` steps: there is time to kill it."""
+    return [sys.executable, "-c", _WAITING.format(step=step)]
 
 
 def flip_a_byte(path: Path) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import curve, interrupt, one_thread, tiny_config
+from ranks import TIMEOUT
+from tiny import curve, interrupt, one_thread, openmoba_until, tiny_config
 
 from openmoba import cli
 from openmoba.lab.arms import ArmConfig
@@ -32,15 +33,13 @@ def test_a_killed_run_goes_on_with_the_same_records(config: RunConfig, finished:
     folder = tmp_path / "run"
     folder.mkdir()
     disk.write_json(folder / "config.json", to_dict(config))
-    command = [sys.executable, "-m", "openmoba", "train", str(folder)]
+    command = [*openmoba_until(9), "train", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread()) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + TIMEOUT
         while newest_checkpoint(folder) is None and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-    assert not (folder / "result.json").exists()
-    resumed_from = newest_checkpoint(folder)
-    assert resumed_from is not None
+    assert newest_checkpoint(folder) is not None
 
     unfinished = folder / "checkpoint-10"
     unfinished.mkdir()
@@ -218,6 +217,24 @@ def test_a_run_that_gets_sigterm_keeps_its_last_step_and_goes_on_as_if_it_had_no
     else:
         assert "is finished" in said
     assert curve(folder) == curve(trained)
+
+
+def test_a_run_that_gets_sigterm_while_it_writes_its_result_writes_it(
+    short: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk.write_json(tmp_path / "config.json", to_dict(short))
+    plain = disk.write_json
+
+    def terminated(path: Path, content: Any) -> None:
+        if path.name == "result.json":
+            os.kill(os.getpid(), signal.SIGTERM)
+        plain(path, content)
+
+    monkeypatch.setattr(disk, "write_json", terminated)
+    for _ in ("after its last step", "after its last checkpoint, by the same command"):
+        assert cli.main(["train", str(tmp_path)]) == 143
+        assert f"{tmp_path} is finished" in capsys.readouterr().err
+        (tmp_path / "result.json").unlink()
 
 
 def test_a_run_that_never_began_gives_way(config: RunConfig, finished: Path, tmp_path: Path) -> None:

@@ -178,14 +178,10 @@ def _attention(
     if q.numel() == 0:
         out = q * (k.sum() + v.sum())  # empty, and every gradient exists
         return out, out.sum(-1, dtype=torch.promote_types(out.dtype, torch.float32)) if return_lse else None
-    cu_q, cu_k, block_size, top_k = blocking
     if path == "mask":
-        if blocks is not None:
-            check_given(blocks, q, k, blocking)
-        else:
-            top_k = min(top_k, 1 + k.shape[-3] // block_size)  # there are no more past blocks to list
-        out, lse = reference_attention(q, k, v, blocks, Blocking(cu_q, cu_k, block_size, top_k), scale)
+        out, lse = _by_mask(q, k, v, blocks, blocking, scale)
         return out, lse if return_lse else None
+    cu_q, cu_k, block_size, top_k = blocking
     if path == "dense":
         if not return_lse:
             return dense_attention(q, k, v, scale), None
@@ -195,6 +191,18 @@ def _attention(
         top_k = -(-k.shape[0] // block_size)  # no sequence has more blocks to choose from
     out, lse, _ = attend(run, q, k, v, blocks, Blocking(cu_q, cu_k, block_size, top_k), scale)
     return out, lse if return_lse else None
+
+
+def _by_mask(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, blocking: Blocking, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend by the reference, which lists as many blocks as it is asked for."""
+    if blocks is not None:
+        check_given(blocks, q, k, blocking)
+    else:
+        most = 1 + k.shape[-3] // blocking.block_size  # there are no more past blocks to list
+        blocking = blocking._replace(top_k=min(blocking.top_k, most))
+    return reference_attention(q, k, v, blocks, blocking, scale)
 
 
 def merge_attention(outs: Iterable[Tensor], lses: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

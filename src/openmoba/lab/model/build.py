@@ -15,6 +15,7 @@ from openmoba.hub import check_model_source
 from openmoba.lab.config import ModelConfig, stored_config
 from openmoba.lab.model.checkpoint import checkpoint_step, newest_held
 from openmoba.lab.model.overrides import check_rotation, fitting, replace_entries, transformers_config
+from openmoba.lab.model.try_out import forward, runs_without_data
 from openmoba.lab.progress import Progress
 from openmoba.lab.run_files import RESULT_FILE, is_run
 
@@ -93,14 +94,26 @@ def build_model(config: ModelConfig, vocab_size: int, length: int, seed: int) ->
 
 _SOURCES = "a run's folder, a model's folder, or OWNER/NAME on the hub"
 _ANY_VOCABULARY = 1 << 20  # larger than a tokenizer's, before that is known
+_LARGE_VOCABULARY = 1 << 17  # as large as most, and fits into memory
 
 
 def check_model(config: ModelConfig, length: int, attention: MobaConfig | None) -> None:
-    """Raise ValueError unless there is such a model with such attention; takes no memory for its weights."""
+    """Raise ValueError unless there is such a model with such attention.
+
+    It takes no memory for the weights, unless the model has overrides and its forward pass cannot be judged without.
+    """
     with torch.device("meta"):
         model = build_model(config, _ANY_VOCABULARY, length, 0)
     check_rotation(model, config.overrides)
     set_attention(model, attention)
+    if config.overrides and not runs_without_data(model):
+        _check_forward(build_model(config, _LARGE_VOCABULARY, length, 0), config.overrides, f"a {config.family} model")
+
+
+def _check_forward(model: Any, overrides: dict[str, Any], what: str) -> None:
+    """Raise ValueError if the overrides let the model be built, but not compute."""
+    with fitting(overrides, what):
+        forward(model)
 
 
 def load_model(source: str | Path, overrides: dict[str, Any] | None = None) -> Any:
@@ -119,6 +132,8 @@ def load_model(source: str | Path, overrides: dict[str, Any] | None = None) -> A
             str(source), config=config, dtype=torch.float32, use_safetensors=True
         )
     check_rotation(model, overrides)
+    if overrides:
+        _check_forward(model, overrides, f"the model of {source}")
     check_finite(model, source)
     return model
 

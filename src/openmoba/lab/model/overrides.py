@@ -59,7 +59,14 @@ def _of_family(known: Any, entries: Entries) -> Entries:
             f"model.family={known.model_type}: its feed-forward has no width that model.size could set; take another"
         )
     entries = dict(entries)
-    return entries | {name: entries.pop("intermediate_size")}
+    entries |= {name: entries.pop("intermediate_size")}
+    return {_own_name(known, name): value for name, value in entries.items()}
+
+
+def _own_name(config: Any, name: str) -> str:
+    """Return what the family calls an entry: GPT-2 takes `hidden_size` for `n_embd`, and of both the former."""
+    own: str = config.attribute_map.get(name, name)
+    return own
 
 
 def replace_entries(config: Any, overrides: Entries, what: str) -> None:
@@ -92,14 +99,18 @@ def check_rotation(model: Any, overrides: Entries) -> None:
 def _replaced(config: Any, overrides: Entries) -> Entries:
     """Return the entries of `config` that change, tables as a whole; KeyError for one that it does not have."""
     changed: Entries = {}
-    layers = overrides.get("num_hidden_layers", 1)
+    given = {_own_name(config, name): value for name, value in overrides.items()}
+    layers = given.get(_own_name(config, "num_hidden_layers"), 1)
     if not isinstance(layers, int) or not 1 <= layers <= MOST_LAYERS:  # before a configuration lists them
         raise ValueError(f"num_hidden_layers must be 1 to {MOST_LAYERS:,}, got {layers!r}")
     for name, value in overrides.items():
         head, *path = name.split(".")
         if not hasattr(config, head):
             raise KeyError(f"the configuration has no {head}")
+        head = _own_name(config, head)
         if not path:
+            if head in changed:
+                raise KeyError(f"{head} has two names and is set by both")
             changed[head] = value
             continue
         table = changed.setdefault(head, copy.deepcopy(getattr(config, head)))
@@ -116,11 +127,12 @@ _COUNTS = ("hidden_size", "intermediate_size", "head_dim")
 
 def _check(config: Any, overrides: Entries) -> None:
     """Check what transformers leaves to the first forward pass, or computes NaN from."""
+    counts = {_own_name(config, name) for name in _COUNTS}
     for name, value in overrides.items():
         theta = name.split(".")[-1] == "rope_theta"
         if theta and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf):
             raise ValueError(f"{name} must be a number > 0, got {value!r}")
-        if name in _COUNTS and isinstance(value, int):
+        if _own_name(config, name) in counts and isinstance(value, int):
             check_count(name, value, 1)
     heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if heads < 1:

@@ -215,33 +215,50 @@ def _scaling(stage: Stage, all_runs: list[Outcome], study: Path, axis: str, name
         loss_name="Trailing LM loss (nats)",
         axis=AXES[axis],
     )
+    parts = [
+        _ends(runs, axis, any(laws.values())),
+        _bands() if any(pairs.values()) else "",
+        _unfitted(names, {run.run.size for run in shared}) if any(laws.values()) else "",
+        "Left out: seeds that not every arm of a size has." if len(runs) < len(all_runs) else "",
+        _measured(runs) if axis == SECONDS else "",
+    ]
+    return Chart(stage, save(figure, study / FOLDER / name), " ".join(part for part in parts if part))
+
+
+def _ends(runs: Sequence[Outcome], axis: str, laws: bool) -> str:
+    """Say what a scaling chart's lines are."""
     caption = (
         f"Trailing loss over {_over(axis)}: along the runs of each size, named by its parameters "
         "without embeddings (solid, mean of seeds)"
     )
     counts = behind(runs, "trailing")
-    if any(laws.values()):
-        caption += f", and the fitted laws through their ends (dashed; {counts})."
-    else:
-        caption += (
-            f" ({counts}). There is no law yet: it takes two windows, and {LEAST_SIZES} sizes that the arms share."
-        )
-    if any(pairs.values()):
-        caption += (
-            f" Bands: pointwise {LEVEL:.0%} interval of a law's difference from that of full attention, over runs, "
-            "documents and windows, where both laws are drawn: a band that does not touch the red line is resolved "
-            "from it. Bands of few sizes are wide: runs are drawn anew, too."
-        )
-    if any(laws.values()) and (beyond := names.keys() - {run.run.size for run in shared}):
-        shown = ", ".join(name for size, name in names.items() if size in beyond)
-        caption += f" Laws are of the sizes that all arms with a law have, and so without {shown}."
-    if len(runs) < len(all_runs):
-        caption += " Left out: seeds that not every arm of a size has."
-    if axis == SECONDS:
-        windows = sorted({run.config.train.batch_size for run in runs})
-        caption += f" Measured while training, with {' and '.join(counted(n, 'window') for n in windows)} a step. "
-        caption += _dense(runs[0])
-    return Chart(stage, save(figure, study / FOLDER / name), caption)
+    if laws:
+        return f"{caption}, and the fitted laws through their ends (dashed; {counts})."
+    return (
+        f"{caption} ({counts}). There is no law yet: it takes two windows, and {LEAST_SIZES} sizes that the arms share."
+    )
+
+
+def _bands() -> str:
+    """Say what the bands around laws are."""
+    return (
+        f"Bands: pointwise {LEVEL:.0%} interval of a law's difference from that of full attention, over runs, "
+        "documents and windows, where both laws are drawn: a band that does not touch the red line is resolved "
+        "from it. Bands of few sizes are wide: runs are drawn anew, too."
+    )
+
+
+def _unfitted(names: Mapping[str, str], fitted: set[str]) -> str:
+    """Name the sizes that no law is fitted through."""
+    left_out = ", ".join(name for size, name in names.items() if size not in fitted)
+    return left_out and f"Laws are of the sizes that all arms with a law have, and so without {left_out}."
+
+
+def _measured(runs: Sequence[Outcome]) -> str:
+    """Say what accelerator seconds were measured of."""
+    windows = sorted({run.config.train.batch_size for run in runs})
+    counts = " and ".join(counted(n, "window") for n in windows)
+    return f"Measured while training, with {counts} a step. {_dense(runs[0])}"
 
 
 def _over(axis: str) -> str:

@@ -37,6 +37,7 @@ LOG_STEPS = (
     (1, 2, 5),
     (1,),
 )
+_PROJECTION = " Projection: "  # stands in the names of laws alone
 MOST_TICKS = 8
 BAR_ASIDE = 0.06  # of the way between two hybrids
 PANEL = np.array([440.0, 290.0])  # points, about: width and height of the scaling chart's panel
@@ -149,30 +150,43 @@ def scaling_chart(
         )
         shown = [float(fit.law(_beyond(fit.compute)[-1])) for fit in laws.values()]
         for arm in dict.fromkeys(curve.arm for curve in curves):
-            colour, marker, _ = looks[arm]
-            for curve in (curve for curve in curves if curve.arm == arm):
-                face = colour if curve.size in fitted or not laws else "white"
-                axes.plot(curve.compute, curve.loss, color=colour, linewidth=1.3, alpha=0.8)
-                axes.plot(
-                    curve.compute[-1], curve.loss[-1], color=colour, marker=marker, markersize=6, markerfacecolor=face
-                )
-            axes.plot([], [], color=colour, marker=marker, linewidth=1.3, label=arm)
+            own = [curve for curve in curves if curve.arm == arm]
+            _draw_curves(axes, arm, own, looks[arm], fitted if laws else {curve.size for curve in own})
             if arm in laws:
-                law, grid_P = laws[arm].law, _beyond(laws[arm].compute)
-                name = f"{arm} Projection: {law.a:#.3g} · C$^{{{law.b:.3f}}}$"
-                axes.plot(grid_P, law(grid_P), color=colour, linestyle="--", linewidth=1.6, label=name)
+                _draw_law(axes, arm, laws[arm], looks[arm].colour)
             if arm in differences and reference in laws:
-                shown += _draw_band(axes, *differences[arm], laws[reference], colour)
+                shown += _draw_band(axes, *differences[arm], laws[reference], looks[arm].colour)
         _frame(axes, curves, shown)
         _name_sizes(axes, curves, looks)
         _plain_log_ticks(axes)
-        handles, names = axes.get_legend_handles_labels()
-        order = sorted(range(len(names)), key=lambda place: " Projection: " in names[place])  # a column each
-        figure.legend(
-            [handles[place] for place in order], [names[place] for place in order],
-            loc="outside lower center", ncols=2 if laws else 4, handlelength=3,
-        )  # fmt: skip
+        _name_lines(figure, axes, columns=2 if laws else 4)
     return figure
+
+
+def _draw_curves(axes: Axes, arm: str, curves: Sequence[Curve], look: Look, fitted: Collection[str]) -> None:
+    """Draw an arm's losses over its compute, with a marker at each end, filled for `fitted` sizes."""
+    colour, marker, _ = look
+    for curve in curves:
+        face = colour if curve.size in fitted else "white"
+        axes.plot(curve.compute, curve.loss, color=colour, linewidth=1.3, alpha=0.8)
+        axes.plot(curve.compute[-1], curve.loss[-1], color=colour, marker=marker, markersize=6, markerfacecolor=face)
+    axes.plot([], [], color=colour, marker=marker, linewidth=1.3, label=arm)
+
+
+def _draw_law(axes: Axes, arm: str, fit: Fit, colour: str) -> None:
+    law, grid_P = fit.law, _beyond(fit.compute)
+    name = f"{arm}{_PROJECTION}{law.a:#.3g} · C$^{{{law.b:.3f}}}$"
+    axes.plot(grid_P, law(grid_P), color=colour, linestyle="--", linewidth=1.6, label=name)
+
+
+def _name_lines(figure: Figure, axes: Axes, columns: int) -> None:
+    """Put names below the axes, those of laws after all others: a column each."""
+    handles, names = axes.get_legend_handles_labels()
+    order = sorted(range(len(names)), key=lambda place: _PROJECTION in names[place])
+    figure.legend(
+        [handles[place] for place in order], [names[place] for place in order],
+        loc="outside lower center", ncols=columns, handlelength=3,
+    )  # fmt: skip
 
 
 def error_bars(levels: Sequence[Level]) -> Any:

@@ -56,25 +56,36 @@ def run_training(
         return read_result(folder)[1]
     checkpoint = newest_checkpoint(folder, progress)
     trainer = _prepare(config, folder, checkpoint, progress, known)
-    with _begun(trainer):
-        if checkpoint is not None:
-            progress.note(f"{folder} goes on from step {checkpoint_step(checkpoint)}")
-        if checkpoint is None or checkpoint_step(checkpoint) < config.train.steps:
-            progress.note(summary_of(trainer))
-            with on_sigterm(trainer.stop), _way_on(folder):
-                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if trainer.stopping and trainer.state.global_step < config.train.steps:
-        step = trainer.state.global_step
+    with on_sigterm(trainer.stop):
+        with _begun(trainer):
+            _train(trainer, checkpoint)
+        result = _finish(trainer)
+        if trainer.must_stop(agreeing=True):  # a signal in the last step or since; a study must not begin the next run
+            raise Terminated(f"{folder} is finished")
+    return result
+
+
+def _train(trainer: RunTrainer, checkpoint: Path | None) -> None:
+    """Train from the checkpoint to the last step; Terminated if a signal stopped it before."""
+    folder, steps, note = trainer.folder, trainer.config.train.steps, trainer.progress.note
+    if checkpoint is not None:
+        note(f"{folder} goes on from step {checkpoint_step(checkpoint)}")
+        if checkpoint_step(checkpoint) >= steps:
+            return
+    note(summary_of(trainer))
+    with _way_on(folder):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.stopping and (step := trainer.state.global_step) < steps:
         raise Terminated(f"{folder} stopped at step {step} with a checkpoint; the same command goes on from there")
-    stopping = trainer.must_stop(agreeing=True)  # in the last step, where a signal may have come to some processes
-    result: Row = {}
-    if trainer.is_world_process_zero():
-        prune(folder, keep=1)
-        result = _result(trainer)
-        disk.write_json(folder / RESULT_FILE, result)
-    if stopping:  # a study must not begin the next run
-        trainer.accelerator.wait_for_everyone()  # torchrun ends them all where one ends
-        raise Terminated(f"{folder} is finished")
+
+
+def _finish(trainer: RunTrainer) -> Row:
+    """Write the result of a run that is trained; processes but the first have none."""
+    if not trainer.is_world_process_zero():
+        return {}
+    prune(trainer.folder, keep=1)
+    result = _result(trainer)
+    disk.write_json(trainer.folder / RESULT_FILE, result)
     return result
 
 
