@@ -373,7 +373,8 @@ def _peers(root: Path, machine: str, row: Row) -> str:
         if peer
     ]
     first = next(peer for peer in line.peers if peer)
-    return f" [Others](docs/speed.md#others) were timed apart, on another {first.device}.{''.join(told)}"
+    apart = f"were timed apart, on another {first.device} on {first.date}."
+    return f" [Others](docs/speed.md#others) {apart}{''.join(told)}"
 
 
 def _measured(root: Path, name: str, contender: str, grid: str) -> dict[Case, Row]:

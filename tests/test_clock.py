@@ -150,17 +150,26 @@ def test_memory_is_written_without_exponents(count: float, text: str) -> None:
     assert gigabytes(count) == text
 
 
+def _as_timed(row: TrainingRow) -> RunConfig:
+    """A thousand steps of what a row of `bench training` timed."""
+    return RunConfig(
+        DataConfig(length=row.tokens, vocab_size=row.vocabulary),
+        ModelConfig(row.family, row.size),
+        ArmConfig("full") if row.block_size is None else ArmConfig("moba", row.block_size, row.top_k),
+        TrainConfig(steps=1000, batch_size=row.batch),
+        EvalConfig(1),
+    )
+
+
 def test_plans_foretell_the_measured_steps_of_a_gpu() -> None:
     """What the GPU is busy for in rows of `bench training`, and runs of the study that the host kept up with: 25 %."""
     rows = [row for row in read_rows(RESULTS / "training.csv", TrainingRow) if row.kind == "loop" and row.mfu]
     matrices = 1e12 * statistics.median(row.matrix_tflops for row in rows)
     found = {}
     for row in rows:
-        arm = ArmConfig("full") if row.block_size is None else ArmConfig("moba", row.block_size, row.top_k)
-        train = TrainConfig(steps=1000, batch_size=row.batch)
-        data, model = DataConfig(length=row.tokens, vocab_size=row.vocabulary), ModelConfig(row.family, row.size)
-        seconds = planned_work(RunConfig(data, model, arm, train, EvalConfig(1)), "cuda") / SHARE["cuda"] / matrices
-        found[f"{row.family} {row.size} {row.batch} {arm}"] = seconds / row.busy_ms, row.non_embedding  # of 1,000 steps
+        config = _as_timed(row)
+        seconds = planned_work(config, "cuda") / SHARE["cuda"] / matrices
+        found[f"{row.family} {row.size} {row.batch} {config.arm}"] = seconds / row.busy_ms, row.non_embedding
     for file in (RESULTS / "study").rglob("result.json"):
         result = read_json(file)
         config = from_dict(RunConfig, result["config"])
@@ -179,11 +188,7 @@ def test_compiled_layers_took_two_thirds_of_the_planned_memory_of_eager_ones() -
     """As docs/speed.md says of the rows that it shows, MoBA and full attention alike."""
     rows = [row for row in read_rows(RESULTS / "training.csv", TrainingRow) if row.kind == "loop" and row.peak_mb]
     for row in rows:
-        arm = ArmConfig("full") if row.block_size is None else ArmConfig("moba", row.block_size, row.top_k)
-        train = TrainConfig(batch_size=row.batch)
-        data, model = DataConfig(length=row.tokens, vocab_size=row.vocabulary), ModelConfig(row.family, row.size)
-        planned = plan_of(RunConfig(data, model, arm, train), "cuda").memory
-        assert row.peak_mb * 1e6 / planned == pytest.approx(2 / 3, abs=0.08), row
+        assert row.peak_mb * 1e6 / plan_of(_as_timed(row), "cuda").memory == pytest.approx(2 / 3, abs=0.08), row
     assert len(rows) >= 15
 
 

@@ -167,7 +167,7 @@ def test_tables_follow_their_files(tmp_path: Path) -> None:
     append_row(path, Row.of("sdpa_cudnn", replace(case, tokens=2**17), p50_ms=50.0, commit="new", **origin))
     assert "tokens takes 2.00 ms forward and backward, where full attention takes 50.0 ms" in table("opening")
     assert "a GPU: it reads 1.5% of the pairs" in table("opening")
-    peer = "on another a GPU. Full attention by FlashAttention 4 beta took 40.0 ms, 20.0 times as long.\n"
+    peer = "on another a GPU on 2026-11-21. Full attention by FlashAttention 4 beta took 40.0 ms, 20.0 times as long.\n"
     assert table("opening").endswith(peer), "FlashMoBA has no figure at this length"
     path = tmp_path / "results" / "h200" / "short.csv"
     for commit, short in zip(("older", "newer"), GRIDS["short"], strict=False):

@@ -133,3 +133,19 @@ def test_requests_that_gain_in_vllm_are_many_and_long() -> None:
     assert "in [vLLM](docs/serving.md) single or short requests hardly gain" in prose("README.md")
     assert max(gain for (context, batch), gain in gains.items() if batch == 1 or context == 8192) < 1.2
     assert gains[131072, 32] > 10
+    prompts = {
+        context: float(rows["moba", context, 1]["prefill_tokens_per_s"]) / float(row["prefill_tokens_per_s"])
+        for (attention, context, batch), row in rows.items()
+        if (attention, batch) == ("full", 1)
+    }
+    assert "for prompts from 32K tokens on" in prose("docs/serving.md")
+    assert prompts[8192] < 1 < 1.5 < prompts[32768] < prompts[131072]
+
+
+def test_two_gpus_gain_this_much_by_heads() -> None:
+    with (ROOT / "results/h200x2/parallel.csv").open(newline="") as file:
+        found = [row for row in csv.DictReader(file) if row["kind"] == "attention" and row["way"] == "heads"]
+    newest = [float(row["speedup"]) for row in found if row["commit"] == found[-1]["commit"]]
+    assert len(newest) == 4
+    said = f"[Two GPUs](docs/parallel.md) are {min(newest):.1f} to {max(newest):.1f} times as fast as one"
+    assert said in prose("README.md")

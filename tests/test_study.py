@@ -106,6 +106,7 @@ def test_killed_study_is_finished_by_a_second_call_with_the_same_curves(
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    assert not (out / RUNS[0] / "result.json").exists(), "killed too late to test anything"
     output = finish(start(recipe, out))
     assert "goes on from step" in output
     for run in RUNS:

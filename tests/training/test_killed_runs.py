@@ -39,6 +39,7 @@ def test_a_killed_run_goes_on_with_the_same_records(config: RunConfig, finished:
         while newest_checkpoint(folder) is None and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
+    assert not (folder / "result.json").exists()
     assert newest_checkpoint(folder) is not None
 
     unfinished = folder / "checkpoint-10"

@@ -52,15 +52,14 @@ def feed_forward_entry(config: Any) -> str | None:
 
 
 def _of_family(known: Any, entries: Entries) -> Entries:
-    """Return `entries` with the width of the feed-forward under the name that the family gives it."""
+    """Return `entries` under the names that the family gives them."""
     name = feed_forward_entry(known)
     if name is None:
         raise ValueError(
             f"model.family={known.model_type}: its feed-forward has no width that model.size could set; take another"
         )
-    entries = dict(entries)
-    entries |= {name: entries.pop("intermediate_size")}
-    return {_own_name(known, name): value for name, value in entries.items()}
+    own = {"intermediate_size": name}
+    return {_own_name(known, own.get(entry, entry)): value for entry, value in entries.items()}
 
 
 def _own_name(config: Any, name: str) -> str:

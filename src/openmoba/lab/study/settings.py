@@ -15,7 +15,7 @@ from openmoba.lab.study.groups import by, fair_full, of_kind
 from openmoba.lab.study.outcomes import Outcome
 from openmoba.lab.study.report import REPORT_FILE
 from openmoba.lab.study.studies import Study, link
-from openmoba.lab.study.words import in_percent, place
+from openmoba.lab.study.words import in_percent, place_before
 from openmoba.records.markdown import table
 
 BUDGETS = (0.1, 0.2, 0.35, 1.0)
@@ -131,7 +131,7 @@ def _in_words(settings: Sequence[_Setting]) -> list[str]:
     lines = [f"At {length:,} tokens, the lowest loss first:", ""]
     for best in sorted(settings, key=lambda best: best.percent):
         speedup = times_as_fast(best.own, best.full)
-        where = place(best.percent / 100, True) if best.against.resolved else "within noise of"
+        where = place_before(best.percent / 100, best.against.resolved)
         trains = "" if speedup is None else f", and it trains {speedup:.1f} times as fast"
         lines.append(
             f"- **{best.own[0].label}** reads {best.key_share:.0%} of the keys; its loss at the last positions is "

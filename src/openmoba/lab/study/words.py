@@ -70,6 +70,11 @@ def place(share: float, resolved: bool) -> str:
     return f"{abs(share):.1%} {'below' if share < 0 else 'above'}" if resolved else "within noise"
 
 
+def place_before(share: float, resolved: bool) -> str:
+    """Say the same to stand before a noun: "1.2% above", or "within noise of"."""
+    return place(share, resolved) + ("" if resolved else " of")
+
+
 def verdict(found: Difference) -> str:
     """Say whether a difference is resolved, and whether its interval holds the luck of a seed."""
     return word(found.resolved, found.noise is not None)

@@ -8,7 +8,7 @@ from openmoba.lab.measure.resample import Difference
 from openmoba.lab.study.candidates import Standing, standings
 from openmoba.lab.study.compare import behind, difference, seed_noise
 from openmoba.lab.study.outcomes import Outcome
-from openmoba.lab.study.words import inside, nats, place, size_name
+from openmoba.lab.study.words import inside, nats, place_before, size_name
 
 AS_GOOD = 0.5
 """Percent above full attention, at the upper end of the interval, up to which an arm counts as good as it."""
@@ -28,13 +28,12 @@ def _short(found: Standing) -> str:
     full += " without its key convolution" if found.fair is None else ""
     trailing = against.trailing
     assert trailing is not None, "chosen by it"
-    where = place(trailing.mean / against.trailing_loss, trailing.resolved)
-    end = f"{where} that of" if trailing.resolved else f"{where} of that of"
+    where = place_before(trailing.mean / against.trailing_loss, trailing.resolved)
     fast = "" if found.speedup is None else f", trains {found.speedup:.1f} times as fast"
     return (
         f"In short, {run.label} reads {found.key_share:.0%} of the keys that full attention reads{fast}, and its "
-        f"trailing loss ends {end} {full}. Its setting: {settings}. Measured with {size_name(run)} parameters, "
-        f"{behind(found.runs, 'trailing')}."
+        f"trailing loss ends {where} that of {full}. Its setting: {settings}. Measured with {size_name(run)} "
+        f"parameters, {behind(found.runs, 'trailing')}."
     )
 
 
