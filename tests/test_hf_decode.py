@@ -36,7 +36,7 @@ def pages_of(k: Tensor, starts: Tensor, ends: Tensor, block_size: int) -> Tensor
         spread = max((first - anchor).abs().max(), anchor.abs().max() / 64)
         for page in range(len(keys) // block_size):
             mean = keys[page * block_size : (page + 1) * block_size].mean(0)
-            centroids[row, page, head] = (mean - anchor) * 2.0 ** (4 - math.floor(math.log2(spread)))
+            centroids[row, page, head] = (mean - anchor) * 2.0 ** -math.floor(math.log2(spread))
     return centroids
 
 

@@ -169,6 +169,25 @@ def test_scale_of_inputs_does_not_matter(randn, scale):
     assert disagreement(chosen(q, k, 4, 6), oracle(q, k, 4, 6)) == 0
 
 
+@pytest.mark.parametrize("dtype", [FP16, FP32])
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_a_first_block_much_smaller_than_the_others(randn, block_size, dtype):
+    """What centroids are scaled by comes from it, and the others still have room in fp16."""
+    q, k = randn(1, 96, 2, 16), randn(1, 96, 1, 16)
+    k[:, :block_size] /= 200
+    q, k = q.to(dtype), k.to(dtype)
+    assert disagreement(chosen(q, k, block_size, 3), oracle(q, k, block_size, 3)) == 0
+
+
+@pytest.mark.parametrize(("dtype", "offset", "limit"), [(FP16, 4, 0.02), (FP16, 16, 0.05), (FP32, 16, 0)])
+def test_first_keys_far_from_all_others(randn, dtype, offset, limit):
+    """fp16 keeps eleven bits of a centroid's distance from them: measured, 1.3 and 3.1 % of the picks differ."""
+    q, k = randn(1, 128, 2, 64), randn(1, 2048, 1, 64)
+    k[:, :64] += offset * randn(64)
+    q, k = q.to(dtype), k.to(dtype)
+    assert disagreement(chosen(q, k, 64, 4), oracle(q, k, 64, 4)) <= limit
+
+
 @pytest.mark.parametrize("tile", [GateTile(16, 16, 4, 1), GateTile(64, 32, 4, 1), GateTile(64, 64, 4, 1)])
 @pytest.mark.parametrize("top_k", [4, 8, 20])
 def test_tiles_do_not_change_the_choice(randn, monkeypatch, tile, top_k):

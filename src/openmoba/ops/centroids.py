@@ -19,7 +19,7 @@ from openmoba.config import check_blocks
 from openmoba.ops.checks import check_cache
 
 ANCHOR_KEYS = 64
-ROOM = 4  # deviations from the anchor are scaled to 2^4, leaving 2^12 to the largest fp16
+ROOM = 0  # deviations from the anchor are scaled to 2^0: 2^16 to the largest fp16, 2^-14 to the smallest normal one
 LARGEST_FP16 = 65504.0
 
 

@@ -267,7 +267,7 @@ def _at(key_BSHD: Tensor, start_B: Tensor, position_BN: Tensor) -> Tensor:
 
 
 def _power_of_two(x: Tensor) -> Tensor:
-    """Return the powers of two that take x > 0 into [2^4, 2^5); 1 for 0."""
+    """Return the powers of two that take x > 0 into [2^ROOM, 2^(ROOM + 1)); 1 for 0."""
     exponent = (ROOM + 1 - torch.frexp(x).exponent).clamp(-126, 127).to(x.dtype)  # else powers are of the default dtype
     return torch.where(x > 0, torch.ldexp(torch.ones_like(x), exponent), 1.0)
 
