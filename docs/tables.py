@@ -13,9 +13,11 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
+import front
 import imports
 import measured
 import paper
+import peers
 import planned
 import served
 
@@ -117,13 +119,14 @@ TINY = (
     "large the noise is, not what a large model loses."
 )
 TABLES: dict[str, Callable[[Path], str]] = {
-    "opening": partial(measured.opening, machine="h200"),
-    "speed": partial(measured.speed, machine="h200"),
+    "opening": partial(front.opening, machine="h200"),
+    "speed": partial(front.speed, machine="h200"),
     "attention_h200": partial(measured.attention, machine="h200"),
     "attention_h100": partial(measured.attention, machine="h100"),
     "short_h200": partial(measured.short, machine="h200"),
-    "flex_h200": partial(measured.flex, machine="h200"),
-    "cited_h200": partial(measured.cited, machine="h200"),
+    "flex_h200": partial(peers.flex, machine="h200"),
+    "dense_h200": partial(peers.dense, machine="h200"),
+    "cited_h200": partial(peers.cited, machine="h200"),
     "decode_h200": partial(measured.decode, machine="h200"),
     "paged_h200": partial(measured.paged, machine="h200"),
     "prefill_h200": partial(measured.prefill, machine="h200"),

@@ -142,6 +142,13 @@ def test_tables_follow_their_files(tmp_path: Path) -> None:
     origin = {"device": "a GPU", "power_limit_w": 700.0, "torch": "2", "triton": "3"}
     path = tmp_path / "results" / "h200" / "attention.csv"
     append_row(path, Row.of("moba", case, p50_ms=9.0, commit="old", **origin))
+    (tmp_path / "results" / "h200" / "cited-peers.csv").write_text(
+        "contender,version,head_dim,tokens,block_size,top_k,forward_ms,backward_ms,device,torch,date\n"
+        "flash_moba,2.0,128,8192,128,8,2,4,a GPU,2.11,2026-11-21\n"
+        "flash_moba,2.0,128,131072,128,8,10,30,a GPU,2.11,2026-11-21\n"
+    )
+    assert "| D | block / top-k | tokens | MoBA | FlashMoBA 2.0 | ratio |" in table("cited_h200")
+    assert "| 128 | 128 / 8 | 8K | 9.00 | 6.00 | 0.7x |" in table("cited_h200")
     for contender, ms in (("moba", 2.0), ("sdpa_cudnn", 5.0), ("flash_moba", 6.0)):
         times = {"dense_ms": 5.0, "speedup": 2.5} if contender == "moba" else {}
         append_row(path, Row.of(contender, case, p50_ms=ms, commit="new", **times, **origin))
@@ -152,23 +159,24 @@ def test_tables_follow_their_files(tmp_path: Path) -> None:
     first = "| 128 | 128 / 8 | 8K | - | 2.00 | 5.00 | 2.5x | 6.00 | - | - | - |"
     second = "| 128 | 128 / 8 | 32K | 7.00 | 16.0 | - | - | - | 40% | 60 | 90 |"
     assert f"{first}\n{second}\n\n" in table("attention_h200")
-    assert "| attention, forward and backward | 8K | 5.00 ms | 2.00 ms | 2.5x |\n\n" in table("speed")
-    assert table("opening") == "", "128K tokens were not measured"
     assert "Dense attention is SDPA/cuDNN." in table("attention_h200")
-    (tmp_path / "results" / "h200" / "cited-peers.csv").write_text(
-        "contender,version,head_dim,tokens,block_size,top_k,forward_ms,backward_ms,device,torch,date\n"
-        "fa4,beta,128,8192,,,1,3,a GPU,2.11,2026-11-21\n"
-        "fa4,beta,128,131072,,,10,30,a GPU,2.11,2026-11-21\n"
-        "flash_moba,2.0,128,8192,128,8,2,4,a GPU,2.11,2026-11-21\n"
-    )
-    assert "| 128 | 128 / 8 | 8K | 2.00 | 4.00 | 2.0x |" in table("cited_h200")  # FlashMoBA was timed above
-    append_row(path, Row.of("moba", replace(case, tokens=2**17), p50_ms=2.0, commit="new", **origin))
-    assert "| 128 | 128 / 8 | 128K | 2.00 | 40.0 | 20.0x |" in table("cited_h200")
-    append_row(path, Row.of("sdpa_cudnn", replace(case, tokens=2**17), p50_ms=50.0, commit="new", **origin))
+    assert table("cited_h200") == "", "FlashMoBA was timed above"
+    assert table("opening") == "", "no full attention was measured at 128K tokens"
+    fastest = tmp_path / "results" / "h200" / "flash-attention-4.csv"
+    for tokens in (2**13, 2**17):
+        for contender, ms in (("moba", 2.0), ("sdpa_cudnn", 60.0), ("fa4", 50.0)):
+            library = {"library": f"{contender} 1.0"}
+            row = Row.of(contender, replace(case, tokens=tokens), p50_ms=ms, commit="new", **library, **origin)
+            append_row(fastest, row)
+    assert "| 128 | 128 / 8 | 8K | 2.00 | 60.0 | 50.0 | 30.0x | 25.0x |" in table("dense_h200")
+    assert "commit new, torch 2, moba 1.0, sdpa_cudnn 1.0, fa4 1.0:" in table("dense_h200")
+    line = "| attention, forward and backward (full: FlashAttention 4) | 8K | 50.0 ms | 2.00 ms | 25.0x |\n"
+    assert line in table("speed")
     assert "tokens takes 2.00 ms forward and backward, where full attention takes 50.0 ms" in table("opening")
     assert "a GPU: it reads 1.5% of the pairs" in table("opening")
-    peer = "on another a GPU on 2026-11-21. Full attention by FlashAttention 4 beta took 40.0 ms, 20.0 times as long.\n"
-    assert table("opening").endswith(peer), "FlashMoBA has no figure at this length"
+    assert "** Full attention there is FlashAttention 4, faster than SDPA/cuDNN." in table("opening")
+    peer = "took 40.0 ms, 20.0 times as long, timed [apart](docs/speed.md#others) on another a GPU on 2026-11-21.\n"
+    assert table("opening").endswith(peer)
     path = tmp_path / "results" / "h200" / "short.csv"
     for commit, short in zip(("older", "newer"), GRIDS["short"], strict=False):
         append_row(path, Row.of("sdpa_cudnn", short, p50_ms=1.25, commit=commit, **origin))

@@ -28,44 +28,26 @@ class Cited(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """A row of MoBA, and what FlashAttention 4 and FlashMoBA took on its case."""
+    """A row of MoBA, and what FlashMoBA took on its case."""
 
     row: Row
-    dense: Cited | None
-    sparse: Cited | None
+    peer: Cited
 
     @property
-    def peers(self) -> tuple[Cited | None, Cited | None]:
-        """The two others."""
-        return (self.dense, self.sparse)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Their labels."""
-        return tuple(peer.label if peer else "-" for peer in self.peers)
-
-    @property
-    def ratios(self) -> tuple[str, ...]:
-        """How many times as long as MoBA each took."""
-        return tuple(f"{peer.ms / (self.row.p50_ms or 1):.1f}x" if peer else "-" for peer in self.peers)
+    def ratio(self) -> str:
+        """How many times as long as MoBA it took."""
+        return f"{self.peer.ms / (self.row.p50_ms or 1):.1f}"
 
 
 def beside(rows: Sequence[Row], path: Path, timed: Collection[str]) -> list[Beside]:
-    """Find those of `rows`, of both passes, of which the file has figures of contenders that were not `timed` here."""
+    """Find those of `rows`, of both passes, of which the file has figures of FlashMoBA, if it was not `timed` here."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
         lines = [line for line in csv.DictReader(file) if line["contender"] not in timed]
     figures = {_case(line): _figure(line) for line in lines}
-    found = [
-        Beside(
-            row,
-            figures.get(("fa4", row.head_dim, row.tokens, None, None)),
-            figures.get(("flash_moba", row.head_dim, row.tokens, row.block_size, row.top_k)),
-        )
-        for row in rows
-    ]
-    return [line for line in found if any(line.peers)]
+    found = [(row, figures.get(("flash_moba", row.head_dim, row.tokens, row.block_size, row.top_k))) for row in rows]
+    return [Beside(row, peer) for row, peer in found if peer]
 
 
 def _case(line: dict[str, str]) -> _Case:
