@@ -77,6 +77,15 @@ def test_the_hybrid_of_17_m_takes_this_share_of_full_attentions_cost() -> None:
     assert f"Full attention with the same convolution ends {100 * with_keys:.0f} % above it." in prose("README.md")
 
 
+def test_a_sentence_of_an_answer_in_short_holds_at_most_three_shares() -> None:
+    """However many sizes and arms a study has."""
+    page = (ROOT / "docs/results.md").read_text()
+    answers = [line[line.index("In short,") :] for line in page.splitlines() if "In short," in line]
+    assert len(answers) > len(list(STUDIES.iterdir())), "of every study at 32K, and of the demo"
+    sentences = [sentence for answer in answers for sentence in re.split(r"(?<=\.) ", answer)]
+    assert max(sentence.count("%") for sentence in sentences) <= 3
+
+
 def test_rates_matter_as_much_as_arms() -> None:
     page, full = prose("docs/results.md"), f"{CHART_B}/2m-full-seed0"
     half, twice = (above(f"chart-b/sweep/2m-{rate}-full-seed0", full) for rate in ("25e-4", "1e-2"))

@@ -12,51 +12,61 @@ from openmoba.lab.study.compare import behind, difference, paired_loss, seed_noi
 from openmoba.lab.study.groups import by, largest, of_kind, references
 from openmoba.lab.study.laws import Versus, comparable, residual, slope_difference
 from openmoba.lab.study.outcomes import Outcome
-from openmoba.lab.study.words import LOSSES, inside, listed, place, size_name, spent, word
+from openmoba.lab.study.words import LOSSES, inside, listed, place, place_before, size_name, spent, word
 
 
 def laws_in_short(outcomes: Sequence[Outcome], axes: Sequence[str]) -> str:
-    """Say how far each arm ends from full attention at every size, at what cost, and how far its law lies from it."""
+    """Say how far each arm's largest runs end from full attention, at what cost, and how far its law lies from it."""
     found = [(axis, one) for axis in axes for one in law_ratios(outcomes, axis)]
     if not found:
         return ""
-    line, own = inside(of_kind(comparable(outcomes), FULL)[0].label), found[0][1].own
-    arms: dict[str, dict[str, Versus]] = {}
+    arms: dict[tuple[str, str], dict[str, Versus]] = {}
     for axis, one in found:
-        other = inside(one.other[0].label)
-        name = one.own[0].label + ("" if other == line else f" (against {other})")
-        arms.setdefault(name, {})[axis] = one
-    sizes = listed(size_name(runs[0]) for runs in by("size", own).values())
-    told = " ".join(_arm_in_short(name, laws, outcomes, axes) for name, laws in arms.items())
+        arms.setdefault((one.own[0].label, inside(one.other[0].label)), {})[axis] = one
+    told = " ".join(_arm_in_short(*names, laws, outcomes, axes) for names, laws in arms.items())
     return (
-        f"In short, trailing losses against {line} on the same tokens, with {sizes} parameters "
-        f"({behind(own, 'trailing')}). {told} The largest residual of these laws is "
-        f"{max(residual(*one.laws) for _, one in found):.1%}."
+        f"In short, trailing losses on the same tokens ({behind(found[0][1].own, 'trailing')}). {told} The largest "
+        f"residual of these laws is {max(residual(*one.laws) for _, one in found):.1%}."
     )
 
 
-def _arm_in_short(name: str, laws: dict[str, Versus], outcomes: Sequence[Outcome], axes: Sequence[str]) -> str:
-    """Say of one arm how far it ends at every size, what its largest runs cost, and where its law lies by each axis.
+def _arm_in_short(
+    name: str, line: str, laws: dict[str, Versus], outcomes: Sequence[Outcome], axes: Sequence[str]
+) -> str:
+    """Say of one arm where its runs end, what the largest cost, and where its law lies by each axis.
 
-    6ND counts no attention, so it is no cost.
+    Args:
+        line: the arm that it is compared with.
+        laws: by axis. 6ND counts no attention, so it is no cost.
     """
     first = next(iter(laws.values()))
     shares = [f"{_cost_share(first, axis)} by {AXES[axis].head}" for axis in axes if axis != SIX_ND]
-    cost = f" Of {inside(first.other[0].label)}'s cost the largest takes {listed(shares)}." if shares else ""
+    cost = f" Of {line}'s cost the largest takes {listed(shares)}." if shares else ""
     places = listed(f"{_law_in_short(laws.get(axis))} by {AXES[axis].head}" for axis in axes)
-    return f"{name}: {_at_equal_size(first, outcomes)}.{cost} Its law at the same compute: {places}."
+    return f"{name} {_ends(first, line, outcomes)}.{cost} Its law at the same compute: {places}."
 
 
-def _at_equal_size(found: Versus, outcomes: Sequence[Outcome]) -> str:
-    """Say how far the runs of one arm lie from those of another, size by size."""
-    apart = []
+def _ends(found: Versus, line: str, outcomes: Sequence[Outcome]) -> str:
+    """Say how far the largest runs of one arm end from those of another, and on which side the smaller ones do."""
+    *smaller, (size, share, resolved) = _at_equal_size(found, outcomes)
+    sides: dict[str, list[str]] = {}
+    for name, apart, told_apart in smaller:
+        sides.setdefault(_side(apart, told_apart), []).append(name)
+    others = "; ".join(f"{side} it with {listed(names)}" for side, names in sides.items())
+    return f"ends {place_before(share, resolved)} {line} with {size} parameters, and {others}"
+
+
+def _at_equal_size(found: Versus, outcomes: Sequence[Outcome]) -> Iterator[tuple[str, float, bool]]:
+    """Yield how far the runs of one arm lie from those of another by size, as a share, and whether it is resolved."""
     for size, own in by("size", found.own).items():
         other, runs = by("size", found.other)[size], by("size", outcomes)[size]
         one = difference(own, other, "trailing", seed_noise(runs, "trailing"))
         assert one is not None, "laws are of shared seeds"
-        share = one.mean / paired_loss(other, own, "trailing")
-        apart.append(f"{share:+.1%}" if one.resolved else "within noise")
-    return listed(apart)
+        yield size_name(own[0]), one.mean / paired_loss(other, own, "trailing"), one.resolved
+
+
+def _side(share: float, resolved: bool) -> str:
+    return ("below" if share < 0 else "above") if resolved else "within noise of"
 
 
 def _cost_share(found: Versus, axis: str) -> str:
