@@ -5,7 +5,8 @@
 
 A folder becomes results/h200/study/NAME by its own name; folders of one name are pieces of one study, made by several
 calls or on several machines. Finished runs are taken, as the few small files that a report is made of, without weights,
-and what `openmoba evaluate needle` wrote beside them. Do it again whenever more runs are finished.
+and what `openmoba evaluate needle` and `openmoba bench training` wrote beside them. Do it again whenever more runs are
+finished.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from openmoba.lab.measure.compute import SIX_ND
 from openmoba.lab.measure.needle_page import draw_needles, read_needles
 from openmoba.lab.run_files import CONFIG_FILE, FAILED_FILE, IDENTITY_FILE, METRICS_FILE, RECIPE_FILE, RESULT_FILE
 from openmoba.lab.study.outcomes import read_outcomes
+from openmoba.lab.study.rates import RATES_FILE
 from openmoba.lab.study.recipe import recipe_of
 from openmoba.lab.study.report import write_report
 from openmoba.lab.study.results import NEEDLES
@@ -72,7 +74,8 @@ def gather(pieces: Sequence[Path], out: Path) -> None:
         elif holder := next((piece for piece in pieces if (piece / failed).exists()), None):
             _copy(failed, holder, out)
     for piece in pieces:
-        _copy(Path(NEEDLES), piece, out)
+        for name in (NEEDLES, RATES_FILE):
+            _copy(Path(name), piece, out)
 
 
 def _copy(file: Path, piece: Path, out: Path) -> None:

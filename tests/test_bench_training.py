@@ -28,13 +28,12 @@ from openmoba.lab.model.build import SIZES
 from openmoba.records.figures import RED
 
 CPU = torch.device("cpu")
-SMALL = TrainingCase("nano", 2, tokens=48, layers="eager")
+SMALL = TrainingCase("nano", 2, tokens=48, vocabulary=64, layers="eager")
 MOBA = replace(SMALL, block_size=16, top_k=2)
 
 
 @pytest.fixture(autouse=True)
 def _quick(quick_timing: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loops, "VOCABULARY", 64)
     monkeypatch.setattr(measure, "Watch", lambda device, **options: Watch(device, warmup=1, seconds=0.0, **options))
 
 

@@ -217,7 +217,7 @@ def test_tables_follow_their_files(tmp_path: Path) -> None:
     speed_ups = {"eager": 0.5, "graphed": 1.5}
     for grid in ("headline", "eager", "graphed", "trainer", "longest"):
         for case in TRAINING_GRIDS[grid]:
-            rate = rates[arm_name(case.block_size, case.top_k)] * speed_ups.get(grid, 1.0)
+            rate = rates[arm_name(case)] * speed_ups.get(grid, 1.0)
             limit = "time" if case.top_k else "memory"
             append_row(path, TrainingRow.of(case, "bfloat16", tokens_per_second=rate, limit=limit, **results))
     moba = "| 4.0x | 50%, 50% | 25%, 25% | 50%, 50% | 9.0, 9.0 | 200 K | 600 K | 400 K |"

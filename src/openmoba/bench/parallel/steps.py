@@ -9,7 +9,6 @@ import torch
 from openmoba.bench.parallel.cases import ParallelCase
 from openmoba.bench.training.cases import TrainingCase
 from openmoba.bench.training.loops import TrainerLoop
-from openmoba.lab.arms import ArmConfig
 from openmoba.lab.config import RunConfig
 
 
@@ -18,18 +17,18 @@ def shared_loop(case: ParallelCase, ranks: int, device: torch.device) -> Trainer
     assert case.size is not None
     layers = "compiled" if device.type == "cuda" else "eager"
     inner = TrainingCase(
-        case.size, 1, case.block_size, case.top_k, case.tokens, layers=layers, kind="trainer", checkpointing=True
-    )
-    return _SharedLoop(inner, device, case.full_layers or 0, ranks)
+        case.size, 1, case.block_size, case.top_k, case.full_layers or 0, tokens=case.tokens, layers=layers,
+        kind="trainer", checkpointing=True,
+    )  # fmt: skip
+    return _SharedLoop(inner, device, ranks)
 
 
 class _SharedLoop(TrainerLoop):
-    def __init__(self, case: TrainingCase, device: torch.device, full_layers: int, ranks: int) -> None:
+    def __init__(self, case: TrainingCase, device: torch.device, ranks: int) -> None:
         super().__init__(case, device)
-        self._full_layers, self._ranks, self._sharded = full_layers, ranks, device.type == "cuda" and ranks > 1
+        self._ranks, self._sharded = ranks, device.type == "cuda" and ranks > 1
 
     def config(self) -> RunConfig:
         plain = super().config()
-        arm = ArmConfig("hybrid", plain.arm.block_size, plain.arm.top_k, full_layers=self._full_layers)
         train = replace(plain.train, context_parallel=self._ranks, fsdp=self._sharded)
-        return replace(plain, arm=arm, train=train)
+        return replace(plain, train=train)

@@ -21,6 +21,8 @@ class TrainingCase:
         size, family: of the model, as in `openmoba.lab.config.ModelConfig`.
         batch: windows of a micro-batch; a step has one.
         block_size, top_k: MoBA's; None for full attention.
+        full_layers: of a hybrid, as in `openmoba.MobaConfig`; None: no layer is full, or all are.
+        key_conv: width of the convolution of keys; None: none.
         tokens: of a window; of kind "longest", where the search begins.
         layers: "eager", "compiled" (each decoder layer on its own, and the loss), or "graphed" (that, and forward and
             backward of a micro-batch launched as one CUDA graph).
@@ -33,8 +35,11 @@ class TrainingCase:
     batch: int
     block_size: int | None = None
     top_k: int | None = None
+    full_layers: int | str | None = None
+    key_conv: int | None = None
     tokens: int = 2**15
     family: str = "llama"
+    vocabulary: int = VOCABULARY
     layers: str = "compiled"
     kind: str = "loop"
     checkpointing: bool = False
@@ -48,15 +53,17 @@ class TrainingCase:
     def arm(self) -> ArmConfig:
         """The attention."""
         if self.block_size is None or self.top_k is None:
-            return ArmConfig("full")
-        return ArmConfig("moba", self.block_size, self.top_k)
+            return ArmConfig("full", key_conv=self.key_conv)
+        if self.full_layers is None:
+            return ArmConfig("moba", self.block_size, self.top_k, key_conv=self.key_conv)
+        return ArmConfig("hybrid", self.block_size, self.top_k, self.full_layers, key_conv=self.key_conv)
 
     @property
     def words(self) -> tuple[str, ...]:
         """The case in words, each of which `--only` takes."""
         stored = ("checkpointing",) if self.checkpointing else ()
         size = f"{self.batch}x{length_name(self.tokens)}"
-        return (self.family, self.size, size, arm_name(self.block_size, self.top_k), self.layers, self.kind, *stored)
+        return (self.family, self.size, size, *arm_name(self).split(), self.layers, self.kind, *stored)
 
 
 @dataclass(frozen=True)
@@ -88,12 +95,14 @@ class TrainingRow(CsvRow):
     batch: int
     block_size: int | None
     top_k: int | None
+    full_layers: str | None
+    key_conv: int | None
     tokens: int
+    vocabulary: int
     layers: str
     kind: str
     checkpointing: bool
     dtype: str
-    vocabulary: int = VOCABULARY
     head_dim: int | None = None
     total: int | None = None
     non_embedding: int | None = None
@@ -120,17 +129,19 @@ class TrainingRow(CsvRow):
     def key(self) -> tuple[Any, ...]:
         tokens = None if self.kind == "longest" else self.tokens
         model = (self.family, self.size, self.vocabulary, self.layers, self.kind, self.checkpointing, self.dtype)
-        return (*model, self.batch, tokens, self.block_size, self.top_k, self.device, self.commit)
+        return (*model, self.batch, tokens, arm_name(self), self.device, self.commit)
 
     @property
     def arm(self) -> str:
         """Name of the attention in tables and figures."""
-        return arm_name(self.block_size, self.top_k)
+        return arm_name(self)
 
 
-def arm_name(block_size: int | None, top_k: int | None) -> str:
-    """Name an arm: `full`, or `512/3`."""
-    return "full" if block_size is None else f"{block_size}/{top_k}"
+def arm_name(case: TrainingCase | TrainingRow) -> str:
+    """Name an arm: `full`, `512/3`, `128/9 last:2 keys`."""
+    words = ["full" if case.block_size is None else f"{case.block_size}/{case.top_k}"]
+    words += [] if case.full_layers is None else [str(case.full_layers)]
+    return " ".join(words + ([] if case.key_conv is None else ["keys"]))
 
 
 _K = 1024
@@ -150,6 +161,13 @@ def _arms(*cases: TrainingCase) -> tuple[TrainingCase, ...]:
     return tuple(replace(case, block_size=block, top_k=top_k) for case in cases for block, top_k in _ARMS)
 
 
+def _study(size: str) -> tuple[TrainingCase, ...]:
+    """List the arms of recipes/chart-b.toml at the micro-batch that trains fastest."""
+    case = TrainingCase(size, 4, family="qwen3", vocabulary=4096, layers="graphed")
+    hybrid = replace(case, block_size=128, top_k=9, full_layers="last:2", key_conv=4)
+    return (case, replace(case, block_size=512, top_k=3), hybrid, replace(case, key_conv=4))
+
+
 def _longest(size: str, checkpointing: bool) -> tuple[TrainingCase, ...]:
     case = TrainingCase(size, 1, kind="longest", checkpointing=checkpointing)
     return (case, replace(case, block_size=512, top_k=3))
@@ -166,6 +184,7 @@ GRIDS: dict[str, tuple[TrainingCase, ...]] = {
         *(TrainingCase("14m", max(1, 128 // k), tokens=k * _K) for k in _LENGTHS),
         *(TrainingCase("545m", max(1, 32 // k), tokens=k * _K) for k in _LENGTHS),
     ),
+    "study": tuple(case for size in ("17m", "9m", "5m", "2m", "32m") for case in _study(size)),
     "longest": tuple(case for on in (False, True) for size in ("14m", "85m", "545m") for case in _longest(size, on)),
     "cpu": tuple(
         replace(case, layers=layers, block_size=block, top_k=top_k)

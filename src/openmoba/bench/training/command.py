@@ -16,8 +16,8 @@ class Training:
 
     grid: str = "headline"
     """"headline" (five models, compiled layers), "eager", "graphed" and "trainer" (the same, eager, with micro-batches
-    launched as CUDA graphs, and as `openmoba train` makes steps), "sizes", "lengths" or "longest" (the longest window
-    that fits) on a GPU; or "cpu"."""
+    launched as CUDA graphs, and as `openmoba train` makes steps), "study" (the arms and sizes of recipes/chart-b.toml),
+    "sizes", "lengths" or "longest" (the longest window that fits) on a GPU; or "cpu"."""
     only: tuple[str, ...] = ()
     """Only cases with all of these words in their name, such as 14m 4x32K 512/3 qwen3."""
     trace: Path | None = None

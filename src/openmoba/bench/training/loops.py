@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmoba.bench.training.cases import VOCABULARY, TrainingCase
+from openmoba.bench.training.cases import TrainingCase
 from openmoba.hf.releases import recompute_activations
 from openmoba.hf.step_graph import StepGraph
 from openmoba.lab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -73,7 +73,7 @@ class BareLoop:
     def give(self, tokens: int) -> None:
         """Train on windows of `tokens` from now on."""
         generator = torch.Generator().manual_seed(0)
-        ids_BT = torch.randint(VOCABULARY, (self.case.batch, tokens + 1), generator=generator).to(self.device)
+        ids_BT = torch.randint(self.case.vocabulary, (self.case.batch, tokens + 1), generator=generator).to(self.device)
         self.windows = {"input_ids": ids_BT[:, :-1].contiguous(), "labels": ids_BT[:, 1:].contiguous()}
         self.count = torch.tensor(self.case.batch * tokens, device=self.device)
         self._graph: StepGraph | None = None
@@ -140,7 +140,7 @@ class TrainerLoop:
         from openmoba.lab.train.callback import make_trainer
 
         case, config = self.case, self.config()
-        tokens = np.random.default_rng(0).integers(VOCABULARY, size=_WINDOWS * case.tokens + 1, dtype=np.uint16)
+        tokens = np.random.default_rng(0).integers(case.vocabulary, size=_WINDOWS * case.tokens + 1, dtype=np.uint16)
         store = TokenStore(tokens, np.asarray([0, len(tokens)]), None)
         windows = cut_windows(store, np.asarray([0]), case.tokens)
         none = windows.spread(0)  # nothing is evaluated, nor compiled for it
@@ -185,7 +185,7 @@ def _settings(case: TrainingCase) -> TrainConfig:
 
 def _model(case: TrainingCase, device: torch.device) -> Any:
     with device:
-        model = build_model(ModelConfig(case.family, case.size), VOCABULARY, case.tokens, seed=0)
+        model = build_model(ModelConfig(case.family, case.size), case.vocabulary, case.tokens, seed=0)
     set_attention(model, case.arm.attention(0, 1))
     model.train()
     return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from openmoba.lab.study.groups import (
 from openmoba.lab.study.laws import LEAST_SIZES, comparable, fit, fit_pair
 from openmoba.lab.study.looks import arm_looks, by_parameters, size_looks
 from openmoba.lab.study.outcomes import Cut, Named, Outcome
+from openmoba.lab.study.rates import RATES_FILE
 from openmoba.lab.study.recipe import Recipe, Stage
 from openmoba.lab.study.words import inside, size_name
 from openmoba.records.figures import save
@@ -42,6 +43,8 @@ SCALING = {EQUAL_COST: "-equal-cost", SECONDS: "-seconds"}
 ENDS = ("-scaling-law", *(f"-scaling-law{end}" for end in SCALING.values()), "-layerwise-hybrid", "-candidates",
         "-positions", "-contexts")  # fmt: skip
 """What the names of charts end in; before it stands the stage's name, and the size's where there is one for each."""
+FASTEST = "Accelerator time, each arm at its fastest micro-batch"
+"""Caption of the axis of seconds where they are not those of the runs."""
 MOST_CURVES = 6  # that a reader can follow in one panel
 
 
@@ -213,7 +216,7 @@ def _scaling(stage: Stage, all_runs: list[Outcome], study: Path, axis: str, name
         reference=full[0].label if full else "",
         title=f"Scaling laws, {describe_trailing(runs[0])}",
         loss_name="Trailing LM loss (nats)",
-        axis=AXES[axis],
+        axis=replace(AXES[axis], caption=FASTEST) if axis == SECONDS and runs[0].rate else AXES[axis],
     )
     parts = [
         _ends(runs, axis, any(laws.values())),
@@ -256,6 +259,8 @@ def _unfitted(names: Mapping[str, str], fitted: set[str]) -> str:
 
 def _measured(runs: Sequence[Outcome]) -> str:
     """Say what accelerator seconds were measured of."""
+    if runs[0].rate:
+        return f"Of a size's arms at the fastest micro-batch of each ({RATES_FILE}). {_dense(runs[0])}"
     windows = sorted({run.config.train.batch_size for run in runs})
     counts = " and ".join(counted(n, "window") for n in windows)
     return f"Measured while training, with {counts} a step. {_dense(runs[0])}"

@@ -100,9 +100,11 @@ def speeds_apart(outcomes: Iterable[Outcome]) -> str | None:
     """Say what makes seconds and tokens per second of these runs unlike; None where they compare.
 
     Other commits, devices or launches do, and steps so short that the host's launches may be what is timed: of one
-    window, on a GPU without CUDA graphs.
+    window, on a GPU without CUDA graphs. Rates of arms at their fastest micro-batch compare.
     """
     runs = list(outcomes)
+    if all(run.rate is not None for run in runs):
+        return None
     devices = (", ".join(run.result["hardware"]["gpus"]) or run.result["hardware"]["cpu"] for run in runs)
     found = {
         "commits": [str(run.result["commit"])[:10] for run in runs],

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ from openmoba.lab.data.identity import identity_in
 from openmoba.lab.measure.resample import Floats, Numbers
 from openmoba.lab.model.build import SIZES
 from openmoba.lab.run_files import RECIPE_FILE, RESULT_FILE
+from openmoba.lab.study.rates import Key, rate_of, read_rates
 from openmoba.lab.study.recipe import PlannedRun, Recipe
 from openmoba.lab.study.same_data import RunData, check_same_data, origin
 from openmoba.lab.train.history import evaluations, history, read_result
@@ -46,6 +48,7 @@ class Outcome:
 
     Attributes:
         trained: last step of a record -> mean training loss of the steps since the record before it.
+        rate: tokens per second of its arm at the fastest micro-batch, of which its seconds are; None: its own.
     """
 
     run: PlannedRun
@@ -53,6 +56,7 @@ class Outcome:
     result: Row
     evals: list[Row]
     trained: dict[int, float]
+    rate: float | None = None
 
     @property
     def final(self) -> Row:
@@ -106,13 +110,15 @@ class Outcome:
     @property
     def tokens_per_second(self) -> float:
         """Speed of training, over all devices; of records that do not hold it, the mean with what it takes to start."""
+        if self.rate is not None:
+            return self.rate
         speed = (self.result.get("speed") or {}).get("tokens_per_second")
         return float(speed or self.final["tokens"] / self.final["compute"]["accelerator_seconds"])
 
     @property
     def mfu(self) -> float | None:
         """Share of the data sheet's rate that training reached; None where it is not known."""
-        return (self.result.get("speed") or {}).get("mfu")
+        return None if self.rate is not None else (self.result.get("speed") or {}).get("mfu")
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
@@ -192,7 +198,30 @@ def read_outcomes(recipe: Recipe, study: Path) -> list[Outcome]:
     if not all(outcome.has_positions for outcome in outcomes):  # older records: ranges are compared by their means
         for outcome in outcomes:
             outcome.final["windows"].pop("positions", None)
-    return outcomes
+    return _at_rates(outcomes, read_rates(study))
+
+
+def unrated(outcomes: Sequence[Outcome], study: Path) -> list[str]:
+    """Name the runs for which the study's rates lack a row, so that none is used; nothing without rates."""
+    rates = read_rates(study)
+    return [run.run.name for run in outcomes if rates and _rate(run, rates) is None]
+
+
+def _at_rates(outcomes: list[Outcome], rates: dict[Key, float]) -> list[Outcome]:
+    """Give all runs the seconds that their tokens take at these rates, if there is one for each."""
+    found = [_rate(run, rates) for run in outcomes]
+    return [
+        replace(run, rate=rate, evals=[_retimed(row, rate) for row in run.evals]) if rate and all(found) else run
+        for run, rate in zip(outcomes, found, strict=True)
+    ]
+
+
+def _rate(run: Outcome, rates: dict[Key, float]) -> float | None:
+    return rate_of(run.config, run.result["hardware"]["gpus"], rates)
+
+
+def _retimed(row: Row, rate: float) -> Row:
+    return row | {"compute": row["compute"] | {"accelerator_seconds": row["tokens"] / rate}}
 
 
 def _check_planned(run: PlannedRun, config: RunConfig, study: Path) -> None:

@@ -20,7 +20,8 @@ from openmoba.lab.study.charts import Chart, describe_arms, draw_charts, law_axe
 from openmoba.lab.study.compare import behind, seed_noise, speeds_apart
 from openmoba.lab.study.groups import by, moba_settings, of_kind, of_stage, references
 from openmoba.lab.study.laws import LEAST_SIZES, Versus, comparable, fit, residual, slope_difference
-from openmoba.lab.study.outcomes import Named, Outcome, read_outcomes
+from openmoba.lab.study.outcomes import Named, Outcome, read_outcomes, unrated
+from openmoba.lab.study.rates import RATES_FILE
 from openmoba.lab.study.recipe import Recipe, Stage
 from openmoba.lab.study.tables import BOLD, comparisons, contexts
 from openmoba.lab.study.words import LOSSES, bounds, inside, size_name, so_far
@@ -105,6 +106,10 @@ def _report(
     diverged = [run.name for run in recipe.runs if (study / run.name / FAILED_FILE).exists()]
     if diverged:
         yield f"\n**Diverged**, and so without a loss here: {', '.join(diverged)}."
+    if outcomes[0].rate:
+        yield f"\nSeconds and tokens/s are of arms at their fastest micro-batch: [{RATES_FILE}]({RATES_FILE})."
+    elif lacking := unrated(outcomes, study):
+        yield f"\nSeconds and tokens/s are the runs' own, since {RATES_FILE} has no row for {', '.join(lacking)}."
     yield ""
     yield from _scale(recipe, outcomes)
     for stage in recipe.stages:
