@@ -26,7 +26,7 @@ from openmoba.lab.study.report import write_report
 from openmoba.lab.study.results import headlines
 from openmoba.lab.study.settings import settings_table
 from openmoba.lab.study.studies import read_studies
-from openmoba.lab.study.words import inside, listed, spent
+from openmoba.lab.study.words import inside, listed, place_before, spent
 from openmoba.lab.study.work import run_study
 
 KEYS = (
@@ -122,7 +122,11 @@ def test_an_arm_with_key_convolution_is_compared_with_full_attention_that_has_it
     monkeypatch.setattr(settings, "BUDGETS", (0.5,))
     table = settings_table(read_studies([tmp_path / "list"]), tmp_path)
     row = next(line for line in table.splitlines() if line.startswith("| 1,024 | 50% | last-keys: "))
-    assert re.match(r"[+-]\d\.\d\d \[", row.split(" | ")[4]), "against full attention with its key convolution"
+    found = re.match(r"([+-]\d\.\d\d) \[([+-]\d\.\d\d), ([+-]\d\.\d\d)\]$", row.split(" | ")[4])
+    assert found, "against full attention with its key convolution"
+    share, low, high = map(float, found.groups())
+    where = place_before(share / 100, resolved=low > 0 or high < 0)
+    assert f" and {where} that of full attention with its key convolution; it trains " in table
 
 
 def test_an_arm_whose_fair_reference_has_no_run_is_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -350,9 +350,9 @@ def test_results_follow_the_records_of_studies(tmp_path: Path) -> None:
     assert "With 3 of 16 layers full (19%; last-3): +0.0" in page
     assert table("settings").startswith(
         "At 1,024 tokens, the lowest loss first:\n\n"
-        "- **last-3** reads 42% of the keys; its loss at the last positions is within noise of full attention's, and "
-        "it trains 1.0 times as fast.\n"
-        "- **last-1** reads 33% of the keys; its loss at the last positions is 2.4% above full attention's, and it "
+        "- **last-3** reads 42% of the keys; its loss at the last positions is within noise of full attention's; it "
+        "trains 1.0 times as fast.\n"
+        "- **last-1** reads 33% of the keys; its loss at the last positions is 2.4% above full attention's; it "
     )
     rows = [line.split(" | ") for line in table("settings").splitlines() if line.startswith("| ") and line[2].isdigit()]
     assert [row[0] for row in rows] == sorted((row[0] for row in rows), key=lambda cell: int(cell[2:].replace(",", "")))

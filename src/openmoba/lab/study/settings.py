@@ -73,6 +73,13 @@ class _Setting:
     def percent(self) -> float:
         return 100 * self.against.mean / self.loss
 
+    @property
+    def fair(self) -> tuple[Difference | None, float]:
+        """Difference from full attention with the arm's key convolution, and the latter's loss; None without one."""
+        full = fair_full(self.own, self.runs)
+        found = difference(self.own, full, self.number, seed_noise(self.runs, self.number))
+        return found, 0.0 if found is None else paired_loss(full, self.own, self.number)
+
 
 def _largest_models(studies: Sequence[Study]) -> list[list[tuple[Study, list[Outcome]]]]:
     """Find for each length the largest models that several settings were compared on, those with most arms first.
@@ -132,10 +139,16 @@ def _in_words(settings: Sequence[_Setting]) -> list[str]:
     for best in sorted(settings, key=lambda best: best.percent):
         speedup = times_as_fast(best.own, best.full)
         where = place_before(best.percent / 100, best.against.resolved)
-        trains = "" if speedup is None else f", and it trains {speedup:.1f} times as fast"
+        fair, loss = best.fair
+        beside = (
+            f" and {place_before(fair.mean / loss, fair.resolved)} that of full attention with its key convolution"
+            if fair
+            else ""
+        )
+        trains = "" if speedup is None else f"; it trains {speedup:.1f} times as fast"
         lines.append(
             f"- **{best.own[0].label}** reads {best.key_share:.0%} of the keys; its loss at the last positions is "
-            f"{where} full attention's{trains}."
+            f"{where} full attention's{beside}{trains}."
         )
     return [*lines, ""]
 
@@ -152,8 +165,7 @@ def _cells(budget: float, best: _Setting, alike: Sequence[str], page: Path) -> l
 
 def _in_percent_of_fair(best: _Setting) -> str:
     """Write the difference from full attention with the arm's key convolution; "" for an arm without."""
-    own, fair = best.own, fair_full(best.own, best.runs)
-    found = difference(own, fair, best.number, seed_noise(best.runs, best.number))
-    if found is None and own[0].config.arm.key_conv is not None and own[0].config.arm.kind is not FULL:
+    arm, (found, loss) = best.own[0].config.arm, best.fair
+    if found is None and arm.key_conv is not None and arm.kind is not FULL:
         return "not known yet: it has no run"
-    return "" if found is None else in_percent(found, paired_loss(fair, own, best.number), sign="")
+    return "" if found is None else in_percent(found, loss, sign="")
