@@ -69,15 +69,21 @@ def test_chunked_loss_and_gradients_equal_dense_cross_entropy(biased: bool) -> N
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_under_autocast_products_are_bf16_and_sums_fp32() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_products_are_bf16_and_sums_fp32(dtype: torch.dtype) -> None:
     hidden, weight, _, labels = batch()
+    hidden = hidden.detach().to(dtype).requires_grad_()
     count = (labels != IGNORED).sum()
-    expected = dense_loss(hidden.bfloat16().float(), weight.bfloat16().float(), None, labels).sum() / count
+    logits = torch.nn.functional.linear(hidden.bfloat16(), weight.bfloat16()).float()
+    expected = torch.nn.functional.cross_entropy(logits.mT, labels, ignore_index=IGNORED, reduction="none")
     with torch.autocast("cpu", torch.bfloat16):
         found = linear_loss(hidden, weight, None, labels, count)
+        each = linear_loss(hidden, weight, None, labels)
     found.backward()
-    assert found.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=2e-3, atol=0)
+    assert found.dtype == each.dtype == weight.grad.dtype == torch.float32
+    assert hidden.grad.dtype == dtype
+    torch.testing.assert_close(found, expected.sum() / count)
+    torch.testing.assert_close(each, expected)
 
 
 def test_no_chunk_holds_the_logits_of_all_positions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,16 +102,32 @@ def test_no_chunk_holds_the_logits_of_all_positions(monkeypatch: pytest.MonkeyPa
     assert largest == 64
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "granite"])
-def test_attached_loss_is_that_of_the_models_own_logits(family: str) -> None:
-    overrides = {"logits_scaling": 3.0} if family == "granite" else {}
+@pytest.mark.parametrize(
+    ("family", "overrides", "linear"),
+    [
+        ("llama", {}, True),
+        ("phi", {}, True),  # with a bias
+        ("gpt2", {}, True),  # with dropout
+        ("granite", {"logits_scaling": 1.02}, False),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, False),
+    ],
+)
+def test_attached_loss_is_that_of_the_models_own_logits(family: str, overrides: dict[str, Any], linear: bool) -> None:
     model = build_model(ModelConfig(family, "nano", overrides), 100, 32, 0)
-    assert has_linear_head(model) == (family != "granite")
+    if (bias := model.get_output_embeddings().bias) is not None:
+        torch.nn.init.normal_(bias, generator=torch.Generator().manual_seed(1))
+    for training in (True, False):
+        assert has_linear_head(model.train(training)) == linear
+        assert model.training == training
     ids = torch.randint(100, (2, 33), generator=torch.Generator().manual_seed(0))
-    expected = torch.nn.functional.cross_entropy(model(ids[:, :-1]).logits.mT, ids[:, 1:], reduction="none")
+    labels = ids[:, 1:].clone()
+    labels[0, ::3] = IGNORED
+    expected = torch.nn.functional.cross_entropy(
+        model(ids[:, :-1]).logits.mT, labels, ignore_index=IGNORED, reduction="none"
+    )
     attach_loss(model)
-    torch.testing.assert_close(model(ids[:, :-1], ids[:, 1:]), expected)
-    torch.testing.assert_close(model(ids[:, :-1], ids[:, 1:], torch.tensor(64)), expected.mean())
+    torch.testing.assert_close(model(ids[:, :-1], labels), expected)
+    torch.testing.assert_close(model(ids[:, :-1], labels, torch.tensor(40)), expected.sum() / 40)
 
 
 def windows_of(lengths: list[int], length: int) -> Windows:
@@ -206,6 +228,13 @@ def test_a_context_cut_short_leaves_the_same_tokens_with_fewer_before_them() -> 
     assert row["context_loss"][1]["interval"] is not None
     assert "context_loss" not in measure(losses, windows, config, torch.device("cpu"), each_window=False)
     assert "context_loss" not in measure(losses, numbered([9], 16), config, torch.device("cpu"))
+
+
+def test_the_loss_of_a_context_is_that_of_labels_alone() -> None:
+    windows, written = numbered([17], 16), np.arange(17) != 15
+    windows = replace(windows, store=replace(windows.store, written=written))
+    found = context_losses(lambda _, labels: labels.clamp(min=0), windows, (8,), 4, 1, torch.device("cpu"))
+    assert found[8].mean == (13 + 14 + 16) / 3
 
 
 def test_no_graph_is_made_for_a_context() -> None:

@@ -106,17 +106,22 @@ def linear_loss(
 
 
 def has_linear_head(model: Any) -> bool:
-    """Tell whether the logits are the output embedding of the last hidden state, neither scaled nor capped."""
+    """Tell whether the logits are the output embedding of the last hidden state, neither scaled nor capped.
+
+    Those of a new model are too small for a cap to show, so they are looked at a thousand times as large.
+    """
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear):
         return False
     ids = torch.arange(4, device=head.weight.device)[None]
     training = model.training
     model.eval()
+    larger = head.register_forward_hook(lambda _, __, logits: 1000 * logits)
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         found = head(hidden)
+    larger.remove()
     model.train(training)
     return torch.allclose(expected.float(), found.float(), rtol=1e-3, atol=1e-3 * float(found.abs().max()))
 
