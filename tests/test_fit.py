@@ -115,6 +115,19 @@ def test_the_ratio_of_two_laws_is_surer_than_either_and_narrowest_among_the_poin
     assert second.a.high - second.a.low > 5 * (high[0] - low[0])
 
 
+def test_the_ratio_of_two_laws_is_that_of_their_values():
+    flat, steep = (np.repeat((2.0 * COMPUTE**b)[:, None], 2, axis=1) for b in (-0.05, -0.1))
+    first, second = fit_arms([COMPUTE, COMPUTE], [flat, steep], np.arange(2))
+    for end in first.ratio(second, [0.5, 4.0]):
+        np.testing.assert_allclose(end, np.array([0.5, 4.0]) ** 0.05, rtol=1e-6)
+
+
+def test_every_draw_of_runs_determines_the_laws_of_all_arms():
+    windows = np.array([[3.0, 3.1], [2.9, 3.0], [2.0, 2.1]])
+    for fit in fit_arms([[1.0, 2.0, 4.0], [1.0, 1.0, 4.0]], [windows, windows], np.arange(2)):
+        assert np.abs(fit.replicates[:, 1]).max() < 2
+
+
 def test_arms_share_their_draws_whatever_their_compute():
     windows = synthetic_windows(np.random.default_rng(8), 2.6, -0.08, run_noise=0.01, window_noise=0.05)
     first, second = fit_arms([COMPUTE, 3 * COMPUTE], [windows, windows], np.arange(windows.shape[1]))
@@ -172,6 +185,7 @@ def test_two_runs_of_two_sizes_are_enough():
     [
         ([1.0, 1.0], [2.0, 2.1], "two different amounts of compute"),
         ([1.0, 0.0], [2.0, 2.1], "compute"),
+        ([1.0, float("inf")], [2.0, 2.1], "compute"),
         ([1.0, 2.0], [2.0, float("nan")], "loss"),
     ],
 )

@@ -151,6 +151,7 @@ def test_equal_arms_and_disagreeing_seeds_stay_unresolved():
     difficulty = rng.normal(2.0, 0.5, 60)
     one, two = (difficulty + rng.normal(0, 0.05, 60) for _ in range(2))
     assert not paired_difference([one], [two], np.arange(60)).resolved
+    assert not paired_difference([one], [one], np.arange(60)).resolved
     firsts, seconds = [difficulty + 0.10, difficulty - 0.01], [difficulty, difficulty]
     noise = SeedNoise.of([[loss.mean() for loss in losses] for losses in (firsts, seconds)])
     disagreeing = paired_difference(firsts, seconds, np.arange(60), noise)
@@ -159,9 +160,11 @@ def test_equal_arms_and_disagreeing_seeds_stay_unresolved():
 
 
 def test_windows_without_the_loss_are_left_out():
-    found = paired_difference([[3.0, np.nan, 5.0]], [[1.0, np.nan, 1.0]], [0, 0, 1])
-    assert found.mean == 3.0
+    nan = np.nan
+    found = paired_difference([[3.0, nan, 5.0], [4.0, 1.0, 8.0]], [[1.0, nan, 1.0], [1.0, 0.0, 1.0]], [0, 0, 1])
+    assert (found.mean, found.per_seed) == (4.0, (3.0, 5.0))
     assert found.interval is not None
-    assert [found.interval.low, found.interval.high] == pytest.approx([3 - TWO, 3 + TWO], rel=1e-4)
-    single = paired_difference([[3.0, np.nan]], [[1.0, np.nan]], [0, 1])
+    apart = 1.5 * TWO
+    assert [found.interval.low, found.interval.high] == pytest.approx([4 - apart, 4 + apart], rel=1e-4)
+    single = paired_difference([[3.0, nan]], [[1.0, nan]], [0, 1])
     assert (single.mean, single.interval, single.resolved) == (2.0, None, False)

@@ -32,9 +32,9 @@ LEVEL = 0.95
 
 
 def ends(samples_R: ArrayLike) -> Floats:
-    """Return the two ends of the interval of replicates, along their first axis; those without a value are left out."""
+    """Return the two ends of the interval of replicates, along their first axis."""
     tail = (1 - LEVEL) / 2
-    return np.asarray(np.nanquantile(np.asarray(samples_R, dtype=np.float64), [tail, 1 - tail], axis=0))
+    return np.asarray(np.quantile(np.asarray(samples_R, dtype=np.float64), [tail, 1 - tail], axis=0))
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Interval:
 
     @classmethod
     def of(cls, samples_R: ArrayLike) -> Interval:
-        """Return the interval of replicates; those without a value, NaN, are left out."""
+        """Return the interval of replicates."""
         low, high = ends(samples_R)
         return cls(float(low), float(high))
 
@@ -72,11 +72,11 @@ class SeedNoise:
     @classmethod
     def of(cls, arms: Iterable[Sequence[float]]) -> SeedNoise | None:
         """Estimate the noise from the losses of each arm's seeds; None where no arm has two."""
-        several = [np.asarray(losses, dtype=np.float64) for losses in arms if len(losses) > 1]
-        freedom = sum(len(losses) - 1 for losses in several)
+        by_arm = [np.asarray(losses, dtype=np.float64) for losses in arms]
+        freedom = sum(len(losses) - 1 for losses in by_arm)
         if not freedom:
             return None
-        squares = sum(float(((losses - losses.mean()) ** 2).sum()) for losses in several)
+        squares = sum(float(((losses - losses.mean()) ** 2).sum()) for losses in by_arm)
         return cls(float(np.sqrt(squares / freedom)), freedom)
 
     def smallest_difference(self, seeds: int) -> float:

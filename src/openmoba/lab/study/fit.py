@@ -185,12 +185,13 @@ def _bisected_lines(x_N: Floats, y_RN: Floats, count_RN: Floats) -> Floats:
 def _intercepts(rest_RN: Floats, count_RN: Floats) -> Floats:
     """Return the values of least Huber loss with threshold 1 from `rest_RN`, [R].
 
-    The derivative of the loss is linear between the knots `rest - 1` and `rest + 1`, and changes sign once.
+    The derivative of the loss is linear between the knots `rest - 1` and `rest + 1`, and changes sign once, after the
+    first of them.
     """
     knot_RK = np.sort(np.concatenate([rest_RN - 1, rest_RN + 1], axis=1), axis=1)
     pull_RK = np.einsum("rn,rkn->rk", count_RN, np.clip(rest_RN[:, None] - knot_RK[:, :, None], -1, 1))
     row = np.arange(len(rest_RN))
-    after = np.maximum((pull_RK <= 0).argmax(axis=1), 1)
+    after = (pull_RK <= 0).argmax(axis=1)
     knot_R, pull_R = knot_RK[row, after - 1], pull_RK[row, after - 1]
     next_R, next_pull_R = knot_RK[row, after], pull_RK[row, after]
     return np.asarray(knot_R + (next_R - knot_R) * pull_R / (pull_R - next_pull_R))
