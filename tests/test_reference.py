@@ -8,6 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from openmoba import moba_attention, moba_select
 from openmoba.ops.reference import (
+    _power_of_two,
     attention_mask,
     attention_over,
     block_centroids,
@@ -43,6 +44,15 @@ def test_six_tokens_by_hand():
     row_5 = (0 * e(1) + 1 * e(3) + 4 + 5) / (e(1) + e(3) + 2)
     expected = torch.tensor([0.0, 0.5, 1.0, 1.5, row_4, row_5], dtype=torch.float64)
     torch.testing.assert_close(out, expected)
+
+
+def test_any_finite_score_is_one():
+    assert choose_blocks(torch.tensor([-3e38, -math.inf, 1.0]).view(1, 1, 1, 3), 4).tolist() == [[[[2, 0, -1]]]]
+
+
+def test_scales_of_centroids_are_normal_powers_of_two():
+    x = torch.tensor([0.0, 1e-42, 0.75, 1.0, 3e38])
+    assert _power_of_two(x).tolist() == [1.0, 2.0**127, 2.0, 1.0, 2.0**-126]
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 7, 8, 23])

@@ -153,9 +153,8 @@ def reference_merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     weight_NBTH = (lse_NBTH.masked_fill(none_NBTH, 0) - top_BTH).exp().masked_fill(none_NBTH, 0)
     total_BTH = weight_NBTH.sum(0).masked_fill(nowhere_BTH, 1)
     lse_BTH = (top_BTH + total_BTH.log()).masked_fill(nowhere_BTH, -math.inf)
-    wide = torch.promote_types(outs[0].dtype, lses[0].dtype)
     weighted = [
-        weight[..., None] * out.to(wide).masked_fill(none[..., None], 0)  # over no key it may be NaN
+        weight[..., None] * out.masked_fill(none[..., None], 0)  # over no key it may be NaN
         for weight, none, out in zip(weight_NBTH, none_NBTH, outs, strict=True)
     ]
     out_BTHD = torch.stack(weighted).sum(0) / total_BTH[..., None]

@@ -40,7 +40,7 @@ class Sequence(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Sequences that follow one another, and a range of key/value heads."""
+    """Sequences that follow one another, and a range of key/value heads, which may end behind the last one."""
 
     sequences: list[Sequence]
     heads: slice
@@ -90,7 +90,7 @@ def parts(sequences: Iterable[Sequence], kv_heads: int, partials_per_query: int,
     for together in _together(sequences, limit, partials_per_query, block_size):
         heads_at_once = max(1, limit // sum(sequence.queries for sequence in together))
         for head in range(0, kv_heads, heads_at_once):
-            yield Part(together, slice(head, min(head + heads_at_once, kv_heads)))
+            yield Part(together, slice(head, head + heads_at_once))
 
 
 def tiled(part: Part, selected_JTGK: Tensor, block_size: int) -> Tiling:
@@ -111,11 +111,10 @@ def tiled(part: Part, selected_JTGK: Tensor, block_size: int) -> Tiling:
 
 
 def sequences_of(cu_q: list[int], cu_k: list[int]) -> list[Sequence]:
-    """List the sequences between packed boundaries, those without queries left out."""
+    """List the sequences between packed boundaries."""
     return [
         Sequence(q_start, q_end - q_start, k_start, k_end - k_start)
         for (q_start, q_end), (k_start, k_end) in zip(pairwise(cu_q), pairwise(cu_k), strict=True)
-        if q_end > q_start
     ]
 
 
@@ -138,7 +137,7 @@ def _together(
 
 
 def _ranges(sequence: Sequence, limit: int, block_size: int) -> Iterator[Sequence]:
-    """Cut a sequence into ranges of about `limit` queries that end at block boundaries."""
+    """Cut a sequence into ranges of about `limit` queries that end at block boundaries; none without queries."""
     q_start, queries, k_start, keys = sequence
     offset = keys - queries
     start = 0
