@@ -11,11 +11,12 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from openmoba.lab.config import DataConfig
+from openmoba.lab.config import DataConfig, RunConfig, TrainConfig
 from openmoba.lab.data.chat import encode_chat
 from openmoba.lab.data.corpus import open_corpus
 from openmoba.lab.data.load import Data, load_data
 from openmoba.lab.data.tokenizer import byte_tokenizer
+from openmoba.lab.train.check import check_labels
 
 USER = {"role": "user", "content": "hi"}
 ASSISTANT = {"role": "assistant", "content": "hello"}
@@ -108,6 +109,29 @@ def test_an_assistant_may_begin() -> None:
     end = byte_tokenizer().eos_token
     assert taught(byte_tokenizer(), [ASSISTANT]) == f"hello{end}\n"
     assert taught(byte_tokenizer(), [ASSISTANT, USER, ASSISTANT]) == f"hello{end}\n" * 2
+
+
+def test_a_mask_of_the_loss_that_leaves_a_conversation_nothing_is_refused(tmp_path: Path) -> None:
+    source = chats(tmp_path / "a.jsonl", *([USER, {**ASSISTANT, "content": f"hello {n}"}] for n in range(6)))
+    data = load(source, tmp_path)
+    check_labels(RunConfig(train=TrainConfig(loss_tokens=64)), data)
+    with pytest.raises(ValueError, match=r"train\.loss_tokens=4: 3 of 3 training windows have none of the assistant's"):
+        check_labels(RunConfig(train=TrainConfig(loss_tokens=4)), data)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last or m.role == 'user' }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}",
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[model]{% endif %}",
+    ],
+    ids=["earlier answers", "the mark of an answer"],
+)
+def test_a_template_that_rewrites_what_was_there_is_refused(template: str) -> None:
+    with pytest.raises(ValueError, match="rewrites earlier turns"):
+        encode_chat(tokenizer_with(template), [USER, ASSISTANT, USER, ASSISTANT])
 
 
 def test_an_assistant_that_begins_is_refused_where_its_turn_has_no_mark(tmp_path: Path) -> None:

@@ -76,6 +76,13 @@ def test_parameters_are_counted_with_and_without_embeddings() -> None:
         assert (shape.vocab, shape.layers, shape.heads, shape.head_dim) == (320, 2, 2, 32)
 
 
+@pytest.mark.parametrize(("family", "overrides", "width"), [("qwen3", {"head_dim": 16}, 16), ("gpt2", {}, 32)])
+def test_heads_are_as_wide_as_the_model_says(family: str, overrides: dict[str, int], width: int) -> None:
+    with torch.device("meta"):
+        model = build_model(ModelConfig(family, "nano", {**overrides}), 300, 32, 0)
+    assert Shape.of(model, 32).head_dim == width
+
+
 def test_published_sizes_have_the_published_parameter_counts() -> None:
     for name, billions in (("545m", 0.545), ("822m", 0.822), ("1.1b", 1.1), ("1.5b", 1.5), ("2.1b", 2.1)):
         size = SIZES[name]
@@ -86,6 +93,7 @@ def test_published_sizes_have_the_published_parameter_counts() -> None:
 
 def test_compute_by_hand_in_all_conventions() -> None:
     """2 steps of 5 windows of 32 tokens: 320 tokens."""
+    assert PFLOPS_DAY == 1e15 * 24 * 3600
     row = training_compute(SHAPE, ArmConfig("full"), 2, 4, 5, seconds=7.0)
     assert row["6nd"] * PFLOPS_DAY == pytest.approx(6 * 1000 * 320)
     # per token and layer: 4*2*4*32 for scores and their sum of values, 3*2*32 for the softmax
@@ -93,6 +101,10 @@ def test_compute_by_hand_in_all_conventions() -> None:
     # per window and layer: 2 heads * 528 pairs * 4*4 operations, three times with the backward pass
     assert row["causal_exact"] * PFLOPS_DAY == pytest.approx(3 * 320 * (2000 + 160) + 10 * 3 * 3 * 2 * 528 * 16)
     assert row["accelerator_seconds"] == 7.0
+    # Of 8 blocks: 10 pairs within each, 4 * 4 more in all but the first, and a choice among 2 to 7 centroids, of which
+    # no gradient is made.
+    pairs, scores = 8 * 10 + 7 * 16, 4 * (2 + 3 + 4 + 5 + 6 + 7)
+    assert attention_flops(SHAPE, MobaConfig(4, 2)) == 3 * 2 * (pairs * 3 * 16 + scores * 8)
 
 
 def test_arms_differ_in_exact_compute_alone() -> None:

@@ -102,6 +102,18 @@ def test_separate_validation_documents_are_taken_out_of_training(tmp_path: Path)
     data = load(tmp_path, folder_of(tmp_path / "texts", texts), valid=str(valid))
     named = [{t.split()[1] for t in texts_of(data, part) if t.startswith("document")} for part in ("train", "valid")]
     assert named == [{"0", "1", "4", "5"}, {"2", "3"}]
+    with pytest.raises(ValueError, match=r"every document of data\.source=\S+ is one of data\.valid=.* none is left"):
+        load(tmp_path, valid, valid=str(tmp_path / "texts"))
+
+
+def test_a_tokenizer_is_made_of_the_training_documents_alone(tmp_path: Path) -> None:
+    texts = [f"{word * 3} " * 40 for word in ("lemon", "river", "stone", "cloud", "tiger", "whale", "piano", "amber")]
+    source = folder_of(tmp_path / "texts", texts)
+    for every in (2, 4):  # in one cache
+        data = load(tmp_path, source, tokenizer="bpe", vocab_size=290, hold_out=every, length=8)
+        own = [texts[number] for number in np.unique(data.train.documents)]
+        assert len(own) == 8 - 8 // every
+        assert data.tokenizer.get_vocab() == train_bpe(own, 290).get_vocab()
 
 
 def test_text_json_lines_parquet_and_folders_give_the_same_documents(tmp_path: Path) -> None:
@@ -234,6 +246,9 @@ def test_conversations_become_padded_windows_with_a_loss_mask(tmp_path: Path) ->
     assert window["input_ids"].shape == window["labels"].shape == (64,)
     assert "4" in data.tokenizer.decode(window["labels"][taught])
     assert "user" not in data.tokenizer.decode(window["labels"][taught])
+    short = data.train[int(np.flatnonzero(~data.train.full)[0])]
+    assert short["input_ids"][-1] == 0
+    assert short["labels"][-1] == IGNORED
     assert all((data.train[i]["labels"] != IGNORED).any() for i in range(len(data.train)))
     assert not data.train.full.all()
 
@@ -246,8 +261,8 @@ def test_validation_windows_are_spread_over_all_documents(tmp_path: Path) -> Non
         data.valid.starts[(len(data.valid) - 1) // 2],
         data.valid.starts[-1],
     ]
-    with pytest.raises(ValueError, match=r"eval\.windows=999, but the validation documents hold \d+ windows"):
-        validation_windows(data.valid, 999)
+    with pytest.raises(ValueError, match=r"eval\.windows=\d+, but the validation documents hold \d+ windows"):
+        validation_windows(data.valid, len(data.valid) + 1)
 
 
 def test_bad_corpora_name_the_way_out(tmp_path: Path) -> None:

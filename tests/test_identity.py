@@ -120,6 +120,9 @@ def test_a_run_is_not_measured_on_another_split_of_its_documents(config: RunConf
     with pytest.raises(ValueError, match=r"trained with data\.valid=.*held, so data\.hold_out=4 would measure it on"):
         evaluate_source(str(tmp_path / "named"), config.data)
     assert evaluate_source(str(tmp_path / "run"), replace(named.data, length=16))["lm_loss"] > 0
+    write_texts(tmp_path / "held", 4)
+    with pytest.raises(ValueError, match="named were others: validation documents"):
+        evaluate_source(str(tmp_path / "named"))
 
 
 def test_a_run_that_starts_from_another_keeps_its_split(config: RunConfig, tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ from openmoba import MobaConfig  # noqa: E402
 from openmoba.cli import main  # noqa: E402
 from openmoba.hf import configure  # noqa: E402
 from openmoba.lab.config import DataConfig, RunConfig, TrainConfig, to_dict  # noqa: E402
+from openmoba.lab.data.store import TokenStore  # noqa: E402
 from openmoba.lab.data.tokenizer import byte_tokenizer  # noqa: E402
+from openmoba.lab.data.windows import Windows  # noqa: E402
 from openmoba.lab.measure import needle, needle_page  # noqa: E402
 from openmoba.lab.measure.commands import Needle  # noqa: E402
 from openmoba.lab.measure.needle import Grid, Search, hide, measure_needles, models_in  # noqa: E402
@@ -85,7 +87,8 @@ def make_run(model: Path, folder: Path, steps: int = 1, **config: Any) -> Path:
 def test_the_needle_lies_at_its_depth_or_nowhere() -> None:
     """It lies `depth` of the way into what is left of the document; the length stays."""
     tokenizer = byte_tokenizer()
-    document = torch.tensor(tokenizer("x" * 300)["input_ids"])
+    words = "".join(chr(97 + i % 26) for i in range(300))
+    document = torch.tensor(tokenizer(words)["input_ids"])
     for depth in DEPTHS:
         example, answer = hide(tokenizer, document, depth, np.random.default_rng(3))
         text = tokenizer.decode(example)
@@ -93,14 +96,30 @@ def test_the_needle_lies_at_its_depth_or_nowhere() -> None:
         hidden = f"{question}{number}.\n"
         room = 300 - len(hidden) - len(question) - len(number)
         if depth is None:
-            assert text == "x" * (room + len(hidden)) + question + number
+            assert text == words[: room + len(hidden)] + question + number
         else:
             before = round(depth * room)
-            assert text == "x" * before + hidden + "x" * (room - before) + question + number
+            assert text == words[:before] + hidden + words[before:room] + question + number
         assert len(number.strip()) == 5
         assert number.strip().isdecimal()
     with pytest.raises(ValueError, match="no room"):
-        hide(tokenizer, document[:60], 0.5, np.random.default_rng(3))
+        hide(tokenizer, document[: 300 - room], 0.5, np.random.default_rng(3))
+
+
+def test_all_depths_of_a_length_have_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, starts = byte_tokenizer(), np.array([0, 300])
+    store = TokenStore(np.arange(1000, dtype=np.uint16) % 250, np.array([0, 1000]), None)
+    asked: list[tuple[int, ...]] = []
+    depths = (0.0, 0.5, None)
+
+    def scores(_: Any, examples: list[tuple[torch.Tensor, int]]) -> list[tuple[bool, float]]:
+        asked.extend(tuple(row[-answer:].tolist()) for row, answer in examples)
+        return [(True, 0.0)] * len(examples)
+
+    monkeypatch.setattr(needle, "_scores", scores)
+    needle._grid(None, tokenizer, Windows(store, starts, starts + 300, 299), depths, [0, 299], 600)
+    assert asked[:2] == asked[2:4] == asked[4:]
+    assert asked[0] != asked[1]
 
 
 def test_a_model_that_repeats_what_followed_the_same_words_answers() -> None:
@@ -124,8 +143,8 @@ def test_a_model_that_repeats_what_followed_the_same_words_answers() -> None:
     example, answer = hide(tokenizer, document, 0.3, np.random.default_rng(0))
     wrong = example.clone()
     wrong[-1] = tokenizer("!")["input_ids"][0]
-    (right, loss), (last_two, loss_of_two), (missed, loss_of_wrong) = needle._scores(
-        Induction(), [(example, answer), (example, 2), (wrong, answer)]
+    (last_two, loss_of_two), (right, loss), (missed, loss_of_wrong) = needle._scores(
+        Induction(), [(example, 2), (example, answer), (wrong, answer)]
     )
     assert right
     assert last_two
