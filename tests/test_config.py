@@ -85,6 +85,12 @@ def test_other_full_layers_are_refused(said: Any) -> None:
         MobaConfig(4, 2, said)
 
 
+@pytest.mark.parametrize("outside", [-1, 8])
+def test_indices_of_no_layer_are_refused(outside: int) -> None:
+    with pytest.raises(ValueError, match=rf"full_layers \[{outside}\] are not layers of a model with layers 0\.\.7"):
+        MobaConfig(4, 2, (0, outside, 7)).full_layer_indices(8)
+
+
 @pytest.mark.parametrize("said", [9, "first:9", "spread:9", "spread:1000000000000", "first:1000000000000"])
 def test_more_full_layers_than_layers_are_refused(said: Any) -> None:
     with pytest.raises(ValueError, match="exceeds the model's 8 layers; use full_layers=8 for full attention"):

@@ -55,6 +55,22 @@ def same_sequence(map_BS: Tensor, where: Layout) -> Tensor:
     return out
 
 
+@pytest.mark.parametrize(
+    ("positions", "mask", "expected"),
+    [
+        ([9, 9, 0, 1, 2], [0, 0, 1, 1, 1], [0, 0, 1, 1, 1]),
+        ([0, 1, 0, 0, 9], [1, 1, 1, 1, 0], [1, 1, 2, 3, 0]),  # the third sequence is of one token
+        ([0, 1, 9, 2, 0], [1, 1, 0, 1, 1], [1, 1, 0, 1, 2]),
+    ],
+)
+def test_positions_say_where_sequences_are_between_padding(
+    positions: list[int], mask: list[int], expected: list[int]
+) -> None:
+    rows = find_layout._rows(torch.tensor([positions]), torch.tensor([mask]), None, False, rotary=True)
+    assert rows is not None
+    assert rows.flatten().tolist() == expected
+
+
 def test_visible_keys(case: tuple[Tensor, Layout]) -> None:
     map_BS, where = case
     assert where.visible_keys()[:, 0].equal(same_sequence(map_BS, where))

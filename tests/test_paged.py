@@ -139,6 +139,8 @@ def wrong(name: str, change: Callable[[Tensor], Tensor], message: str) -> Any:
         wrong("block_table", lambda x: x.long(), "block_table must be int32"),
         wrong("block_table", lambda x: x[:, :4], "sequence 0 has 24 tokens in a cache with room for 16 of it"),
         wrong("block_table", lambda x: x + 200, "block_table names pages .* of sequence 0; there are 200"),
+        wrong("block_table", lambda x: x - 1000, "block_table names pages .* of sequence 0; there are 200"),
+        wrong("cu_seqlens_q", lambda x: x.new_tensor([0, 4, 3]), "sequence 1 has .*, -1 of them new"),
         wrong("lengths", lambda x: x[:1], r"lengths must be int32 \[2\]"),
         wrong("lengths", lambda x: x * 0, "sequence 0 has 0 tokens .*, 4 of them new"),
         wrong("lengths", lambda x: x.tolist(), "lengths must be a torch.Tensor, got list"),

@@ -239,7 +239,7 @@ class Layout(NamedTuple):
         map_BS = self.map[:, 0, 0]
         # A sequence of the batch is a pair (row, number within the row); flattening keeps pairs in order.
         row_B1 = torch.arange(self.batch, device=map_BS.device)[:, None]
-        name_BS = (row_B1 * (map_BS.max() + 1) + map_BS).masked_fill(map_BS <= PADDING, -1)
+        name_BS = (row_B1 * map_BS.max() + map_BS).masked_fill(map_BS <= PADDING, -1)
         name_BT = name_BS.index_select(1, self._new_slots())
         key_N, query_N = ((name >= 0).flatten().nonzero()[:, 0] for name in (name_BS, name_BT))
         key_name_N, query_name_N = name_BS.flatten()[key_N], name_BT.flatten()[query_N]
