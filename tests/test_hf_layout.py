@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,22 @@ def test_positions_say_where_sequences_are_between_padding(
     rows = find_layout._rows(torch.tensor([positions]), torch.tensor([mask]), None, False, rotary=True)
     assert rows is not None
     assert rows.flatten().tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("sees", "causal"),
+    [
+        (lambda _, __, query, key: key <= query, True),
+        (lambda _, __, query, key: key < query + 2, False),
+        (lambda _, __, query, key: (key <= query) & (key > query - 3), False),
+        (lambda _, __, query, key: (key == 0) | (key == query), False),
+    ],
+    ids=["causal", "the next", "a window", "the first alone"],
+)
+def test_a_predicate_that_is_not_causal_is_refused(sees: Any, causal: bool) -> None:
+    refused = pytest.raises(ValueError, match="not causal over whole sequences")
+    with nullcontext() if causal else refused:
+        find_layout._refuse_uncausal(sees, 2, 6, "cpu")
 
 
 def test_visible_keys(case: tuple[Tensor, Layout]) -> None:

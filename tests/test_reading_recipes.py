@@ -36,6 +36,11 @@ from openmoba.lab.study.recipe import parse_recipe, read_recipe
             r"beside_arms: unknown 'last-9'; allowed are full, moba",
         ),
         ('after = "pretrain"', 'beside = "pretrain"', r"cannot be compared .* differ in train\.loss_tokens"),
+        (
+            "run = { train = { steps = 40, loss_tokens = 128 } }",
+            'beside = "pretrain"',
+            r"cannot be compared .* differ in what they go on from",
+        ),
         ('name = "finetune"', 'name = "pretrain"', r"two stages are called 'pretrain'"),
         ('chart = "scaling"', 'chart = "pie"', r"stages\.chart must be 'scaling' or 'layers' or 'compare' or"),
         ('size = "small"', 'size = "smol"', r"unknown model\.size 'smol'"),
@@ -107,11 +112,37 @@ def test_layers_of_a_model_from_outside_the_study_are_not_known() -> None:
     assert parse_recipe(outside.replace("[sizes]", "[run.model.overrides]\nnum_hidden_layers = 20\n[sizes]"), title="t")
 
 
+def test_chosen_runs_bring_all_that_they_go_on_from() -> None:
+    again = '[[stages]]\nname = "again"\nsizes = ["large"]\narms = ["last-1"]\nafter = "finetune"\n'
+    chosen = parse_recipe(RECIPE + again, title="t").chosen(["again/*"])
+    names = ["pretrain/large-moba-seed0", "finetune/large-last-1-seed0", "again/large-last-1-seed0"]
+    assert [run.name for run in chosen.runs] == names
+
+
+@pytest.mark.parametrize(
+    ("other", "arms", "sweep"),
+    [
+        ("learning_rate = 1e-3", ["full"], True),
+        ("learning_rate = 1e-3", ["full", "moba"], False),
+        ("", ["full"], False),
+    ],
+)
+def test_a_sweep_is_of_one_arm_at_several_rates(other: str, arms: list[str], sweep: bool) -> None:
+    text = f"""
+        sizes = {{ a = {{ }}, b = {{ train = {{ {other} }} }} }}
+        arms = {{ full = {{ name = "full" }}, moba = {{ name = "moba" }} }}
+        stages = [{{ name = "rates", sizes = ["a", "b"], arms = {arms} }}]
+    """
+    assert {run.sweep for run in parse_recipe(text, title="t").runs} == {sweep}
+
+
 def test_special_settings_win_over_general_ones(tmp_path: Path) -> None:
-    runs = {run.name: run.config(tmp_path) for run in parse_recipe(RECIPE, title="t", source="novels.parquet").runs}
+    stage = "loss_tokens = 128 }, arm = { block_size = 32, full_layers = 9 } }"
+    text = RECIPE.replace("loss_tokens = 128 } }", stage)
+    runs = {run.name: run.config(tmp_path) for run in parse_recipe(text, title="t", source="novels.parquet").runs}
     run = runs["finetune/large-last-2-seed1"]
     assert (run.train.steps, run.train.seed, run.train.loss_tokens) == (40, 1, 128)
-    assert (run.arm.name, run.arm.full_layers, run.arm.block_size) == ("hybrid", 2, 64)
+    assert (run.arm.name, run.arm.full_layers, run.arm.block_size) == ("hybrid", 2, 32)
     assert run.data.source == "novels.parquet"
     assert run.train.start_from == str(tmp_path / "pretrain/large-moba-seed1")
     assert runs["finetune/large-full-seed0"].train.start_from == str(tmp_path / "pretrain/large-full-seed0")
