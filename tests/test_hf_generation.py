@@ -34,6 +34,15 @@ SPARSE = MobaConfig(BLOCK, 2)
 HYBRID = MobaConfig(BLOCK, 2, full_layers=1)
 
 
+@torch.no_grad()
+def test_a_growing_layer_holds_every_token_however_often_it_grows() -> None:
+    layer, states = GrowingLayer(), torch.randn(1, 2, 150, 8)
+    for new in states.split(1, dim=2):
+        keys, values = layer.update(new, -new)
+    assert torch.equal(keys, states)
+    assert torch.equal(values, -states)
+
+
 @pytest.mark.parametrize("settings", [SPARSE, HYBRID, MobaConfig(BLOCK, 1), MobaConfig(1, 3)], ids=str)
 @pytest.mark.parametrize("kind", ["dynamic", "unnamed", "static"])
 @pytest.mark.parametrize(

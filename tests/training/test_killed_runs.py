@@ -21,7 +21,7 @@ from openmoba.lab.config import ModelConfig, RunConfig, to_dict
 from openmoba.lab.errors import Terminated
 from openmoba.lab.model.checkpoint import newest_checkpoint
 from openmoba.lab.train.clock import Clock
-from openmoba.lab.train.history import history
+from openmoba.lab.train.history import history, history_until
 from openmoba.lab.train.run import run_training
 from openmoba.lab.train.trainer import RunTrainer
 from openmoba.records import disk
@@ -161,9 +161,21 @@ def test_a_run_does_not_go_on_over_a_lost_record(short: RunConfig, cut: Path, ki
         run_training(short, cut)
 
 
-def test_a_record_twice_is_named(short: RunConfig, cut: Path) -> None:
-    disk.append(cut / "metrics.jsonl", disk.read(cut / "metrics.jsonl")[0])
-    with pytest.raises(ValueError, match=r"record of training of step 2 comes after that of step 4"):
+def test_the_last_step_has_a_record_wherever_the_others_are(short: RunConfig, cut: Path) -> None:
+    every_third = replace(short, train=replace(short.train, log_every=3, checkpoint_every=3))
+    rows = [{**row, "step": 3} if row["step"] == 2 else row for row in disk.read(cut / "metrics.jsonl")]
+    disk.keep(cut / "metrics.jsonl", rows)
+    assert history_until(cut, every_third, 4) == history(cut)
+    drop(cut, "train", 4)
+    with pytest.raises(ValueError, match="lacks the record of training of step 4"):
+        history_until(cut, every_third, 4)
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_record_twice_is_named(short: RunConfig, cut: Path, step: int) -> None:
+    rows = disk.read(cut / "metrics.jsonl")
+    disk.append(cut / "metrics.jsonl", next(row for row in rows if (row["kind"], row["step"]) == ("train", step)))
+    with pytest.raises(ValueError, match=rf"record of training of step {step} comes after that of step 4"):
         run_training(short, cut)
 
 

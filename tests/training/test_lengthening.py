@@ -67,6 +67,6 @@ def test_longer_runs_switch_and_are_evaluated_at_the_same_steps() -> None:
         check_lengthening(replace(stored, arm=warm), replace(wanted, arm=warm), 150)
     check_lengthening(replace(stored, arm=warm), replace(wanted, arm=replace(warm, warm_start=0.25)), 150)
     with pytest.raises(ValueError, match=r"so step 20, which is done, would have been evaluated"):
-        check_lengthening(stored, replace(wanted, eval=EvalConfig(every=20)), 150)
+        check_lengthening(stored, replace(wanted, eval=EvalConfig(every=20)), 20)
     with pytest.raises(ValueError, match=r"step 2, which is done, would have been evaluated"):
         check_lengthening(replace(stored, eval=EvalConfig(count=3)), replace(wanted, eval=EvalConfig(count=10)), 150)

@@ -37,7 +37,7 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
 
 def test_schedules_warm_up_hold_and_decay() -> None:
     cosine = TrainConfig(warmup=0.1, final_learning_rate=0.1)
-    assert [learning_rate_factor(s, 100, cosine) for s in (0, 10, 55, 100)] == pytest.approx([1 / 11, 1, 0.55, 0.1])
+    assert [learning_rate_factor(s, 100, cosine) for s in (0, 10, 40, 100)] == pytest.approx([1 / 11, 1, 0.775, 0.1])
     wsd = TrainConfig(schedule="wsd", warmup=0.1, decay=0.2, final_learning_rate=0.0)
     assert [learning_rate_factor(s, 100, wsd) for s in (5, 10, 80, 90, 100)] == pytest.approx([6 / 11, 1, 1, 0.5, 0])
 
