@@ -148,6 +148,13 @@ def test_negative_zero_ties_with_zero():
     assert moba_select(q, k, block_size=1, top_k=2, **CPU).flatten().tolist() == [-1, 0, 1, 2]
 
 
+def test_a_block_whose_score_is_minus_infinity_is_not_chosen():
+    q, k = torch.ones(1, 3, 1, 8), torch.ones(1, 3, 1, 8)
+    k[:, 0] = -math.inf
+    for impl in ("cpu", "reference"):
+        assert moba_select(q, k, block_size=1, top_k=3, impl=impl).flatten().tolist() == [-1, -1, -1, -1, 1, -1]
+
+
 @pytest.mark.parametrize("offset", [0.0, 4.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_choice_is_that_of_fp64(normal, dtype, offset):

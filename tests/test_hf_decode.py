@@ -126,6 +126,14 @@ def test_pages_far_from_the_first_do_not_overflow() -> None:
     assert centroids[0, 1].eq(-65504).all()
 
 
+def test_pages_are_relative_to_the_first_of_many_keys() -> None:
+    k, end = torch.zeros(1, 256, 1, 8), torch.tensor([256], dtype=torch.int32)
+    k[:, ANCHOR_KEYS:] = 1
+    centroids = new_centroids(k, 256, 128)
+    complete_pages(centroids, k, end, None, 256, 128)
+    assert centroids[0, :, 0, 0].tolist() == [0.5, 1.0]
+
+
 def test_centroids_of_other_keys() -> None:
     _, k, _ = random_cache(1, torch.bfloat16)
     end = torch.tensor([SLOTS], dtype=torch.int32)
