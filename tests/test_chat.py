@@ -11,12 +11,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from openmoba.lab.config import DataConfig, RunConfig, TrainConfig
+from openmoba.lab.config import DataConfig
 from openmoba.lab.data.chat import encode_chat
 from openmoba.lab.data.corpus import open_corpus
 from openmoba.lab.data.load import Data, load_data
 from openmoba.lab.data.tokenizer import byte_tokenizer
-from openmoba.lab.train.check import check_labels
 
 USER = {"role": "user", "content": "hi"}
 ASSISTANT = {"role": "assistant", "content": "hello"}
@@ -109,14 +108,6 @@ def test_an_assistant_may_begin() -> None:
     end = byte_tokenizer().eos_token
     assert taught(byte_tokenizer(), [ASSISTANT]) == f"hello{end}\n"
     assert taught(byte_tokenizer(), [ASSISTANT, USER, ASSISTANT]) == f"hello{end}\n" * 2
-
-
-def test_a_mask_of_the_loss_that_leaves_a_conversation_nothing_is_refused(tmp_path: Path) -> None:
-    source = chats(tmp_path / "a.jsonl", *([USER, {**ASSISTANT, "content": f"hello {n}"}] for n in range(6)))
-    data = load(source, tmp_path)
-    check_labels(RunConfig(train=TrainConfig(loss_tokens=64)), data)
-    with pytest.raises(ValueError, match=r"train\.loss_tokens=4: 3 of 3 training windows have none of the assistant's"):
-        check_labels(RunConfig(train=TrainConfig(loss_tokens=4)), data)
 
 
 @pytest.mark.parametrize(

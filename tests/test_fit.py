@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from openmoba.lab.study.fit import HUBER_DELTA, fit_arms, fit_power_law, fit_runs
+from openmoba.lab.study.laws import Versus
 
 # a, b of the report's fits: MoBA and full, 8K language-model loss and 32K trailing loss
 REPORTED = [(2.625, -0.063), (2.622, -0.063), (1.546, -0.108), (1.464, -0.097)]
@@ -120,6 +121,14 @@ def test_the_ratio_of_two_laws_is_that_of_their_values():
     first, second = fit_arms([COMPUTE, COMPUTE], [flat, steep], np.arange(2))
     for end in first.ratio(second, [0.5, 4.0]):
         np.testing.assert_allclose(end, np.array([0.5, 4.0]) ** 0.05, rtol=1e-6)
+
+
+def test_laws_are_compared_at_the_most_compute_that_both_have_spent():
+    flat, steep = (np.repeat((2.0 * COMPUTE**b)[:, None], 2, axis=1) for b in (-0.05, -0.1))
+    for compute, most in (([COMPUTE, 2 * COMPUTE], COMPUTE[-1]), ([2 * COMPUTE, COMPUTE], COMPUTE[-1])):
+        versus = Versus([], [], tuple(fit_arms(compute, [flat, steep], np.arange(2))))
+        assert versus.compute == most
+        assert versus.share == pytest.approx(float(versus.laws[0].law(most) / versus.laws[1].law(most)) - 1)
 
 
 def test_every_draw_of_runs_determines_the_laws_of_all_arms():

@@ -12,9 +12,9 @@ import pytest
 from tiny import tiny_config, write_texts
 
 from openmoba import cli
-from openmoba.lab.config import RunConfig
+from openmoba.lab.config import DataConfig, RunConfig
 from openmoba.lab.data import load as data_module
-from openmoba.lab.data.identity import Known, stored_identity
+from openmoba.lab.data.identity import ASPECTS, Known, differences, shared, stored_identity
 from openmoba.lab.measure.evaluate import evaluate_source
 from openmoba.lab.measure.needle import measure_needles
 from openmoba.lab.model.checkpoint import newest_checkpoint
@@ -107,6 +107,14 @@ def test_a_run_is_measured_on_the_documents_it_did_not_see(
     monkeypatch.setattr(Progress, "note", lambda self, text: notes.append(text))
     evaluate_source(str(tmp_path / "run"))
     assert "is still what it was trained on is not known" in notes[0], "as of runs older than this record"
+
+
+def test_tokenizers_are_compared_where_they_come_from_one_place() -> None:
+    mine, other = ({"train": "a", "tokenizer": name, "vocabulary": 9} for name in "xy")
+    assert differences(mine, other) == ["tokenizer (x there, y here)"]
+    every, data = dict.fromkeys(ASPECTS, 0), DataConfig()
+    assert shared(every, data, data) == every
+    assert set(shared(every, data, data, same_origin=False)) == {"train", "valid"}
 
 
 def test_a_run_is_not_measured_on_another_split_of_its_documents(config: RunConfig, tmp_path: Path) -> None:

@@ -17,7 +17,17 @@ from pathlib import Path
 import pytest
 
 from openmoba.lab.arms import ArmConfig
-from openmoba.lab.config import DataConfig, EvalConfig, RunConfig, TrainConfig, from_dict, spaced_steps, to_dict
+from openmoba.lab.config import (
+    DataConfig,
+    EvalConfig,
+    RunConfig,
+    TrainConfig,
+    changes,
+    default_range,
+    from_dict,
+    spaced_steps,
+    to_dict,
+)
 from openmoba.lab.progress import TerminalProgress, bar, duration
 from openmoba.records import disk
 from openmoba.records.compact import pack, rounded, unpack
@@ -167,6 +177,14 @@ def test_configurations_survive_json() -> None:
     assert from_dict(RunConfig, {}) == RunConfig()
 
 
+def test_another_seed_is_another_run() -> None:
+    assert changes(RunConfig(), RunConfig(train=TrainConfig(seed=1))) == ["train.seed was 0 and is 1"]
+
+
+def test_ranges_are_an_eighth_of_short_windows() -> None:
+    assert [default_range(length) for length in (4, 1024, 16384, 32768)] == [1, 128, 2048, 2048]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -174,6 +192,7 @@ def test_configurations_survive_json() -> None:
         ({"data": {"lenght": 3}}, r"unknown key 'data\.lenght'; the keys of data are source, valid"),
         ({"data": {"length": "3"}}, r"data\.length must be int, got '3'"),
         ({"data": {"length": True}}, r"data\.length must be int, got True"),
+        ({"train": {"clip": True}}, r"train\.clip must be float, got True"),
         ({"data": {"valid": 3}}, r"data\.valid must be str or none, got 3"),
         ({"train": {"schedule": "linear"}}, r"train\.schedule must be 'cosine' or 'wsd', got 'linear'"),
         ({"arm": {"name": "sparse"}}, r"arm\.name must be 'full' or 'moba'"),
@@ -208,6 +227,10 @@ def test_spaced_evaluations_are_even_in_the_logarithm_of_the_step(steps: int, co
     assert config.evaluation_steps == found
 
 
+def test_spaced_evaluations_are_at_the_nearest_step() -> None:
+    assert spaced_steps(100, 4) == (1, 5, 22, 100)  # 4.64 and 21.54
+
+
 def test_evaluations_in_even_steps_end_with_the_last() -> None:
     steps = [
         RunConfig(train=TrainConfig(steps=12), eval=EvalConfig(every=n)).evaluation_steps for n in (5, 6, 50, None)
@@ -219,6 +242,7 @@ def test_arms_say_what_attention_each_step_has() -> None:
     assert ArmConfig("full").attention(0, 10) is None
     assert ArmConfig("moba", 16, 2).attention(9, 10) == ArmConfig("time_hybrid", 16, 2).attention(7, 10)
     assert ArmConfig("time_hybrid", switch_at=0.8).attention(8, 10) is None
+    assert ArmConfig("time_hybrid", switch_at=0.29).moba_steps(100) == range(29), "though 100 * 0.29 is a little less"
     hybrid = ArmConfig("hybrid", full_layers=2).attention(0, 10)
     assert hybrid is not None
     assert hybrid.full_layer_indices(5) == {3, 4}

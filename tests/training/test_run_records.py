@@ -17,6 +17,7 @@ from openmoba.lab.measure.evaluate import evaluate_source
 from openmoba.lab.train import callback, trainer
 from openmoba.lab.train.history import evaluations, history, history_until, read_result
 from openmoba.lab.train.run import run_training
+from openmoba.lab.train.schedule import learning_rate_factor
 from openmoba.records import disk
 
 
@@ -27,6 +28,8 @@ def test_a_run_leaves_its_records(config: RunConfig, finished: Path) -> None:
     assert [row["step"] for row in train] == [2, 4, 6, 8, 10, 12]
     assert [row["step"] for row in evaluations] == [6, 12]
     assert train[-1]["tokens"] == 12 * 4 * 64 == config.tokens
+    rates = [config.train.learning_rate * learning_rate_factor(row["step"] - 1, 12, config.train) for row in train]
+    assert [row["lr"] for row in train] == pytest.approx(rates, rel=1e-5)
     assert train[-1]["loss"] < train[0]["loss"] - 0.5
     assert set(train[0]) >= {"kind", "step", "tokens", "loss", "lr", "seconds", "tokens_per_second", "mfu", "compute"}
     assert set(train[0]["compute"]) == {"accelerator_seconds"}, "the others follow from the step"

@@ -72,11 +72,12 @@ def test_a_model_to_start_from_is_checked_before_the_data_are_read(
 
 
 def test_a_run_that_starts_from_another_says_the_same_model(config: RunConfig, finished: Path, tmp_path: Path) -> None:
-    other = replace(config, model=ModelConfig(size="micro"), train=replace(config.train, start_from=str(finished)))
-    with pytest.raises(
-        ValueError, match=r"is a run of model\.family=llama model\.size=nano, this one says llama micro"
-    ):
-        run_training(other, tmp_path)
+    for model, said in ((ModelConfig(size="micro"), "llama micro"), (ModelConfig("qwen3", "nano"), "qwen3 nano")):
+        other = replace(config, model=model, train=replace(config.train, start_from=str(finished)))
+        with pytest.raises(
+            ValueError, match=rf"is a run of model\.family=llama model\.size=nano, this one says {said}"
+        ):
+            run_training(other, tmp_path)
     longer = replace(
         config, data=replace(config.data, length=65), train=replace(config.train, start_from=str(finished))
     )
