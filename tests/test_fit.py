@@ -1,5 +1,7 @@
 """The power-law fit recovers known laws, its intervals cover, and Huber withstands an outlier."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -129,6 +131,13 @@ def test_laws_are_compared_at_the_most_compute_that_both_have_spent():
         versus = Versus([], [], tuple(fit_arms(compute, [flat, steep], np.arange(2))))
         assert versus.compute == most
         assert versus.share == pytest.approx(float(versus.laws[0].law(most) / versus.laws[1].law(most)) - 1)
+
+
+@pytest.mark.parametrize(("sizes", "known"), [("aabbb", True), ("abcde", False), ("aabbc", False)])
+def test_the_luck_of_seeds_is_known_of_two_runs_a_size(sizes, known):
+    own = [SimpleNamespace(run=SimpleNamespace(size=size)) for size in sizes]
+    windows = np.repeat(COMPUTE[:, None] ** -0.1, 2, axis=1)
+    assert Versus(own, own, tuple(fit_arms([COMPUTE] * 2, [windows] * 2, np.arange(2)))).seeds_known == known
 
 
 def test_every_draw_of_runs_determines_the_laws_of_all_arms():
