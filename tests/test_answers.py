@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from openmoba.lab.study.fit import Fit
 from openmoba.lab.study.groups import by, of_stage
 from openmoba.lab.study.laws import comparable, fit
 from openmoba.lab.study.outcomes import Outcome, read_outcomes
-from openmoba.lab.study.recipe import parse_recipe
+from openmoba.lab.study.recipe import Stage, parse_recipe
 from openmoba.lab.study.report import write_report
 from openmoba.lab.study.results import headlines
 from openmoba.lab.study.settings import settings_table
@@ -371,3 +372,15 @@ def test_names_of_compute_and_of_several() -> None:
     assert spent("6nd", 1.01e-4) == "1.01e-04 PFLOP/s-days by 6ND"
     assert spent("accelerator_seconds", 1360.2) == "1,360 accelerator seconds"
     assert [listed(names) for names in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
+
+
+@pytest.mark.parametrize(("named", "arms"), [((), ["full", "moba", "fine"]), (("full", "fine"), ["full", "fine"])])
+def test_a_stage_is_compared_with_the_arms_that_it_names(named: tuple[str, ...], arms: list[str]) -> None:
+    first = Stage("first", ("small",), ("full", "moba", "fine", "last-1"))
+    own = Stage("own", ("small",), ("last-1",), beside="first", beside_arms=named)
+    runs: list[Any] = [
+        SimpleNamespace(run=SimpleNamespace(stage=stage, size="small", arm=arm))
+        for stage in (first, own)
+        for arm in stage.arms
+    ]
+    assert [outcome.run.arm for outcome in of_stage(own, runs)] == [*arms, "last-1"]
