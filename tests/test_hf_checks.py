@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ from transformers import (  # noqa: E402
 
 from openmoba import MobaConfig  # noqa: E402
 from openmoba.hf import configure, convert  # noqa: E402
+from openmoba.hf.attention import attention_forward  # noqa: E402
 
 MOBA = MobaConfig(4, 2)
 MOE = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 2, "num_experts_per_tok": 1}
@@ -204,3 +206,20 @@ def test_configured_models_are_exported_with_a_dynamic_length(masked: bool) -> N
         real = inputs[1][..., None] if masked else 1
         with torch.no_grad():
             torch.testing.assert_close(program(*inputs) * real, model(*inputs) * real)
+
+
+@pytest.mark.parametrize(
+    ("causal", "given", "message"),
+    [
+        (True, {"dropout": 0.1}, "no attention dropout in MoBA, got 0.1"),
+        (True, {"is_causal": False}, "MoBA is causal attention, and this layer is not"),
+        (False, {}, "MoBA is causal attention, and this layer is not"),
+        (True, {"softcap": 30.0}, r"soft-capped logits \(layer 3 was given softcap\)"),
+        (True, {"s_aux": torch.ones(2)}, r"attention sinks \(layer 3 was given s_aux\)"),
+        (True, {"sliding_window": 8}, "a sliding window; set sliding_window=None"),
+    ],
+)
+def test_other_attention_that_a_layer_asks_for_is_refused(causal: bool, given: dict[str, Any], message: str) -> None:
+    layer, x = SimpleNamespace(is_causal=causal, layer_idx=3), torch.ones(1, 2, 4, 8)
+    with pytest.raises(ValueError, match=message):
+        attention_forward(layer, x, x, x, None, **given)
