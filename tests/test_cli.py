@@ -32,6 +32,8 @@ INTERRUPTED = """
 import os, signal, sys
 from openmoba.cli import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has those in its background ignore it
+
 class Interrupt:
     def find_spec(self, name, *_):
         if name == "torch":

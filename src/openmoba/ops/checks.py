@@ -187,7 +187,7 @@ def check_scale(q: Tensor, scale: float | None) -> float:
         return float(q.shape[-1] ** -0.5)
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not _FP32.tiny <= scale <= _FP32.max:
         raise ValueError(
-            f"scale must be a positive finite number of single precision, got {scale!r}; "
+            f"scale must be an int or float, positive and finite in single precision, got {scale!r}; "
             "leave it out for head_dim ** -0.5"
         )
     return float(scale)
