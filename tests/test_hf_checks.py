@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,8 +90,9 @@ def logits(model: Any) -> Any:
 def test_what_cannot_run_is_refused_at_once(case: str, tmp_path: Path) -> None:
     kind, entries, message = CANNOT_RUN[case]
     model = build(kind, **entries)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refusal:
         configure(model, MOBA)
+    assert re.search("use a decoder whose layers|use another model|load it with", str(refusal.value)), "a way out"
     assert model.config.moba is None
     model.save_pretrained(tmp_path / "full")
     with pytest.raises(ValueError, match=message):

@@ -16,6 +16,8 @@ _VARIANTS = {
     "indexer": "an indexer that chooses keys",
 }
 
+_WAY_OUT = "use a decoder whose layers all read the whole past, such as a Llama, Qwen3 or Mistral"
+
 DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 """What families call the share of attention weights that training drops, which MoBA does not compute."""
 
@@ -39,12 +41,14 @@ def check_supported(model: Any) -> None:
     """Raise ValueError unless MoBA computes what each attention layer does: causally, over the whole past."""
     config, name = model.config, type(model).__name__
     if config.is_encoder_decoder or config.get_text_config(decoder=True) is not config:
-        raise ValueError(f"MoBA replaces the attention of decoder-only text models; {name} is not one")
+        raise ValueError(f"MoBA replaces the attention of decoder-only text models; {name} is not one: {_WAY_OUT}")
     if not model._can_set_attn_implementation():
-        raise ValueError(f"{name} does not take its attention from transformers' AttentionInterface")
+        raise ValueError(f"{name} does not take its attention from transformers' AttentionInterface; {_WAY_OUT}")
     kinds = set(getattr(config, "layer_types", None) or [])
     if kinds - {"full_attention"}:
-        raise ValueError(f"{name} has layers of types {sorted(kinds)}; MoBA replaces 'full_attention' layers only")
+        raise ValueError(
+            f"{name} has layers of types {sorted(kinds)}; MoBA replaces 'full_attention' layers only: {_WAY_OUT}"
+        )
     window = getattr(config, "sliding_window", None)
     if window is not None and not windows_are_idle(config):
         raise ValueError(
@@ -60,7 +64,7 @@ def check_supported(model: Any) -> None:
     if len({layer.layer_idx for layer in layers}) < len(layers):
         raise ValueError(
             f"{name} has attention layers that share a number (layer_idx), as where layers are run through several "
-            "times; MoBA replaces the attention of plain stacks of layers"
+            f"times; MoBA replaces the attention of plain stacks of layers: {_WAY_OUT}"
         )
 
 
@@ -82,9 +86,9 @@ def windows_are_idle(config: Any) -> bool:
 def _check_layer(module: Any, name: str) -> None:
     layer = f"{name} has a {type(module).__name__}"
     if not hasattr(module, "config"):
-        raise ValueError(f"{layer} that does not take its attention from transformers' AttentionInterface")
+        raise ValueError(f"{layer} that does not take its attention from transformers' AttentionInterface; {_WAY_OUT}")
     if not getattr(module, "is_causal", True):
-        raise ValueError(f"{layer} that is not causal; MoBA replaces causal attention, such as of decoders")
+        raise ValueError(f"{layer} that is not causal; {_WAY_OUT}")
     for attribute, variant in _VARIANTS.items():
         if getattr(module, attribute, None) is not None:
             raise ValueError(f"{layer} with {variant} ({attribute}), which MoBA does not compute; use another model")
@@ -93,9 +97,10 @@ def _check_layer(module: Any, name: str) -> None:
     if of_values != width:
         raise ValueError(
             f"{layer} with keys of width {width} and values of width {of_values}; MoBA needs heads of one width, "
-            "so models with multi-head latent attention keep theirs"
+            f"so models with multi-head latent attention keep theirs: {_WAY_OUT}"
         )
     if width is not None and not MIN_HEAD_WIDTH <= width <= MAX_HEAD_WIDTH:
         raise ValueError(
-            f"{layer} with heads of width {width}; MoBA computes widths {MIN_HEAD_WIDTH} to {MAX_HEAD_WIDTH}"
+            f"{layer} with heads of width {width}; MoBA computes widths {MIN_HEAD_WIDTH} to {MAX_HEAD_WIDTH}: "
+            "use another model"
         )
