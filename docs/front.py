@@ -56,7 +56,7 @@ def speed(root: Path, machine: str) -> str:
     )
     if not attention:
         return ""
-    first = attention[0]
+    first, timed = attention[0], newest_rows(root, f"results/{machine}/{peers.DENSE}")
     card = (
         f"One {first.device}, {first.power_limit_w:.0f} W, bf16, medians, choice of blocks included; attention and "
         f"layers of {first.heads} query and {first.kv_heads} key/value heads of width {first.head_dim}."
@@ -65,10 +65,7 @@ def speed(root: Path, machine: str) -> str:
     return table(
         ("what", "tokens", "full attention", "MoBA", "gain"),
         [
-            *(
-                (f"attention, forward and backward (full: {_fastest(root, machine, row)})", *_gain(row))
-                for row in attention
-            ),
+            *((f"attention, forward and backward (full: {_fastest(row, timed)})", *_gain(row)) for row in attention),
             *_speed(steps, models),
             *served.gains(root, machine),
         ],
@@ -93,9 +90,9 @@ def _gain(row: Row) -> tuple[str, ...]:
     return (length_name(row.tokens), f"{dense_ms(row)} ms", f"{ms(row)} ms", speedup(row))
 
 
-def _fastest(root: Path, machine: str, row: Row) -> str:
+def _fastest(row: Row, timed: Sequence[Row]) -> str:
     """Name the dense attention that a row of the README is compared with."""
-    return "; ".join(map(contender_label, dense_names([row], newest_rows(root, f"results/{machine}/{peers.DENSE}"))))
+    return "; ".join(map(contender_label, dense_names([row], timed)))
 
 
 def _attention(root: Path, machine: str) -> list[Row]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cells import blocks, headline, measured_rows, ms, newest_rows, number, setting, source, table
 
-from openmoba.bench.cited import Beside, beside
+from openmoba.bench.cited import beside
 from openmoba.bench.contenders import contender_label
 from openmoba.bench.rows import commits, length_name
 from openmoba.bench.table import Row
@@ -66,7 +66,10 @@ def dense(root: Path, machine: str) -> str:
 
 def cited(root: Path, machine: str) -> str:
     """Write MoBA beside a contender that was timed apart."""
-    lines = _beside(root, machine)
+    file = f"results/{machine}/attention.csv"
+    rows = [pair.both for pair in headline(root, file) if pair.both]
+    timed = {row.contender for row in newest_rows(root, file) if row.p50_ms}
+    lines = beside(rows, root / f"results/{machine}/{CITED}", timed)
     if not lines:
         return ""
     peer = lines[0].peer
@@ -89,10 +92,3 @@ def peer(root: Path, machine: str, row: Row) -> str:
         f" MoBA by {peer.label} took {number(peer.ms)} ms, {line.ratio} times as long, timed "
         f"[apart](docs/speed.md#others) on another {peer.device} on {peer.date}."
     )
-
-
-def _beside(root: Path, machine: str) -> list[Beside]:
-    """Read the headline's cases of which there are figures of others."""
-    rows = [pair.both for pair in headline(root, f"results/{machine}/attention.csv") if pair.both]
-    timed = {row.contender for row in newest_rows(root, f"results/{machine}/attention.csv") if row.p50_ms}
-    return beside(rows, root / f"results/{machine}/{CITED}", timed)

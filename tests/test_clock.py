@@ -155,7 +155,7 @@ def _as_timed(row: TrainingRow) -> RunConfig:
     return RunConfig(
         DataConfig(length=row.tokens, vocab_size=row.vocabulary),
         ModelConfig(row.family, row.size),
-        ArmConfig("full") if row.block_size is None else ArmConfig("moba", row.block_size, row.top_k),
+        ArmConfig.of(row.block_size, row.top_k, row.full_layers, row.key_conv),
         TrainConfig(steps=1000, batch_size=row.batch),
         EvalConfig(1),
     )

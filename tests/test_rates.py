@@ -123,6 +123,19 @@ def test_another_file_is_refused(study: Path) -> None:
         read_outcomes(PRETRAIN, study)
 
 
+def test_a_row_that_no_run_can_be_is_refused_and_a_torn_one_left_out(study: Path) -> None:
+    rate_all(study)
+    path, rates = study / RATES_FILE, read_rates(study)
+    whole = path.read_text()
+    row = whole.splitlines()[1].replace("llama", "qwen3")
+    path.write_text(f"{whole}{row[: len(row) // 2]}")
+    assert read_rates(study) == rates
+    for cell, damaged in (("1024", "long"), ("2048", "")):
+        path.write_text(f"{whole}{row.replace(cell, damaged)}\n")
+        with pytest.raises(ValueError, match=r"rates\.csv has a row that no run can be .*; write it with `openmoba"):
+            read_rates(study)
+
+
 def test_the_grid_has_every_run_of_chart_b(tmp_path: Path) -> None:
     """And no other: each case is of a run's size and arm."""
     for case in GRIDS["study"]:

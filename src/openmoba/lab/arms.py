@@ -82,6 +82,17 @@ class ArmConfig:
         if self.kind is HYBRID and self.full_layers == "all":
             raise ValueError("arm.full_layers='all' is full attention; set arm.name to full")
 
+    @classmethod
+    def of(
+        cls, block_size: int | None, top_k: int | None, full_layers: Layers | None = None, key_conv: int | None = None
+    ) -> ArmConfig:
+        """Make an arm whose attention never changes: full without blocks, a hybrid with full layers, else MoBA."""
+        if block_size is None or top_k is None:
+            return cls(FULL.name, key_conv=key_conv)
+        if full_layers is None:
+            return cls(MOBA.name, block_size, top_k, key_conv=key_conv)
+        return cls(HYBRID.name, block_size, top_k, full_layers, key_conv=key_conv)
+
     @property
     def kind(self) -> Kind:
         """What the arm does with its settings."""

@@ -52,11 +52,7 @@ class TrainingCase:
     @property
     def arm(self) -> ArmConfig:
         """The attention."""
-        if self.block_size is None or self.top_k is None:
-            return ArmConfig("full", key_conv=self.key_conv)
-        if self.full_layers is None:
-            return ArmConfig("moba", self.block_size, self.top_k, key_conv=self.key_conv)
-        return ArmConfig("hybrid", self.block_size, self.top_k, self.full_layers, key_conv=self.key_conv)
+        return ArmConfig.of(self.block_size, self.top_k, self.full_layers, self.key_conv)
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -162,7 +158,7 @@ def _arms(*cases: TrainingCase) -> tuple[TrainingCase, ...]:
 
 
 def _study(size: str) -> tuple[TrainingCase, ...]:
-    """List the arms of recipes/chart-b.toml at the micro-batch that trains fastest."""
+    """List the arms of recipes/chart-b.toml, in micro-batches of four windows."""
     case = TrainingCase(size, 4, family="qwen3", vocabulary=4096, layers="graphed")
     hybrid = replace(case, block_size=128, top_k=9, full_layers="last:2", key_conv=4)
     return (case, replace(case, block_size=512, top_k=3), hybrid, replace(case, key_conv=4))

@@ -116,12 +116,10 @@ def has_linear_head(model: Any) -> bool:
     ids = torch.arange(4, device=head.weight.device)[None]
     training = model.training
     model.eval()
-    larger = head.register_forward_hook(lambda _, __, logits: 1000 * logits)
-    with torch.no_grad():
+    with torch.no_grad(), head.register_forward_hook(lambda _, __, logits: 1000 * logits):
         expected = model(input_ids=ids, use_cache=False).logits
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         found = head(hidden)
-    larger.remove()
     model.train(training)
     return torch.allclose(expected.float(), found.float(), rtol=1e-3, atol=1e-3 * float(found.abs().max()))
 

@@ -8,10 +8,12 @@ runs of a study, take the place of their own.
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
-from openmoba.lab.arms import FULL, HYBRID, MOBA, ArmConfig
+from openmoba.lab.arms import FULL, HYBRID, ArmConfig
 from openmoba.lab.config import RunConfig
+from openmoba.records.disk import whole_lines
 
 RATES_FILE = "rates.csv"
 """In the folder of a study: what `openmoba bench training --grid study --out FOLDER/rates.csv` wrote."""
@@ -27,24 +29,25 @@ def read_rates(study: Path) -> dict[Key, float]:
     """Read the most tokens per second of each model, attention and device; none without the file.
 
     Raises:
-        ValueError: a column is missing.
+        ValueError: a column is missing, or a row is none of `openmoba bench training`. A torn last one is left out.
     """
     path = study / RATES_FILE
-    if not path.exists():
-        return {}
+    lines = csv.DictReader(io.StringIO(whole_lines(path).decode()))
+    names = lines.fieldnames or _COLUMNS
+    way_out = (
+        f"write it with `openmoba bench training --grid study --out {path}`, or delete it to have the speeds of the "
+        "runs themselves"
+    )
+    if missing := [name for name in _COLUMNS if name not in names]:
+        raise ValueError(f"{path} has no column {', '.join(missing)}; {way_out}")
     rates: dict[Key, float] = {}
-    with path.open(newline="") as file:
-        lines = csv.DictReader(file)
-        if missing := [name for name in _COLUMNS if name not in (lines.fieldnames or ())]:
-            raise ValueError(
-                f"{path} has no column {', '.join(missing)}; write it with `openmoba bench training --grid study --out "
-                f"{path}`, or delete it to have the speeds of the runs themselves"
-            )
-        for line in lines:
-            if line["tokens_per_second"] and (line["kind"], line["checkpointing"]) == ("loop", "False"):
-                model = (line["family"], line["size"], int(line["vocabulary"]), int(line["tokens"]))
-                key = (*model, _attention(_arm(line)), line["device"])
-                rates[key] = max(float(line["tokens_per_second"]), rates.get(key, 0.0))
+    for line in lines:
+        if line["tokens_per_second"] and (line["kind"], line["checkpointing"]) == ("loop", "False"):
+            try:
+                key, rate = _key(line), float(line["tokens_per_second"])
+            except ValueError as error:
+                raise ValueError(f"{path} has a row that no run can be ({error}); {way_out}") from error
+            rates[key] = max(rate, rates.get(key, 0.0))
     return rates
 
 
@@ -53,25 +56,20 @@ def rate_of(config: RunConfig, gpus: list[str], rates: dict[Key, float]) -> floa
     model, data, train = config.model, config.data, config.train
     constant = len(config.arm.moba_steps(train.steps)) in (0, train.steps)
     others = [name for name in model.overrides if not name.startswith("rope_parameters")]
-    plain = (train.precision, train.compile, train.gradient_checkpointing, train.loss_tokens) == (
-        "auto",
-        "auto",
-        False,
-        None,
-    )
+    plain = train.precision == train.compile == "auto" and train.loss_tokens is None
+    plain = plain and not train.gradient_checkpointing
     if len(gpus) != 1 or others or not constant or not plain:
         return None
     return rates.get((model.family, model.size, data.vocab_size, data.length, _attention(config.arm), gpus[0]))
 
 
-def _arm(line: dict[str, str]) -> ArmConfig:
-    width = int(line["key_conv"]) if line["key_conv"] else None
-    if not line["block_size"]:
-        return ArmConfig(FULL.name, key_conv=width)
-    blocks = (int(line["block_size"]), int(line["top_k"]))
-    if not line["full_layers"]:
-        return ArmConfig(MOBA.name, *blocks, key_conv=width)
-    return ArmConfig(HYBRID.name, *blocks, line["full_layers"], key_conv=width)
+def _key(line: dict[str, str]) -> Key:
+    """Read what a row is of; ValueError for a cell that is no number where one belongs."""
+    block_size, top_k, key_conv = (
+        int(line[name]) if line[name] else None for name in ("block_size", "top_k", "key_conv")
+    )
+    arm = ArmConfig.of(block_size, top_k, line["full_layers"] or None, key_conv)
+    return (line["family"], line["size"], int(line["vocabulary"]), int(line["tokens"]), _attention(arm), line["device"])
 
 
 def _attention(arm: ArmConfig) -> Key:

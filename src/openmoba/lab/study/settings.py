@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from openmoba.lab.arms import FULL
@@ -73,7 +74,7 @@ class _Setting:
     def percent(self) -> float:
         return 100 * self.against.mean / self.loss
 
-    @property
+    @cached_property
     def fair(self) -> tuple[Difference | None, float]:
         """Difference from full attention with the arm's key convolution, and the latter's loss; None without one."""
         full = fair_full(self.own, self.runs)
